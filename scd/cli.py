@@ -1,0 +1,67 @@
+"""The command line: `scd record | fetch-weights | train | encode | evaluate`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from scd.errors import ScdError
+
+
+def record(arguments: argparse.Namespace) -> None:
+    from scd.doom.record import record_dataset
+
+    a = arguments
+    record_dataset(Path(a.root), a.train_episodes, a.val_episodes, a.frames, a.size)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from scd.options import load_options
+    from scd.training.run import run_experiment
+
+    run_experiment(load_options(arguments.opt, arguments.overrides))
+
+
+def fetch_weights(arguments: argparse.Namespace) -> None:
+    from scd.evaluation.weights import fetch_metric_weights
+
+    for path in fetch_metric_weights():
+        print(path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scd", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("record", help="record Doom episodes: videos, actions, list files")
+    p.add_argument("--root", default="data/doom", help="folder to write to (default: %(default)s)")
+    p.add_argument("--train-episodes", type=int, default=400, help="(default: %(default)s)")
+    p.add_argument("--val-episodes", type=int, default=64, help="(default: %(default)s)")
+    p.add_argument("--frames", type=int, default=300, help="frames an episode (default: 300)")
+    p.add_argument("--size", type=int, default=64, help="frame height and width (default: 64)")
+    p.set_defaults(run=record)
+
+    p = commands.add_parser("fetch-weights", help="fetch and check the weights of LPIPS and FVD")
+    p.set_defaults(run=fetch_weights)
+
+    p = commands.add_parser("train", help="train what an options file describes, or go on with it")
+    p.add_argument("--opt", required=True, help="options file (YAML)")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.set_defaults(run=train)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ScdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Clips: video, actions, labels and latents on disk, and the order in which training sees them."""

@@ -1,0 +1,164 @@
+"""Training and validation clips as a map from a sample number to tensors.
+
+A training clip is a pure function of (seed, sample number): neither the number of data workers nor
+the history of the run has a say in it. Sample numbers count clips over all processes and steps.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from scd.data.latents import read_latents
+from scd.data.lists import ClipEntry, read_list
+from scd.data.video import VideoFile
+from scd.errors import ScdError
+
+# Sub-streams of the seed; a stream never shares a number with another.
+ORDER_STREAM, START_STREAM = 1, 2
+
+
+class ClipFolder:
+    """The clips of one list file, read on demand.
+
+    Args:
+        source: `video` gives pixels in [0, 1], `latents` the unscaled latents of `latent_path`.
+        condition: `action` also reads one int64 action a frame, `label` the clip's class.
+        num_conditions: actions and labels must lie below it.
+
+    Raises:
+        ScdError: naming the file, for anything missing, too short, broken or inconsistent.
+    """
+
+    def __init__(
+        self, root: Path, list_file: str, source: str, condition: str = "none", num_conditions: int = 0
+    ):
+        self.root = root
+        self.list_path = root / list_file
+        self.entries = read_list(self.list_path)
+        self.source = source
+        self.condition = condition
+        self.num_conditions = num_conditions
+        needed = ["video_path" if source == "video" else "latent_path"]
+        needed += {"none": [], "action": ["action_path"], "label": ["label"]}[condition]
+        for number, entry in enumerate(self.entries):
+            for name in needed:
+                if getattr(entry, name) is None:
+                    raise ScdError(f"{self.list_path}: entry {number} has no {name}")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(
+        self, number: int, frames: int, stride: int = 1, rng: np.random.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """One clip: `video` (F, 3, H, W) or `latents` (F, C, h, w), and `actions` (F,) or `label` ().
+
+        The clip starts at the first frame, or where `rng` says.
+        """
+        entry = self.entries[number]
+        span = (frames - 1) * stride + 1
+        opened, length, path = self._open(entry)
+        if length < span:
+            raise ScdError(f"{path}: {length} frames, but the clip needs {span}")
+        start = 0 if rng is None else int(rng.integers(length - span + 1))
+        indices = np.arange(start, start + span, stride)
+        if isinstance(opened, VideoFile):
+            video = torch.from_numpy(opened.frames(indices))
+            clip = {"video": video.permute(0, 3, 1, 2).float() / 255}
+        else:
+            clip = {"latents": opened[torch.from_numpy(indices)].float()}
+        if self.condition == "action":
+            clip["actions"] = self._actions(entry, length)[torch.from_numpy(indices)]
+        elif self.condition == "label":
+            clip["label"] = torch.tensor(self._checked_label(number))
+        return clip
+
+    def _open(self, entry: ClipEntry) -> tuple[VideoFile | Tensor, int, Path]:
+        path = self.root / str(entry.video_path if self.source == "video" else entry.latent_path)
+        opened = VideoFile(path) if self.source == "video" else read_latents(path)
+        return opened, len(opened), path
+
+    def _actions(self, entry: ClipEntry, length: int) -> Tensor:
+        path = self.root / str(entry.action_path)
+        actions = read_actions(path)
+        if len(actions) < length:
+            raise ScdError(f"{path}: {len(actions)} actions for {length} frames")
+        if actions.min() < 0 or actions.max() >= self.num_conditions:
+            raise ScdError(
+                f"{path}: actions {actions.min()} to {actions.max()}, but the model knows 0 to "
+                f"{self.num_conditions - 1}"
+            )
+        return torch.from_numpy(actions)
+
+    def _checked_label(self, number: int) -> int:
+        label = self.entries[number].label
+        assert label is not None
+        if not 0 <= label < self.num_conditions:
+            raise ScdError(
+                f"{self.list_path}: entry {number} has label {label}, but the model knows 0 to "
+                f"{self.num_conditions - 1}"
+            )
+        return label
+
+
+def read_actions(path: Path) -> np.ndarray:
+    """The int64 actions of a clip, one a frame: key `actions` of an npz file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            actions = file["actions"]
+    except FileNotFoundError as error:
+        raise ScdError(f"{path}: no such action file") from error
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise ScdError(f"{path}: not an npz file with a key 'actions' ({error})") from error
+    if actions.ndim != 1 or actions.dtype.kind not in "iu" or not len(actions):
+        raise ScdError(
+            f"{path}: actions must be integers, one a frame, not {actions.dtype} {actions.shape}"
+        )
+    return actions.astype(np.int64)
+
+
+class TrainingClips(Dataset):
+    """Random clips: every epoch visits each entry once in a new order, at a new start frame."""
+
+    def __init__(self, folder: ClipFolder, frames: int, stride: int, seed: int):
+        self.folder = folder
+        self.frames = frames
+        self.stride = stride
+        self.seed = seed
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]:
+        epoch, position = divmod(sample, len(self.folder))
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
+            self._epoch = epoch, order.permutation(len(self.folder))
+        start = np.random.default_rng([self.seed, START_STREAM, sample])
+        clip = self.folder.read(int(self._epoch[1][position]), self.frames, self.stride, start)
+        return {"sample": torch.tensor(sample), **clip}
+
+
+class StepSampler(Sampler[list[int]]):
+    """The sample numbers of one process from a given micro-step on.
+
+    Micro-step m uses samples m·W·B … (m+1)·W·B − 1 for W processes of B clips, so W processes of B
+    clips see together what one process of W·B clips sees.
+    """
+
+    def __init__(self, batch_size: int, rank: int, world_size: int, first: int, last: int):
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.micro_steps = range(first, last)
+
+    def __len__(self) -> int:
+        return len(self.micro_steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for micro_step in self.micro_steps:
+            start = (micro_step * self.world_size + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))

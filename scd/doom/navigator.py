@@ -1,0 +1,129 @@
+"""The exploring policy: walk to random places of the maze, look around, hesitate, go on.
+
+A random walk mostly stares at walls. This one plans over the map's free space, so corridors are
+crossed and every room is visited, and adds enough wandering that all four actions occur everywhere.
+"""
+
+import math
+from collections import deque
+
+import numpy as np
+
+from scd.doom.simulator import FORWARD, NONE, TURN_DEGREES, TURN_LEFT, TURN_RIGHT, Pose
+
+CELL = 8.0  # map units
+CLEARANCE = 26.0  # from walls; the player's own radius is 16
+ITEM_CLEARANCE = 44.0  # touching the vest would end the episode
+ARRIVED = 28.0
+LOOK_AHEAD = 6  # cells
+
+
+class FreeSpace:
+    """Grid of places where the player can stand, and shortest paths over it.
+
+    Args:
+        walls: (n, 4) segments x1, y1, x2, y2 in map units.
+        items: (m, 2) places to keep away from.
+        inside: (x, y) of a place known to be free; cells not connected to it are outside the maze.
+    """
+
+    def __init__(self, walls: np.ndarray, items: np.ndarray, inside: tuple[float, float]):
+        self.origin = walls.reshape(-1, 2).min(axis=0)
+        extent = walls.reshape(-1, 2).max(axis=0) - self.origin
+        self.shape = tuple((np.ceil(extent / CELL) + 1).astype(int))
+        grid = np.stack(np.meshgrid(*(np.arange(n) for n in self.shape), indexing="ij"), -1)
+        places = self.origin + (grid + 0.5) * CELL
+        free = _distance_to_segments(places, walls) > CLEARANCE
+        for item in items:
+            free &= np.linalg.norm(places - item, axis=-1) > ITEM_CLEARANCE
+        self.free = free
+        self.free = np.isfinite(self.distances_to(inside))
+        self.cells = np.argwhere(self.free)
+
+    def cell(self, place: tuple[float, float]) -> tuple[int, int]:
+        """Nearest free cell to a place."""
+        wanted = (np.asarray(place) - self.origin) / CELL - 0.5
+        free = np.argwhere(self.free)
+        i, j = free[np.abs(free - wanted).sum(axis=1).argmin()]
+        return int(i), int(j)
+
+    def centre(self, cell: np.ndarray | tuple[int, int]) -> tuple[float, float]:
+        x, y = self.origin + (np.asarray(cell) + 0.5) * CELL
+        return float(x), float(y)
+
+    def distances_to(self, place: tuple[float, float]) -> np.ndarray:
+        """Steps over free cells from every cell to a place; infinite where there is no way."""
+        distance = np.full(self.shape, np.inf)
+        start = self.cell(place)
+        distance[start] = 0
+        queue = deque([start])
+        while queue:
+            i, j = queue.popleft()
+            for di, dj in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+                a, b = i + di, j + dj
+                inside = 0 <= a < self.shape[0] and 0 <= b < self.shape[1]
+                if inside and self.free[a, b] and distance[a, b] == np.inf:
+                    distance[a, b] = distance[i, j] + 1
+                    queue.append((a, b))
+        return distance
+
+
+class Navigator:
+    """Chooses one action a step, from the pose alone and a generator of its own.
+
+    It walks to uniformly drawn free places; on the way it now and then stops (`none`), looks around
+    (a run of turns) or takes a step it did not plan, wherever that leads.
+    """
+
+    def __init__(self, space: FreeSpace, rng: np.random.Generator):
+        self.space = space
+        self.rng = rng
+        self._forced: deque[int] = deque()
+        self._new_target()
+
+    def act(self, pose: Pose) -> int:
+        if not self._forced:
+            self._maybe_wander()
+        if self._forced:
+            return self._forced.popleft()
+        if math.dist((pose.x, pose.y), self.target) < ARRIVED:
+            self._new_target()
+        x, y = self._waypoint(pose)
+        wanted = math.degrees(math.atan2(y - pose.y, x - pose.x))
+        error = (wanted - pose.heading + 180) % 360 - 180
+        if abs(error) <= 0.75 * TURN_DEGREES:
+            return FORWARD
+        return TURN_LEFT if error > 0 else TURN_RIGHT
+
+    def _new_target(self) -> None:
+        self.target = self.space.centre(self.rng.choice(self.space.cells))
+        self._distance = self.space.distances_to(self.target)
+
+    def _maybe_wander(self) -> None:
+        chance = self.rng.random()
+        if chance < 0.015:
+            turn = int(self.rng.choice([TURN_LEFT, TURN_RIGHT]))
+            self._forced.extend([turn] * int(self.rng.integers(4, 17)))
+        elif chance < 0.03:
+            self._forced.extend([NONE] * int(self.rng.integers(1, 5)))
+        elif chance < 0.08:
+            self._forced.extend([int(self.rng.integers(4))] * int(self.rng.integers(1, 4)))
+
+    def _waypoint(self, pose: Pose) -> tuple[float, float]:
+        """A point a few cells down the distance field, near enough that the way to it is free."""
+        i, j = self.space.cell((pose.x, pose.y))
+        for _ in range(LOOK_AHEAD):
+            window = self._distance[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
+            di, dj = np.unravel_index(window.argmin(), window.shape)
+            i, j = max(i - 1, 0) + int(di), max(j - 1, 0) + int(dj)
+        return self.space.centre((i, j))
+
+
+def _distance_to_segments(places: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """Distance of each place (..., 2) to the nearest of n segments (n, 4)."""
+    nearest = np.full(places.shape[:-1], np.inf)
+    for x1, y1, x2, y2 in segments:
+        a, ab = np.array([x1, y1]), np.array([x2 - x1, y2 - y1])
+        along = ((places - a) @ ab / max(ab @ ab, 1e-9)).clip(0, 1)
+        nearest = np.minimum(nearest, np.linalg.norm(places - a - along[..., None] * ab, axis=-1))
+    return nearest

@@ -1,0 +1,123 @@
+"""Record episodes: mp4 videos, one action a frame, list files, and a map of where they went."""
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.video import write_video
+from scd.doom.navigator import FreeSpace, Navigator
+from scd.doom.simulator import ACTIONS, FRAMES_PER_SECOND, NONE, DoomSimulator
+from scd.errors import ScdError
+from scd.files import read_json, write_json, write_whole
+
+SPLIT_SEEDS = {"train": 0, "val": 1_000_000}  # first episode seed of a split; they never meet
+ATTEMPT_SEED = 10_000_000
+SPLIT_SIZE_LIMIT = 1_000_000
+COVERAGE_CELL = 32  # map units
+
+
+def record_dataset(root: Path, train_episodes: int, val_episodes: int, frames: int, size: int) -> None:
+    """Record both splits under `root`, skipping episodes that are already there.
+
+    Writes `train.json`, `val.json`, `recording.json` (the settings), `coverage.png`, and for every
+    episode `SPLIT/NNNNN.mp4` and `.npz` with `actions` (int64, one a frame; action i leads to
+    frame i, so action 0 is `none`) and `poses` (x, y, heading at each frame).
+
+    Raises:
+        ScdError: `root` holds a recording of other settings, or too many episodes are asked for.
+    """
+    counts = {"train": train_episodes, "val": val_episodes}
+    if max(counts.values()) > SPLIT_SIZE_LIMIT or min(counts.values()) < 1 or frames < 2:
+        raise ScdError(
+            f"record: between 1 and {SPLIT_SIZE_LIMIT} episodes a split and at least 2 frames, "
+            f"not {counts} episodes of {frames} frames"
+        )
+    settings = {"frames": frames, "frame_size": size, "actions": list(ACTIONS)}
+    note = root / "recording.json"
+    if note.exists() and read_json(note) != settings:
+        raise ScdError(f"{root} holds a recording of other settings ({note}): choose another folder")
+    write_json(note, settings)
+    simulator = DoomSimulator(size)
+    simulator.reset(0)
+    pose = simulator.pose
+    space = FreeSpace(simulator.walls(), simulator.items(), (pose.x, pose.y))
+    for split, count in counts.items():
+        entries = []
+        for episode in tqdm(range(count), desc=f"record {split}", unit="episode"):
+            name = f"{split}/{episode:05d}"
+            entry = ClipEntry(video_path=f"{name}.mp4", action_path=f"{name}.npz")
+            if not ((root / f"{name}.mp4").exists() and (root / f"{name}.npz").exists()):
+                seed = SPLIT_SEEDS[split] + episode
+                _write_episode(root / name, *_play_episode(simulator, space, seed, frames))
+            entries.append(entry)
+        write_list(root / f"{split}.json", entries)
+    _draw_coverage(root, simulator)
+    simulator.close()
+
+
+def _play_episode(
+    simulator: DoomSimulator, space: FreeSpace, seed: int, frames: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames (F, H, W, 3), actions (F,) and poses (F, 3) of the episode that belongs to a seed."""
+    for attempt in range(100):
+        # An episode that touches the vest ends early; the next attempt is as much a function of
+        # the seed as the first.
+        start_seed = seed + attempt * ATTEMPT_SEED
+        video, poses, actions = [simulator.reset(start_seed)], [simulator.pose], [NONE]
+        navigator = Navigator(space, np.random.default_rng(start_seed))
+        while len(video) < frames:
+            action = navigator.act(poses[-1])
+            frame = simulator.step(action)
+            if frame is None:
+                break
+            video.append(frame)
+            poses.append(simulator.pose)
+            actions.append(action)
+        else:
+            table = np.array([(p.x, p.y, p.heading) for p in poses])
+            return np.stack(video), np.array(actions, dtype=np.int64), table
+    raise ScdError(f"record: episode seed {seed} ended before {frames} frames in 100 attempts")
+
+
+def _write_episode(stem: Path, video: np.ndarray, actions: np.ndarray, poses: np.ndarray) -> None:
+    write_whole(
+        stem.with_suffix(".npz"),
+        lambda aside: np.savez_compressed(aside, actions=actions, poses=poses),
+    )
+    write_video(stem.with_suffix(".mp4"), video, FRAMES_PER_SECOND)
+
+
+def _draw_coverage(root: Path, simulator: DoomSimulator) -> None:
+    """`coverage.png`: how often each place was visited, and each action taken, by split."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    walls = simulator.walls()
+    low, high = walls.reshape(-1, 2).min(axis=0), walls.reshape(-1, 2).max(axis=0)
+    bins = np.ceil((high - low) / COVERAGE_CELL).astype(int)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
+    for axis, split in zip(axes, SPLIT_SEEDS, strict=True):
+        files = [np.load(root / str(e.action_path)) for e in read_list(root / f"{split}.json")]
+        places = np.concatenate([file["poses"][:, :2] for file in files])
+        actions = np.concatenate([file["actions"] for file in files])
+        area = [[low[0], high[0]], [low[1], high[1]]]
+        counts, *_ = np.histogram2d(*places.T, bins=bins.tolist(), range=area)
+        picture = axis.imshow(
+            np.log10(np.where(counts > 0, counts, np.nan)).T,
+            extent=np.ravel(area).tolist(),
+            origin="lower",
+            cmap="viridis",
+        )
+        for x1, y1, x2, y2 in walls:
+            axis.plot([x1, x2], [y1, y2], color="black", linewidth=1.5)
+        share = np.bincount(actions, minlength=len(ACTIONS)) / len(actions)
+        listed = ", ".join(f"{name} {s:.0%}" for name, s in zip(ACTIONS, share, strict=True))
+        axis.set_title(f"{split}: {len(files)} episodes, {len(actions)} frames\n{listed}", size=9)
+        axis.set_axis_off()
+        figure.colorbar(picture, ax=axis, label="visits, log10", shrink=0.8)
+    write_whole(root / "coverage.png", lambda aside: figure.savefig(aside, dpi=90))
+    plt.close(figure)

@@ -1,0 +1,121 @@
+"""ViZDoom as a small deterministic environment: a seed and a list of actions give the same frames."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from scd.errors import ScdError
+
+ACTIONS = ("none", "turn_left", "turn_right", "forward")
+NONE, TURN_LEFT, TURN_RIGHT, FORWARD = range(len(ACTIONS))
+
+TICS_PER_ACTION = 4  # Doom runs at 35 tics a second, so 8.75 actions a second is real time.
+TURN_DEGREES = 11.25  # per action; 32 turns make a full circle
+FRAMES_PER_SECOND = 35 / TICS_PER_ACTION
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Player position in map units and heading in degrees, counter-clockwise from east."""
+
+    x: float
+    y: float
+    heading: float
+
+
+class DoomSimulator:
+    """First-person maze without weapon, HUD or enemies, cropped to a square picture.
+
+    Args:
+        frame_size: height and width of the frames in pixels.
+        scenario: name of a scenario that the ViZDoom package ships.
+
+    Raises:
+        ScdError: ViZDoom is not installed or has no such scenario.
+    """
+
+    def __init__(self, frame_size: int = 64, scenario: str = "my_way_home"):
+        try:
+            import vizdoom as vzd
+        except ImportError as error:
+            raise ScdError(
+                f"recording Doom needs the package 'vizdoom' ({error}): pip install vizdoom"
+            ) from error
+        config = os.path.join(vzd.scenarios_path, f"{scenario}.cfg")
+        if not os.path.isfile(config):
+            raise ScdError(f"ViZDoom ships no scenario {scenario!r} (looked for {config})")
+        self.frame_size = frame_size
+        game = vzd.DoomGame()
+        game.load_config(config)
+        game.set_window_visible(False)
+        game.set_screen_resolution(vzd.ScreenResolution.RES_320X240)
+        game.set_screen_format(vzd.ScreenFormat.RGB24)
+        for render in ("hud", "weapon", "crosshair", "messages", "particles"):
+            getattr(game, f"set_render_{render}")(False)
+        # Delta buttons turn by an exact angle; the plain turn buttons accelerate while held,
+        # which would make one action mean two different things.
+        game.set_available_buttons([vzd.Button.MOVE_FORWARD, vzd.Button.TURN_LEFT_RIGHT_DELTA])
+        game.set_available_game_variables(
+            [
+                vzd.GameVariable.POSITION_X,
+                vzd.GameVariable.POSITION_Y,
+                vzd.GameVariable.ANGLE,
+            ]
+        )
+        game.set_sectors_info_enabled(True)
+        game.set_objects_info_enabled(True)
+        game.set_episode_timeout(0)
+        game.init()
+        self._game = game
+        per_tic = TURN_DEGREES / TICS_PER_ACTION
+        self._buttons = {
+            NONE: [0, 0.0],
+            TURN_LEFT: [0, -per_tic],
+            TURN_RIGHT: [0, per_tic],
+            FORWARD: [1, 0.0],
+        }
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Start an episode; the seed decides the place and heading. Returns a frame (H, W, 3) uint8."""
+        self._game.set_seed(seed)
+        self._game.new_episode()
+        return self._frame()
+
+    def step(self, action: int) -> np.ndarray | None:
+        """Hold an action for `TICS_PER_ACTION` tics. Returns the frame it leads to, or None at the end."""
+        self._game.make_action(self._buttons[int(action)], TICS_PER_ACTION)
+        return None if self._game.is_episode_finished() else self._frame()
+
+    @property
+    def pose(self) -> Pose:
+        return Pose(*(float(v) for v in self._game.get_state().game_variables))
+
+    def walls(self) -> np.ndarray:
+        """Blocking wall segments of the map, (n, 4): x1, y1, x2, y2 in map units."""
+        sectors = self._game.get_state().sectors
+        lines = {
+            (line.x1, line.y1, line.x2, line.y2)
+            for sector in sectors
+            for line in sector.lines
+            if line.is_blocking
+        }
+        return np.array(sorted(lines), dtype=np.float64)
+
+    def items(self) -> np.ndarray:
+        """Positions of everything on the map but the player, (n, 2)."""
+        objects = self._game.get_state().objects
+        places = [(o.position_x, o.position_y) for o in objects if o.name != "DoomPlayer"]
+        return np.array(places, dtype=np.float64).reshape(-1, 2)
+
+    def close(self) -> None:
+        self._game.close()
+
+    def _frame(self) -> np.ndarray:
+        screen = self._game.get_state().screen_buffer
+        height, width, _ = screen.shape
+        left = (width - height) // 2
+        square = Image.fromarray(screen[:, left : left + height])
+        size = (self.frame_size, self.frame_size)
+        return np.asarray(square.resize(size, Image.Resampling.BOX), dtype=np.uint8)

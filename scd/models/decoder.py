@@ -1,0 +1,105 @@
+"""The frame decoder: runs once per denoising step, inside one frame, under the encoder's context."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scd.models.attention import full_attention
+from scd.models.layers import (
+    NORM_EPS,
+    Block,
+    Conditioning,
+    OutputNorm,
+    Rotary,
+    initialise,
+    patchify,
+    rotary_positions,
+    unpatchify,
+)
+
+FUSIONS = ("token_concat", "token_concat_with_proj", "concat", "add")
+
+
+class FrameDecoder(nn.Module):
+    """Noisy frame, its noise level, its condition and its context -> the network's prediction.
+
+    Args:
+        fusion: how context and noisy tokens are joined: along the sequence (`token_concat`), so
+            after a LayerNorm and Linear of the context (`token_concat_with_proj`), by a Linear of
+            the two side by side (`concat`), or by their sum (`add`).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        num_conditions: int,
+        modulate_output: bool,
+        fusion: str,
+    ):
+        super().__init__()
+        self.patch_size = patch_size
+        self.fusion = fusion
+        self.gradient_checkpointing = False
+        self.embed = nn.Linear(channels * patch_size**2, width)
+        self.conditioning = Conditioning(width, num_conditions)
+        if fusion == "token_concat_with_proj":
+            self.context_norm = nn.LayerNorm(width, eps=NORM_EPS)
+            self.context_proj = nn.Linear(width, width)
+        elif fusion == "concat":
+            self.fuse = nn.Linear(2 * width, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.norm_out = OutputNorm(width, modulate_output)
+        self.unembed = nn.Linear(width, channels * patch_size**2)
+        initialise(self)
+        nn.init.zeros_(self.unembed.weight)
+        if fusion == "token_concat_with_proj":
+            nn.init.zeros_(self.context_proj.weight)
+        elif fusion == "concat":
+            identity = torch.eye(width)
+            self.fuse.weight.data.copy_(torch.cat([identity, identity], dim=1))
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, context: Tensor, conditions: Tensor | None
+    ) -> Tensor:
+        """Frames are independent of each other.
+
+        Args:
+            noisy: (B, F, C, H, W).
+            timesteps: (B, F) in [0, 1000].
+            context: (B, F, N, D), of these same frames.
+            conditions: (B, F), of these same frames; None: the null condition.
+
+        Returns:
+            (B, F, C, H, W): velocity or clean frame, as the model was trained.
+        """
+        batch, _, _, height, width = noisy.shape
+        rows, columns = height // self.patch_size, width // self.patch_size
+        # Every frame is frame 0 of a sequence of its own: (B·F, 1, N, D).
+        e = self.conditioning(timesteps, conditions).flatten(0, 1).unsqueeze(1)
+        x = self.embed(patchify(noisy, self.patch_size)).flatten(0, 1)
+        x = self._join(context.flatten(0, 1), x).unsqueeze(1)
+        rotary = rotary_positions(torch.zeros(1, device=noisy.device), rows, columns)
+        if x.shape[2] == 2 * rows * columns:
+            # Context tokens carry the same row and column as the noisy tokens.
+            rotary = Rotary(rotary.cos.repeat(2, 1), rotary.sin.repeat(2, 1))
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, e, rotary, full_attention, use_reentrant=False)
+            else:
+                x = block(x, e, rotary, full_attention)
+        x = self.norm_out(x[:, :, -rows * columns :], e)  # the noisy half
+        x = self.unembed(x).squeeze(1).unflatten(0, (batch, -1))  # (B, F, N, C·p·p)
+        return unpatchify(x, self.patch_size, height, width)
+
+    def _join(self, context: Tensor, x: Tensor) -> Tensor:
+        """Context and noisy tokens, both (B, N, D) -> (B, N or 2N, D)."""
+        if self.fusion == "add":
+            return context + x
+        if self.fusion == "concat":
+            return self.fuse(torch.cat([x, context], dim=-1))
+        if self.fusion == "token_concat_with_proj":
+            context = self.context_proj(self.context_norm(context))
+        return torch.cat([context.type_as(x), x], dim=1)

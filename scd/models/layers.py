@@ -1,0 +1,193 @@
+"""The parts that encoder and decoder share: positions, conditioning, modulation, block.
+
+Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from einops import rearrange
+from torch import Tensor, nn
+
+HEAD_DIM = 64
+ROTARY_DIMS = (16, 24, 24)  # of frame, row and column; together HEAD_DIM
+ROTARY_THETA = 10000.0
+TIME_CHANNELS = 256
+NORM_EPS = 1e-6
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q, k, v (B, heads, tokens, head_dim) -> (B, heads, tokens, head_dim)."""
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the position angles, (tokens, HEAD_DIM / 2) each."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate adjacent pairs of x (B, heads, tokens, HEAD_DIM), in its own precision."""
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = (even * self.cos - odd * self.sin, even * self.sin + odd * self.cos)
+        return torch.stack(rotated, dim=-1).flatten(-2).type_as(x)
+
+
+def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
+    """Angles of (frame, row, column) for every token of the given frames.
+
+    Args:
+        frames: (F,) frame indices.
+        height, width: tokens in a column and in a row.
+    """
+    device = frames.device
+    axes = torch.meshgrid(
+        frames.float(),
+        torch.arange(height, device=device).float(),
+        torch.arange(width, device=device).float(),
+        indexing="ij",
+    )
+    angles = []
+    for position, dims in zip(axes, ROTARY_DIMS, strict=True):
+        exponents = torch.arange(0, dims, 2, device=device).float() / dims
+        angles.append(position.flatten()[:, None] * ROTARY_THETA**-exponents)
+    table = torch.cat(angles, dim=-1)
+    return Rotary(table.cos(), table.sin())
+
+
+class Conditioning(nn.Module):
+    """The conditioning vector e of a frame: its noise level plus its action or class label.
+
+    Args:
+        num_conditions: actions or classes; the table has one more row, the null condition.
+            0: no condition.
+    """
+
+    def __init__(self, width: int, num_conditions: int):
+        super().__init__()
+        self.null = num_conditions
+        self.sinusoid = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=1)
+        self.time = TimestepEmbedding(TIME_CHANNELS, width)
+        self.table = nn.Embedding(num_conditions + 1, width) if num_conditions else None
+
+    def forward(self, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
+        """Timesteps in [0, 1000], or -1 for clean, and condition indices, one shape -> (..., D)."""
+        sinusoid = self.sinusoid(timesteps.flatten()).unflatten(0, timesteps.shape)
+        e = self.time(sinusoid.to(self.time.linear_1.weight.dtype))
+        if self.table is not None:
+            if conditions is None:
+                conditions = torch.full_like(timesteps, self.null, dtype=torch.long)
+            e = e + self.table(conditions)
+        return e
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate of one branch of a block: the thirds of Linear(SiLU(e))."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, 3 * width)
+
+    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """e (B, F, D) -> shift, scale, gate, each (B, F, 1, D): one for all tokens of a frame."""
+        shift, scale, gate = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(3, dim=-1)
+        return shift, scale, gate
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normed, rotated queries and keys."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = width // HEAD_DIM
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm_q = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
+        self.norm_k = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """x (B, T, D) -> (B, T, D)."""
+        qkv = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        q, k, v = qkv.unbind()
+        q = rotary.rotate(self.norm_q(q).type_as(v))
+        k = rotary.rotate(self.norm_k(k).type_as(v))
+        return self.out(rearrange(attend(q, k, v), "b h t d -> b t (h d)"))
+
+
+class Block(nn.Module):
+    """x += g1·Attn(LN(x)·(1+s1)+b1);  x += g2·MLP(LN(x)·(1+s2)+b2)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.modulation_attention = Modulation(width)
+        self.attention = Attention(width)
+        self.modulation_mlp = Modulation(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, e: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """x (B, F, N, D) with conditioning e (B, F, D) -> (B, F, N, D)."""
+        frames = x.shape[1]
+        shift, scale, gate = self.modulation_attention(e)  # (B, F, 1, D) each
+        h = self.norm(x) * (1 + scale) + shift
+        h = self.attention(h.flatten(1, 2), rotary, attend).unflatten(1, (frames, -1))
+        x = x + gate * h
+        shift, scale, gate = self.modulation_mlp(e)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class OutputNorm(nn.Module):
+    """LN, then the context perturbation if any, then x·(1+s)+b unless modulation is off."""
+
+    def __init__(self, width: int, modulate: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.linear = nn.Linear(width, 2 * width) if modulate else None
+
+    def forward(self, x: Tensor, e: Tensor, perturbation: Tensor | None = None) -> Tensor:
+        """x and perturbation (B, F, N, D), e (B, F, D) -> (B, F, N, D)."""
+        h = self.norm(x)
+        if perturbation is not None:
+            h = h + perturbation
+        if self.linear is None:
+            return h
+        scale, shift = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(2, dim=-1)
+        return h * (1 + scale) + shift
+
+
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """(B, F, C, H, W) -> tokens (B, F, N, C·p·p), channel outermost."""
+    p = patch_size
+    return rearrange(latents, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """(B, F, N, C·p·p) -> (B, F, C, H, W), for H and W given in latent pixels."""
+    p = patch_size
+    return rearrange(
+        tokens, "b f (h w) (c p q) -> b f c (h p) (w q)", p=p, q=p, h=height // p, w=width // p
+    )
+
+
+def initialise(module: nn.Module) -> None:
+    """The start of section 3: Xavier-uniform Linears, zero biases, and modulations that do nothing."""
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.Embedding):
+            nn.init.normal_(child.weight, std=0.02)
+    for child in module.modules():
+        if isinstance(child, Attention):
+            # q, k and v are three maps D -> D: one fused Linear would get a smaller bound.
+            bound = math.sqrt(6 / (2 * child.out.in_features))
+            nn.init.uniform_(child.qkv.weight, -bound, bound)
+        elif isinstance(child, TimestepEmbedding):
+            nn.init.normal_(child.linear_1.weight, std=0.02)
+            nn.init.normal_(child.linear_2.weight, std=0.02)
+        elif isinstance(child, Modulation | OutputNorm) and child.linear is not None:
+            nn.init.zeros_(child.linear.weight)

@@ -1,0 +1,148 @@
+"""Checkpoints: a folder that is whole or absent, with everything a run needs to go on.
+
+`step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt` and `manifest.json`.
+Weights carry the experiment's options in their metadata, so one file is enough to use a model.
+Nothing else is state: data order and noise are functions of the step (`scd.seeding`).
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scd.errors import ScdError
+from scd.files import read_json, sha256, write_json
+from scd.options import Options, options_to_dict
+
+FORMAT = 1
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
+
+
+@dataclass
+class TrainingState:
+    """All that changes while training, on the CPU."""
+
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, state: TrainingState, options: Options, keep: int) -> Path:
+    """Write a checkpoint beside the others, put it in place, then remove the oldest beyond `keep`.
+
+    Raises:
+        ScdError: the disk is full or the folder read-only; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{state.step:08d}"
+    aside = folder / f".{target.name}.{os.getpid()}"
+    try:
+        aside.mkdir(parents=True)
+        metadata = {"options": json.dumps(options_to_dict(options)), "step": str(state.step)}
+        save_file(state.model, aside / FILES[0], metadata)
+        save_file(state.ema, aside / FILES[1], metadata)
+        torch.save(state.optimizer, aside / FILES[2])
+        manifest = {
+            "format": FORMAT,
+            "step": state.step,
+            "files": {name: sha256(aside / name) for name in FILES},
+        }
+        write_json(aside / "manifest.json", manifest)
+        for name in FILES:
+            with open(aside / name, "rb") as file:
+                os.fsync(file.fileno())
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(aside, target)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ScdError(f"{target}: the checkpoint cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    for old in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; one line on stdout for each that is passed over."""
+    for path in reversed(_checkpoints(folder)):
+        problem = _damage(path)
+        if problem is None:
+            return path
+        print(f"{path}: passed over, {problem}")
+    return None
+
+
+def load_checkpoint(path: Path) -> TrainingState:
+    """Read a checkpoint that `latest_checkpoint` found whole."""
+    try:
+        return TrainingState(
+            step=int(read_json(path / "manifest.json")["step"]),
+            model=load_file(path / FILES[0]),
+            ema=load_file(path / FILES[1]),
+            optimizer=torch.load(path / FILES[2], map_location="cpu", weights_only=True),
+        )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ScdError(f"{path}: the checkpoint cannot be read ({error})") from error
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ScdError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise ScdError(f"{path}: no such weights file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+        return load_file(path), metadata
+    except (SafetensorError, OSError) as error:
+        raise ScdError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def load_matching(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Load weights only if names and shapes agree entirely.
+
+    Raises:
+        ScdError: listing the first differences.
+    """
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    differences = [
+        f"{name}: {found.get(name, 'absent')} in the file, {wanted.get(name, 'absent')} in the model"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if differences:
+        shown = "; ".join(differences[:5])
+        raise ScdError(
+            f"{source}: does not fit the model in {len(differences)} tensors: {shown}"
+            + ("; ..." if len(differences) > 5 else "")
+        )
+    module.load_state_dict(tensors)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-????????") if path.is_dir())
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        manifest = read_json(path / "manifest.json")
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']} is not {FORMAT}"
+        for name in FILES:
+            if sha256(path / name) != manifest["files"][name]:
+                return f"{name} is damaged"
+    except (ScdError, OSError, KeyError, TypeError) as error:
+        return f"incomplete ({error})"
+    return None

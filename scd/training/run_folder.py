@@ -1,0 +1,114 @@
+"""What a run leaves beside its checkpoints: options, environment, log and loss curve."""
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+from scd.errors import ScdError
+from scd.files import write_json, write_whole
+from scd.options import Options
+
+PACKAGES = "scd torch accelerate diffusers einops omegaconf decord torchmetrics lpips numpy".split()
+
+
+def write_run_files(output: Path, options: Options, accelerator: Accelerator) -> None:
+    """`options.yml` (resolved) and `environment.json`."""
+    text = OmegaConf.to_yaml(OmegaConf.structured(options))
+    write_whole(output / "options.yml", lambda aside: aside.write_text(text))
+    write_json(output / "environment.json", {**environment(), "processes": accelerator.num_processes})
+
+
+def environment() -> dict[str, Any]:
+    """Package versions, git commit and device."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    cuda = torch.cuda.is_available()
+    return {
+        "packages": versions,
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        here = Path(__file__).parent
+        run = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+class RunLog:
+    """`log.jsonl`, one JSON object a line, and `loss.png`.
+
+    A continued run drops what an interrupted one had logged beyond the checkpoint.
+    """
+
+    def __init__(self, output: Path, step: int, enabled: bool):
+        self.path = output / "log.jsonl"
+        self.enabled = enabled
+        if enabled and self.path.exists():
+            kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
+            text = "".join(json.dumps(entry) + "\n" for entry in kept)
+            write_whole(self.path, lambda aside: aside.write_text(text))
+
+    def write(self, entry: dict[str, Any]) -> None:
+        if self.enabled:
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError as error:
+                raise ScdError(f"{self.path}: cannot be written ({error})") from error
+
+    def draw(self) -> None:
+        if self.enabled and self.path.exists():
+            draw_loss_curve(self.path, self.path.with_name("loss.png"))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a run's log; a last line cut off by a kill is left out."""
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries
+
+
+def draw_loss_curve(log: Path, picture: Path) -> None:
+    """Loss over steps with a running mean, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    entries = [entry for entry in read_log(log) if "loss" in entry]
+    if not entries:
+        return
+    steps, losses = zip(*((entry["step"], entry["loss"]) for entry in entries), strict=True)
+    smooth, mean = [], losses[0]
+    for loss in losses:
+        mean += 0.1 * (loss - mean)
+        smooth.append(mean)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
+    axis.plot(steps, smooth, color="tab:blue")
+    axis.set(xlabel="step", ylabel="training loss", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    write_whole(picture, lambda aside: figure.savefig(aside, dpi=110))
+    plt.close(figure)

@@ -1,0 +1,32 @@
+"""What a task gives the training loop."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from scd.data.clips import ClipFolder
+
+
+class Task(Protocol):
+    """One thing that can be trained."""
+
+    objective: nn.Module
+    """forward(batch) -> {"loss": scalar, other scalars to log}; holds the network."""
+
+    network: nn.Module
+    """The part that is optimised, averaged and saved."""
+
+    training_data: ClipFolder
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters with `lr` each, for AdamW."""
+        ...
+
+    def validate(self, folder: Path) -> dict[str, float]:
+        """Write pictures of the network as it stands into `folder`; return metrics."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Save the network as it stands for use outside training (diffusers format)."""
+        ...

@@ -1,0 +1,236 @@
+"""The training loop, for any task, on any number of processes that accelerate was launched with."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from scd.data.clips import StepSampler, TrainingClips
+from scd.errors import ScdError
+from scd.options import Options, options_to_dict
+from scd.training.checkpoint import (
+    TrainingState,
+    latest_checkpoint,
+    load_checkpoint,
+    load_matching,
+    save_checkpoint,
+)
+from scd.training.run_folder import RunLog, write_run_files
+from scd.training.tasks import Task
+
+
+class Trainer:
+    """Trains a task to `options.train.steps` steps, from the newest checkpoint if there is one.
+
+    Results under `options.output`: `checkpoints/`, `samples/`, `log.jsonl`, `loss.png`,
+    `options.yml`, `environment.json` and at the end `exported/`.
+    """
+
+    def __init__(self, options: Options, task: Task, accelerator: Accelerator):
+        self.options = options
+        self.task = task
+        self.accelerator = accelerator
+        self.step = 0
+        o = options.optim
+        self.optimizer = torch.optim.AdamW(
+            task.parameter_groups(), betas=tuple(o.betas), weight_decay=o.weight_decay
+        )
+        self.schedule = get_scheduler(
+            "cosine" if o.schedule == "cosine" else "constant_with_warmup",
+            self.optimizer,
+            num_warmup_steps=o.warmup_steps,
+            num_training_steps=options.train.steps,
+        )
+        task.network.to(accelerator.device)
+        # Its decay starts low and rises to `ema_decay`, so that short runs are not held back.
+        self.ema = EMAModel(task.network.parameters(), decay=o.ema_decay)
+        self._resume()
+        # The schedule is left out: accelerate would advance it once for every process.
+        self.objective, self.optimizer = accelerator.prepare(task.objective, self.optimizer)
+        if options.train.compile:
+            self.objective.compile()
+
+    def run(self) -> None:
+        options, output = self.options, self.options.output
+        if self.accelerator.is_main_process:
+            write_run_files(output, options, self.accelerator)
+        log = RunLog(output, self.step, enabled=self.accelerator.is_main_process)
+        self.accelerator.init_trackers(
+            options.name, config=_flat(options_to_dict(options)), init_kwargs={}
+        )
+        batches = iter(self._loader())
+        bar = tqdm(
+            total=options.train.steps,
+            initial=self.step,
+            desc=options.name,
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        while self.step < options.train.steps:
+            started = time.perf_counter()
+            values = self._train_step(batches)
+            bar.update()
+            if self.step % options.train.log_every == 0 or self.step == options.train.steps:
+                values = {name: float(value) for name, value in values.items()}
+                values["lr"] = self.schedule.get_last_lr()[0]
+                values["seconds"] = time.perf_counter() - started
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+                log.write({"step": self.step, **values})
+                self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.step)
+            last = self.step == options.train.steps
+            if self.step % options.train.save_every == 0 or last:
+                self.save()
+                log.draw()
+            every = options.train.sample_every
+            if every and (self.step % every == 0 or last):
+                self._validate(log)
+        bar.close()
+        if self.accelerator.is_main_process:
+            with self.averaged_weights():
+                self.task.export(output / "exported")
+        self.accelerator.end_training()
+
+    def save(self) -> Path | None:
+        """Write a checkpoint (main process only)."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return None
+        network = self.task.network
+        model = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
+        with self.averaged_weights():
+            ema = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
+        state = TrainingState(self.step, model, ema, self.optimizer.state_dict())
+        folder = self.options.output / "checkpoints"
+        return save_checkpoint(folder, state, self.options, self.options.train.keep_checkpoints)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The network with its averaged weights, for evaluation and export."""
+        parameters = list(self.task.network.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One optimiser step over `gradient_accumulation` batches."""
+        accumulation = self.options.train.gradient_accumulation
+        totals: dict[str, Tensor] = {}
+        for micro_step in range(accumulation):
+            batch = {k: v.to(self.accelerator.device) for k, v in next(batches).items()}
+            # DDP reduces gradients once a step, with the last batch.
+            last = micro_step == accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.objective):
+                values = self.objective(batch)
+                self.accelerator.backward(values["loss"] / accumulation)
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0) + value.detach() / accumulation
+        totals["grad_norm"] = self.accelerator.clip_grad_norm_(
+            self.task.network.parameters(), self.options.optim.max_grad_norm
+        )
+        if not math.isfinite(float(totals["grad_norm"])):
+            raise ScdError(
+                f"step {self.step + 1}: the loss or its gradient is not finite (loss "
+                f"{float(totals['loss'])}); lower optim.lr or look at the data, then run again: "
+                f"the newest checkpoint is whole"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.ema.step(self.task.network.parameters())
+        self.step += 1
+        return totals
+
+    def _validate(self, log: RunLog) -> None:
+        if self.accelerator.is_main_process:
+            with self.averaged_weights(), _evaluating(self.task.network):
+                metrics = self.task.validate(self.options.output / f"samples/step-{self.step:08d}")
+            log.write({"step": self.step, "validation": metrics})
+            self.accelerator.log({f"val/{k}": v for k, v in metrics.items()}, step=self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _loader(self) -> DataLoader:
+        t = self.options.train
+        clips = TrainingClips(
+            self.task.training_data,
+            self.options.data.frames,
+            self.options.data.frame_stride,
+            self.options.seed,
+        )
+        sampler = StepSampler(
+            t.batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.step * t.gradient_accumulation,
+            t.steps * t.gradient_accumulation,
+        )
+        return DataLoader(
+            clips,
+            batch_sampler=sampler,
+            num_workers=t.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            prefetch_factor=4 if t.workers else None,
+        )
+
+    def _resume(self) -> None:
+        path = latest_checkpoint(self.options.output / "checkpoints")
+        if path is None:
+            return
+        state = load_checkpoint(path)
+        network = self.task.network
+        # The mean's own counter and its weights: through the network, which names them.
+        load_matching(network, state.ema, str(path))
+        self.ema.shadow_params = [p.detach().clone() for p in network.parameters()]
+        self.ema.optimization_step = state.step
+        load_matching(network, state.model, str(path))
+        self.optimizer.load_state_dict(state.optimizer)
+        # A fresh schedule moved on to the step: it is a function of the step alone.
+        self.schedule.last_epoch = state.step - 1
+        self.schedule.step()
+        self.step = state.step
+        if self.accelerator.is_main_process:
+            print(f"continuing {self.options.name} from step {self.step} ({path})")
+
+
+def make_accelerator(options: Options) -> Accelerator:
+    """The processes and devices of this run, as `accelerate launch` set them up."""
+    return Accelerator(
+        mixed_precision=options.train.mixed_precision,
+        log_with=list(options.train.trackers) or None,
+        project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
+        cpu=not torch.cuda.is_available(),
+    )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested options as the trackers want them: dotted names and plain values."""
+    out: dict[str, str | int | float | bool] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value if isinstance(value, int | float | bool) else str(value)
+    return out
