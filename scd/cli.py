@@ -21,6 +21,19 @@ def train(arguments: argparse.Namespace) -> None:
     run_experiment(load_options(arguments.opt, arguments.overrides))
 
 
+def encode(arguments: argparse.Namespace) -> None:
+    from scd.data.encode import encode_dataset
+    from scd.options import load_options
+
+    encode_dataset(load_options(arguments.opt, arguments.overrides))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from scd.evaluation.run import evaluate_checkpoint
+
+    evaluate_checkpoint(Path(arguments.checkpoint), arguments.opt, arguments.overrides)
+
+
 def fetch_weights(arguments: argparse.Namespace) -> None:
     from scd.evaluation.weights import fetch_metric_weights
 
@@ -47,6 +60,17 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--opt", required=True, help="options file (YAML)")
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=train)
+
+    p = commands.add_parser("encode", help="encode an experiment's training videos into latents")
+    p.add_argument("--opt", required=True, help="options file (YAML)")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.set_defaults(run=encode)
+
+    p = commands.add_parser("evaluate", help="measure a checkpoint: FVD, PSNR, SSIM, LPIPS")
+    p.add_argument("checkpoint", help="ema.safetensors of this project, or the reference's ema.pth")
+    p.add_argument("--opt", help="options file instead of the options in the checkpoint")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.set_defaults(run=evaluate)
     return parser
 
 

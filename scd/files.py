@@ -1,16 +1,17 @@
-"""Writing files so that a reader never sees half of one, and naming a file's content by its hash."""
+"""Writing files whole or not at all, and naming a file's content by its hash."""
 
 import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from scd.errors import ScdError
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, flush it to disk, then put it in place at once.
 
     Raises:
@@ -24,9 +25,9 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
         raise ScdError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

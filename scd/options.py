@@ -28,6 +28,7 @@ class DataOptions:
     frames: int = 16  # frames in a training clip
     frame_stride: int = 1  # take every n-th frame
     fps: float = 8.75  # of the videos that are written
+    action_names: list[str] = field(default_factory=list)  # for tables; may stay empty
 
 
 @dataclass
@@ -120,6 +121,7 @@ class EvalOptions:
     seeds: list[int] = field(default_factory=lambda: [0])  # one for each trajectory
     batch_size: int = 16
     saved_videos: int = 16  # how many are written as mp4
+    swapped_actions: list[int] = field(default_factory=list)  # the pair that a table row exchanges
 
 
 @dataclass
@@ -155,20 +157,47 @@ CHOICES = {
     "train.mixed_precision": ("no", "bf16"),
     "rollout.guidance": ("none", "context", "condition"),
 }
-POSITIVE = (
-    "data.frame_size data.frames data.frame_stride data.fps model.patch_size model.heads "
-    "model.encoder_layers model.decoder_layers flow.sigma_min flow.noise_draws flow.logit_std "
-    "optim.lr optim.decoder_lr_scale optim.max_grad_norm train.steps train.batch_size "
-    "train.gradient_accumulation train.log_every train.save_every train.keep_checkpoints "
-    "rollout.steps eval.context_frames eval.new_frames eval.videos eval.trajectories "
-    "eval.batch_size"
-).split()
-NOT_NEGATIVE = (
-    "model.num_conditions flow.context_noise optim.weight_decay optim.warmup_steps train.workers "
-    "train.sample_every rollout.guidance_scale rollout.guidance_noise eval.saved_videos "
-    "autoencoder.lpips_weight"
-).split()
-FRACTIONS = "flow.clean_fraction flow.condition_dropout optim.ema_decay".split()
+POSITIVE = [
+    "data.frame_size",
+    "data.frames",
+    "data.frame_stride",
+    "data.fps",
+    "model.patch_size",
+    "model.heads",
+    "model.encoder_layers",
+    "model.decoder_layers",
+    "flow.sigma_min",
+    "flow.noise_draws",
+    "flow.logit_std",
+    "optim.lr",
+    "optim.decoder_lr_scale",
+    "optim.max_grad_norm",
+    "train.steps",
+    "train.batch_size",
+    "train.gradient_accumulation",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "rollout.steps",
+    "eval.context_frames",
+    "eval.new_frames",
+    "eval.videos",
+    "eval.trajectories",
+    "eval.batch_size",
+]
+NOT_NEGATIVE = [
+    "model.num_conditions",
+    "flow.context_noise",
+    "optim.weight_decay",
+    "optim.warmup_steps",
+    "train.workers",
+    "train.sample_every",
+    "rollout.guidance_scale",
+    "rollout.guidance_noise",
+    "eval.saved_videos",
+    "autoencoder.lpips_weight",
+]
+FRACTIONS = ["flow.clean_fraction", "flow.condition_dropout", "optim.ema_decay"]
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -262,12 +291,19 @@ def _check(options: Options, source: str) -> None:
         known = ", ".join(TRACKERS)
         require(tracker in TRACKERS, f"train.trackers: unknown {tracker!r}; known: {known}")
     model, data, evaluation = options.model, options.data, options.eval
-    require("/" not in options.name and options.name not in ("", ".", ".."), "name: a folder's name")
+    require(
+        "/" not in options.name and options.name not in ("", ".", ".."), "name: a folder's name"
+    )
     require(len(options.optim.betas) == 2, "optim.betas takes two numbers")
     require(
         len(evaluation.seeds) == evaluation.trajectories,
         f"eval.seeds has {len(evaluation.seeds)} entries for eval.trajectories="
         f"{evaluation.trajectories}: one seed a trajectory",
+    )
+    pair = evaluation.swapped_actions
+    require(
+        not pair or (len(set(pair)) == 2 and min(pair) >= 0 and max(pair) < model.num_conditions),
+        f"eval.swapped_actions={pair}: two different actions below model.num_conditions",
     )
     if options.task == "autoencoder":
         a = options.autoencoder
@@ -284,7 +320,8 @@ def _check(options: Options, source: str) -> None:
     require(data.frames >= 2, "data.frames: a world model needs at least 2 frames a clip")
     require(
         (model.condition == "none") == (model.num_conditions == 0),
-        f"model.condition={model.condition} contradicts model.num_conditions={model.num_conditions}",
+        f"model.condition={model.condition} contradicts "
+        f"model.num_conditions={model.num_conditions}",
     )
     require(
         not (options.rollout.guidance == "condition" and model.condition == "none"),

@@ -35,7 +35,12 @@ class ClipFolder:
     """
 
     def __init__(
-        self, root: Path, list_file: str, source: str, condition: str = "none", num_conditions: int = 0
+        self,
+        root: Path,
+        list_file: str,
+        source: str,
+        condition: str = "none",
+        num_conditions: int = 0,
     ):
         self.root = root
         self.list_path = root / list_file
@@ -53,10 +58,14 @@ class ClipFolder:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def length(self, number: int) -> int:
+        """Frames of an entry's video or latents."""
+        return self._open(self.entries[number])[1]
+
     def read(
         self, number: int, frames: int, stride: int = 1, rng: np.random.Generator | None = None
     ) -> dict[str, Tensor]:
-        """One clip: `video` (F, 3, H, W) or `latents` (F, C, h, w), and `actions` (F,) or `label` ().
+        """One clip: `video` (F, 3, H, W) or `latents` (F, C, h, w), `actions` (F,) or `label` ().
 
         The clip starts at the first frame, or where `rng` says.
         """

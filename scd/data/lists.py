@@ -42,7 +42,9 @@ def _entry(path: Path, number: int, entry: object) -> ClipEntry:
     known = {field.name for field in fields(ClipEntry)}
     for key, value in entry.items():
         if key not in known:
-            raise ScdError(f"{where} has an unknown field {key!r}; known: {', '.join(sorted(known))}")
+            raise ScdError(
+                f"{where} has an unknown field {key!r}; known: {', '.join(sorted(known))}"
+            )
         wanted = int if key == "label" else str
         if value is not None and type(value) is not wanted:
             raise ScdError(f"{where}: {key} must be {wanted.__name__}, not {value!r}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 
 from scd.errors import ScdError
@@ -21,18 +21,23 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 12) -> No
     """
     small = max(frames.shape[1:3]) < 256
 
+    height, width = frames.shape[1:3]
+
     def write(aside: Path) -> None:
-        with imageio.get_writer(
-            aside,
+        writer = imageio_ffmpeg.write_frames(
+            str(aside),
+            (width, height),
             fps=fps,
             codec="libx264",
-            pixelformat="yuv444p" if small else "yuv420p",
+            pix_fmt_out="yuv444p" if small else "yuv420p",
             macro_block_size=2,
-            ffmpeg_params=["-crf", str(crf), "-preset", "medium", "-threads", "1"],
+            output_params=["-crf", str(crf), "-threads", "1"],
             ffmpeg_log_level="error",
-        ) as writer:
-            for frame in frames:
-                writer.append_data(frame)
+        )
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(frame))
+        writer.close()
 
     write_whole(path, write)
 

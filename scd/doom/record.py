@@ -18,7 +18,9 @@ SPLIT_SIZE_LIMIT = 1_000_000
 COVERAGE_CELL = 32  # map units
 
 
-def record_dataset(root: Path, train_episodes: int, val_episodes: int, frames: int, size: int) -> None:
+def record_dataset(
+    root: Path, train_episodes: int, val_episodes: int, frames: int, size: int
+) -> None:
     """Record both splits under `root`, skipping episodes that are already there.
 
     Writes `train.json`, `val.json`, `recording.json` (the settings), `coverage.png`, and for every
@@ -37,7 +39,9 @@ def record_dataset(root: Path, train_episodes: int, val_episodes: int, frames: i
     settings = {"frames": frames, "frame_size": size, "actions": list(ACTIONS)}
     note = root / "recording.json"
     if note.exists() and read_json(note) != settings:
-        raise ScdError(f"{root} holds a recording of other settings ({note}): choose another folder")
+        raise ScdError(
+            f"{root} holds a recording of other settings ({note}): choose another folder"
+        )
     write_json(note, settings)
     simulator = DoomSimulator(size)
     simulator.reset(0)
@@ -104,11 +108,11 @@ def _draw_coverage(root: Path, simulator: DoomSimulator) -> None:
         files = [np.load(root / str(e.action_path)) for e in read_list(root / f"{split}.json")]
         places = np.concatenate([file["poses"][:, :2] for file in files])
         actions = np.concatenate([file["actions"] for file in files])
-        area = [[low[0], high[0]], [low[1], high[1]]]
-        counts, *_ = np.histogram2d(*places.T, bins=bins.tolist(), range=area)
+        area = np.stack([low, high], axis=1)
+        counts, *_ = np.histogram2d(places[:, 0], places[:, 1], bins=list(bins), range=area)
         picture = axis.imshow(
             np.log10(np.where(counts > 0, counts, np.nan)).T,
-            extent=np.ravel(area).tolist(),
+            extent=area.ravel().tolist(),
             origin="lower",
             cmap="viridis",
         )

@@ -1,4 +1,4 @@
-"""ViZDoom as a small deterministic environment: a seed and a list of actions give the same frames."""
+"""ViZDoom as a small deterministic environment: a seed and actions decide the frames."""
 
 import os
 from dataclasses import dataclass
@@ -78,13 +78,13 @@ class DoomSimulator:
         }
 
     def reset(self, seed: int) -> np.ndarray:
-        """Start an episode; the seed decides the place and heading. Returns a frame (H, W, 3) uint8."""
+        """Start an episode where the seed says. Returns the first frame, (H, W, 3) uint8."""
         self._game.set_seed(seed)
         self._game.new_episode()
         return self._frame()
 
     def step(self, action: int) -> np.ndarray | None:
-        """Hold an action for `TICS_PER_ACTION` tics. Returns the frame it leads to, or None at the end."""
+        """Hold an action for `TICS_PER_ACTION` tics: the frame it leads to, or None at the end."""
         self._game.make_action(self._buttons[int(action)], TICS_PER_ACTION)
         return None if self._game.is_episode_finished() else self._frame()
 

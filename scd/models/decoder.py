@@ -1,4 +1,4 @@
-"""The frame decoder: runs once per denoising step, inside one frame, under the encoder's context."""
+"""The frame decoder: once per denoising step, inside one frame, under the encoder's context."""
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class FrameDecoder(nn.Module):
         rows, columns = height // self.patch_size, width // self.patch_size
         # Every frame is frame 0 of a sequence of its own: (B·F, 1, N, D).
         e = self.conditioning(timesteps, conditions).flatten(0, 1).unsqueeze(1)
-        x = self.embed(patchify(noisy, self.patch_size)).flatten(0, 1)
+        x = self.embed(patchify(noisy, self.patch_size).to(self.embed.weight.dtype)).flatten(0, 1)
         x = self._join(context.flatten(0, 1), x).unsqueeze(1)
         rotary = rotary_positions(torch.zeros(1, device=noisy.device), rows, columns)
         if x.shape[2] == 2 * rows * columns:

@@ -83,7 +83,9 @@ class CausalEncoder(nn.Module):
         rotary = rotary_positions(indices, rows, columns)
         clean = torch.full((batch, frames), CLEAN_TIMESTEP, device=latents.device)
         e = self.conditioning(clean, conditions)  # (B, F, D)
-        x = self.embed(patchify(latents, self.patch_size))  # (B, F, N, D)
+        x = self.embed(
+            patchify(latents, self.patch_size).to(self.embed.weight.dtype)
+        )  # (B, F, N, D)
         for layer, block in enumerate(self.blocks):
             if cache is not None:
                 attend = partial(cache.attend, layer)

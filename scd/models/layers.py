@@ -174,7 +174,7 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
 
 
 def initialise(module: nn.Module) -> None:
-    """The start of section 3: Xavier-uniform Linears, zero biases, and modulations that do nothing."""
+    """How training starts: Xavier-uniform Linears, zero biases, modulations that do nothing."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)

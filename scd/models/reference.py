@@ -140,7 +140,10 @@ def _take_context_projection(
             tensor = rest.pop(f"{stem}.{leaf}", None)
             if tensor is not None:
                 converted[f"decoder.{name}.{leaf}"] = tensor
-    if "decoder.context_norm.weight" not in converted and "decoder.context_proj.weight" in converted:
+    if (
+        "decoder.context_norm.weight" not in converted
+        and "decoder.context_proj.weight" in converted
+    ):
         width = converted["decoder.context_proj.weight"].shape[0]  # a norm without weights
         converted["decoder.context_norm.weight"] = torch.ones(width)
         converted["decoder.context_norm.bias"] = torch.zeros(width)

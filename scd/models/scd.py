@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.models.decoder import FUSIONS, FrameDecoder
-from scd.models.encoder import Cache, CausalEncoder
+from scd.models.encoder import CausalEncoder
 from scd.models.layers import HEAD_DIM
 
 MAX_TIMESTEP = 1000.0
@@ -32,7 +32,6 @@ class SCD(ModelMixin, ConfigMixin):
         ScdError: the arguments contradict each other.
     """
 
-    _supports_gradient_checkpointing = True
     _repeated_blocks = ["Block"]
     _no_split_modules = ["Block"]
 
@@ -71,6 +70,11 @@ class SCD(ModelMixin, ConfigMixin):
     @property
     def null_condition(self) -> int:
         return self.config.num_conditions
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute every block's activations in the backward pass instead of keeping them."""
+        self.encoder.gradient_checkpointing = enabled
+        self.decoder.gradient_checkpointing = enabled
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         return (height // self.config.patch_size) * (width // self.config.patch_size)
@@ -175,5 +179,3 @@ def next_conditions(conditions: Tensor | None) -> Tensor | None:
         return None
     return torch.cat([conditions[:, 1:], conditions[:, -1:]], dim=1)
 
-
-__all__ = ["SCD", "Cache", "next_conditions"]

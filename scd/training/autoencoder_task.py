@@ -1,10 +1,11 @@
-"""Training an autoencoder: L1 + LPIPS on single frames (the first stage of DC-AE, arXiv 2410.10733)."""
+"""Training an autoencoder: L1 + LPIPS on single frames (first stage of arXiv 2410.10733)."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderDC
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ SHOWN = 16  # reconstructions in the picture
 class ReconstructionObjective(nn.Module):
     """|x̂ − x| + w · LPIPS(x̂, x), averaged over the frames of a batch; pixels in [−1, 1]."""
 
-    def __init__(self, autoencoder: nn.Module, lpips_weight: float, device: torch.device):
+    def __init__(self, autoencoder: AutoencoderDC, lpips_weight: float, device: torch.device):
         super().__init__()
         self.autoencoder = autoencoder
         self.lpips_weight = lpips_weight
-        self.perceptual = load_lpips(device) if lpips_weight else None
+        self.perceptual: nn.Module | None = load_lpips(device) if lpips_weight else None
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images = rearrange(batch["video"], "b f c h w -> (b f) c h w") * 2 - 1
@@ -35,7 +36,11 @@ class ReconstructionObjective(nn.Module):
         values = {"loss": l1, "l1": l1.detach()}
         if self.perceptual is not None:
             distance = self.perceptual(reconstruction, images).float().mean()
-            values = {**values, "loss": l1 + self.lpips_weight * distance, "lpips": distance.detach()}
+            values = {
+                **values,
+                "loss": l1 + self.lpips_weight * distance,
+                "lpips": distance.detach(),
+            }
         return values
 
 
@@ -85,7 +90,7 @@ class AutoencoderTask:
         self.network.save_pretrained(folder)
 
     def _validation_frames(self) -> Tensor:
-        """`eval.videos` frames of different clips, (n, 1, 3, H, W) in [0, 1], the same every time."""
+        """`eval.videos` frames of different clips, always the same: (n, 1, 3, H, W) in [0, 1]."""
         count = min(self.options.eval.videos, len(self.validation_data))
         frames = [
             self.validation_data.read(i, 1, rng=np.random.default_rng(i))["video"]

@@ -118,7 +118,7 @@ def load_matching(module: torch.nn.Module, tensors: dict[str, Tensor], source: s
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     differences = [
-        f"{name}: {found.get(name, 'absent')} in the file, {wanted.get(name, 'absent')} in the model"
+        f"{name} is {found.get(name, 'absent')}, the model's {wanted.get(name, 'absent')}"
         for name in sorted(wanted.keys() | found.keys())
         if wanted.get(name) != found.get(name)
     ]

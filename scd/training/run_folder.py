@@ -15,19 +15,32 @@ from scd.errors import ScdError
 from scd.files import write_json, write_whole
 from scd.options import Options
 
-PACKAGES = "scd torch accelerate diffusers einops omegaconf decord torchmetrics lpips numpy".split()
+PACKAGES = [
+    "scd",
+    "torch",
+    "accelerate",
+    "diffusers",
+    "einops",
+    "omegaconf",
+    "decord",
+    "torchmetrics",
+    "lpips",
+    "numpy",
+]
 
 
 def write_run_files(output: Path, options: Options, accelerator: Accelerator) -> None:
     """`options.yml` (resolved) and `environment.json`."""
     text = OmegaConf.to_yaml(OmegaConf.structured(options))
     write_whole(output / "options.yml", lambda aside: aside.write_text(text))
-    write_json(output / "environment.json", {**environment(), "processes": accelerator.num_processes})
+    write_json(
+        output / "environment.json", {**environment(), "processes": accelerator.num_processes}
+    )
 
 
 def environment() -> dict[str, Any]:
     """Package versions, git commit and device."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -38,7 +51,9 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "python": platform.python_version(),
         "git_commit": _git_commit(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else f"CPU, {torch.get_num_threads()} threads",
     }
 
 

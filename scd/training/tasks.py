@@ -11,13 +11,17 @@ from scd.data.clips import ClipFolder
 class Task(Protocol):
     """One thing that can be trained."""
 
-    objective: nn.Module
-    """forward(batch) -> {"loss": scalar, other scalars to log}; holds the network."""
-
-    network: nn.Module
-    """The part that is optimised, averaged and saved."""
-
     training_data: ClipFolder
+
+    @property
+    def objective(self) -> nn.Module:
+        """forward(batch) -> {"loss": scalar, other scalars to log}; holds the network."""
+        ...
+
+    @property
+    def network(self) -> nn.Module:
+        """The part that is optimised, averaged and saved."""
+        ...
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters with `lr` each, for AdamW."""

@@ -43,7 +43,7 @@ class Trainer:
         self.step = 0
         o = options.optim
         self.optimizer = torch.optim.AdamW(
-            task.parameter_groups(), betas=tuple(o.betas), weight_decay=o.weight_decay
+            task.parameter_groups(), betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay
         )
         self.schedule = get_scheduler(
             "cosine" if o.schedule == "cosine" else "constant_with_warmup",
@@ -82,12 +82,12 @@ class Trainer:
             values = self._train_step(batches)
             bar.update()
             if self.step % options.train.log_every == 0 or self.step == options.train.steps:
-                values = {name: float(value) for name, value in values.items()}
-                values["lr"] = self.schedule.get_last_lr()[0]
-                values["seconds"] = time.perf_counter() - started
-                bar.set_postfix(loss=f"{values['loss']:.4f}")
-                log.write({"step": self.step, **values})
-                self.accelerator.log({f"train/{k}": v for k, v in values.items()}, step=self.step)
+                entry = {name: float(value) for name, value in values.items()}
+                entry["lr"] = self.schedule.get_last_lr()[0]
+                entry["seconds"] = time.perf_counter() - started
+                bar.set_postfix(loss=f"{entry['loss']:.4f}")
+                log.write({"step": self.step, **entry})
+                self.accelerator.log({f"train/{k}": v for k, v in entry.items()}, step=self.step)
             last = self.step == options.train.steps
             if self.step % options.train.save_every == 0 or last:
                 self.save()

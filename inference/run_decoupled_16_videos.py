@@ -1,0 +1,67 @@
+"""Generate sample videos from a checkpoint: one mp4 each, and all of them in one grid.
+
+    python inference/run_decoupled_16_videos.py --opt options/scd_minecraft.yml \\
+        --checkpoint CKPT --num-videos 16
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from scd.errors import ScdError
+from scd.evaluation.pictures import write_mosaic, write_side_by_side
+from scd.evaluation.protocol import predict_frames, read_evaluation_batch
+from scd.models.checkpoints import load_checkpoint_for_use
+from scd.training.world_model_task import clip_folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--opt", help="options file (default: the options in the checkpoint)")
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--num-videos", type=int, default=16)
+    parser.add_argument("--output", type=Path, help="(default: experiments/<name>/videos)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    a = parser.parse_args()
+    try:
+        sample_videos(a.checkpoint, a.opt, a.num_videos, a.output, a.overrides)
+    except ScdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def sample_videos(
+    checkpoint: Path, opt: str | None, count: int, output: Path | None, overrides: list[str]
+) -> None:
+    """Continue `count` validation clips and write them to a folder."""
+    if count < 1:
+        raise ScdError(f"--num-videos must be at least 1, not {count}")
+    loaded = load_checkpoint_for_use(checkpoint, opt, overrides)
+    options = loaded.options
+    folder = output or options.output / "videos"
+    data = clip_folder(options, options.data.val_list, "video")
+    known = options.eval.context_frames
+    videos = []
+    for start in tqdm(range(0, count, options.eval.batch_size), desc="sample", unit="batch"):
+        numbers = list(range(start, min(start + options.eval.batch_size, count)))
+        batch = read_evaluation_batch(data, numbers, options, loaded.model.device)
+        predicted = predict_frames(
+            loaded.model, loaded.codec, options, batch, numbers, options.eval.seeds[0]
+        )
+        whole = torch.cat([batch["video"][:, :known], predicted], dim=1).cpu()
+        for number, video, real in zip(numbers, whole, batch["video"].cpu(), strict=True):
+            path = folder / f"{number:05d}.mp4"
+            write_side_by_side(path, video, real, known, options.data.fps)
+        videos.append(whole)
+    columns = math.ceil(math.sqrt(count))
+    write_mosaic(folder / "grid", torch.cat(videos), columns, known, options.data.fps)
+    print(f"{folder}: {count} videos (left generated, right real), grid.mp4 and grid.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What a person looks at: side-by-side videos, and a grid of frames over time."""
+
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from scd.data.video import write_video
+from scd.files import write_whole
+
+CONTEXT_COLOUR = (255, 196, 0)  # border of frames that were given, not generated
+BACKGROUND = 24
+MIN_SIDE = 256  # videos are enlarged to at least this many pixels
+GRID_COLUMNS = 12
+GRID_ROWS = 8
+
+
+def to_bytes(video: Tensor) -> np.ndarray:
+    """(F, 3, H, W) in [0, 1] -> (F, H, W, 3) uint8."""
+    return rearrange(video.clamp(0, 1) * 255, "f c h w -> f h w c").round().byte().cpu().numpy()
+
+
+def write_side_by_side(
+    path: Path, generated: Tensor, real: Tensor, context_frames: int, fps: float
+) -> None:
+    """mp4 with the generated video left and the real one right; context frames have a border."""
+    videos = [_enlarge(to_bytes(video)) for video in (generated, real)]
+    for video in videos:
+        for frame in video[:context_frames]:
+            _mark(frame)
+    gap = np.full((*videos[0].shape[:2], 8, 3), BACKGROUND, np.uint8)
+    write_video(path, np.concatenate([videos[0], gap, videos[1]], axis=2), fps)
+
+
+def write_grid(path: Path, generated: Tensor, real: Tensor, context_frames: int) -> None:
+    """PNG: videos as rows (generated above real), time as columns; context frames have a border.
+
+    Videos are (n, F, 3, H, W) in [0, 1]; at most `GRID_ROWS` of them are drawn, and as many moments
+    as there are columns: the last context frame, then evenly to the end.
+    """
+    total = generated.shape[1]
+    times = np.unique(np.linspace(context_frames - 1, total - 1, GRID_COLUMNS).round().astype(int))
+    rows = []
+    for clip in range(min(len(generated), GRID_ROWS)):
+        for video in (generated, real):
+            frames = _enlarge(to_bytes(video[clip][times]), 96)
+            for frame, time in zip(frames, times, strict=True):
+                if time < context_frames:
+                    _mark(frame)
+            rows.append(np.concatenate([np.pad(f, ((1, 1), (1, 1), (0, 0))) for f in frames], 1))
+        rows.append(np.full((6, rows[-1].shape[1], 3), BACKGROUND, np.uint8))
+    cell = rows[0].shape[1] // len(times)
+    label_width, header = 74, 18
+    body = np.concatenate(rows)
+    sheet = Image.new(
+        "RGB", (body.shape[1] + label_width, body.shape[0] + header), (BACKGROUND,) * 3
+    )
+    sheet.paste(Image.fromarray(body), (label_width, header))
+    draw = ImageDraw.Draw(sheet)
+    for column, time in enumerate(times):
+        known = time < context_frames
+        text = "given" if known else f"+{time - context_frames + 1}"
+        place = (label_width + column * cell + cell // 2, header // 2)
+        draw.text(place, text, fill=CONTEXT_COLOUR if known else (220, 220, 220), anchor="mm")
+    height = rows[0].shape[0]
+    for clip in range(min(len(generated), GRID_ROWS)):
+        top = header + clip * (2 * height + 6)
+        for offset, text in ((0, "generated"), (height, "real")):
+            draw.text((6, top + offset + height // 2), text, fill=(220, 220, 220), anchor="lm")
+    write_whole(path, sheet.save)
+
+
+def write_mosaic(stem: Path, videos: Tensor, columns: int, context_frames: int, fps: float) -> None:
+    """All videos (n, F, 3, H, W) at once in a grid: `stem.mp4`, and its last frame `stem.png`."""
+    frames = [_enlarge(to_bytes(video), 128) for video in videos]
+    for video in frames:
+        for frame in video[:context_frames]:
+            _mark(frame)
+    blank = np.full_like(frames[0], BACKGROUND)
+    frames += [blank] * (-len(frames) % columns)
+    mosaic = rearrange(np.stack(frames), "(r c) f h w k -> f (r h) (c w) k", c=columns)
+    write_video(stem.with_suffix(".mp4"), mosaic, fps)
+    write_whole(stem.with_suffix(".png"), Image.fromarray(mosaic[-1]).save)
+
+
+def _enlarge(frames: np.ndarray, side: int = MIN_SIDE) -> np.ndarray:
+    """Whole-number enlargement without smoothing, to at least `side` pixels."""
+    factor = -(-side // max(frames.shape[1:3]))
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def _mark(frame: np.ndarray) -> None:
+    width = max(frame.shape[0] // 48, 2)
+    for edge in (np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:]):
+        frame[edge] = CONTEXT_COLOUR

@@ -1,0 +1,1 @@
+"""Flow matching: noise levels, the training objective, the Euler sampler and guidance."""

@@ -1,0 +1,49 @@
+"""All randomness of a training step, drawn clip by clip as a function of the clip's number."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from scd.options import FlowOptions
+from scd.seeding import normal_per_sample, uniform_per_sample
+
+
+class FlowDraws(NamedTuple):
+    """For B clips of F frames and K draws."""
+
+    level: Tensor  # (B, K, F), normal: the logit of the noise level before mean and spread
+    noise: Tensor  # (B, K, F, C, H, W), ε
+    context_noise: Tensor  # (B, F, N, D), ζ
+    drop_condition: Tensor  # (B,), bool
+    clean_frame: Tensor  # (B, F), bool: frames the mixed encoder input leaves clean
+
+
+def draw_noise(
+    options: FlowOptions,
+    seed: int,
+    samples: list[int],
+    latents: Tensor,
+    context_shape: tuple[int, int],
+) -> FlowDraws:
+    """Draws for clips (B, F, C, H, W) with the given sample numbers.
+
+    Args:
+        context_shape: tokens in a frame and width, (N, D).
+    """
+    frames, picture = latents.shape[1], tuple(latents.shape[2:])
+    k = options.noise_draws
+    where = latents.device
+
+    def normal(stream: str, *shape: int) -> Tensor:
+        return normal_per_sample(shape, samples, where, seed, stream)
+
+    def uniform(stream: str, *shape: int) -> Tensor:
+        return uniform_per_sample(shape, samples, where, seed, stream)
+
+    return FlowDraws(
+        level=normal("level", k, frames),
+        noise=normal("noise", k, frames, *picture),
+        context_noise=normal("context", frames, *context_shape),
+        drop_condition=uniform("drop", 1)[:, 0] < options.condition_dropout,
+        clean_frame=uniform("clean", frames) < options.clean_fraction,
+    )

@@ -1,0 +1,102 @@
+"""The training objective: flow matching on every frame, under the context of the frames before it.
+
+With σ = t/1000: x_t = σ·ε + (1−σ)·x, and the loss is the mean squared error of the velocity ε − x.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from scd.flow.noise import FlowDraws, draw_noise
+from scd.models.autoencoder import Codec
+from scd.models.scd import MAX_TIMESTEP, SCD, next_conditions
+from scd.options import FlowOptions
+
+
+class NoisyFrames(NamedTuple):
+    """K draws of every frame: noisy frames and targets (B, K, F, C, H, W), levels (B, K, F)."""
+
+    noisy: Tensor
+    target: Tensor
+    sigmas: Tensor
+
+
+class FlowObjective(nn.Module):
+    """Batch -> loss, for the training loop.
+
+    Frame 0 has no context and no loss. All K noise draws of a clip share one encoder pass and the
+    same actions.
+    """
+
+    def __init__(self, model: SCD, codec: Codec, options: FlowOptions, seed: int):
+        super().__init__()
+        self.model = model
+        self.codec = codec
+        self.options = options
+        self.seed = seed
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`sample` (B,), `latents` (B, F, C, h, w) or `video`, `actions` (B, F) or `label` (B,)."""
+        if "latents" in batch:
+            latents = self.codec.scale(batch["latents"])
+        else:
+            latents = self.codec.encode(batch["video"])
+        tokens = self.model.tokens_per_frame(*latents.shape[-2:])
+        draws = draw_noise(
+            self.options, self.seed, batch["sample"].tolist(), latents, (tokens, self.model.width)
+        )
+        conditions = self.model.frame_conditions(
+            latents.shape[:2], batch.get("actions"), batch.get("label")
+        )
+        return {"loss": self.loss(latents, conditions, draws)}
+
+    def loss(self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws) -> Tensor:
+        """The loss for given noise.
+
+        Args:
+            latents: (B, F, C, H, W), clean.
+            conditions: (B, F).
+        """
+        draw_count = draws.noise.shape[1]
+        frames = self._add_noise(latents, draws)
+        if conditions is not None:
+            null = torch.full_like(conditions, self.model.null_condition)
+            conditions = torch.where(draws.drop_condition[:, None], null, conditions)
+        context = self.model.encoder(
+            self._encoder_input(latents, frames, draws),
+            next_conditions(conditions),
+            self.options.context_noise * draws.context_noise,
+        )
+        of_frames = None
+        if conditions is not None:
+            of_frames = repeat(conditions[:, 1:], "b f -> (b k) f", k=draw_count)
+        velocity = self.model.decode(
+            rearrange(frames.noisy[:, :, 1:], "b k f c h w -> (b k) f c h w"),
+            rearrange(frames.sigmas[:, :, 1:], "b k f -> (b k) f") * MAX_TIMESTEP,
+            repeat(context[:, :-1], "b f n d -> (b k) f n d", k=draw_count),
+            of_frames,
+        )
+        target = rearrange(frames.target[:, :, 1:], "b k f c h w -> (b k) f c h w")
+        return (velocity - target).square().mean()
+
+    def _add_noise(self, latents: Tensor, draws: FlowDraws) -> NoisyFrames:
+        clean = latents[:, None]
+        sigmas = torch.sigmoid(self.options.logit_mean + self.options.logit_std * draws.level)
+        sigma = sigmas[..., None, None, None]
+        noisy = sigma * draws.noise + (1 - sigma) * clean
+        if self.model.config.prediction == "velocity":
+            return NoisyFrames(noisy, draws.noise - clean, sigmas)
+        # The same lower bound as the model divides by: a right clean frame has no loss.
+        return NoisyFrames(
+            noisy, (noisy - clean) / sigma.clamp(min=self.model.config.sigma_min), sigmas
+        )
+
+    def _encoder_input(self, latents: Tensor, frames: NoisyFrames, draws: FlowDraws) -> Tensor:
+        if self.options.encoder_input == "clean":
+            return latents
+        noisy = frames.noisy[:, 0]
+        if self.options.encoder_input == "noisy":
+            return noisy
+        return torch.where(draws.clean_frame[:, :, None, None, None], latents, noisy)

@@ -1,0 +1,63 @@
+"""From a weights file to a model that is ready to use."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scd.errors import ScdError
+from scd.files import sha256
+from scd.models.autoencoder import Codec, load_codec
+from scd.models.reference import load_reference_checkpoint
+from scd.models.scd import SCD
+from scd.options import Options, load_options, options_from_json
+from scd.training.checkpoint import load_matching, read_weights
+from scd.training.world_model_task import build_world_model
+
+REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no options
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, what it needs to see pixels, and where it came from."""
+
+    model: SCD
+    codec: Codec
+    options: Options
+    source: dict[str, str | int | None]  # path, sha256, step
+
+
+def load_checkpoint_for_use(
+    path: Path, options_path: str | None = None, overrides: list[str] | None = None
+) -> LoadedModel:
+    """Load `ema.safetensors` or `model.safetensors` of this project, or the reference's `ema.pth`.
+
+    Args:
+        options_path: an options file instead of the options in the checkpoint.
+        overrides: `key=value`, on top of either.
+
+    Raises:
+        ScdError: the file is missing, damaged, no world model, or does not fit the options.
+    """
+    tensors, metadata = read_weights(path) if path.suffix == ".safetensors" else (None, {})
+    if options_path is not None:
+        options = load_options(options_path, overrides)
+    elif "options" in metadata:
+        options = options_from_json(metadata["options"], str(path), overrides)
+    else:
+        options = load_options(REFERENCE_OPTIONS, overrides)
+    if options.task != "world_model":
+        raise ScdError(f"{path}: holds an {options.task}, not a world model")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codec = load_codec(options.autoencoder.path).to(device)
+    if tensors is not None and "options" in metadata:
+        model = build_world_model(options, codec)
+        load_matching(model, tensors, str(path))
+    else:
+        model = load_reference_checkpoint(path, options.model.patch_size, options.model.fusion)
+    source: dict[str, str | int | None] = {
+        "path": str(path),
+        "sha256": sha256(path),
+        "step": int(metadata["step"]) if "step" in metadata else None,
+    }
+    return LoadedModel(model.to(device).eval(), codec, options, source)

@@ -1,0 +1,99 @@
+"""`SCDPipeline`: the model and its autoencoder as one diffusers pipeline."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import AutoencoderDC, DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from scd.errors import ScdError
+from scd.models.autoencoder import LatentCodec, PixelCodec
+from scd.models.scd import SCD
+from scd.rollout import Rollout
+
+
+@dataclass
+class SCDPipelineOutput(BaseOutput):
+    """`frames`: context and new frames, (B, K + num_frames, 3, H, W) in [0, 1], or as NumPy with
+    channels last."""
+
+    frames: Tensor | np.ndarray
+
+
+class SCDPipeline(DiffusionPipeline):
+    """Continue videos, frame by frame, under actions or a label.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` work as in every diffusers pipeline.
+
+    Args:
+        transformer: the world model.
+        vae: its autoencoder; None for a model of pixels.
+    """
+
+    _optional_components = ["vae"]
+    model_cpu_offload_seq = "vae->transformer"
+
+    def __init__(self, transformer: SCD, vae: AutoencoderDC | None = None):
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        video: Tensor | np.ndarray,
+        *,
+        num_frames: int,
+        actions: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_inference_steps: int = 50,
+        guidance: str = "context",
+        guidance_scale: float = 1.5,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pt",
+    ) -> SCDPipelineOutput:
+        """Generate `num_frames` frames after the given ones.
+
+        Args:
+            video: (B, K, 3, H, W) in [0, 1], or uint8 NumPy frames (B, K, H, W, 3).
+            actions: (B, K + num_frames), of the given and the new frames; None: the null action.
+            labels: (B,).
+            output_type: `pt` or `np`.
+
+        Raises:
+            ScdError: shapes that do not fit together.
+        """
+        if output_type not in ("pt", "np"):
+            raise ScdError(f"output_type is {output_type!r}, not pt or np")
+        if isinstance(video, np.ndarray):
+            video = torch.from_numpy(video).movedim(-1, 2).float() / 255
+        if video.ndim != 5 or video.shape[2] != 3:
+            raise ScdError(f"video is {tuple(video.shape)}, expected (B, K, 3, H, W)")
+        known = video.shape[1]
+        if actions is not None and tuple(actions.shape) != (len(video), known + num_frames):
+            raise ScdError(
+                f"actions are {tuple(actions.shape)}, expected {(len(video), known + num_frames)}"
+            )
+        codec = PixelCodec() if self.vae is None else LatentCodec(self.vae)
+        device = self.transformer.device
+        video = video.to(device)
+        rollout = Rollout(
+            self.transformer,
+            num_steps=num_inference_steps,
+            max_frames=known + num_frames,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+        )
+        past = None if actions is None else actions[:, :known]
+        rollout.reset(codec.encode(video), past, labels, generator)
+        to_come = [None if actions is None else actions[:, known + i] for i in range(num_frames)]
+        new = []
+        with self.progress_bar(total=num_frames) as bar:
+            for frame in rollout.stream(to_come):
+                new.append(codec.decode(frame[:, None]))
+                bar.update()
+        frames = torch.cat([video, *new], dim=1)
+        if output_type == "np":
+            return SCDPipelineOutput(frames=frames.movedim(2, -1).cpu().numpy())
+        return SCDPipelineOutput(frames=frames)

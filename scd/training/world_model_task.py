@@ -1,0 +1,105 @@
+"""Training the world model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scd.data.clips import ClipFolder
+from scd.data.latents import latents_made_by
+from scd.errors import ScdError
+from scd.evaluation.protocol import MODEL, evaluate
+from scd.flow.objective import FlowObjective
+from scd.models.autoencoder import Codec, autoencoder_hash, load_codec
+from scd.models.scd import SCD
+from scd.options import Options
+from scd.pipeline import SCDPipeline
+
+VALIDATION_VIDEOS = 16  # while training; a full evaluation is `scd evaluate`
+
+
+class WorldModelTask:
+    """See `scd.training.tasks.Task`."""
+
+    def __init__(self, options: Options, device: torch.device):
+        self.options = options
+        self.codec = load_codec(options.autoencoder.path).to(device)
+        torch.manual_seed(options.seed)
+        self.network = build_world_model(options, self.codec)
+        self.network.set_gradient_checkpointing(options.train.gradient_checkpointing)
+        self.objective = FlowObjective(self.network, self.codec, options.flow, options.seed)
+        self.training_data = clip_folder(options, options.data.train_list, options.data.source)
+        self.validation_data = clip_folder(options, options.data.val_list, "video")
+        if options.data.source == "latents":
+            self._check_latents()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        lr, scale = self.options.optim.lr, self.options.optim.decoder_lr_scale
+        return [
+            {"params": list(self.network.encoder.parameters()), "lr": lr},
+            {"params": list(self.network.decoder.parameters()), "lr": lr * scale},
+        ]
+
+    def validate(self, folder: Path) -> dict[str, float]:
+        videos = min(self.options.eval.videos, VALIDATION_VIDEOS)
+        found = evaluate(
+            self.network,
+            self.codec,
+            self.validation_data,
+            self.options,
+            folder,
+            videos=videos,
+            comparisons=False,
+        )
+        return {k: v for k, v in found.rows[MODEL].items() if isinstance(v, float)}
+
+    def export(self, folder: Path) -> None:
+        vae = getattr(self.codec, "autoencoder", None)
+        SCDPipeline(transformer=self.network, vae=vae).save_pretrained(folder)
+
+    def _check_latents(self) -> None:
+        """Latents of another autoencoder would train without a word and decode to noise."""
+        entry = self.training_data.entries[0]
+        path = self.training_data.root / str(entry.latent_path)
+        made_by, _ = latents_made_by(path)
+        wanted = autoencoder_hash(str(self.options.autoencoder.path))
+        if made_by is not None and made_by != wanted:
+            raise ScdError(
+                f"{path} was made by another autoencoder than {self.options.autoencoder.path}: "
+                f"run scd encode"
+            )
+
+
+def build_world_model(options: Options, codec: Codec) -> SCD:
+    """A fresh `SCD` of the options' sizes, for the codec's latents.
+
+    Raises:
+        ScdError: the frames do not divide into latents and patches.
+    """
+    m = options.model
+    cell = codec.downsampling * m.patch_size
+    if options.data.frame_size % cell:
+        raise ScdError(
+            f"data.frame_size={options.data.frame_size} does not divide by {cell} (autoencoder "
+            f"{codec.downsampling} x model.patch_size {m.patch_size})"
+        )
+    return SCD(
+        channels=codec.channels,
+        patch_size=m.patch_size,
+        heads=m.heads,
+        encoder_layers=m.encoder_layers,
+        decoder_layers=m.decoder_layers,
+        fusion=m.fusion,
+        condition=m.condition,
+        num_conditions=m.num_conditions,
+        modulate_context=m.modulate_context,
+        modulate_output=m.modulate_output,
+        prediction=options.flow.prediction,
+        sigma_min=options.flow.sigma_min,
+    )
+
+
+def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
+    m = options.model
+    root = Path(options.data.root)
+    return ClipFolder(root, list_file, source, m.condition, m.num_conditions)

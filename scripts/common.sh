@@ -1,0 +1,29 @@
+# Shared by the scripts: run from the project's root, with the environment that setup_env.sh made.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# The python of the environment: the active conda or virtual environment that has scd, else .venv.
+find_python() {
+    if [ -x .venv/bin/python ]; then
+        echo "$PWD/.venv/bin/python"
+    elif python -c "import scd" >/dev/null 2>&1; then
+        command -v python
+    else
+        echo "error: no environment yet: run bash scripts/setup_env.sh first" >&2
+        return 1
+    fi
+}
+
+# Launch a scd command with accelerate on all visible GPUs (NUM_GPUS and PORT override), or the CPU.
+launch() {
+    local python gpus
+    python=$(find_python)
+    gpus=${NUM_GPUS:-$("$python" -c "import torch; print(torch.cuda.device_count())")}
+    if [ "$gpus" -gt 1 ]; then
+        "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" \
+            --num_machines 1 --mixed_precision no --dynamo_backend no \
+            --main_process_port "${PORT:-29500}" --module scd.cli "$@"
+    else
+        "$python" -m scd.cli "$@"
+    fi
+}

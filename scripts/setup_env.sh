@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Make the environment: a conda environment "scd" where conda is present, else .venv.
+# Then install the project with tested versions (constraints.txt). EXTRAS=dev adds the test tools.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras=${EXTRAS:-trackers}
+
+if command -v conda >/dev/null 2>&1 && [ -z "${SCD_VENV:-}" ]; then
+    conda env list | grep -qE '^scd\s' || conda create --yes --name scd python=3.12
+    python=$(conda run --name scd python -c 'import sys; print(sys.executable)')
+    hint="conda activate scd"
+else
+    if [ ! -x .venv/bin/python ]; then
+        base=${PYTHON:-python3}
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+            echo "error: $base is $("$base" --version 2>&1), but Python 3.11 or newer is needed; set PYTHON=" >&2
+            exit 1
+        }
+        "$base" -m venv .venv
+    fi
+    python=.venv/bin/python
+    hint="source .venv/bin/activate"
+fi
+
+stamp=$("$python" -c 'import sys; print(sys.prefix)')/.scd-installed
+wanted="$extras $(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1) $PWD"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    "$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+        --editable ".[$extras]"
+    echo "$wanted" >"$stamp"
+fi
+"$python" -m scd.cli fetch-weights >/dev/null ||
+    echo "note: LPIPS and FVD will be reported as missing until 'scd fetch-weights' succeeds" >&2
+echo "environment ready: $hint"

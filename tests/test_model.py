@@ -1,0 +1,225 @@
+"""The network: causality, alignment, positions, and its fast paths against plain ones."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from scd.errors import ScdError
+from scd.models import SCD, attention
+from scd.models.attention import block_causal_attention
+from scd.models.decoder import FUSIONS
+from scd.models.layers import HEAD_DIM, Block, Conditioning, rotary_positions
+
+B, F, C, H, W = 2, 5, 4, 4, 6
+
+
+def make_model(**config) -> SCD:
+    """Random everywhere: fresh weights have zero modulation, which would hide most mistakes."""
+    torch.manual_seed(0)
+    defaults = {
+        "channels": C,
+        "patch_size": 2,
+        "heads": 2,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "condition": "action",
+        "num_conditions": 3,
+    }
+    model = SCD(**{**defaults, **config})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> SCD:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    g = torch.Generator().manual_seed(1)
+    latents, noisy = torch.randn(2, B, F, C, H, W, generator=g)
+    actions = torch.randint(0, 3, (B, F), generator=g)
+    return latents, noisy, torch.rand(B, F, generator=g) * 1000, actions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frame", range(F))
+def test_contexts_are_causal_to_the_bit(model, inputs, frame):
+    latents, _, _, actions = inputs
+    changed = latents.clone()
+    changed[:, frame] += 1
+    before, after = model.encode(latents, actions), model.encode(changed, actions)
+    assert torch.equal(before[:, :frame], after[:, :frame])
+    assert (before[:, frame:] != after[:, frame:]).flatten(2).any(-1).all()
+
+
+@torch.no_grad()
+def test_action_alignment(model, inputs):
+    """Action i leads to frame i: it is first seen by the context of frame i, and its decoder."""
+    latents, noisy, times, actions = inputs
+    for i in range(1, F):
+        changed = actions.clone()
+        changed[:, i] = (changed[:, i] + 1) % 3
+        before, after = model.encode(latents, actions), model.encode(latents, changed)
+        assert torch.equal(before[:, : i - 1], after[:, : i - 1])
+        assert (before[:, i - 1] != after[:, i - 1]).any()  # the context of frame i
+        v_before = model.velocity(latents, noisy, times, actions)
+        v_after = model.velocity(latents, noisy, times, changed)
+        assert torch.equal(v_before[:, : i - 1], v_after[:, : i - 1])
+        assert (v_before[:, i - 1] != v_after[:, i - 1]).any()  # the velocity of frame i
+    changed = actions.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 3  # nothing in the clip follows from the first action
+    assert torch.equal(model.encode(latents, actions), model.encode(latents, changed))
+
+
+@torch.no_grad()
+def test_last_frame_repeats_its_own_action(model, inputs):
+    latents, _, _, actions = inputs
+    conditions = torch.cat([actions[:, 1:], actions[:, -1:]], 1)
+    assert torch.equal(model.encode(latents, actions), model.encoder(latents, conditions))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("condition", ["none", "action", "label"])
+def test_every_fusion_and_condition(inputs, fusion, condition):
+    latents, noisy, times, actions = inputs
+    model = make_model(
+        fusion=fusion, condition=condition, num_conditions=0 if condition == "none" else 3
+    )
+    given = {"none": {}, "action": {"actions": actions}, "label": {"labels": actions[:, 0]}}
+    velocity = model.velocity(latents, noisy, times, **given[condition])
+    assert velocity.shape == (B, F - 1, C, H, W)
+    assert torch.isfinite(velocity).all()
+    # Frame i sees its own noisy latents and the context before it, no other frame's.
+    changed = noisy.clone()
+    changed[:, 2] += 1
+    moved = (model.velocity(latents, changed, times, **given[condition]) != velocity).flatten(2)
+    assert moved.any(-1).tolist() == [[False, True, False, False]] * B
+    # And the context matters.
+    other = latents.clone()
+    other[:, 0] += 1
+    moved = (model.velocity(other, noisy, times, **given[condition]) != velocity).flatten(2)
+    assert moved.any(-1).all()
+
+
+@torch.no_grad()
+def test_no_condition_is_the_null_condition(model, inputs):
+    latents, *_ = inputs
+    null = torch.full((B, F), model.null_condition)
+    assert torch.equal(model.encode(latents), model.encode(latents, null))
+
+
+@torch.no_grad()
+def test_batched_equals_single(model, inputs):
+    latents, noisy, times, actions = inputs
+    whole = model.velocity(latents, noisy, times, actions)
+    for b in range(B):
+        one = slice(b, b + 1)
+        single = model.velocity(latents[one], noisy[one], times[one], actions[one])
+        assert (whole[one] - single).abs().max() < 1e-5
+
+
+def test_fresh_decoder_predicts_zero(inputs):
+    latents, noisy, times, _ = inputs
+    model = SCD(channels=C, patch_size=2, heads=1, encoder_layers=1, decoder_layers=1)
+    assert model.velocity(latents, noisy, times).abs().max() == 0
+
+
+def test_qkv_start_is_that_of_three_linears():
+    weight = Block(128).attention.qkv.weight
+    from scd.models.layers import initialise
+
+    block = Block(128)
+    initialise(block)
+    bound = (6 / 256) ** 0.5
+    assert bound * 0.99 < block.attention.qkv.weight.abs().max() <= bound
+    assert weight.shape == (384, 128)
+
+
+def test_wrong_conditions_are_refused(model, inputs):
+    latents, _, _, actions = inputs
+    with pytest.raises(ScdError, match="labels given"):
+        model.encode(latents, labels=actions[:, 0])
+    with pytest.raises(ScdError, match="expected"):
+        model.encode(latents, actions[:, :-1])
+    with pytest.raises(ScdError, match=r"0\.\.3"):
+        model.encode(latents, actions + 5)
+    with pytest.raises(ScdError, match="contradicts"):
+        SCD(condition="action", num_conditions=0)
+
+
+@pytest.mark.parametrize("past", [0, 3])
+@pytest.mark.parametrize("masked_tokens", [0, 4096])
+def test_block_causal_attention_equals_a_dense_mask(monkeypatch, past, masked_tokens):
+    """Both paths, with gradients, within 1e-5 (fp32)."""
+    monkeypatch.setattr(attention, "MASKED_TOKENS", masked_tokens)
+    n, frames = 6, 4
+    g = torch.Generator().manual_seed(2)
+    q = torch.randn(2, 3, frames * n, HEAD_DIM, generator=g, requires_grad=True)
+    k = torch.randn(2, 3, (past + frames) * n, HEAD_DIM, generator=g, requires_grad=True)
+    v = torch.randn(2, 3, (past + frames) * n, HEAD_DIM, generator=g, requires_grad=True)
+    frame = torch.arange((past + frames) * n) // n
+    mask = frame[None] <= frame[past * n :, None]
+    ours = block_causal_attention(q, k, v, n)
+    plain = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert (ours - plain).abs().max() < 1e-5
+    weight = torch.randn(plain.shape, generator=g)
+    for a, b in zip(
+        torch.autograd.grad((ours * weight).sum(), (q, k, v)),
+        torch.autograd.grad((plain * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_rotary_angles_written_out():
+    """16 + 24 + 24 channels for frame, row, column; adjacent pairs; theta 10000."""
+    rotary = rotary_positions(torch.tensor([7]), 3, 5)
+    token = 2 * 5 + 4  # row 2, column 4
+    angles = [7 / 10000 ** (2 * i / 16) for i in range(8)]
+    angles += [2 / 10000 ** (2 * i / 24) for i in range(12)]
+    angles += [4 / 10000 ** (2 * i / 24) for i in range(12)]
+    expected = torch.tensor(angles)
+    assert torch.allclose(rotary.cos[token], expected.cos(), atol=1e-6)
+    x = torch.randn(1, 1, 15, HEAD_DIM)
+    pairs = torch.view_as_complex(x[0, 0, token].view(-1, 2)) * torch.exp(1j * expected)
+    rotated = rotary.rotate(x)[0, 0, token]
+    assert torch.allclose(rotated, torch.view_as_real(pairs).flatten(), atol=1e-5)
+
+
+def test_time_embedding_written_out():
+    conditioning = Conditioning(64, 0)
+    t = torch.tensor([500.0])
+    angles = 500.0 * torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 127)
+    expected = torch.cat([angles.cos(), angles.sin()])
+    assert torch.allclose(conditioning.sinusoid(t)[0], expected, atol=1e-4)
+
+
+def test_data_prediction_gives_the_velocity(inputs):
+    """v = (x_t − x̂)/σ, with σ bounded below."""
+    _, noisy, _, _ = inputs
+    model = make_model(prediction="data", sigma_min=0.05)
+    context = torch.randn(B, F, 6, model.width)
+    for t in (800.0, 10.0):
+        times = torch.full((B, F), t)
+        with torch.no_grad():
+            clean = model.decoder(noisy, times, context, None)
+            velocity = model.decode(noisy, times, context, None)
+        expected = (noisy - clean) / max(t / 1000, 0.05)
+        assert torch.allclose(velocity, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(inputs):
+    latents, noisy, times, actions = inputs
+    gradients = []
+    for on in (False, True):
+        model = make_model()
+        model.set_gradient_checkpointing(on)
+        assert model.encoder.gradient_checkpointing is on
+        model.velocity(latents, noisy, times, actions).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
