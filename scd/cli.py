@@ -1,4 +1,4 @@
-"""The command line: `scd record | fetch-weights | train | encode | evaluate`."""
+"""The command line: `scd record | fetch-data | fetch-weights | train | encode | evaluate`."""
 
 import argparse
 import sys
@@ -41,6 +41,12 @@ def fetch_weights(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def fetch_data(arguments: argparse.Namespace) -> None:
+    from scd.data.hub import fetch
+
+    fetch(arguments.names, Path(arguments.root))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scd", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -52,6 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--frames", type=int, default=300, help="frames an episode (default: 300)")
     p.add_argument("--size", type=int, default=64, help="frame height and width (default: 64)")
     p.set_defaults(run=record)
+
+    p = commands.add_parser("fetch-data", help="fetch published data sets and autoencoders")
+    p.add_argument("names", nargs="+", metavar="NAME", help="such as minecraft, dcae_minecraft")
+    p.add_argument("--root", default="data", help="folder to write to (default: %(default)s)")
+    p.set_defaults(run=fetch_data)
 
     p = commands.add_parser("fetch-weights", help="fetch and check the weights of LPIPS and FVD")
     p.set_defaults(run=fetch_weights)

@@ -6,14 +6,17 @@ contradictory pair is an `ScdError` that names the file, the key and the nearest
 
 import difflib
 import json
+import math
+import reprlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from scd.errors import ScdError
+from scd.errors import ScdError, reason
 
 
 @dataclass
@@ -157,7 +160,9 @@ CHOICES = {
     "train.mixed_precision": ("no", "bf16"),
     "rollout.guidance": ("none", "context", "condition"),
 }
+BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 POSITIVE = [
+    "autoencoder.latent_channels",
     "data.frame_size",
     "data.frames",
     "data.frame_stride",
@@ -186,6 +191,7 @@ POSITIVE = [
     "eval.batch_size",
 ]
 NOT_NEGATIVE = [
+    "seed",
     "model.num_conditions",
     "flow.context_noise",
     "optim.weight_decay",
@@ -209,23 +215,21 @@ def load_options(path: str | Path, overrides: list[str] | None = None) -> Option
     """
     path = Path(path)
     try:
-        written = OmegaConf.load(path)
+        written = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ScdError(f"{path}: no such options file{hint}") from error
     except Exception as error:  # YAML errors of several kinds, unreadable files
         raise ScdError(f"{path}: not a readable options file ({_one_line(error)})") from error
-    if not isinstance(written, DictConfig):
-        raise ScdError(f"{path}: an options file is a mapping of names to values")
     return _resolve(written, str(path), overrides or [])
 
 
 def options_from_json(text: str, source: str, overrides: list[str] | None = None) -> Options:
     """Options as a checkpoint carries them, checked like a file's."""
     try:
-        written = OmegaConf.create(json.loads(text))
-    except Exception as error:
+        written = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ScdError(f"{source}: unreadable options ({_one_line(error)})") from error
     return _resolve(written, source, overrides or [])
 
@@ -234,33 +238,84 @@ def options_to_dict(options: Options) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(options))  # type: ignore[return-value]
 
 
-def _resolve(written: DictConfig, source: str, overrides: list[str]) -> Options:
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain scalars stay text, but for null: the option's type says what they are.
+
+    By itself YAML reads `no` as false, `1.10` as 1.1 and `1e-3` as text.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.MarkedYAMLError(
+                problem="a key stands twice in one section", problem_mark=node.start_mark
+            )
+        return mapping
+
+
+_NULL = "tag:yaml.org,2002:null"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag == _NULL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _resolve(written: Any, source: str, overrides: list[str]) -> Options:
+    parts = [(source, written)]
+    parts += [(f"override {text!r}", _parse_override(text)) for text in overrides]
     merged = OmegaConf.structured(Options)
-    for part, where in [(written, source), *((text, f"override {text!r}") for text in overrides)]:
-        if isinstance(part, str):
-            key, equals, _ = part.partition("=")
-            if not equals or not key.strip():
-                raise ScdError(f"{where}: overrides are written key=value")
-            try:
-                part = OmegaConf.from_dotlist([part])
-            except Exception as error:
-                raise ScdError(f"{where}: {_one_line(error)}") from error
+    for where, part in parts:
+        if not isinstance(part, dict):
+            raise ScdError(f"{where}: an options file is a mapping of names to values")
+        _check_shape(part, Options, where)
         try:
             merged = OmegaConf.merge(merged, part)
-        except ConfigKeyError as error:
-            raise ScdError(f"{where}: {_unknown_key(str(error.full_key))}") from error
         except OmegaConfBaseException as error:
             raise ScdError(f"{where}: {error.full_key}: {_one_line(error)}") from error
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ScdError(f"{source}: no value for {', '.join(missing)}")
     try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ScdError(f"{source}: no value for {', '.join(missing)}")
         options = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ScdError(f"{source}: {_one_line(error)}") from error
+        raise ScdError(f"{source}: {error.full_key}: {_one_line(error)}") from error
     assert isinstance(options, Options)
     _check(options, source)
     return options
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` as {"a": {"b": value}}."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ScdError(f"override {text!r}: overrides are written key=value")
+    try:
+        part = yaml.load(value, _Loader)
+    except Exception as error:
+        raise ScdError(f"override {text!r}: {_one_line(error)}") from error
+    for name in reversed(key.strip().split(".")):
+        part = {name: part}
+    return part
+
+
+def _check_shape(part: dict, section: type, where: str, prefix: str = "") -> None:
+    """Refuse unknown keys, and sections, lists and single values in each other's place."""
+    types: dict[Any, Any] = {item.name: item.type for item in fields(section)}
+    for key, value in part.items():
+        name = f"{prefix}{key}"
+        if key not in types:
+            raise ScdError(f"{where}: {_unknown_key(name)}")
+        if is_dataclass(types[key]):
+            if not isinstance(value, dict):
+                short = reprlib.repr(value)
+                raise ScdError(f"{where}: {name} is a section of options, not {short}")
+            _check_shape(value, types[key], where, f"{name}.")
+            continue
+        wants_list = get_origin(types[key]) is list
+        items = value if wants_list and isinstance(value, list) else [value]
+        if wants_list != isinstance(value, list) or any(isinstance(i, list | dict) for i in items):
+            wanted = "a list" if wants_list else "a single value"
+            raise ScdError(f"{where}: {name} takes {wanted}, not {reprlib.repr(value)}")
 
 
 def _check(options: Options, source: str) -> None:
@@ -281,6 +336,10 @@ def _check(options: Options, source: str) -> None:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         require(value in choices, f"{key} is {value!r}, not one of {', '.join(choices)}{hint}")
+    for key in _known_keys(Options):
+        values = get(key) if isinstance(get(key), list) else [get(key)]
+        floats = [value for value in values if isinstance(value, float)]
+        require(all(map(math.isfinite, floats)), f"{key} must be finite, not {get(key)}")
     for key in POSITIVE:
         require(get(key) > 0, f"{key} must be above 0, not {get(key)}")
     for key in NOT_NEGATIVE:
@@ -291,10 +350,16 @@ def _check(options: Options, source: str) -> None:
         known = ", ".join(TRACKERS)
         require(tracker in TRACKERS, f"train.trackers: unknown {tracker!r}; known: {known}")
     model, data, evaluation = options.model, options.data, options.eval
+    name, betas = options.name, options.optim.betas
     require(
-        "/" not in options.name and options.name not in ("", ".", ".."), "name: a folder's name"
+        name.isprintable() and "/" not in name and name not in ("", ".", ".."),
+        f"name must do as a folder's name, but is {name!r}",
     )
-    require(len(options.optim.betas) == 2, "optim.betas takes two numbers")
+    require(options.seed < 2**63, "seed must lie below 2^63")
+    require(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        f"optim.betas takes two numbers from 0 to below 1, not {betas}",
+    )
     require(
         len(evaluation.seeds) == evaluation.trajectories,
         f"eval.seeds has {len(evaluation.seeds)} entries for eval.trajectories="
@@ -302,8 +367,14 @@ def _check(options: Options, source: str) -> None:
     )
     pair = evaluation.swapped_actions
     require(
-        not pair or (len(set(pair)) == 2 and min(pair) >= 0 and max(pair) < model.num_conditions),
-        f"eval.swapped_actions={pair}: two different actions below model.num_conditions",
+        not pair
+        or (
+            model.condition == "action"
+            and len(pair) == len(set(pair)) == 2
+            and all(0 <= action < model.num_conditions for action in pair)
+        ),
+        f"eval.swapped_actions={pair}: two different actions below model.num_conditions, of a "
+        f"model with model.condition=action",
     )
     if options.task == "autoencoder":
         a = options.autoencoder
@@ -316,6 +387,27 @@ def _check(options: Options, source: str) -> None:
                 len(lengths) == 1 and lengths != {0},
                 f"autoencoder.{side}_block_types, _channels and _layers need one entry a stage",
             )
+            types = getattr(a, f"{side}_block_types")
+            require(
+                set(types) <= set(BLOCK_TYPES),
+                f"autoencoder.{side}_block_types={types}: known are {', '.join(BLOCK_TYPES)}",
+            )
+            channels, layers = getattr(a, f"{side}_channels"), getattr(a, f"{side}_layers")
+            require(
+                min(channels) > 0 and min(layers) >= 0 and channels[-1] % a.latent_channels == 0,
+                f"autoencoder.{side}_channels={channels} must be above 0 and the last divide by "
+                f"latent_channels={a.latent_channels}; {side}_layers={layers} not be negative",
+            )
+        stages = len(a.encoder_channels)
+        require(
+            len(a.decoder_channels) == stages,
+            "autoencoder.encoder_channels and decoder_channels need as many stages",
+        )
+        require(
+            data.frame_size % 2 ** (stages - 1) == 0,
+            f"data.frame_size={data.frame_size} does not divide by {2 ** (stages - 1)}, the "
+            f"downsampling of {stages} autoencoder stages",
+        )
         return
     require(data.frames >= 2, "data.frames: a world model needs at least 2 frames a clip")
     require(
@@ -339,6 +431,8 @@ def _check(options: Options, source: str) -> None:
 
 def _unknown_key(key: str) -> str:
     known = list(_known_keys(Options))
+    if key in known:
+        return f"unknown key {key!r}: write sections as nested keys, not with dots"
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     if not near:  # the same last name in another section
         near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
@@ -354,4 +448,6 @@ def _known_keys(cls: type, prefix: str = "") -> Any:
 
 
 def _one_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return reason(error)

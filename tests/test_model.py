@@ -176,7 +176,7 @@ def test_block_causal_attention_equals_a_dense_mask(monkeypatch, past, masked_to
 
 
 def test_rotary_angles_written_out():
-    """16 + 24 + 24 channels for frame, row, column; adjacent pairs; theta 10000."""
+    """16 + 24 + 24 channels for frame, row, column; pairs of the two halves; theta 10000."""
     rotary = rotary_positions(torch.tensor([7]), 3, 5)
     token = 2 * 5 + 4  # row 2, column 4
     angles = [7 / 10000 ** (2 * i / 16) for i in range(8)]
@@ -185,9 +185,10 @@ def test_rotary_angles_written_out():
     expected = torch.tensor(angles)
     assert torch.allclose(rotary.cos[token], expected.cos(), atol=1e-6)
     x = torch.randn(1, 1, 15, HEAD_DIM)
-    pairs = torch.view_as_complex(x[0, 0, token].view(-1, 2)) * torch.exp(1j * expected)
+    one, other = x[0, 0, token].chunk(2)
+    turned = torch.complex(one, other) * torch.exp(1j * expected)
     rotated = rotary.rotate(x)[0, 0, token]
-    assert torch.allclose(rotated, torch.view_as_real(pairs).flatten(), atol=1e-5)
+    assert torch.allclose(rotated, torch.cat([turned.real, turned.imag]), atol=1e-5)
 
 
 def test_time_embedding_written_out():

@@ -65,6 +65,13 @@ def test_rollout(case, scale):
     assert (new - t[f"rollout_guidance_{scale}"]).abs().max() < TOLERANCE
 
 
+def adjacent_pairs(halves: torch.Tensor) -> torch.Tensor:
+    """A head's channels 0, 32, 1, 33, …: the order in which the reference stores rotated pairs."""
+    order = [i + 32 * half for i in range(32) for half in (0, 1)]
+    heads = halves.unflatten(0, (-1, 64))
+    return heads[:, order].reshape(halves.shape)
+
+
 def reference_names(model: SCD) -> dict[str, torch.Tensor]:
     """A model's weights under the reference's names: the loader's inverse, written out here."""
     names = {
@@ -87,7 +94,10 @@ def reference_names(model: SCD) -> dict[str, torch.Tensor]:
             name = name.replace(f".{ours}", f".{theirs}")
         if "attention.qkv" in name:
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):
-                out[name.replace("attention.qkv", f"attn.to_{letter}")] = third
+                reordered = third if letter == "v" else adjacent_pairs(third)
+                out[name.replace("attention.qkv", f"attn.to_{letter}")] = reordered
+        elif "attn.norm" in name:
+            out[f"{name}.weight"] = adjacent_pairs(tensor)
         else:
             out[name] = tensor
     return out

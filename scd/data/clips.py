@@ -4,7 +4,6 @@ A training clip is a pure function of (seed, sample number): neither the number 
 the history of the run has a say in it. Sample numbers count clips over all processes and steps.
 """
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from scd.data.latents import read_latents
 from scd.data.lists import ClipEntry, read_list
 from scd.data.video import VideoFile
 from scd.errors import ScdError
+from scd.files import read_npz
 
 # Sub-streams of the seed; a stream never shares a number with another.
 ORDER_STREAM, START_STREAM = 1, 2
@@ -117,13 +117,7 @@ class ClipFolder:
 
 def read_actions(path: Path) -> np.ndarray:
     """The int64 actions of a clip, one a frame: key `actions` of an npz file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            actions = file["actions"]
-    except FileNotFoundError as error:
-        raise ScdError(f"{path}: no such action file") from error
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
-        raise ScdError(f"{path}: not an npz file with a key 'actions' ({error})") from error
+    actions = read_npz(path, "actions")
     if actions.ndim != 1 or actions.dtype.kind not in "iu" or not len(actions):
         raise ScdError(
             f"{path}: actions must be integers, one a frame, not {actions.dtype} {actions.shape}"

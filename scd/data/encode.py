@@ -40,14 +40,18 @@ def encode_dataset(options: Options) -> None:
     for number, entry in enumerate(tqdm(read_list(list_path), desc="encode", unit="clip")):
         if entry.video_path is None:
             raise ScdError(f"{list_path}: entry {number} has no video_path")
-        name = Path(entry.video_path).with_suffix(".safetensors")
-        latent_path = Path("latents") / made_by[:12] / name
+        latent_path = Path("latents") / made_by[:12] / f"{entry.video_path}.safetensors"
         video = VideoFile(root / entry.video_path)
         if latents_made_by(root / latent_path) != (made_by, len(video)):
             chunks = []
             for start in range(0, len(video), CHUNK_FRAMES):
                 indices = np.arange(start, min(start + CHUNK_FRAMES, len(video)))
                 frames = torch.from_numpy(video.frames(indices)).permute(0, 3, 1, 2).to(device)
+                if frames.shape[2] % codec.downsampling or frames.shape[3] % codec.downsampling:
+                    raise ScdError(
+                        f"{video.path}: {frames.shape[2]}x{frames.shape[3]} pixels do not divide "
+                        f"by {codec.downsampling}, the downsampling of {path}"
+                    )
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     chunks.append(codec.encode_images(frames.float() / 255).float().cpu())
             write_latents(root / latent_path, torch.cat(chunks), made_by)

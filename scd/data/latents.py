@@ -4,14 +4,15 @@ Own files are safetensors with the key `latents`; the `.pt` tensors of published
 too, as plain tensors only.
 """
 
+import pickle
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from scd.errors import ScdError
+from scd.errors import ScdError, reason
 from scd.files import write_whole
 
 
@@ -29,21 +30,23 @@ def read_latents(path: Path) -> Tensor:
         else:
             with safe_open(str(path), framework="pt") as file:
                 latents = file.get_tensor("latents")
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise ScdError(f"{path}: not a readable latent file ({error})") from error
-    except Exception as error:  # torch.load refuses what is not plain data with its own types
-        raise ScdError(f"{path}: refused: not a plain tensor ({type(error).__name__})") from error
+    except pickle.UnpicklingError as error:
+        raise ScdError(f"{path}: refused: not a plain tensor, or damaged") from error
+    except Exception as error:  # damaged files raise many kinds
+        raise ScdError(f"{path}: not a readable latent file ({reason(error)})") from error
     if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
         raise ScdError(f"{path}: expected one floating-point tensor (frames, C, h, w)")
+    if latents.layout != torch.strided or latents.device.type != "cpu":
+        raise ScdError(f"{path}: expected a dense tensor, not {latents.layout}, {latents.device}")
     if not torch.isfinite(latents).all():
         raise ScdError(f"{path}: latents are not finite")
-    return latents
+    return latents.detach()
 
 
 def write_latents(path: Path, latents: Tensor, encoder_hash: str) -> None:
     """Write (F, C, h, w) latents with the hash of the autoencoder that made them."""
-    tensors = {"latents": latents.contiguous()}
-    write_whole(path, lambda aside: save_file(tensors, aside, {"autoencoder": encoder_hash}))
+    data = save({"latents": latents.contiguous()}, {"autoencoder": encoder_hash})
+    write_whole(path, lambda aside: aside.write_bytes(data))
 
 
 def latents_made_by(path: Path) -> tuple[str | None, int]:
@@ -51,6 +54,7 @@ def latents_made_by(path: Path) -> tuple[str | None, int]:
     try:
         with safe_open(str(path), framework="pt") as file:
             hash_ = (file.metadata() or {}).get("autoencoder")
-            return hash_, file.get_slice("latents").get_shape()[0]
-    except (SafetensorError, OSError):
+            frames, _, _, _ = file.get_slice("latents").get_shape()
+            return hash_, frames
+    except (SafetensorError, OSError, ValueError):
         return None, 0

@@ -1,5 +1,6 @@
 """List files: a JSON array with one entry a clip, paths relative to a root folder."""
 
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -43,12 +44,22 @@ def _entry(path: Path, number: int, entry: object) -> ClipEntry:
     for key, value in entry.items():
         if key not in known:
             raise ScdError(
-                f"{where} has an unknown field {key!r}; known: {', '.join(sorted(known))}"
+                f"{where} has an unknown field {reprlib.repr(key)}; "
+                f"known: {', '.join(sorted(known))}"
             )
         wanted = int if key == "label" else str
         if value is not None and type(value) is not wanted:
-            raise ScdError(f"{where}: {key} must be {wanted.__name__}, not {value!r}")
+            raise ScdError(f"{where}: {key} must be {wanted.__name__}, not {reprlib.repr(value)}")
+        if isinstance(value, str) and not _below_root(value):
+            raise ScdError(
+                f"{where}: {key} must be a path below the data root, not {reprlib.repr(value)}"
+            )
     clip = ClipEntry(**entry)
     if clip.video_path is None and clip.latent_path is None:
         raise ScdError(f"{where} has neither video_path nor latent_path")
     return clip
+
+
+def _below_root(path: str) -> bool:
+    parts = Path(path).parts
+    return path.isprintable() and bool(parts) and ".." not in parts and not Path(path).is_absolute()

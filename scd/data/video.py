@@ -1,11 +1,13 @@
 """Reading and writing video files."""
 
+import re
+import subprocess
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 
-from scd.errors import ScdError
+from scd.errors import ScdError, reason
 from scd.files import write_whole
 
 
@@ -14,30 +16,31 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 12) -> No
 
     Full chroma resolution (4:4:4) keeps the colours of small pictures where they belong: with the
     usual halved chroma, edges of 64x64 frames bleed visibly. Pictures of 256 pixels and more get
-    4:2:0, which every browser plays.
+    4:2:0, which every browser plays, unless a side is odd.
 
     Args:
         crf: constant rate factor; 0 is lossless, 12 shows no blocks at 64x64.
-    """
-    small = max(frames.shape[1:3]) < 256
 
-    height, width = frames.shape[1:3]
+    Raises:
+        ScdError: the file cannot be written, or ffmpeg fails.
+    """
+    count, height, width, _ = frames.shape
+    if frames.dtype != np.uint8 or not count:
+        raise ValueError(f"expected at least one frame of uint8, not {frames.dtype} {frames.shape}")
+    full_chroma = max(height, width) < 256 or height % 2 or width % 2
+    raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
+    coded = f"-c:v libx264 -pix_fmt {'yuv444p' if full_chroma else 'yuv420p'} -crf {crf} -threads 1"
 
     def write(aside: Path) -> None:
-        writer = imageio_ffmpeg.write_frames(
-            str(aside),
-            (width, height),
-            fps=fps,
-            codec="libx264",
-            pix_fmt_out="yuv444p" if small else "yuv420p",
-            macro_block_size=2,
-            output_params=["-crf", str(crf), "-threads", "1"],
-            ffmpeg_log_level="error",
-        )
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
+        try:
+            ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        except RuntimeError as error:
+            raise ScdError(f"{path}: no ffmpeg to write it with ({reason(error)})") from error
+        command = [ffmpeg, "-y", "-v", "error", *raw.split(), *coded.split(), str(aside)]
+        done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
+        if done.returncode:
+            message = done.stderr.decode(errors="replace").strip() or f"status {done.returncode}"
+            raise ScdError(f"{path}: ffmpeg cannot write it ({message.splitlines()[-1]})")
 
     write_whole(path, write)
 
@@ -55,10 +58,11 @@ class VideoFile:
         if not path.is_file():
             raise ScdError(f"{path}: no such video")
         self.path = path
+        decord.logging.set_level(decord.logging.QUIET)  # what goes wrong is raised, and told below
         try:
             self._reader = decord.VideoReader(str(path), num_threads=1)
         except (decord.DECORDError, RuntimeError) as error:
-            raise ScdError(f"{path}: not a readable video ({_first_line(error)})") from error
+            raise ScdError(f"{path}: not a readable video ({_reason(error)})") from error
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -78,8 +82,9 @@ class VideoFile:
         try:
             return self._reader.get_batch(list(map(int, indices))).asnumpy()
         except (decord.DECORDError, RuntimeError) as error:
-            raise ScdError(f"{self.path}: damaged video ({_first_line(error)})") from error
+            raise ScdError(f"{self.path}: damaged video ({_reason(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+def _reason(error: Exception) -> str:
+    """Without the time and the source file that decord puts before its messages."""
+    return re.sub(r"\[[\d:]+\] \S+: ", "", reason(error))

@@ -1,5 +1,6 @@
 """Record episodes: mp4 videos, one action a frame, list files, and a map of where they went."""
 
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from scd.data.video import write_video
 from scd.doom.navigator import FreeSpace, Navigator
 from scd.doom.simulator import ACTIONS, FRAMES_PER_SECOND, NONE, DoomSimulator
 from scd.errors import ScdError
-from scd.files import read_json, write_json, write_whole
+from scd.files import read_json, read_npz, write_json, write_whole
 
 SPLIT_SEEDS = {"train": 0, "val": 1_000_000}  # first episode seed of a split; they never meet
 ATTEMPT_SEED = 10_000_000
@@ -21,7 +22,7 @@ COVERAGE_CELL = 32  # map units
 def record_dataset(
     root: Path, train_episodes: int, val_episodes: int, frames: int, size: int
 ) -> None:
-    """Record both splits under `root`, skipping episodes that are already there.
+    """Record both splits under `root`, skipping what is already there.
 
     Writes `train.json`, `val.json`, `recording.json` (the settings), `coverage.png`, and for every
     episode `SPLIT/NNNNN.mp4` and `.npz` with `actions` (int64, one a frame; action i leads to
@@ -42,23 +43,39 @@ def record_dataset(
         raise ScdError(
             f"{root} holds a recording of other settings ({note}): choose another folder"
         )
-    write_json(note, settings)
-    simulator = DoomSimulator(size)
-    simulator.reset(0)
-    pose = simulator.pose
-    space = FreeSpace(simulator.walls(), simulator.items(), (pose.x, pose.y))
-    for split, count in counts.items():
-        entries = []
-        for episode in tqdm(range(count), desc=f"record {split}", unit="episode"):
-            name = f"{split}/{episode:05d}"
-            entry = ClipEntry(video_path=f"{name}.mp4", action_path=f"{name}.npz")
-            if not ((root / f"{name}.mp4").exists() and (root / f"{name}.npz").exists()):
-                seed = SPLIT_SEEDS[split] + episode
-                _write_episode(root / name, *_play_episode(simulator, space, seed, frames))
-            entries.append(entry)
-        write_list(root / f"{split}.json", entries)
-    _draw_coverage(root, simulator)
-    simulator.close()
+    if not note.exists():
+        write_json(note, settings)
+    with closing(DoomSimulator(size)) as simulator:
+        simulator.reset(0)
+        pose = simulator.pose
+        space = FreeSpace(simulator.walls(), simulator.items(), (pose.x, pose.y))
+        news = [
+            _record_split(root, split, n, frames, simulator, space) for split, n in counts.items()
+        ]
+        if any(news) or not (root / "coverage.png").exists():
+            _draw_coverage(root, simulator.walls())
+
+
+def _record_split(
+    root: Path, split: str, count: int, frames: int, simulator: DoomSimulator, space: FreeSpace
+) -> bool:
+    """Record the missing episodes of a split and list them all; whether the list is a new one."""
+    list_path = root / f"{split}.json"
+    listed = read_list(list_path) if list_path.exists() else []
+    known = {entry.video_path: entry for entry in listed}  # with the latents `scd encode` made
+    entries = []
+    for episode in tqdm(range(count), desc=f"record {split}", unit="episode"):
+        name = f"{split}/{episode:05d}"
+        video_path, action_path = f"{name}.mp4", f"{name}.npz"
+        if not ((root / video_path).exists() and (root / action_path).exists()):
+            seed = SPLIT_SEEDS[split] + episode
+            _write_episode(root / name, *_play_episode(simulator, space, seed, frames))
+            known.pop(video_path, None)
+        entries.append(known.get(video_path, ClipEntry(video_path, action_path)))
+    if entries == listed:
+        return False
+    write_list(list_path, entries)
+    return True
 
 
 def _play_episode(
@@ -93,21 +110,20 @@ def _write_episode(stem: Path, video: np.ndarray, actions: np.ndarray, poses: np
     write_video(stem.with_suffix(".mp4"), video, FRAMES_PER_SECOND)
 
 
-def _draw_coverage(root: Path, simulator: DoomSimulator) -> None:
+def _draw_coverage(root: Path, walls: np.ndarray) -> None:
     """`coverage.png`: how often each place was visited, and each action taken, by split."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    walls = simulator.walls()
     low, high = walls.reshape(-1, 2).min(axis=0), walls.reshape(-1, 2).max(axis=0)
     bins = np.ceil((high - low) / COVERAGE_CELL).astype(int)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
     for axis, split in zip(axes, SPLIT_SEEDS, strict=True):
-        files = [np.load(root / str(e.action_path)) for e in read_list(root / f"{split}.json")]
-        places = np.concatenate([file["poses"][:, :2] for file in files])
-        actions = np.concatenate([file["actions"] for file in files])
+        paths = [root / str(entry.action_path) for entry in read_list(root / f"{split}.json")]
+        places = np.concatenate([read_npz(path, "poses")[:, :2] for path in paths])
+        actions = np.concatenate([read_npz(path, "actions") for path in paths])
         area = np.stack([low, high], axis=1)
         counts, *_ = np.histogram2d(places[:, 0], places[:, 1], bins=list(bins), range=area)
         picture = axis.imshow(
@@ -120,7 +136,7 @@ def _draw_coverage(root: Path, simulator: DoomSimulator) -> None:
             axis.plot([x1, x2], [y1, y2], color="black", linewidth=1.5)
         share = np.bincount(actions, minlength=len(ACTIONS)) / len(actions)
         listed = ", ".join(f"{name} {s:.0%}" for name, s in zip(ACTIONS, share, strict=True))
-        axis.set_title(f"{split}: {len(files)} episodes, {len(actions)} frames\n{listed}", size=9)
+        axis.set_title(f"{split}: {len(paths)} episodes, {len(actions)} frames\n{listed}", size=9)
         axis.set_axis_off()
         figure.colorbar(picture, ax=axis, label="visits, log10", shrink=0.8)
     write_whole(root / "coverage.png", lambda aside: figure.savefig(aside, dpi=90))

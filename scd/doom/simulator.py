@@ -1,12 +1,14 @@
 """ViZDoom as a small deterministic environment: a seed and actions decide the frames."""
 
 import os
+import tempfile
+from contextlib import chdir
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from scd.errors import ScdError
+from scd.errors import ScdError, reason
 
 ACTIONS = ("none", "turn_left", "turn_right", "forward")
 NONE, TURN_LEFT, TURN_RIGHT, FORWARD = range(len(ACTIONS))
@@ -14,6 +16,7 @@ NONE, TURN_LEFT, TURN_RIGHT, FORWARD = range(len(ACTIONS))
 TICS_PER_ACTION = 4  # Doom runs at 35 tics a second, so 8.75 actions a second is real time.
 TURN_DEGREES = 11.25  # per action; 32 turns make a full circle
 FRAMES_PER_SECOND = 35 / TICS_PER_ACTION
+SCREEN_HEIGHT = 240  # pixels that ViZDoom draws; frames are made smaller from it
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,12 @@ class DoomSimulator:
         scenario: name of a scenario that the ViZDoom package ships.
 
     Raises:
-        ScdError: ViZDoom is not installed or has no such scenario.
+        ScdError: ViZDoom is not installed, does not start or has no such scenario.
     """
 
     def __init__(self, frame_size: int = 64, scenario: str = "my_way_home"):
+        if not 1 <= frame_size <= SCREEN_HEIGHT:
+            raise ScdError(f"Doom frames have 1 to {SCREEN_HEIGHT} pixels a side, not {frame_size}")
         try:
             import vizdoom as vzd
         except ImportError as error:
@@ -67,7 +72,14 @@ class DoomSimulator:
         game.set_sectors_info_enabled(True)
         game.set_objects_info_enabled(True)
         game.set_episode_timeout(0)
-        game.init()
+        # The engine reads and leaves settings in the folder where it starts: with none, the frames
+        # are the same everywhere and the user's folder stays clean.
+        game.set_doom_config_path(os.devnull)
+        try:
+            with tempfile.TemporaryDirectory() as folder, chdir(folder):
+                game.init()
+        except Exception as error:
+            raise ScdError(f"ViZDoom does not start ({reason(error)})") from error
         self._game = game
         per_tic = TURN_DEGREES / TICS_PER_ACTION
         self._buttons = {

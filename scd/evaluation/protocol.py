@@ -16,15 +16,9 @@ from tqdm import tqdm
 
 from scd.data.clips import ClipFolder
 from scd.errors import ScdError
-from scd.evaluation.frame_metrics import lpips_distance, psnr, ssim
-from scd.evaluation.fvd import frechet_distance, i3d_features
+from scd.evaluation.fvd import frechet_distance
+from scd.evaluation.measures import Measures
 from scd.evaluation.pictures import write_grid, write_side_by_side
-from scd.evaluation.weights import (
-    MetricUnavailable,
-    load_i3d_weights,
-    load_lpips_weights,
-    weights_hash,
-)
 from scd.models.autoencoder import Codec
 from scd.models.scd import SCD
 from scd.options import Options
@@ -35,33 +29,6 @@ FIRST_FRAMES = 4
 EVALUATION_STREAM = 3
 MODEL, REPEAT, OTHER = "model", "repeat last context frame", "other real clips"
 I3D_MIN_FRAMES = 10  # fewer leave the network's last pooling without a frame
-
-
-class Measures:
-    """Which metrics can be computed here, and why not the others."""
-
-    def __init__(self) -> None:
-        self.hashes: dict[str, str] = {}
-        self.missing: dict[str, str] = {}
-        for metric, name, load in (
-            ("lpips", "lpips", load_lpips_weights),
-            ("fvd", "i3d", load_i3d_weights),
-        ):
-            try:
-                load()
-                self.hashes[name] = weights_hash(name)
-            except MetricUnavailable as error:
-                self.missing[metric] = str(error)
-
-    def frames(self, video: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """Metric -> (n, frames), of predicted frames against real ones."""
-        values = {"psnr": psnr(video, real), "ssim": ssim(video, real)}
-        if "lpips" not in self.missing:
-            values["lpips"] = lpips_distance(video, real)
-        return {name: value.cpu() for name, value in values.items()}
-
-    def features(self, video: Tensor) -> Tensor | None:
-        return None if "fvd" in self.missing else i3d_features(video).cpu()
 
 
 class Row:

@@ -4,14 +4,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+# On the CPU, plain products are 2 to 5 times faster than the fused kernel up to about this many
+# keys, forward and backward (384 sequences of 32 tokens: 14 ms against 74 ms, bf16, 2 cores).
+PLAIN_KEYS = 512
 # Up to this many tokens one masked call is cheaper than a call a frame; beyond it, masks of
 # (queries, keys) would be the largest thing in memory.
 MASKED_TOKENS = 1024
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every token sees every token. All (B, heads, tokens, head_dim)."""
-    return scaled_dot_product_attention(q, k, v)
+def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ/√d)·v over the keys that `mask` admits, or all.
+
+    Args:
+        q, k, v: (B, heads, tokens, head_dim).
+        mask: (queries, keys), True where attention is allowed.
+    """
+    if q.device.type != "cpu" or k.shape[2] > PLAIN_KEYS:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1) @ v
 
 
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
@@ -24,18 +37,16 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: in
     """
     queries, keys = q.shape[2], k.shape[2]
     if queries == tokens_per_frame:
-        return scaled_dot_product_attention(q, k, v)
+        return full_attention(q, k, v)
     if keys <= MASKED_TOKENS:
         mask = _block_causal_mask(queries, keys, tokens_per_frame, q.device)
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return full_attention(q, k, v, mask)
     past = keys - queries
     out = []
     for start in range(0, queries, tokens_per_frame):
         end = start + tokens_per_frame
         visible = past + end
-        out.append(
-            scaled_dot_product_attention(q[:, :, start:end], k[:, :, :visible], v[:, :, :visible])
-        )
+        out.append(full_attention(q[:, :, start:end], k[:, :, :visible], v[:, :, :visible]))
     return torch.cat(out, dim=2)
 
 

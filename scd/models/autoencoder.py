@@ -1,5 +1,6 @@
 """Pixels to scaled latents and back, behind one small interface."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -7,11 +8,13 @@ from diffusers import AutoencoderDC
 from einops import rearrange
 from torch import Tensor, nn
 
-from scd.errors import ScdError
+from scd.errors import ScdError, reason
 from scd.files import sha256
 from scd.options import AutoencoderOptions
+from scd.training.checkpoint import load_matching
 
 CHUNK_FRAMES = 64  # frames in one pass of the autoencoder; bounds its memory
+PUBLISHED_SCALING = 0.2889  # 1 / standard deviation of the published autoencoders' latents
 
 
 class PixelCodec(nn.Module):
@@ -77,8 +80,13 @@ Codec = PixelCodec | LatentCodec
 
 
 def build_autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
-    """A deep-compression autoencoder (DC-AE, arXiv 2410.10733) with fresh weights."""
-    stages = len(options.encoder_channels)
+    """A deep-compression autoencoder (DC-AE, arXiv 2410.10733) with fresh weights.
+
+    A decoder with EfficientViT stages is the published one: its ResBlocks have batch norm and ReLU.
+    One of ResBlocks only, for training from scratch, has RMS norm and SiLU as every encoder has.
+    """
+    published = "EfficientViTBlock" in options.decoder_block_types
+    batch_norm = [published and kind == "ResBlock" for kind in options.decoder_block_types]
     return AutoencoderDC(
         in_channels=3,
         latent_channels=options.latent_channels,
@@ -89,14 +97,44 @@ def build_autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
         decoder_block_out_channels=tuple(options.decoder_channels),
         encoder_layers_per_block=tuple(options.encoder_layers),
         decoder_layers_per_block=tuple(options.decoder_layers),
-        encoder_qkv_multiscales=((),) * stages,
-        decoder_qkv_multiscales=((),) * stages,
+        encoder_qkv_multiscales=((),) * len(options.encoder_channels),
+        decoder_qkv_multiscales=((),) * len(options.decoder_channels),
         upsample_block_type="pixel_shuffle",
         downsample_block_type="pixel_unshuffle",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
+        decoder_norm_types=["batch_norm" if batch else "rms_norm" for batch in batch_norm],
+        decoder_act_fns=["relu" if batch else "silu" for batch in batch_norm],
         scaling_factor=1.0,
     )
+
+
+def convert_published(weights: Path, options: AutoencoderOptions, folder: Path) -> None:
+    """Save a published DC-AE state dict (`.pth`) as the diffusers folder that `load_codec` reads.
+
+    Raises:
+        ScdError: the file holds anything but tensors, they do not fit the options' architecture
+            or are not finite, or the folder cannot be written.
+    """
+    try:
+        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # refused pickles, damaged archives: many kinds
+        raise ScdError(f"{weights}: refused: not plain tensors ({type(error).__name__})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ScdError(f"{weights}: expected a flat state dict of tensors")
+    autoencoder = build_autoencoder(options)
+    load_matching(autoencoder, tensors, str(weights))
+    for name, tensor in autoencoder.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise ScdError(f"{weights}: {name} is not finite")
+    autoencoder.register_to_config(scaling_factor=PUBLISHED_SCALING)
+    aside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
+        autoencoder.save_pretrained(aside)
+        aside.replace(folder)
+    except OSError as error:
+        raise ScdError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_codec(path: str | None) -> Codec:
@@ -110,10 +148,13 @@ def load_codec(path: str | None) -> Codec:
     if not (Path(path) / "config.json").is_file():
         raise ScdError(f"{path}: no autoencoder there (config.json is missing)")
     try:
-        autoencoder = AutoencoderDC.from_pretrained(path, use_safetensors=True)
+        autoencoder, found = AutoencoderDC.from_pretrained(
+            path, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except Exception as error:  # diffusers raises many kinds for damaged folders
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ScdError(f"{path}: not a readable autoencoder ({first})") from error
+        raise ScdError(f"{path}: not a readable autoencoder ({reason(error)})") from error
+    if found["missing_keys"]:  # diffusers would leave them random
+        raise ScdError(f"{path}: the autoencoder's weights lack {sorted(found['missing_keys'])[0]}")
     return LatentCodec(autoencoder.eval().requires_grad_(False))
 
 

@@ -29,10 +29,14 @@ class Rotary(NamedTuple):
     sin: Tensor
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotate adjacent pairs of x (B, heads, tokens, HEAD_DIM), in its own precision."""
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        rotated = (even * self.cos - odd * self.sin, even * self.sin + odd * self.cos)
-        return torch.stack(rotated, dim=-1).flatten(-2).type_as(x)
+        """Rotate the pairs (x_i, x_{i + 32}) of every head of x (B, heads, tokens, HEAD_DIM).
+
+        The reference pairs neighbours instead: the same up to the order of a head's channels, but
+        strided and several times slower. Its checkpoints are reordered when they are read.
+        """
+        one, other = x.chunk(2, dim=-1)
+        cos, sin = self.cos.type_as(x), self.sin.type_as(x)
+        return torch.cat([one * cos - other * sin, one * sin + other * cos], dim=-1)
 
 
 def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
@@ -103,17 +107,23 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = width // HEAD_DIM
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
-        self.norm_k = nn.RMSNorm(HEAD_DIM, eps=NORM_EPS)
+        self.norm_q = nn.Parameter(torch.ones(HEAD_DIM))
+        self.norm_k = nn.Parameter(torch.ones(HEAD_DIM))
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """x (B, T, D) -> (B, T, D)."""
         qkv = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
         q, k, v = qkv.unbind()
-        q = rotary.rotate(self.norm_q(q).type_as(v))
-        k = rotary.rotate(self.norm_k(k).type_as(v))
+        q = rotary.rotate(_rms_norm(q, self.norm_q))
+        k = rotary.rotate(_rms_norm(k, self.norm_k))
         return self.out(rearrange(attend(q, k, v), "b h t d -> b t (h d)"))
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / sqrt(mean x²) · weight over the last axis, the mean in float32, the rest as x is."""
+    mean = x.square().mean(dim=-1, keepdim=True, dtype=torch.float32)
+    return x * torch.rsqrt(mean + NORM_EPS).type_as(x) * weight.type_as(x)
 
 
 class Block(nn.Module):
@@ -133,11 +143,11 @@ class Block(nn.Module):
         """x (B, F, N, D) with conditioning e (B, F, D) -> (B, F, N, D)."""
         frames = x.shape[1]
         shift, scale, gate = self.modulation_attention(e)  # (B, F, 1, D) each
-        h = self.norm(x) * (1 + scale) + shift
+        h = torch.addcmul(shift, self.norm(x), 1 + scale)
         h = self.attention(h.flatten(1, 2), rotary, attend).unflatten(1, (frames, -1))
-        x = x + gate * h
+        x = torch.addcmul(x, gate, h)
         shift, scale, gate = self.modulation_mlp(e)
-        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.norm(x), 1 + scale)))
 
 
 class OutputNorm(nn.Module):
@@ -156,7 +166,7 @@ class OutputNorm(nn.Module):
         if self.linear is None:
             return h
         scale, shift = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(2, dim=-1)
-        return h * (1 + scale) + shift
+        return torch.addcmul(shift, h, 1 + scale)
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

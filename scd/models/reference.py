@@ -117,11 +117,20 @@ def _convert(tensors: dict[str, Tensor], fusion: str) -> dict[str, Tensor]:
             unknown[key] = tensor
     for key in [key for key in tensors if ".attn.to_q." in key]:
         part, _, number, _, _, leaf = key.split(".")
-        thirds = [tensors[key.replace("to_q", f"to_{letter}")] for letter in "qkv"]
-        converted[f"{part}.blocks.{number}.attention.qkv.{leaf}"] = torch.cat(thirds)
+        q, k, v = (tensors[key.replace("to_q", f"to_{letter}")] for letter in "qkv")
+        qkv = torch.cat([_halves(q), _halves(k), v])
+        converted[f"{part}.blocks.{number}.attention.qkv.{leaf}"] = qkv
+    for key in [key for key in converted if ".attention.norm_" in key]:
+        converted[key.removesuffix(".weight")] = _halves(converted.pop(key))
     if fusion == "token_concat_with_proj":
         unknown = _take_context_projection(unknown, converted)
     return converted | unknown
+
+
+def _halves(channels: Tensor) -> Tensor:
+    """Reorder the first axis from adjacent pairs to halves, head by head (see `Rotary.rotate`)."""
+    heads = channels.unflatten(0, (-1, HEAD_DIM // 2, 2))
+    return heads.transpose(1, 2).reshape(channels.shape)
 
 
 def _take_context_projection(

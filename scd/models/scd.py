@@ -178,4 +178,3 @@ def next_conditions(conditions: Tensor | None) -> Tensor | None:
     if conditions is None:
         return None
     return torch.cat([conditions[:, 1:], conditions[:, -1:]], dim=1)
-

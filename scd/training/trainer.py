@@ -45,20 +45,22 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             task.parameter_groups(), betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay
         )
+        task.network.to(accelerator.device)
+        # Its decay starts low and rises to `ema_decay`, so that short runs are not held back.
+        self.ema = EMAModel(task.network.parameters(), decay=o.ema_decay)
+        self._resume()
         self.schedule = get_scheduler(
             "cosine" if o.schedule == "cosine" else "constant_with_warmup",
             self.optimizer,
             num_warmup_steps=o.warmup_steps,
             num_training_steps=options.train.steps,
+            last_epoch=self.step - 1,
         )
-        task.network.to(accelerator.device)
-        # Its decay starts low and rises to `ema_decay`, so that short runs are not held back.
-        self.ema = EMAModel(task.network.parameters(), decay=o.ema_decay)
-        self._resume()
         # The schedule is left out: accelerate would advance it once for every process.
         self.objective, self.optimizer = accelerator.prepare(task.objective, self.optimizer)
         if options.train.compile:
-            self.objective.compile()
+            for part in task.network.children():  # encoder and decoder
+                part.compile()
 
     def run(self) -> None:
         options, output = self.options, self.options.output
@@ -196,10 +198,10 @@ class Trainer:
         self.ema.shadow_params = [p.detach().clone() for p in network.parameters()]
         self.ema.optimization_step = state.step
         load_matching(network, state.model, str(path))
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state.optimizer)
-        # A fresh schedule moved on to the step: it is a function of the step alone.
-        self.schedule.last_epoch = state.step - 1
-        self.schedule.step()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate  # the schedule is a function of options and step alone
         self.step = state.step
         if self.accelerator.is_main_process:
             print(f"continuing {self.options.name} from step {self.step} ({path})")

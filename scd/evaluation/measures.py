@@ -1,0 +1,39 @@
+"""The metrics that can be computed here, and why the others cannot."""
+
+from torch import Tensor
+
+from scd.evaluation.frame_metrics import lpips_distance, psnr, ssim
+from scd.evaluation.fvd import i3d_features
+from scd.evaluation.weights import (
+    MetricUnavailable,
+    load_i3d_weights,
+    load_lpips_weights,
+    weights_hash,
+)
+
+
+class Measures:
+    """Which metrics can be computed here, and why not the others."""
+
+    def __init__(self) -> None:
+        self.hashes: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+        for metric, name, load in (
+            ("lpips", "lpips", load_lpips_weights),
+            ("fvd", "i3d", load_i3d_weights),
+        ):
+            try:
+                load()
+                self.hashes[name] = weights_hash(name)
+            except MetricUnavailable as error:
+                self.missing[metric] = str(error)
+
+    def frames(self, video: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """Metric -> (n, frames), of predicted frames against real ones."""
+        values = {"psnr": psnr(video, real), "ssim": ssim(video, real)}
+        if "lpips" not in self.missing:
+            values["lpips"] = lpips_distance(video, real)
+        return {name: value.cpu() for name, value in values.items()}
+
+    def features(self, video: Tensor) -> Tensor | None:
+        return None if "fvd" in self.missing else i3d_features(video).cpu()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Fetch published data from the Hugging Face hub: HF_TOKEN=... bash scripts/setup_data.sh [NAME ...]
+# Without names: what options/scd_minecraft.yml needs. Run again, it goes on where it stopped.
+# HF_ENDPOINT names a mirror.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+python=$(find_python)
+if [ $# -eq 0 ]; then
+    set -- dcae_minecraft minecraft minecraft_latent # the small one first: it shows whether all works
+fi
+"$python" -m scd.cli fetch-data "$@"

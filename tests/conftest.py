@@ -1,0 +1,31 @@
+"""What several tests need: a small recording of Doom and an untrained autoencoder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from scd.doom.record import record_dataset
+from scd.models.autoencoder import build_autoencoder
+from scd.options import AutoencoderOptions
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def doom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 training and 2 validation episodes of 40 frames, 64x64. Copy it before changing it."""
+    root = tmp_path_factory.mktemp("doom")
+    record_dataset(root, train_episodes=3, val_episodes=2, frames=40, size=64)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An autoencoder of random weights: 8 latent channels, 8x downsampling."""
+    stages = {"block_types": ["ResBlock"] * 4, "channels": [8] * 4, "layers": [1] * 4}
+    sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in stages.items()}
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("autoencoder")
+    build_autoencoder(AutoencoderOptions(latent_channels=8, **sides)).save_pretrained(path)
+    return str(path)

@@ -1,0 +1,151 @@
+"""The training objective."""
+
+import pytest
+import torch
+
+from scd.flow.noise import draw_noise
+from scd.flow.objective import FlowObjective
+from scd.models.autoencoder import PixelCodec
+from scd.options import FlowOptions
+from tests.test_model import make_model
+
+B, F, C, H, W = 3, 4, 3, 4, 4
+TOKENS = 4
+
+
+def objective(model=None, **options) -> FlowObjective:
+    return FlowObjective(model or make_model(channels=C), PixelCodec(), FlowOptions(**options), 0)
+
+
+def draws_of(made: FlowObjective, latents, samples=(0, 1, 2)):
+    shape = (TOKENS, made.model.width)
+    return draw_noise(made.options, made.seed, list(samples), latents, shape)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(B, F, C, H, W, generator=g), torch.randint(0, 3, (B, F), generator=g)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+def test_k_draws_are_k_separate_passes(clips, prediction):
+    """One encoder pass for all draws, and every draw under the same actions (within 1e-6)."""
+    latents, actions = clips
+    made = objective(make_model(channels=C, prediction=prediction), noise_draws=3)
+    draws = draws_of(made, latents)
+    together = made.loss(latents, actions, draws)
+    separate = [
+        made.loss(
+            latents,
+            actions,
+            draws._replace(level=draws.level[:, k : k + 1], noise=draws.noise[:, k : k + 1]),
+        )
+        for k in range(3)
+    ]
+    assert abs(together - sum(separate) / 3) < 1e-6 * together
+    assert len({round(float(loss), 6) for loss in separate}) == 3
+
+
+@torch.no_grad()
+def test_loss_is_the_velocity_error_of_the_plain_model(clips):
+    """Clean history, no dropout, no perturbation: exactly `model.velocity` against ε − x."""
+    latents, actions = clips
+    made = objective(noise_draws=1, context_noise=0.0, condition_dropout=0.0)
+    draws = draws_of(made, latents)
+    sigma = torch.sigmoid(draws.level[:, 0])
+    level = sigma[..., None, None, None]
+    noisy = level * draws.noise[:, 0] + (1 - level) * latents
+    velocity = made.model.velocity(latents, noisy, sigma * 1000, actions)
+    expected = (velocity - (draws.noise[:, 0] - latents)[:, 1:]).square().mean()
+    assert torch.allclose(made.loss(latents, actions, draws), expected, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+def test_a_perfect_prediction_has_no_loss(clips, prediction):
+    latents, actions = clips
+    made = objective(make_model(channels=C, prediction=prediction), noise_draws=2)
+    draws = draws_of(made, latents)
+
+    def perfect(noisy, timesteps, context, conditions):
+        clean = latents[:, 1:].repeat_interleave(2, dim=0)
+        noise = draws.noise[:, :, 1:].flatten(0, 1)
+        return clean if prediction == "data" else noise - clean
+
+    made.model.decoder.forward = perfect
+    assert made.loss(latents, actions, draws) < 1e-8
+
+
+def test_draws_belong_to_the_sample_not_the_batch(clips):
+    latents, _ = clips
+    made = objective()
+    whole, part = draws_of(made, latents, (4, 5, 6)), draws_of(made, latents[:1], (5,))
+    for one, other in zip(whole, part, strict=True):
+        assert torch.equal(one[1:2], other)
+    assert not torch.equal(whole.noise[0], whole.noise[1])
+    assert not torch.equal(whole.noise[0, 0], whole.noise[0, 1])  # K draws differ
+
+
+def test_noise_levels_are_logit_normal(clips):
+    latents, _ = clips
+    made = objective(noise_draws=64)
+    level = torch.cat([draws_of(made, latents[:1], (i,)).level.flatten() for i in range(20)])
+    assert abs(level.mean()) < 0.05
+    assert abs(level.std() - 1) < 0.05
+
+
+@torch.no_grad()
+def test_encoder_input(clips):
+    latents, actions = clips
+    seen = {}
+    for mode in ("clean", "noisy", "mixed"):
+        made = objective(encoder_input=mode, clean_fraction=0.5)
+        draws = draws_of(made, latents)
+        forward = made.model.encoder.forward
+        made.model.encoder.forward = lambda x, *a, m=mode, f=forward: (
+            seen.update({m: x}),
+            f(x, *a),
+        )[1]
+        made.loss(latents, actions, draws)
+        clean = draws.clean_frame
+    assert torch.equal(seen["clean"], latents)
+    same = (seen["noisy"] == latents).flatten(2).all(-1)
+    assert not same.any()
+    assert 0 < clean.sum() < clean.numel()
+    assert torch.equal((seen["mixed"] == latents).flatten(2).all(-1), clean)
+    assert torch.equal(seen["mixed"][~clean], seen["noisy"][~clean])
+
+
+@torch.no_grad()
+def test_condition_dropout_and_context_noise(clips):
+    latents, actions = clips
+    always = objective(condition_dropout=1.0)
+    draws = draws_of(always, latents)
+    assert draws.drop_condition.all()
+    null = torch.full_like(actions, always.model.null_condition)
+    assert torch.equal(always.loss(latents, actions, draws), always.loss(latents, null, draws))
+    never = objective(condition_dropout=0.0)
+    assert not draws_of(never, latents).drop_condition.any()
+    calm, rough = objective(context_noise=0.0), objective(context_noise=1.0)
+    assert calm.loss(latents, actions, draws) != rough.loss(latents, actions, draws)
+
+
+def test_it_learns():
+    """A few steps on one tiny clip bring the loss well down."""
+    torch.manual_seed(0)
+    from scd.models import SCD
+
+    model = SCD(channels=C, patch_size=2, heads=1, encoder_layers=1, decoder_layers=1)
+    made = objective(model)
+    optimizer = torch.optim.AdamW(made.parameters(), 3e-3)
+    batch = {"video": torch.rand(2, F, C, H, W)}
+    losses = []
+    for step in range(120):
+        loss = made({"sample": torch.tensor([2 * step, 2 * step + 1]), **batch})["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.6 * sum(losses[:20])

@@ -1,0 +1,311 @@
+"""Options files and overrides: what is read, and what is refused, in one line that names it."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from scd.errors import ScdError
+from scd.options import Options, load_options, options_from_json, options_to_dict
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "options").glob("*.yml"))
+SMALL = """\
+name: small
+task: world_model
+data: {root: somewhere, frames: 4}
+train: {steps: 10, batch_size: 2}
+eval: {context_frames: 1, new_frames: 3}
+"""
+AUTOENCODER = [
+    "task=autoencoder",
+    *(f"autoencoder.{side}_block_types=[ResBlock, ResBlock]" for side in ("encoder", "decoder")),
+    *(f"autoencoder.{side}_channels=[32, 64]" for side in ("encoder", "decoder")),
+    *(f"autoencoder.{side}_layers=[0, 1]" for side in ("encoder", "decoder")),
+]
+ACTIONS = ["model.condition=action", "model.num_conditions=4"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yml"
+    path.write_text(SMALL)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ScdError) as caught:
+        load_options(path, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_file_loads(path: Path) -> None:
+    assert load_options(path).name == path.stem
+
+
+def test_values_have_the_types_that_are_declared(file: Path) -> None:
+    options = load_options(
+        file,
+        [
+            "train.mixed_precision=no",  # a YAML reader would make it false
+            "train.compile=yes",
+            "optim.lr=1e-3",
+            "optim.betas=[0.5, 0]",
+            "data.action_names=[on, 1.10, turn left]",
+            "autoencoder.path=null",
+            "name=2026-01-01",
+            "output_root=a=b",
+        ],
+    )
+    assert options.train.mixed_precision == "no"
+    assert options.train.compile is True
+    assert options.optim.lr == 0.001
+    assert options.optim.betas == [0.5, 0.0] and type(options.optim.betas[1]) is float
+    assert options.data.action_names == ["on", "1.10", "turn left"]
+    assert options.autoencoder.path is None
+    assert str(options.output) == "a=b/2026-01-01"
+    assert options.train.steps == 10 and options.data.frames == 4  # of the file
+    assert options.model == Options().model  # untouched
+
+
+def test_later_overrides_win(file: Path) -> None:
+    options = load_options(file, ["train.steps=3", "train={steps: 4, workers: 0}"])
+    assert (options.train.steps, options.train.workers, options.train.batch_size) == (4, 0, 2)
+
+
+def test_options_survive_a_checkpoint(file: Path) -> None:
+    for path in [file, *SHIPPED]:
+        options = load_options(path, ["train.mixed_precision=no", "optim.lr=3.3e-05"])
+        text = json.dumps(options_to_dict(options))
+        assert options_from_json(text, "checkpoint") == options
+    changed = options_from_json(text, "checkpoint", ["eval.videos=7"])
+    assert changed.eval.videos == 7 and changed != options
+    for damaged in ("", "{", "[]", "null", '"a"', '{"name": {}}', '{"data": 3}', "[" * 10**5):
+        with pytest.raises(ScdError, match=r"^checkpoint: ."):
+            options_from_json(damaged, "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("train.stepz", "train.steps"),
+        ("steps", "train.steps"),
+        ("trian.steps", "trian"),
+        ("model.encoder_layer", "model.encoder_layers"),
+        ("optm", "optim"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_neighbour(file: Path, key: str, near: str) -> None:
+    override = f"{key}=3"
+    message = refusal(file, override)
+    assert message.startswith(f"override {override!r}: unknown key ")
+    assert near in message
+    *sections, name = key.split(".")
+    file.write_text(SMALL + "".join(f"{s}:\n  " for s in sections) + f"{name}: 3\n")
+    if "train" not in sections:  # it would stand twice
+        message = refusal(file)
+        assert message.startswith(f"{file}: unknown key ") and near in message
+
+
+def test_dotted_keys_in_a_file_are_explained(file: Path) -> None:
+    file.write_text(SMALL + "optim.lr: 1.0\n")
+    assert refusal(file) == (
+        f"{file}: unknown key 'optim.lr': write sections as nested keys, not with dots"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.steps=many", "train.steps"),
+        ("train.steps=1.5", "train.steps"),
+        ("train.steps=null", "train.steps"),
+        ("train.steps=", "train.steps"),
+        ("train.steps.x=1", "train.steps"),
+        ("train.compile=maybe", "train.compile"),
+        ("optim.betas=0.9", "optim.betas"),
+        ("optim.betas=null", "optim.betas"),
+        ("optim.betas=[a, b]", "optim.betas"),
+        ("optim.betas={a: 1}", "optim.betas"),
+        ("optim.betas.0=0.5", "optim.betas"),
+        ("eval.seeds=[[0]]", "eval.seeds"),
+        ("eval.seeds=[null]", "eval.seeds"),
+        ("data=3", "data"),
+        ("data=null", "data"),
+        ("data=[root]", "data"),
+        ("name=[a]", "name"),
+        ("name=${nothing}", "name"),
+        ("seed=${name}", "seed"),
+        ("seed=${seed}", "seed"),
+        ("name=${", "name"),
+    ],
+)
+def test_a_wrong_type_is_named(file: Path, override: str, key: str) -> None:
+    message = refusal(file, override)
+    assert key in message.replace(repr(override), "")
+    assert override in message or str(file) in message
+    section, _, name = key.rpartition(".")
+    value = json.dumps(["wrong", {"type": None}])
+    unlisted = "\n".join(line for line in SMALL.splitlines() if not line.startswith(section or key))
+    file.write_text(f"{unlisted}\n{section}: {{{name}: {value}}}" if section else f"{key}: {value}")
+    message = refusal(file)
+    assert message.startswith(f"{file}: ") and key in message
+
+
+@pytest.mark.parametrize("text", ["train.steps", "=3", " =3", "", "train.steps=[1", "name='"])
+def test_an_override_that_is_none_is_named(file: Path, text: str) -> None:
+    assert refusal(file, text).startswith(f"override {text!r}: ")
+
+
+def test_every_missing_value_is_named(file: Path) -> None:
+    file.write_text("data: {frames: 4}\ntrain: {steps: ???, batch_size: 2}\n")
+    assert refusal(file) == (
+        f"{file}: no value for data.root, eval.context_frames, eval.new_frames, name, task, "
+        f"train.steps"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["task=world"], "task is 'world', not one of world_model, autoencoder; did you mean"),
+        (["model.fusion=concatenate"], "did you mean 'concat'?"),
+        (["train.batch_size=0"], "train.batch_size must be above 0"),
+        (["train.workers=-1"], "train.workers must not be negative"),
+        (["seed=-1"], "seed must not be negative"),
+        (["seed=9223372036854775808"], "seed must lie below"),
+        (["flow.clean_fraction=1.1"], "flow.clean_fraction must lie between 0 and 1"),
+        (["optim.lr=nan"], "optim.lr must be finite"),
+        (["optim.lr=inf"], "optim.lr must be finite"),
+        (["flow.logit_mean=-inf"], "flow.logit_mean must be finite"),
+        (["train.trackers=[wandbb]"], "unknown 'wandbb'; known: tensorboard, wandb"),
+        (["name=a/b"], "name must do as a folder's name"),
+        (["name=.."], "name must do as a folder's name"),
+        (['name="a\\nb"'], "name must do as a folder's name"),
+        (["optim.betas=[0.9]"], "optim.betas takes two numbers"),
+        (["optim.betas=[0.9, 1.0]"], "optim.betas takes two numbers"),
+        (["eval.trajectories=2"], "eval.seeds has 1 entries for eval.trajectories=2"),
+        ([*ACTIONS, "eval.swapped_actions=[1, 4]"], "eval.swapped_actions=[1, 4]"),
+        ([*ACTIONS, "eval.swapped_actions=[1, 1]"], "eval.swapped_actions=[1, 1]"),
+        ([*ACTIONS, "eval.swapped_actions=[-1, 1]"], "eval.swapped_actions=[-1, 1]"),
+        ([*ACTIONS, "eval.swapped_actions=[1]"], "eval.swapped_actions=[1]"),
+        (
+            ["model.condition=label", "model.num_conditions=4", "eval.swapped_actions=[1, 2]"],
+            "a model with model.condition=action",
+        ),
+        (["data.frames=1"], "at least 2 frames"),
+        (["model.condition=action"], "contradicts model.num_conditions=0"),
+        (["model.num_conditions=3"], "contradicts model.num_conditions=3"),
+        (["rollout.guidance=condition"], "contradicts model.condition=none"),
+        ([*ACTIONS, "data.frame_stride=2"], "data.frame_stride must be 1"),
+        (["data.source=latents"], "data.source=latents needs autoencoder.path"),
+        ([*AUTOENCODER, "data.source=latents"], "needs data.source=video"),
+        (["task=autoencoder"], "autoencoder.encoder_block_types, _channels and _layers need one entry"),
+        ([*AUTOENCODER, "autoencoder.decoder_layers=[1]"], "autoencoder.decoder_block_types, _channels"),
+        ([*AUTOENCODER, "autoencoder.latent_channels=0"], "latent_channels must be above 0"),
+        ([*AUTOENCODER, "autoencoder.latent_channels=48"], "latent_channels=48"),
+        ([*AUTOENCODER, "autoencoder.encoder_channels=[0, 64]"], "must be above 0"),
+        ([*AUTOENCODER, "autoencoder.decoder_layers=[0, -1]"], "not be negative"),
+        (
+            [*AUTOENCODER, "autoencoder.encoder_block_types=[ResBlock, Resblock]"],
+            "known are ResBlock, EfficientViTBlock",
+        ),
+        (
+            [
+                *AUTOENCODER,
+                "autoencoder.encoder_block_types=[ResBlock]",
+                "autoencoder.encoder_channels=[64]",
+                "autoencoder.encoder_layers=[1]",
+            ],
+            "need as many stages",
+        ),
+        ([*AUTOENCODER, "data.frame_size=65"], "does not divide by 2"),
+    ],
+)
+def test_what_cannot_work_is_refused(file: Path, overrides: list[str], complaint: str) -> None:
+    message = refusal(file, *overrides)
+    assert message.startswith(f"{file}: ") and complaint in message
+
+
+def test_the_counterparts_of_the_refusals_load(file: Path) -> None:
+    for overrides in [
+        AUTOENCODER,
+        [*AUTOENCODER, "data.frame_size=66", "data.frames=1", "data.frame_stride=9"],
+        [*ACTIONS, "eval.swapped_actions=[3, 0]", "rollout.guidance=condition"],
+        ["eval.trajectories=2", "eval.seeds=[4, 4]"],
+        ["data.frame_stride=2"],
+        ["data.source=latents", "autoencoder.path=somewhere"],
+        ["train.trackers=[tensorboard, wandb]", "seed=9223372036854775807"],
+    ]:
+        load_options(file, overrides)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a",
+        "5",
+        "null",
+        "[1, 2]",
+        "- name: a",
+        "{",
+        "data: [a",
+        "\tname: a",
+        "\x00",
+        SMALL + "name: twice\n",
+        SMALL + "data: {root: b}\n",
+        SMALL + "---\nname: b\n",
+        SMALL + "seed: *nowhere\n",
+        SMALL + "seed: !!python/object/apply:os.system [exit]\n",
+        SMALL + "? [a]\n: b\n",
+        SMALL + "x: &x [*x]\n",
+        "[" * 10_000,
+    ],
+)
+def test_broken_yaml_is_refused(file: Path, text: str) -> None:
+    file.write_text(text)
+    assert refusal(file).startswith(f"{file}: ")
+
+
+def test_a_broken_line_is_named(file: Path) -> None:
+    file.write_text(SMALL + "optim: {lr: 1\nmodel: {}\n")
+    assert "(line 7: " in refusal(file)
+
+
+def test_files_that_cannot_be_read_are_named(file: Path) -> None:
+    near = file.with_name("smal.yml")
+    assert refusal(near) == f"{near}: no such options file; did you mean {file}?"
+    far = file.with_name("zzz.yml")
+    assert refusal(far) == f"{far}: no such options file"
+    assert refusal(file.parent / "no" / "small.yml").endswith("no such options file")
+    assert refusal(file.parent).startswith(f"{file.parent}: not a readable")
+    assert refusal(file / "x.yml").startswith(f"{file / 'x.yml'}: not a readable")
+    file.write_bytes(b"\xff\xfe\x00")
+    assert refusal(file).startswith(f"{file}: not a readable")
+
+
+def test_mutated_files_load_or_are_refused(file: Path) -> None:
+    """Whatever stands in a file, there is no other error and no message of several lines."""
+    rng = random.Random(0)
+    text = (ROOT / "options/scd_doom_tiny.yml").read_text()
+    alphabet = "\n\t :-[]{},#&*!|>'\"%@`~?$.0eé\x00\\" + text
+    refused = 0
+    for _ in range(200):
+        mutated = text
+        for _ in range(rng.randint(1, 4)):
+            start = rng.randrange(len(mutated))
+            end = start + rng.choice([0, 0, 1, 1, 1, 8])
+            new = "".join(rng.choices(alphabet, k=rng.choice([0, 1, 1, 3])))
+            mutated = mutated[:start] + new + mutated[end:]
+        file.write_text(mutated, encoding="utf-8")
+        try:
+            load_options(file)
+        except ScdError as error:
+            assert "\n" not in str(error) and str(error).startswith(f"{file}: ")
+            refused += 1
+    assert 50 < refused < 200

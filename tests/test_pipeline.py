@@ -1,0 +1,83 @@
+"""`SCDPipeline` in diffusers' own terms."""
+
+import numpy as np
+import pytest
+import torch
+
+from scd.errors import ScdError
+from scd.models.autoencoder import LatentCodec, load_codec
+from scd.pipeline import SCDPipeline
+from scd.rollout import generate
+from tests.test_model import make_model
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_autoencoder_path):
+    codec = load_codec(str(tiny_autoencoder_path))
+    pipeline = SCDPipeline(transformer=make_model(channels=8), vae=codec.autoencoder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def arguments():
+    video = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    actions = torch.tensor([[0, 1, 2, 1, 0], [1, 1, 0, 2, 2]])
+    return video, {"actions": actions, "num_frames": 2, "num_inference_steps": 2}
+
+
+def test_equals_generate(pipeline):
+    video, given = arguments()
+    seeds = [torch.Generator().manual_seed(i) for i in (3, 4)]
+    frames = pipeline(video, generator=seeds, guidance_scale=1.0, **given).frames
+    assert frames.shape == (2, 5, 3, 64, 64)
+    assert torch.equal(frames[:, :3], video)
+    codec = LatentCodec(pipeline.vae)
+    new = generate(
+        pipeline.transformer,
+        codec.encode(video),
+        actions=given["actions"],
+        num_frames=2,
+        num_steps=2,
+        generator=[torch.Generator().manual_seed(i) for i in (3, 4)],
+    )
+    assert (frames[:, 3:] - codec.decode(new)).abs().max() < 1e-5
+
+
+def test_save_and_load(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert "model_index.json" in names
+    assert "transformer/diffusion_pytorch_model.safetensors" in names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    loaded = SCDPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    video, given = arguments()
+    one, other = (
+        p(video, generator=torch.Generator().manual_seed(0), **given).frames
+        for p in (pipeline, loaded)
+    )
+    assert torch.equal(one, other)
+    assert loaded.transformer.config.num_conditions == 3
+
+
+def test_pixel_space_and_numpy(tmp_path):
+    pixel = SCDPipeline(transformer=make_model(channels=3, patch_size=16))
+    pixel.set_progress_bar_config(disable=True)
+    pixel.save_pretrained(tmp_path)
+    loaded = SCDPipeline.from_pretrained(tmp_path)
+    assert loaded.vae is None
+    video, given = arguments()
+    frames = video.mul(255).byte().movedim(2, -1).numpy()
+    out = pixel(frames, output_type="np", **given).frames
+    assert isinstance(out, np.ndarray)
+    assert out.shape == (2, 5, 64, 64, 3)
+
+
+def test_refusals(pipeline):
+    video, given = arguments()
+    with pytest.raises(ScdError, match=r"expected \(B, K, 3, H, W\)"):
+        pipeline(video[0], **given)
+    with pytest.raises(ScdError, match="actions are"):
+        pipeline(video, **{**given, "num_frames": 3})
+    with pytest.raises(ScdError, match="output_type"):
+        pipeline(video, output_type="pil", **given)

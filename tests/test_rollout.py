@@ -1,0 +1,230 @@
+"""The rollout engine against the plain network, and against itself in other forms."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from scd.errors import ScdError
+from scd.flow.sampler import noise_levels
+from scd.models.scd import next_conditions
+from scd.rollout import Rollout, cache, generate
+from tests.test_model import make_model
+
+B, K, NEW, C, H, W = 2, 4, 3, 4, 4, 6
+STEPS = 4
+TOLERANCE = 5e-5  # absolute, fp32; measured: about 3e-6
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    g = torch.Generator().manual_seed(3)
+    context = torch.randn(B, K, C, H, W, generator=g)
+    noise = torch.randn(B, NEW, C, H, W, generator=g)
+    return context, noise, torch.randint(0, 3, (B, K + NEW), generator=g)
+
+
+@torch.no_grad()
+def plain_rollout(model, context, noise, actions, guidance="none", scale=1.0):
+    """Without cache: the encoder over the whole history for every frame."""
+    frames = context
+    levels = noise_levels(STEPS)
+    for i in range(noise.shape[1]):
+        known = frames.shape[1]
+        conditions = actions[:, 1 : known + 1]
+        null = torch.full_like(conditions, model.null_condition)
+        positive = model.encoder(frames, conditions)[:, -1:]
+        negative = model.encoder(frames, null)[:, -1:]
+        x = noise[:, i : i + 1]
+        for sigma, following in pairwise(levels):
+            t = torch.full((B, 1), sigma * 1000)
+            v = model.decode(x, t, positive, conditions[:, -1:])
+            if guidance == "condition":
+                v_negative = model.decode(x, t, negative, null[:, -1:])
+                v = v_negative + scale * (v - v_negative)
+            x = x + (following - sigma) * v
+        frames = torch.cat([frames, x], dim=1)
+    return frames[:, context.shape[1] :]
+
+
+@pytest.mark.parametrize(("guidance", "scale"), [("none", 1.0), ("condition", 1.7)])
+def test_cached_equals_uncached(model, inputs, guidance, scale):
+    context, noise, actions = inputs
+    new = generate(
+        model,
+        context,
+        actions=actions,
+        num_frames=NEW,
+        num_steps=STEPS,
+        guidance=guidance,
+        guidance_scale=scale,
+        noise=noise,
+    )
+    expected = plain_rollout(model, context, noise, actions, guidance, scale)
+    assert (new - expected).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+def test_context_guidance_written_out(model, inputs):
+    """The negative branch is the same context with η·ζ added before the modulation."""
+    context, noise, actions = inputs
+    scale, eta = 2.0, 0.3
+    new = generate(
+        model,
+        context,
+        actions=actions[:, : K + 1],
+        num_frames=1,
+        num_steps=STEPS,
+        guidance="context",
+        guidance_scale=scale,
+        guidance_noise=eta,
+        noise=noise[:, :1],
+        generator=torch.Generator().manual_seed(5),
+    )
+    zeta = torch.randn(B, 6, model.width, generator=torch.Generator().manual_seed(5))
+    conditions = next_conditions(actions[:, : K + 1])[:, :K]
+    positive = model.encoder(context, conditions)[:, -1:]
+    perturbation = torch.zeros(B, K, 6, model.width)
+    perturbation[:, -1] = eta * zeta
+    negative = model.encoder(context, conditions, perturbation)[:, -1:]
+    x = noise[:, :1]
+    levels = noise_levels(STEPS)
+    for sigma, following in pairwise(levels):
+        t = torch.full((B, 1), sigma * 1000)
+        plus, minus = (model.decode(x, t, c, actions[:, K : K + 1]) for c in (positive, negative))
+        x = x + (following - sigma) * (minus + scale * (plus - minus))
+    assert (new - x).abs().max() < TOLERANCE
+
+
+def test_streaming_equals_batch(model, inputs):
+    context, noise, actions = inputs
+    whole = generate(model, context, actions=actions, num_frames=NEW, num_steps=STEPS, noise=noise)
+    for b in range(B):
+        one = slice(b, b + 1)
+        rollout = Rollout(model, num_steps=STEPS, max_frames=K + NEW)
+        rollout.reset(context[one], actions[one, :K])
+        for i in range(NEW):
+            frame = rollout.step(actions[one, K + i], noise[one, i])
+            assert (frame - whole[one, i]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("guidance", ["none", "context", "condition"])
+def test_a_sample_does_not_depend_on_its_batch(model, inputs, guidance):
+    """Same seed, same video."""
+    context, _, actions = inputs
+
+    def run(rows):
+        generators = [torch.Generator().manual_seed(int(row)) for row in rows]
+        return generate(
+            model,
+            context[rows],
+            actions=actions[rows],
+            num_frames=NEW,
+            num_steps=STEPS,
+            guidance=guidance,
+            guidance_scale=1.5,
+            generator=generators,
+        )
+
+    both, swapped = run(torch.tensor([0, 1])), run(torch.tensor([1, 0]))
+    assert (both - swapped.flip(0)).abs().max() < TOLERANCE
+    assert (run(torch.tensor([1])) - both[1:]).abs().max() < TOLERANCE
+    assert (both[0] - both[1]).abs().max() > 0.1
+
+
+def test_stream_and_reset(model, inputs):
+    context, _, actions = inputs
+    rollout = Rollout(model, num_steps=STEPS, max_frames=K + NEW)
+
+    def run():
+        rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(1))
+        return torch.stack(list(rollout.stream(actions[:, K:].T)), dim=1)
+
+    assert torch.equal(run(), run())
+
+
+def test_a_later_action_does_not_change_an_earlier_frame(model, inputs):
+    context, noise, actions = inputs
+    changed = actions.clone()
+    changed[:, K + 1] = (changed[:, K + 1] + 1) % 3
+    common = {"num_frames": NEW, "num_steps": STEPS, "noise": noise}
+    before = generate(model, context, actions=actions, **common)
+    after = generate(model, context, actions=changed, **common)
+    assert torch.equal(before[:, 0], after[:, 0])
+    assert (before[:, 1] != after[:, 1]).any()
+
+
+def test_prefill_in_chunks_equals_at_once(model, inputs):
+    """A cache filled frame by frame holds what one pass writes."""
+    context, _, actions = inputs
+    at_once = cache.KVCache(model, B, K, 6)
+    by_frame = cache.KVCache(model, B, K, 6)
+    with torch.no_grad():
+        whole, _ = model.encoder.hidden(context, actions[:, :K], at_once)
+        for i in range(K):
+            part = slice(i, i + 1)
+            single, _ = model.encoder.hidden(context[:, part], actions[:, part], by_frame)
+            assert (single - whole[:, part]).abs().max() < TOLERANCE
+    assert at_once.frames == by_frame.frames == K
+    assert (at_once.keys - by_frame.keys).abs().max() < TOLERANCE
+
+
+def test_noise_levels():
+    assert noise_levels(4) == pytest.approx([1, 0.667, 0.334, 0.001, 0], abs=1e-6)
+    assert noise_levels(1) == pytest.approx([1, 0])
+
+
+def test_labels_and_no_condition(inputs):
+    context, noise, _ = inputs
+    for config, given in (
+        ({"condition": "label", "num_conditions": 5}, {"labels": torch.tensor([1, 4])}),
+        ({"condition": "none", "num_conditions": 0}, {}),
+    ):
+        model = make_model(**config)
+        new = generate(
+            model,
+            context,
+            num_frames=NEW,
+            num_steps=STEPS,
+            guidance_scale=1.5,
+            noise=noise,
+            **given,
+        )
+        assert new.shape == (B, NEW, C, H, W)
+        assert torch.isfinite(new).all()
+
+
+def test_bf16_model_stays_near_fp32(inputs):
+    context, noise, actions = inputs
+    common = {"num_frames": NEW, "num_steps": STEPS, "noise": noise, "actions": actions}
+    exact = generate(make_model(), context, **common)
+    rough = generate(make_model().to(torch.bfloat16), context, **common)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).norm() / exact.norm() < 0.05
+
+
+def test_refusals(model, inputs):
+    context, noise, actions = inputs
+    common = {"num_frames": NEW, "num_steps": STEPS}
+    with pytest.raises(ScdError, match="one a context frame and one a new frame"):
+        generate(model, context, actions=actions[:, :-1], **common)
+    with pytest.raises(ScdError, match="noise is"):
+        generate(model, context, actions=actions, noise=noise[:, 1:], **common)
+    with pytest.raises(ScdError, match="guidance is 'foo'"):
+        generate(model, context, actions=actions, guidance="foo", **common)
+    plain = make_model(condition="none", num_conditions=0)
+    with pytest.raises(ScdError, match="needs a model with a condition"):
+        generate(plain, context, guidance="condition", guidance_scale=2.0, **common)
+    rollout = Rollout(model, num_steps=1, max_frames=K + 1)
+    with pytest.raises(ScdError, match="before reset"):
+        rollout.step()
+    rollout.reset(context, actions[:, :K])
+    rollout.step(actions[:, K])
+    rollout.step(actions[:, K + 1])  # encodes the last frame that fits
+    with pytest.raises(ScdError, match="is full"):
+        rollout.step(actions[:, K + 2])

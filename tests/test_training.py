@@ -1,0 +1,268 @@
+"""Training: exact resume, data order, accumulation, EMA, checkpoints, what a run leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+from scd.errors import ScdError
+from scd.models.autoencoder import LatentCodec, load_codec
+from scd.models.checkpoints import load_checkpoint_for_use
+from scd.options import Options, load_options
+from scd.pipeline import SCDPipeline
+from scd.training import checkpoint, run
+from scd.training.checkpoint import latest_checkpoint, load_checkpoint
+from scd.training.trainer import Trainer, make_accelerator
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def options(doom_root, tmp_path):
+    def make(*overrides: str) -> Options:
+        small = [
+            f"data.root={doom_root}",
+            "data.source=video",
+            "data.frames=4",
+            "autoencoder.path=null",
+            "model.patch_size=16",
+            "model.heads=1",
+            "model.encoder_layers=1",
+            "model.decoder_layers=1",
+            "train.steps=6",
+            "train.batch_size=2",
+            "train.save_every=2",
+            "train.log_every=1",
+            "train.workers=0",
+            "train.mixed_precision=no",
+            "eval.context_frames=4",
+            "eval.new_frames=12",
+            "eval.videos=2",
+            f"output_root={tmp_path}",
+        ]
+        return load_options(ROOT / "options/scd_doom_tiny.yml", [*small, *overrides])
+
+    return make
+
+
+def train(options: Options, stop_after: int | None = None) -> Path:
+    """Train; with `stop_after`, as a process that dies right after that step."""
+    accelerator = make_accelerator(options)
+    trainer = Trainer(options, run.build_task(options, accelerator), accelerator)
+    if stop_after is not None:
+        plain = trainer._train_step
+
+        def step_or_die(batches):
+            if trainer.step == stop_after:
+                raise KeyboardInterrupt
+            return plain(batches)
+
+        trainer._train_step = step_or_die
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+    else:
+        trainer.run()
+    return options.output / "checkpoints"
+
+
+def assert_same_state(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    a, b = load_checkpoint(latest_checkpoint(one)), load_checkpoint(latest_checkpoint(other))
+    assert a.step == b.step
+    moments = [
+        {f"{i}.{k}": v for i, s in state.optimizer["state"].items() for k, v in s.items()}
+        for state in (a, b)
+    ]
+    for left, right in ((a.model, b.model), (a.ema, b.ema), moments):
+        assert left.keys() == right.keys()
+        for name, tensor in left.items():
+            assert (tensor - right[name]).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("extra", [[], ["train.gradient_accumulation=2", "train.batch_size=1"]])
+def test_resumed_equals_uninterrupted_to_the_bit(options, extra):
+    """Killed after step 5, it goes on from the checkpoint of step 4 — across an epoch's end."""
+    straight = train(options("name=straight", *extra))
+    train(options("name=resumed", *extra), stop_after=5)
+    assert latest_checkpoint(straight.parent.parent / "resumed/checkpoints").name == "step-00000004"
+    resumed = train(options("name=resumed", *extra))
+    assert_same_state(straight, resumed)
+    logs = [
+        (folder.parent / "log.jsonl").read_text().splitlines() for folder in (straight, resumed)
+    ]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+
+
+def test_worker_counts_do_not_matter(options):
+    assert_same_state(
+        train(options("name=none", "train.steps=3")),
+        train(options("name=two", "train.steps=3", "train.workers=2")),
+    )
+
+
+def test_accumulation_equals_a_larger_batch(options):
+    """Two batches of 1 against one of 2: the same samples; sums in another order (1e-6)."""
+    common = ["train.steps=3", "optim.lr=1e-4"]
+    one = train(options("name=batch", *common))
+    two = train(
+        options("name=accumulated", "train.batch_size=1", "train.gradient_accumulation=2", *common)
+    )
+    a, b = load_checkpoint(latest_checkpoint(one)), load_checkpoint(latest_checkpoint(two))
+    for key, tensor in a.model.items():
+        # Adam divides by tiny second moments early on, so compare to the size of a step.
+        assert (tensor - b.model[key]).abs().max() < 0.05 * 3 * 1e-4, key
+
+
+def test_ema_written_out(options):
+    """shadow ← shadow + (1 − d)(weights − shadow), d = min(ema_decay, (1 + n)/(10 + n))."""
+    o = options("name=ema", "train.save_every=1", "train.keep_checkpoints=9", "train.steps=4")
+    torch.manual_seed(o.seed)
+    folder = train(o)
+    accelerator = make_accelerator(o)
+    start = run.build_task(o, accelerator).network.state_dict()
+    shadow = {name: tensor.clone() for name, tensor in start.items()}
+    for step in range(1, 5):
+        weights = load_file(folder / f"step-{step:08d}/model.safetensors")
+        n = step - 1
+        decay = min(o.optim.ema_decay, (1 + n) / (10 + n)) if n > 0 else 0.0
+        for name in shadow:
+            shadow[name] += (1 - decay) * (weights[name] - shadow[name])
+        saved = load_file(folder / f"step-{step:08d}/ema.safetensors")
+        for name in shadow:
+            assert torch.allclose(saved[name], shadow[name], atol=1e-6), (step, name)
+
+
+def test_what_a_run_leaves(options):
+    o = options("name=whole", "train.sample_every=6", "train.trackers=[tensorboard]")
+    folder = train(o).parent
+    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
+        "step-00000004",
+        "step-00000006",
+    ]
+    for name in ("options.yml", "environment.json", "loss.png", "log.jsonl", "exported"):
+        assert (folder / name).exists(), name
+    assert load_options(folder / "options.yml") == o
+    samples = folder / "samples/step-00000006"
+    assert {p.name for p in samples.iterdir()} == {"grid.png", "00000.mp4", "00001.mp4"}
+    assert list((folder / "trackers").rglob("events.out.tfevents*"))
+    versions = json.loads((folder / "environment.json").read_text())
+    assert versions["packages"]["torch"] == torch.__version__.split("+")[0]
+    # One file is enough to use the model, and the exported pipeline holds the same weights.
+    ema = folder / "checkpoints/step-00000006/ema.safetensors"
+    loaded = load_checkpoint_for_use(ema)
+    assert loaded.options == o
+    assert loaded.source["step"] == 6
+    pipeline = SCDPipeline.from_pretrained(folder / "exported")
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, pipeline.transformer.state_dict()[name])
+
+
+def test_wandb_offline(options, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(options("name=tracked", "train.steps=2", "train.trackers=[wandb]"))
+    assert list(tmp_path.rglob("offline-run-*"))
+
+
+def test_damaged_checkpoint_is_passed_over(options, capsys):
+    folder = train(options("name=damaged"))
+    weights = folder / "step-00000006/model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert latest_checkpoint(folder).name == "step-00000004"
+    assert "step-00000006: passed over, model.safetensors is damaged" in capsys.readouterr().out
+
+
+def test_failed_save_leaves_the_old_checkpoints(options, monkeypatch):
+    o = options("name=full")
+    folder = train(o)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    state = load_checkpoint(latest_checkpoint(folder))
+    state.step = 8
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(ScdError, match=r"step-00000008.*No space left"):
+        checkpoint.save_checkpoint(folder, state, o, 1)
+    assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
+
+
+def test_other_sizes_are_refused_with_the_differences(options):
+    train(options("name=sizes"))
+    with pytest.raises(ScdError, match=r"does not fit the model in .* tensors: decoder\.blocks\.1"):
+        train(options("name=sizes", "model.decoder_layers=2", "train.steps=8"))
+
+
+def test_not_a_number_stops_before_the_step(options):
+    o = options("name=nan")
+    accelerator = make_accelerator(o)
+    task = run.build_task(o, accelerator)
+    trainer = Trainer(o, task, accelerator)
+    before = {k: v.clone() for k, v in task.network.state_dict().items()}
+    forward = task.objective.forward
+    task.objective.forward = lambda batch: {"loss": forward(batch)["loss"] * float("nan")}
+    with pytest.raises(ScdError, match="step 1: the loss or its gradient is not finite"):
+        trainer.run()
+    for name, tensor in task.network.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_latents_of_another_autoencoder_are_refused(options, doom_root, tiny_autoencoder_path):
+    from scd.data.encode import encode_dataset
+
+    o = options("name=latents", f"autoencoder.path={tiny_autoencoder_path}", "model.patch_size=2")
+    encode_dataset(o)
+    o.data.source = "latents"
+    train(o)
+    weights = Path(tiny_autoencoder_path) / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    try:
+        with pytest.raises(ScdError, match="made by another autoencoder"):
+            train(o)
+    finally:
+        data[-1] ^= 1
+        weights.write_bytes(data)
+
+
+def test_autoencoder_trains_and_loads(doom_root, tmp_path):
+    o = load_options(
+        ROOT / "options/dcae_doom.yml",
+        [
+            f"data.root={doom_root}",
+            f"output_root={tmp_path}",
+            "data.frame_stride=9",
+            "autoencoder.encoder_channels=[8,8,8,8]",
+            "autoencoder.decoder_channels=[8,8,8,8]",
+            "autoencoder.lpips_weight=0",
+            "train.steps=3",
+            "train.batch_size=2",
+            "train.workers=0",
+            "train.sample_every=3",
+            "eval.videos=2",
+        ],
+    )
+    train(o)
+    log = [json.loads(line) for line in (o.output / "log.jsonl").read_text().splitlines()]
+    assert set(log[-1]["validation"]) >= {"psnr", "ssim"}
+    assert (o.output / "samples/step-00000003/reconstructions.png").exists()
+    codec = load_codec(str(o.output / "exported"))
+    assert isinstance(codec, LatentCodec)
+    latents = codec.encode(torch.rand(1, 2, 3, 64, 64))
+    assert latents.shape == (1, 2, 8, 8, 8)
+    assert codec.autoencoder.config.scaling_factor != 1.0
