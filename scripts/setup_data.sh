@@ -4,7 +4,7 @@
 # HF_ENDPOINT names a mirror.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 python=$(find_python)
-if [ $# -eq 0 ]; then
-    set -- dcae_minecraft minecraft minecraft_latent # the small one first: it shows whether all works
+if [[ $# -eq 0 || "$1" == -* ]]; then # only options, such as --root DIR
+    set -- dcae_minecraft minecraft minecraft_latent "$@" # the small one first, to fail early
 fi
 "$python" -m scd.cli fetch-data "$@"

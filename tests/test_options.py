@@ -162,7 +162,7 @@ def test_an_override_that_is_none_is_named(file: Path, text: str) -> None:
 
 
 def test_every_missing_value_is_named(file: Path) -> None:
-    file.write_text("data: {frames: 4}\ntrain: {steps: ???, batch_size: 2}\n")
+    file.write_text('data: {frames: 4}\ntrain: {steps: "???", batch_size: 2}\n')
     assert refusal(file) == (
         f"{file}: no value for data.root, eval.context_frames, eval.new_frames, name, task, "
         f"train.steps"

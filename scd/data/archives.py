@@ -47,7 +47,7 @@ def check_members(tar: tarfile.TarFile, archive: Path, reserved: str) -> list[ta
     """The members of an open archive, if each is an ordinary file or folder below the target.
 
     Args:
-        reserved: a first path component that belongs to the caller.
+        reserved: a folder name that belongs to the caller.
 
     Raises:
         ScdError: a link, device, path that leads elsewhere, or more data than the archive has.
@@ -82,8 +82,8 @@ def check_name(name: str, reserved: str) -> str | None:
         return "is not a relative path"
     if ".." in path.parts:
         return "leads outside the folder"
-    if path.parts and path.parts[0].casefold() == reserved.casefold():
-        return f"lies in the reserved folder {reserved}"
+    if reserved.casefold() in (part.casefold() for part in path.parts):
+        return f"lies in a reserved folder {reserved}"
     return None
 
 

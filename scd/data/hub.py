@@ -31,7 +31,7 @@ KINDS = {
     "videos": (".mp4", ".avi", ".webm"),
     "action files (npz)": (".npz",),
     "latents": (".pt", ".safetensors"),
-    "list files": (".json",),
+    "list files (json)": (".json",),
 }
 
 
@@ -133,13 +133,11 @@ def fetch_data_set(source: DataSetSource, root: Path, endpoint: str | None = Non
         by_name = {PurePosixPath(name).name: folder / name for name in notes.lists()}
         published = {by_name[n]: home / t for n, t in source.lists.items() if n in by_name}
         if not by_name:
-            print(
-                f"note: {source.repo} has no list file (*.json); write {home}/train.json yourself"
-            )
+            print(f"note: {source.repo} has no list file (*.json): write {home}/train.json by hand")
         elif not published:
             print(f"note: no known list file among {', '.join(sorted(by_name))}")
-        # A new fetch writes them again; otherwise only what could not be written before.
-        for line in adopt_lists(published, home, [folder, home, root], rewrite=fresh):
+        # At every run: perhaps their files came with another data set meanwhile.
+        for line in adopt_lists(published, home, [folder, home, root]):
             print(line)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Offl
 
 from scd.errors import ScdError, reason
 from scd.files import sha256
+
+RETRY_AFTER = (1, 5, 25)  # seconds; beyond the retries huggingface_hub makes itself
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,19 @@ class Repository:
             ScdError: no network, no access, a full disk, or not the content the hub announced.
         """
         with self._telling():
-            path = Path(
-                hf_hub_download(
+            path = self._download(file, commit)
+        if file.sha256 is not None and sha256(path) != file.sha256:
+            path.unlink()
+            raise ScdError(
+                f"{self.told}: {file.name} arrived damaged and was deleted; run it again"
+            )
+        return path
+
+    def _download(self, file: HubFile, commit: str) -> Path:
+        waits = iter(RETRY_AFTER)
+        while True:
+            try:
+                path = hf_hub_download(
                     self.id,
                     file.name,
                     repo_type=self.type,
@@ -83,13 +97,13 @@ class Repository:
                     local_dir=self.downloads,
                     endpoint=self.endpoint,
                 )
-            )
-        if file.sha256 is not None and sha256(path) != file.sha256:
-            path.unlink()
-            raise ScdError(
-                f"{self.told}: {file.name} arrived damaged and was deleted; run it again"
-            )
-        return path
+                return Path(path)
+            except Exception as error:
+                # Itself it resumes after a quietly closed connection, but not after a reset one.
+                wait = next(waits, None)
+                if wait is None or not _may_pass(_cause(error)):
+                    raise
+                time.sleep(wait)
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -99,11 +113,10 @@ class Repository:
             raise ScdError(f"{self.told}: {self._reason(error)}") from error
 
     def _reason(self, error: Exception) -> str:
-        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-            error = error.__cause__
+        error = _cause(error)
         hub = self.endpoint or huggingface_hub.constants.ENDPOINT
         token = "your token" if huggingface_hub.get_token() else "a request without token"
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        status = _status(error)
         if isinstance(error, GatedRepoError):
             page = f"{hub}/{'datasets/' if self.type == 'dataset' else ''}{self.id}"
             return f"is gated and refuses {token}: accept its terms at {page}, then set HF_TOKEN"
@@ -117,8 +130,30 @@ class Repository:
             return "not here yet, and HF_HUB_OFFLINE forbids to fetch it: unset that"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"the disk of {self.downloads} is full: make room, then run it again"
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+            return f"{self.downloads} cannot be written ({error.strerror})"
         kind = status or type(error).__name__
         return (
             f"cannot be fetched from {hub} ({kind}: {reason(error)}): check the network, or set "
             f"HF_ENDPOINT to a mirror; run again, it goes on where it stopped"
         )
+
+
+def _cause(error: Exception) -> Exception:
+    """What lies behind the hub library's "no network and nothing in the cache"."""
+    behind = error.__cause__
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(behind, Exception):
+        return behind
+    return error
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failure may soon be over: the network's, not the disk's and no refusal."""
+    status = _status(error)
+    if status is not None:
+        return status >= 500
+    return getattr(error, "errno", None) is None and not isinstance(error, OfflineModeIsEnabled)

@@ -15,19 +15,18 @@ from scd.files import read_json
 KNOWN = [field.name for field in fields(ClipEntry)]
 
 
-def adopt_lists(
-    published: Mapping[Path, Path], home: Path, folders: list[Path], rewrite: bool
-) -> Iterator[str]:
+def adopt_lists(published: Mapping[Path, Path], home: Path, folders: list[Path]) -> Iterator[str]:
     """Write project lists (`scd.data.lists`) from published ones; yields one line on each.
+
+    A project list that is there already stays: it may hold what `scd encode` or its owner entered.
 
     Args:
         published: published list -> project list to write, below `home`.
         home: the data root that the written paths are relative to.
         folders: where the named files may lie.
-        rewrite: also write lists that are there already.
     """
     for source, target in published.items():
-        if target.is_file() and not rewrite:
+        if target.exists():
             continue
         try:
             found, missing = _entries(source, home, folders)

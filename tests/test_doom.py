@@ -1,0 +1,267 @@
+"""The Doom recorder: determinism, which frame an action leads to, pictures, and where it goes."""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from scd.data.lists import read_list, write_list
+from scd.data.video import VideoFile
+from scd.doom import record
+from scd.doom.navigator import CELL, FreeSpace, Navigator
+from scd.doom.record import ATTEMPT_SEED, SPLIT_SEEDS, SPLIT_SIZE_LIMIT, record_dataset
+from scd.doom.simulator import (
+    ACTIONS,
+    FORWARD,
+    NONE,
+    TURN_DEGREES,
+    TURN_LEFT,
+    TURN_RIGHT,
+    DoomSimulator,
+    Pose,
+)
+from scd.errors import ScdError
+
+
+@pytest.fixture(scope="module")
+def simulator() -> Iterator[DoomSimulator]:
+    simulator = DoomSimulator(64)
+    yield simulator
+    simulator.close()
+
+
+@pytest.fixture(scope="module")
+def space(simulator: DoomSimulator) -> FreeSpace:
+    simulator.reset(0)
+    pose = simulator.pose
+    return FreeSpace(simulator.walls(), simulator.items(), (pose.x, pose.y))
+
+
+def episode(root: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Frames as the video file has them, actions and poses."""
+    video = VideoFile(root / f"{name}.mp4")
+    with np.load(root / f"{name}.npz") as file:
+        return video.frames(np.arange(len(video))), file["actions"], file["poses"]
+
+
+def replay(simulator: DoomSimulator, seed: int, actions: np.ndarray) -> np.ndarray:
+    """The frames that actions lead to; the first action leads to nothing."""
+    frames = [simulator.reset(seed), *(simulator.step(action) for action in actions[1:])]
+    return np.stack([frame for frame in frames if frame is not None])
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of each frame, in dB; equal ones count as 99."""
+    error = ((a.astype(float) - b) ** 2).mean(axis=(1, 2, 3))
+    return 10 * np.log10(255**2 / np.maximum(error, 10**-5))
+
+
+def test_a_recording_is_complete(doom_root: Path) -> None:
+    for split, count in {"train": 3, "val": 2}.items():
+        entries = read_list(doom_root / f"{split}.json")
+        assert len(entries) == count
+        for entry in entries:
+            frames, actions, poses = episode(doom_root, str(entry.video_path)[:-4])
+            assert frames.shape == (40, 64, 64, 3)
+            assert actions.shape == (40,) and actions.dtype == np.int64 and actions[0] == NONE
+            assert poses.shape == (40, 3)
+    assert Image.open(doom_root / "coverage.png").size[0] > 500
+    note = json.loads((doom_root / "recording.json").read_text())
+    assert note == {"frames": 40, "frame_size": 64, "actions": list(ACTIONS)}
+
+
+def test_a_seed_decides_its_episode(doom_root: Path, tmp_path: Path) -> None:
+    """Recorded alone, an episode is the same to the byte; another seed gives another one."""
+    record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=40, size=64)
+    for name in ("train/00000", "val/00000"):
+        for ending in (".mp4", ".npz"):
+            again, before = tmp_path / (name + ending), doom_root / (name + ending)
+            assert again.read_bytes() == before.read_bytes()
+    names = ["train/00000", "train/00001", "train/00002", "val/00000", "val/00001"]
+    episodes = [episode(doom_root, name) for name in names]
+    assert len({frames[0].tobytes() for frames, _, _ in episodes}) == 5
+    assert len({actions.tobytes() for _, actions, _ in episodes}) == 5
+
+
+def test_no_seed_is_in_both_splits() -> None:
+    starts = sorted(SPLIT_SEEDS.values())
+    ends = [*starts[1:], ATTEMPT_SEED]  # further attempts add multiples of it
+    assert all(end - start >= SPLIT_SIZE_LIMIT for start, end in zip(starts, ends, strict=True))
+
+
+def test_action_i_leads_to_frame_i(doom_root: Path, simulator: DoomSimulator) -> None:
+    for name, seed in {"train/00001": 1, "val/00000": 1_000_000}.items():
+        frames, actions, poses = episode(doom_root, name)
+        again = replay(simulator, seed, actions)
+        assert psnr(frames, again).min() > 36  # the pictures are clean, too
+        assert [simulator.pose.x, simulator.pose.y, simulator.pose.heading] == list(poses[-1])
+        for wrong in (np.roll(actions, 1), np.roll(actions, -1)):
+            assert np.median(psnr(frames, replay(simulator, seed, wrong))) < 25
+
+
+def test_recorded_turns_turn_the_recorded_heading(doom_root: Path) -> None:
+    _, actions, poses = episode(doom_root, "train/00000")
+    turned = (np.diff(poses[:, 2]) + 180) % 360 - 180
+    degrees = {TURN_LEFT: TURN_DEGREES, TURN_RIGHT: -TURN_DEGREES, NONE: 0, FORWARD: 0}
+    expected = [degrees[action] for action in actions[1:]]
+    np.testing.assert_allclose(turned, expected, atol=0.01)  # Doom's angles are 1/2^32 turns
+    moved = np.linalg.norm(np.diff(poses[:, :2], axis=0), axis=1)
+    assert moved[actions[1:] == FORWARD].max() > 20  # map units
+
+
+@pytest.mark.parametrize("turn", [TURN_LEFT, TURN_RIGHT])
+def test_turning_back_shows_the_same_frame(simulator: DoomSimulator, turn: int) -> None:
+    first, pose = simulator.reset(3), simulator.pose
+    turned = simulator.step(turn)
+    assert turned is not None and (turned != first).mean() > 0.3
+    back = simulator.step(TURN_RIGHT if turn == TURN_LEFT else TURN_LEFT)
+    assert simulator.pose == pose and np.array_equal(back, first)
+    for _ in range(32):  # a full circle
+        around = simulator.step(turn)
+    assert simulator.pose.heading == pytest.approx(pose.heading, abs=1e-6)
+    assert np.array_equal(around, first)
+    assert np.array_equal(simulator.step(NONE), first)
+
+
+def test_recording_again_writes_nothing(doom_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "doom"
+    shutil.copytree(doom_root, root)
+
+    def written() -> dict[str, tuple[int, int]]:
+        files = [path for path in root.rglob("*") if path.is_file()]
+        return {str(p.relative_to(root)): (p.stat().st_mtime_ns, p.stat().st_ino) for p in files}
+
+    before = written()
+    record_dataset(root, 3, 2, 40, 64)
+    assert written() == before
+    for other in [(3, 2, 41, 64), (3, 2, 40, 32)]:
+        with pytest.raises(ScdError, match="holds a recording of other settings"):
+            record_dataset(root, *other)
+    assert written() == before
+    entries = read_list(root / "train.json")  # as `scd encode` leaves it
+    encoded = [type(e)(e.video_path, e.action_path, f"{n}.pt") for n, e in enumerate(entries)]
+    write_list(root / "train.json", encoded)
+    (root / "train/00001.mp4").unlink()
+    before = written()
+    record_dataset(root, 4, 2, 40, 64)
+    new = {name for name, stamp in written().items() if before.get(name) != stamp}
+    one, four = "train/00001", "train/00003"
+    files = {f"{name}.{ending}" for name in (one, four) for ending in ("mp4", "npz")}
+    assert new == {*files, "train.json", "coverage.png"}
+    latents = [entry.latent_path for entry in read_list(root / "train.json")]
+    assert latents == ["0.pt", None, "2.pt", None]  # of episodes that stayed as they were
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((0, 1, 8, 64), "between 1 and"),
+        ((1, SPLIT_SIZE_LIMIT + 1, 8, 64), "between 1 and"),
+        ((1, 1, 1, 64), "at least 2 frames"),
+        ((1, 1, 8, 0), "1 to 240 pixels"),
+        ((1, 1, 8, 241), "1 to 240 pixels"),
+    ],
+)
+def test_impossible_recordings_are_refused(tmp_path: Path, arguments, complaint: str) -> None:
+    with pytest.raises(ScdError, match=complaint):
+        record_dataset(tmp_path, *arguments)
+    assert not [*tmp_path.rglob("*.mp4"), *tmp_path.rglob("*.png")]
+
+
+def test_a_damaged_recording_is_named(doom_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "doom"
+    shutil.copytree(doom_root, root)
+    (root / "coverage.png").unlink()
+    (root / "val/00001.npz").write_bytes(b"PK not really")
+    with pytest.raises(ScdError, match=r"val/00001\.npz"):
+        record_dataset(root, 3, 2, 40, 64)
+
+
+def test_the_engine_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    simulator = DoomSimulator(8)
+    assert simulator.reset(0).shape == (8, 8, 3)
+    simulator.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_vizdoom_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ScdError, match="no scenario 'my_way_out'"):
+        DoomSimulator(64, "my_way_out")
+    monkeypatch.setitem(sys.modules, "vizdoom", None)
+    with pytest.raises(ScdError, match="pip install vizdoom"):
+        DoomSimulator(64)
+
+
+class Trapped:
+    """A simulator whose episodes end at once, but for those of one seed."""
+
+    pose = Pose(0.0, 0.0, 0.0)
+
+    def __init__(self, good_seed: int):
+        self.good_seed = good_seed
+        self.seeds: list[int] = []
+
+    def reset(self, seed: int) -> np.ndarray:
+        self.seeds.append(seed)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    def step(self, action: int) -> np.ndarray | None:
+        good = self.seeds[-1] == self.good_seed
+        return np.full((4, 4, 3), action, np.uint8) if good else None
+
+
+def test_an_episode_that_ends_early_is_played_anew(space: FreeSpace) -> None:
+    trapped = Trapped(good_seed=7 + 2 * ATTEMPT_SEED)
+    video, actions, poses = record._play_episode(trapped, space, 7, 5)  # type: ignore[arg-type]
+    assert trapped.seeds == [7, 7 + ATTEMPT_SEED, 7 + 2 * ATTEMPT_SEED]
+    assert list(video[:, 0, 0, 0]) == list(actions) and len(poses) == 5
+    with pytest.raises(ScdError, match="seed 8 ended before 5 frames in 100 attempts"):
+        record._play_episode(Trapped(-1), space, 8, 5)  # type: ignore[arg-type]
+
+
+def view_distance(pose: Pose, walls: np.ndarray) -> float:
+    """From a pose straight ahead to the next wall, in map units."""
+    heading = math.radians(pose.heading)
+    ahead = np.array([math.cos(heading), math.sin(heading)])
+    to_start, along = walls[:, :2] - (pose.x, pose.y), walls[:, 2:] - walls[:, :2]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cross = ahead[0] * along[:, 1] - ahead[1] * along[:, 0]
+        distance = (to_start[:, 0] * along[:, 1] - to_start[:, 1] * along[:, 0]) / cross
+        place = (to_start[:, 0] * ahead[1] - to_start[:, 1] * ahead[0]) / cross
+    return float(distance[(distance > 0) & (place >= 0) & (place <= 1)].min(initial=np.inf))
+
+
+def test_the_policy_visits_every_room(simulator: DoomSimulator, space: FreeSpace) -> None:
+    """3000 steps. An opening by 80 x 80 map units leaves the rooms, but not the corridors."""
+    rooms, count = ndimage.label(ndimage.binary_opening(space.free, np.ones((10, 10))))
+    assert count == 8
+    walls = simulator.walls()
+    visits, actions = np.zeros(count + 1, int), np.zeros(len(ACTIONS), int)
+    distances, moved = [], []
+    for seed in range(3):
+        simulator.reset(seed)
+        navigator = Navigator(space, np.random.default_rng(seed))
+        for _ in range(1000):
+            before = simulator.pose
+            action = navigator.act(before)
+            assert simulator.step(action) is not None  # never touches the vest, which ends it
+            pose = simulator.pose
+            i, j = ((np.array([pose.x, pose.y]) - space.origin) // CELL).astype(int)
+            visits[rooms[i, j]] += 1
+            actions[action] += 1
+            distances.append(view_distance(pose, walls))
+            if action == FORWARD:
+                moved.append(math.dist((before.x, before.y), (pose.x, pose.y)))
+    assert (visits[1:] >= 10).all(), visits
+    assert (actions / actions.sum() > [0.02, 0.15, 0.15, 0.15]).all(), actions
+    # A random walk is stopped by a wall in 70 % of its steps and stares at one in 85 % of frames.
+    assert np.mean(np.array(moved) < 4) < 0.03
+    assert np.mean(np.array(distances) < 48) < 0.2
