@@ -16,16 +16,20 @@ def record(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     from scd.options import load_options
+
+    options = load_options(arguments.opt, arguments.overrides)  # before torch, which takes seconds
     from scd.training.run import run_experiment
 
-    run_experiment(load_options(arguments.opt, arguments.overrides))
+    run_experiment(options)
 
 
 def encode(arguments: argparse.Namespace) -> None:
-    from scd.data.encode import encode_dataset
     from scd.options import load_options
 
-    encode_dataset(load_options(arguments.opt, arguments.overrides))
+    options = load_options(arguments.opt, arguments.overrides)
+    from scd.data.encode import encode_dataset
+
+    encode_dataset(options)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -86,7 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no more overrides once another argument has come between.
+    if rest and (not hasattr(arguments, "overrides") or any(text[:1] == "-" for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
     try:
         arguments.run(arguments)
     except ScdError as error:

@@ -9,7 +9,7 @@ from scd.doom.record import record_dataset
 from scd.models.autoencoder import build_autoencoder
 from scd.options import AutoencoderOptions
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")

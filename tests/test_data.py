@@ -1,6 +1,8 @@
-"""Lists, videos, actions, latents and the order of clips: right on good files, clear on bad ones."""
+"""Lists, videos, actions, latents, the order of clips: right on good files, clear on bad ones."""
 
+import gc
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from scd.data import encode
@@ -215,6 +218,23 @@ def test_damaged_videos_read_or_are_refused(root: Path) -> None:
     assert outcomes == {"read", "refused"}
 
 
+def test_readers_survive_a_fork(doom_root: Path) -> None:
+    """One that was left in a reference cycle is collected in a worker, without its threads."""
+    cycle: list = [VideoFile(doom_root / "train/00000.mp4")]
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        del cycle
+        worker = multiprocessing.get_context("fork").Process(target=gc.collect)
+        worker.start()
+    finally:
+        gc.enable()
+    worker.join(20)
+    exit_code = worker.exitcode
+    worker.kill()
+    assert exit_code == 0
+
+
 def test_too_short_a_video_is_refused(root: Path) -> None:
     folder = ClipFolder(root, "train.json", "video")
     assert folder.length(0) == 40
@@ -302,6 +322,22 @@ def test_a_clip_is_cut_from_its_files(root: Path) -> None:
     assert starts == set(range(31))  # the last frame can be reached
 
 
+def test_clips_of_another_size_are_refused(root: Path) -> None:
+    """They could not be stacked into a batch."""
+    write_video(root / "train/00001.mp4", np.zeros((8, 64, 32, 3), np.uint8), 8)
+    entries = read_list(root / "train.json")
+    for number, entry in enumerate(entries):
+        write_latents(root / f"{number}.pt.safetensors", torch.zeros(8, 4, 8, 8 - number), "hash")
+        entries[number] = replace(entry, latent_path=f"{number}.pt.safetensors")
+    write_list(root / "train.json", entries)
+    for source, name in [("video", "train/00001.mp4"), ("latents", "1.pt.safetensors")]:
+        folder = ClipFolder(root, "train.json", source)
+        folder.read(0, 8)
+        message = refused(root / name, lambda f=folder: f.read(1, 8))
+        assert "but those of other clips" in message
+        folder.read(0, 8)
+
+
 @pytest.fixture(scope="module")
 def clips(doom_root: Path) -> TrainingClips:
     return TrainingClips(ClipFolder(doom_root, "train.json", "video", "action", 4), 3, 2, seed=7)
@@ -352,13 +388,16 @@ def test_an_epoch_visits_each_entry_once(tmp_path: Path) -> None:
 
 
 def test_an_error_in_a_worker_stays_one_line(root: Path) -> None:
-    for path in root.glob("train/*.npz"):
-        path.write_text("")
+    """A data loader sends it on as `ExceptionWrapper`, its traceback as the message."""
+    path = root / "train/00000.npz"
+    path.write_text("")
     folder = ClipFolder(root, "train.json", "video", "action", 4)
-    loader = TrainingClips(folder, 3, 1, seed=0)
-    for workers in (0, 1):
-        message = refused(root, lambda w=workers: batches(loader, StepSampler(1, 0, 1, 0, 2), w))
-        assert message.endswith(".npz: not an npz file") and message.startswith(str(root))
+    try:
+        folder.read(0, 3)
+    except ScdError:
+        sent = ExceptionWrapper(where="in DataLoader worker process 0")
+    assert "Traceback" in sent.exc_msg
+    assert refused(path, sent.reraise) == f"{path}: not an npz file"
 
 
 # --- Latents
@@ -478,9 +517,7 @@ def test_encoded_latents_are_those_of_the_videos(
         torch.testing.assert_close(codec.scale(encoded["latents"]), direct, atol=1e-4, rtol=1e-4)
         distance = (direct - alone).abs().flatten(1).amax(1)
         assert distance[7] < 1e-4 and distance[[6, 8]].min() > 1e-2
-    a, b = videos.read(0, 9, 1, np.random.default_rng(1)), latents.read(
-        0, 9, 1, np.random.default_rng(1)
-    )
+    a, b = (folder.read(0, 9, 1, np.random.default_rng(1)) for folder in (videos, latents))
     assert torch.equal(a["actions"], b["actions"])
     with torch.no_grad():
         direct = codec.encode(a["video"][None])[0]

@@ -204,8 +204,14 @@ def test_every_missing_value_is_named(file: Path) -> None:
         ([*ACTIONS, "data.frame_stride=2"], "data.frame_stride must be 1"),
         (["data.source=latents"], "data.source=latents needs autoencoder.path"),
         ([*AUTOENCODER, "data.source=latents"], "needs data.source=video"),
-        (["task=autoencoder"], "autoencoder.encoder_block_types, _channels and _layers need one entry"),
-        ([*AUTOENCODER, "autoencoder.decoder_layers=[1]"], "autoencoder.decoder_block_types, _channels"),
+        (
+            ["task=autoencoder"],
+            "autoencoder.encoder_block_types, _channels and _layers need one entry",
+        ),
+        (
+            [*AUTOENCODER, "autoencoder.decoder_layers=[1]"],
+            "autoencoder.decoder_block_types, _channels",
+        ),
         ([*AUTOENCODER, "autoencoder.latent_channels=0"], "latent_channels must be above 0"),
         ([*AUTOENCODER, "autoencoder.latent_channels=48"], "latent_channels=48"),
         ([*AUTOENCODER, "autoencoder.encoder_channels=[0, 64]"], "must be above 0"),

@@ -48,6 +48,7 @@ class ClipFolder:
         self.source = source
         self.condition = condition
         self.num_conditions = num_conditions
+        self._frame_shape: torch.Size | None = None  # of the first clip read; the others share it
         needed = ["video_path" if source == "video" else "latent_path"]
         needed += {"none": [], "action": ["action_path"], "label": ["label"]}[condition]
         for number, entry in enumerate(self.entries):
@@ -78,9 +79,14 @@ class ClipFolder:
         indices = np.arange(start, start + span, stride)
         if isinstance(opened, VideoFile):
             video = torch.from_numpy(opened.frames(indices))
-            clip = {"video": video.permute(0, 3, 1, 2).float() / 255}
+            key, values = "video", video.permute(0, 3, 1, 2).float() / 255
         else:
-            clip = {"latents": opened[torch.from_numpy(indices)].float()}
+            key, values = "latents", opened[torch.from_numpy(indices)].float()
+        self._frame_shape = self._frame_shape or values.shape[1:]
+        if values.shape[1:] != self._frame_shape:
+            shape, others = ("x".join(map(str, s)) for s in (values.shape[1:], self._frame_shape))
+            raise ScdError(f"{path}: frames are {shape}, but those of other clips {others}")
+        clip = {key: values}
         if self.condition == "action":
             clip["actions"] = self._actions(entry, length)[torch.from_numpy(indices)]
         elif self.condition == "label":

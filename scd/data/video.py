@@ -1,14 +1,23 @@
 """Reading and writing video files."""
 
+import os
 import re
 import subprocess
+import weakref
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 
 from scd.errors import ScdError, reason
 from scd.files import write_whole
+
+# Closing a reader waits for its decoder threads. A forked process (a data loading worker) has none
+# of them, so there the readers it inherited are never closed: it would hang or abort.
+_readers: weakref.WeakSet[Any] = weakref.WeakSet()
+_inherited: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_readers))
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 12) -> None:
@@ -63,6 +72,7 @@ class VideoFile:
             self._reader = decord.VideoReader(str(path), num_threads=1)
         except (decord.DECORDError, RuntimeError) as error:
             raise ScdError(f"{path}: not a readable video ({_reason(error)})") from error
+        _readers.add(self._reader)
 
     def __len__(self) -> int:
         return len(self._reader)

@@ -1,0 +1,140 @@
+"""The command line: mistakes end in one line and status 1, and the scripts are well-formed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from scd.cli import main
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "options/scd_doom_tiny.yml")
+PIXELS = ["data.source=video", "autoencoder.path=null", "model.patch_size=16"]
+COMMANDS = ("record", "train", "encode", "evaluate", "fetch-weights")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run in an empty folder, and leave nothing of accelerate behind."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def error_of(capfd: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line that a command ends in."""
+    assert main(list(arguments)) == 1
+    captured = capfd.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert captured.err.endswith("\n") and "Traceback" not in captured.out + captured.err
+    return captured.err
+
+
+def test_mistakes_in_options_are_one_line(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
+    for command in ("train", "encode"):
+        assert "nowhere.yml: no such options file" in error_of(
+            capfd, command, "--opt", "nowhere.yml"
+        )
+        message = error_of(capfd, command, "--opt", TINY, "train.stepz=3")
+        assert "unknown key 'train.stepz'; did you mean 'train.steps'?" in message
+        assert "key=value" in error_of(capfd, command, "--opt", TINY, "train.steps")
+        assert "train.steps" in error_of(capfd, command, "--opt", TINY, "train.steps=a\nb")
+    (tmp_path / "x.yml").write_text("name: [\n\n")
+    assert "x.yml" in error_of(capfd, "train", "--opt", "x.yml")
+
+
+def test_missing_data_is_one_line(capfd: pytest.CaptureFixture, tiny_autoencoder_path: str) -> None:
+    data = "data.root=no/data"
+    assert "no/data/train.json: no such file" in error_of(
+        capfd, "train", "--opt", TINY, *PIXELS, data
+    )
+    assert "no/data/train.json: no such file" in error_of(
+        capfd, "encode", "--opt", TINY, f"autoencoder.path={tiny_autoencoder_path}", data
+    )
+    message = error_of(capfd, "train", "--opt", TINY, "autoencoder.path=no/autoencoder", data)
+    assert "no/autoencoder: no autoencoder there" in message
+
+
+def test_missing_checkpoints_are_one_line(capfd: pytest.CaptureFixture) -> None:
+    for name in ("no/ema.safetensors", "no/ema.pth"):
+        assert name in error_of(capfd, "evaluate", name, "--opt", TINY, *PIXELS)
+    Path("ema.safetensors").write_bytes(b"")
+    assert "ema.safetensors" in error_of(capfd, "evaluate", "ema.safetensors", "--opt", TINY)
+
+
+def test_overrides_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple] = []
+    monkeypatch.setattr("scd.evaluation.run.evaluate_checkpoint", lambda *a: seen.append(a))
+    monkeypatch.setattr("scd.training.run.run_experiment", lambda o: seen.append((o.seed, o.name)))
+    assert main(["evaluate", "ema.pth", "a=1", "--opt", "x.yml", "b=-2", "c=3"]) == 0
+    assert main(["evaluate", "--opt", "x.yml", "ema.pth", "a=1", "b=-2", "c=3"]) == 0
+    assert seen == [(Path("ema.pth"), "x.yml", ["a=1", "b=-2", "c=3"])] * 2
+    assert main(["train", "seed=3", "--opt", TINY, "name=n", *PIXELS]) == 0
+    assert seen[2] == (3, "n")
+
+
+def test_impossible_recordings_are_one_line(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
+    small = ["--train-episodes", "1", "--val-episodes", "1", "--frames", "2"]
+    assert "pixels a side" in error_of(capfd, "record", "--root", "d", "--size", "0", *small)
+    Path("file").write_text("")
+    assert "file" in error_of(capfd, "record", "--root", "file/d", *small)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command in text
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0 and f"usage: scd {command}" in capsys.readouterr().out
+
+
+def test_wrong_usage_is_told(capsys: pytest.CaptureFixture) -> None:
+    for arguments in (
+        [],
+        ["trian"],
+        ["train"],
+        ["record", "--frames", "many"],
+        ["record", "frames=8"],
+        ["train", "--opt", TINY, "--seed", "3"],
+        ["train", "--opt", TINY, "seed=2", "--fast"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2 and "usage: scd" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_told(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scd.doom.record.record_dataset", interrupt)
+    assert main(["record"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_mistakes_are_told_before_torch_is_loaded() -> None:
+    code = "import sys; sys.modules['torch'] = None; from scd.cli import main; sys.exit(main())"
+    for command in ("train", "encode"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, "--opt", "nowhere.yml"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stderr == "error: nowhere.yml: no such options file\n"
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)
+def test_scripts_are_well_formed(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
