@@ -318,8 +318,17 @@ def test_a_clip_is_cut_from_its_files(root: Path) -> None:
     assert torch.equal(clip["actions"], whole["actions"][frames])
     assert whole["video"].min() >= 0 and 0.5 < whole["video"].max() <= 1
     assert len({clip.unique().numel() for clip in whole["video"]}) > 1
-    starts = {int(np.random.default_rng(n).integers(40 - 9)) for n in range(300)}
-    assert starts == set(range(31))  # the last frame can be reached
+
+
+def test_clips_start_at_every_frame_they_fit_after(tmp_path: Path) -> None:
+    numbered = torch.arange(12.0).reshape(12, 1, 1, 1)
+    write_latents(tmp_path / "l.safetensors", numbered, "hash")
+    write_list(tmp_path / "l.json", [ClipEntry(latent_path="l.safetensors")])
+    folder = ClipFolder(tmp_path, "l.json", "latents")
+    clips = [folder.read(0, 3, 2, np.random.default_rng(n))["latents"] for n in range(100)]
+    assert {int(clip[0]) for clip in clips} == set(range(8))  # of 12 frames, a clip spans 5
+    assert all(torch.equal(clip.flatten().diff(), torch.full((2,), 2.0)) for clip in clips)
+    assert folder.read(0, 3, 2)["latents"].flatten().tolist() == [0, 2, 4]
 
 
 def test_clips_of_another_size_are_refused(root: Path) -> None:
