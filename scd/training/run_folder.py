@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
@@ -106,7 +107,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_loss_curve(log: Path, picture: Path) -> None:
-    """Loss over steps with a running mean, as PNG."""
+    """Loss over steps with its moving average, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -116,10 +117,8 @@ def draw_loss_curve(log: Path, picture: Path) -> None:
     if not entries:
         return
     steps, losses = zip(*((entry["step"], entry["loss"]) for entry in entries), strict=True)
-    smooth, mean = [], losses[0]
-    for loss in losses:
-        mean += 0.1 * (loss - mean)
-        smooth.append(mean)
+    half = max(len(losses) // 40, 1)  # of the window that is averaged over
+    smooth = [float(np.mean(losses[max(i - half, 0) : i + half + 1])) for i in range(len(losses))]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
     axis.plot(steps, smooth, color="tab:blue")
