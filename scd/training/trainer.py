@@ -84,7 +84,10 @@ class Trainer:
             values = self._train_step(batches)
             bar.update()
             if self.step % options.train.log_every == 0 or self.step == options.train.steps:
-                entry = {name: float(value) for name, value in values.items()}
+                entry = {
+                    name: float(self.accelerator.reduce(value.float(), "mean"))
+                    for name, value in values.items()
+                }
                 entry["lr"] = self.schedule.get_last_lr()[0]
                 entry["seconds"] = time.perf_counter() - started
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
