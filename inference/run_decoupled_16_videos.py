@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--num-videos", type=int, default=16)
     parser.add_argument("--output", type=Path, help="(default: experiments/<name>/videos)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    a = parser.parse_args()
+    a = parser.parse_intermixed_args()
     try:
         sample_videos(a.checkpoint, a.opt, a.num_videos, a.output, a.overrides)
     except ScdError as error:

@@ -33,7 +33,6 @@ class SCDPipeline(DiffusionPipeline):
     """
 
     _optional_components = ["vae"]
-    model_cpu_offload_seq = "vae->transformer"
 
     def __init__(self, transformer: SCD, vae: AutoencoderDC | None = None):
         super().__init__()

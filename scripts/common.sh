@@ -2,12 +2,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The python of the environment: the active conda or virtual environment that has scd, else .venv.
+# The python of the environment: .venv, else the active one, else the conda environment "scd".
 find_python() {
     if [ -x .venv/bin/python ]; then
         echo "$PWD/.venv/bin/python"
-    elif python -c "import scd" >/dev/null 2>&1; then
+    elif python -c "import accelerate, omegaconf, torch" >/dev/null 2>&1; then
         command -v python
+    elif conda run --name scd python -c 'import sys; print(sys.executable)' 2>/dev/null; then
+        return 0
     else
         echo "error: no environment yet: run bash scripts/setup_env.sh first" >&2
         return 1

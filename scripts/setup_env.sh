@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${EXTRAS:-trackers}
 
 if command -v conda >/dev/null 2>&1 && [ -z "${SCD_VENV:-}" ]; then
-    conda env list | grep -qE '^scd\s' || conda create --yes --name scd python=3.12
+    conda env list | grep -E '^scd\s' >/dev/null || conda create --yes --name scd python=3.12
     python=$(conda run --name scd python -c 'import sys; print(sys.executable)')
     hint="conda activate scd"
 else

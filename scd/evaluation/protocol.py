@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from scd.data.clips import ClipFolder
 from scd.errors import ScdError
-from scd.evaluation.fvd import frechet_distance
+from scd.evaluation.fvd import SHORTEST, frechet_distance
 from scd.evaluation.measures import Measures
 from scd.evaluation.pictures import write_grid, write_side_by_side
 from scd.models.autoencoder import Codec
@@ -28,7 +28,6 @@ from scd.seeding import generator
 FIRST_FRAMES = 4
 EVALUATION_STREAM = 3
 MODEL, REPEAT, OTHER = "model", "repeat last context frame", "other real clips"
-I3D_MIN_FRAMES = 10  # fewer leave the network's last pooling without a frame
 
 
 class Row:
@@ -96,8 +95,12 @@ def evaluate(
     o = options.eval
     count = videos or o.videos
     measures = Measures()
-    if o.context_frames + o.new_frames < I3D_MIN_FRAMES:
-        measures.missing.setdefault("fvd", f"FVD needs clips of {I3D_MIN_FRAMES} frames or more")
+    if o.context_frames + o.new_frames < SHORTEST:
+        measures.missing.setdefault("fvd", f"FVD needs clips of {SHORTEST} frames or more")
+    if count < 2:
+        measures.missing.setdefault("fvd", "FVD needs 2 videos or more")
+    # The last clip that will be needed: too few are told now, not after hours.
+    read_evaluation_clip(data, (2 if comparisons else 1) * count - 1, options)
     swapped = _swapped_name(options)
     rows = {MODEL: Row(o.trajectories)}
     if comparisons:

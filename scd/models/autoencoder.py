@@ -63,11 +63,13 @@ class LatentCodec(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> unscaled latents (B, C, h, w)."""
-        return self.autoencoder.encode(images * 2 - 1).latent
+        pixels = (images * 2 - 1).to(self.autoencoder.dtype)
+        return self.autoencoder.encode(pixels).latent.float()
 
     def _decode_images(self, latents: Tensor) -> Tensor:
         unscaled = latents / self.autoencoder.config.scaling_factor
-        return (self.autoencoder.decode(unscaled).sample + 1) / 2
+        unscaled = unscaled.to(self.autoencoder.dtype)
+        return (self.autoencoder.decode(unscaled).sample.float() + 1) / 2
 
     @staticmethod
     def _per_frame(function, clips: Tensor) -> Tensor:
@@ -146,7 +148,10 @@ def load_codec(path: str | None) -> Codec:
     if path is None:
         return PixelCodec()
     if not (Path(path) / "config.json").is_file():
-        raise ScdError(f"{path}: no autoencoder there (config.json is missing)")
+        raise ScdError(
+            f"{path}: no autoencoder there (config.json is missing); published ones: "
+            f"bash scripts/setup_data.sh"
+        )
     try:
         autoencoder, found = AutoencoderDC.from_pretrained(
             path, use_safetensors=True, local_files_only=True, output_loading_info=True

@@ -55,9 +55,21 @@ def load_checkpoint_for_use(
         load_matching(model, tensors, str(path))
     else:
         model = load_reference_checkpoint(path, options.model.patch_size, options.model.fusion)
+        _check_reference(model, codec, options, path)
     source: dict[str, str | int | None] = {
         "path": str(path),
         "sha256": sha256(path),
         "step": int(metadata["step"]) if "step" in metadata else None,
     }
     return LoadedModel(model.to(device).eval(), codec, options, source)
+
+
+def _check_reference(model: SCD, codec: Codec, options: Options, path: Path) -> None:
+    """Sizes come from the tensors, codec and data from the options: they must tell one story."""
+    for key, found, wanted in (
+        ("channels (model.patch_size)", model.config.channels, codec.channels),
+        ("model.condition", model.config.condition, options.model.condition),
+        ("model.num_conditions", model.config.num_conditions, options.model.num_conditions),
+    ):
+        if found != wanted:
+            raise ScdError(f"{path}: {key} is {found} in the checkpoint, {wanted} in the options")

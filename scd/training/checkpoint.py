@@ -65,7 +65,8 @@ def save_checkpoint(folder: Path, state: TrainingState, options: Options, keep: 
         raise ScdError(f"{target}: the checkpoint cannot be written ({error})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for old in _checkpoints(folder)[:-keep]:
+    older = [path for path in _checkpoints(folder) if path.name < target.name]
+    for old in older[: max(len(older) - (keep - 1), 0)]:
         shutil.rmtree(old)
     return target
 

@@ -4,11 +4,12 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -67,9 +68,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_run_files(output, options, self.accelerator)
         log = RunLog(output, self.step, enabled=self.accelerator.is_main_process)
-        self.accelerator.init_trackers(
-            options.name, config=_flat(options_to_dict(options)), init_kwargs={}
-        )
+        self.accelerator.init_trackers(options.name, config=_flat(options_to_dict(options)))
         batches = iter(self._loader())
         bar = tqdm(
             total=options.train.steps,
@@ -217,6 +216,8 @@ def make_accelerator(options: Options) -> Accelerator:
         log_with=list(options.train.trackers) or None,
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
         cpu=not torch.cuda.is_available(),
+        # The others wait while the main process validates, which takes longer than the default.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
 
 
