@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.pictures import write_mosaic, write_side_by_side
 from scd.evaluation.protocol import predict_frames, read_evaluation_batch
-from scd.models.checkpoints import load_checkpoint_for_use
-from scd.training.world_model_task import clip_folder
+from scd.models.load import load_checkpoint_for_use
 
 
 def main() -> int:

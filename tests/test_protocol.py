@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from scd.data.clips import clip_folder
 from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.evaluation import protocol, weights
@@ -22,8 +23,8 @@ from scd.evaluation.protocol import (
     table,
 )
 from scd.models.autoencoder import PixelCodec
+from scd.models.build import build_world_model
 from scd.options import load_options
-from scd.training.world_model_task import build_world_model, clip_folder
 
 ROOT = Path(__file__).parent.parent
 SWAPPED = "turn left and turn right swapped"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from scd.errors import ScdError
 from scd.models.autoencoder import LatentCodec, load_codec
-from scd.models.checkpoints import load_checkpoint_for_use
+from scd.models.load import load_checkpoint_for_use
 from scd.options import Options, load_options
 from scd.pipeline import SCDPipeline
 from scd.training import checkpoint, run

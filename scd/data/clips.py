@@ -17,6 +17,7 @@ from scd.data.lists import ClipEntry, read_list
 from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.files import read_npz
+from scd.options import Options
 
 # Sub-streams of the seed; a stream never shares a number with another.
 ORDER_STREAM, START_STREAM = 1, 2
@@ -119,6 +120,12 @@ class ClipFolder:
                 f"{self.num_conditions - 1}"
             )
         return label
+
+
+def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
+    m = options.model
+    root = Path(options.data.root)
+    return ClipFolder(root, list_file, source, m.condition, m.num_conditions)
 
 
 def read_actions(path: Path) -> np.ndarray:

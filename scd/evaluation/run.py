@@ -3,11 +3,11 @@
 import time
 from pathlib import Path
 
+from scd.data.clips import clip_folder
+from scd.environment import environment
 from scd.evaluation.protocol import evaluate, table
 from scd.files import write_json
-from scd.models.checkpoints import load_checkpoint_for_use
-from scd.training.run_folder import environment
-from scd.training.world_model_task import clip_folder
+from scd.models.load import load_checkpoint_for_use
 
 
 def evaluate_checkpoint(path: Path, options_path: str | None, overrides: list[str]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
 from scd.files import sha256
+from scd.models.weights import load_matching
 from scd.options import AutoencoderOptions
-from scd.training.checkpoint import load_matching
 
 CHUNK_FRAMES = 64  # frames in one pass of the autoencoder; bounds its memory
 PUBLISHED_SCALING = 0.2889  # 1 / standard deviation of the published autoencoders' latents

@@ -9,7 +9,7 @@ from torch import Tensor
 from scd.errors import ScdError
 from scd.models.layers import HEAD_DIM
 from scd.models.scd import SCD
-from scd.training.checkpoint import load_matching, read_weights
+from scd.models.weights import load_matching, read_weights
 
 RENAMED = {
     "x_embedder": "embed",

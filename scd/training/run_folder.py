@@ -1,33 +1,17 @@
 """What a run leaves beside its checkpoints: options, environment, log and loss curve."""
 
 import json
-import platform
-import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
+from scd.environment import environment
 from scd.errors import ScdError
 from scd.files import write_json, write_whole
 from scd.options import Options
-
-PACKAGES = [
-    "scd",
-    "torch",
-    "accelerate",
-    "diffusers",
-    "einops",
-    "omegaconf",
-    "decord",
-    "torchmetrics",
-    "lpips",
-    "numpy",
-]
 
 
 def write_run_files(output: Path, options: Options, accelerator: Accelerator) -> None:
@@ -37,35 +21,6 @@ def write_run_files(output: Path, options: Options, accelerator: Accelerator) ->
     write_json(
         output / "environment.json", {**environment(), "processes": accelerator.num_processes}
     )
-
-
-def environment() -> dict[str, Any]:
-    """Package versions, git commit and device."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    cuda = torch.cuda.is_available()
-    return {
-        "packages": versions,
-        "python": platform.python_version(),
-        "git_commit": _git_commit(),
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"CPU, {torch.get_num_threads()} threads",
-    }
-
-
-def _git_commit() -> str | None:
-    try:
-        here = Path(__file__).parent
-        run = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 class RunLog:

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from scd.data.clips import StepSampler, TrainingClips
 from scd.errors import ScdError
+from scd.models.weights import load_matching
 from scd.options import Options, options_to_dict
 from scd.training.checkpoint import (
     TrainingState,
     latest_checkpoint,
     load_checkpoint,
-    load_matching,
     save_checkpoint,
 )
 from scd.training.run_folder import RunLog, write_run_files

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from scd.data.clips import ClipFolder
+from scd.data.clips import clip_folder
 from scd.data.latents import latents_made_by
 from scd.errors import ScdError
 from scd.evaluation.protocol import MODEL, evaluate
 from scd.flow.objective import FlowObjective
-from scd.models.autoencoder import Codec, autoencoder_hash, load_codec
-from scd.models.scd import SCD
+from scd.models.autoencoder import autoencoder_hash, load_codec
+from scd.models.build import build_world_model
 from scd.options import Options
 from scd.pipeline import SCDPipeline
 
@@ -68,38 +68,3 @@ class WorldModelTask:
                 f"{path} was made by another autoencoder than {self.options.autoencoder.path}: "
                 f"run scd encode"
             )
-
-
-def build_world_model(options: Options, codec: Codec) -> SCD:
-    """A fresh `SCD` of the options' sizes, for the codec's latents.
-
-    Raises:
-        ScdError: the frames do not divide into latents and patches.
-    """
-    m = options.model
-    cell = codec.downsampling * m.patch_size
-    if options.data.frame_size % cell:
-        raise ScdError(
-            f"data.frame_size={options.data.frame_size} does not divide by {cell} (autoencoder "
-            f"{codec.downsampling} x model.patch_size {m.patch_size})"
-        )
-    return SCD(
-        channels=codec.channels,
-        patch_size=m.patch_size,
-        heads=m.heads,
-        encoder_layers=m.encoder_layers,
-        decoder_layers=m.decoder_layers,
-        fusion=m.fusion,
-        condition=m.condition,
-        num_conditions=m.num_conditions,
-        modulate_context=m.modulate_context,
-        modulate_output=m.modulate_output,
-        prediction=options.flow.prediction,
-        sigma_min=options.flow.sigma_min,
-    )
-
-
-def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
-    m = options.model
-    root = Path(options.data.root)
-    return ClipFolder(root, list_file, source, m.condition, m.num_conditions)

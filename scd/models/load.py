@@ -8,11 +8,11 @@ import torch
 from scd.errors import ScdError
 from scd.files import sha256
 from scd.models.autoencoder import Codec, load_codec
+from scd.models.build import build_world_model
 from scd.models.reference import load_reference_checkpoint
 from scd.models.scd import SCD
+from scd.models.weights import load_matching, read_weights
 from scd.options import Options, load_options, options_from_json
-from scd.training.checkpoint import load_matching, read_weights
-from scd.training.world_model_task import build_world_model
 
 REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no options
 
