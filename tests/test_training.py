@@ -201,6 +201,17 @@ def test_failed_save_leaves_the_old_checkpoints(options, monkeypatch):
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
 
 
+def test_pruning_never_takes_the_newest(options):
+    """Later folders that were passed over as damaged do not count against the one just written."""
+    o = options("name=pruned")
+    folder = train(o)
+    (folder / "step-00000006/manifest.json").unlink()
+    state = load_checkpoint(folder / "step-00000004")
+    state.step = 5
+    checkpoint.save_checkpoint(folder, state, o, 1)
+    assert latest_checkpoint(folder).name == "step-00000005"
+
+
 def test_other_sizes_are_refused_with_the_differences(options):
     train(options("name=sizes"))
     with pytest.raises(ScdError, match=r"does not fit the model in .* tensors: decoder\.blocks\.1"):
