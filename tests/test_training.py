@@ -197,7 +197,7 @@ def test_failed_save_leaves_the_old_checkpoints(options, monkeypatch):
     state.step = 8
     monkeypatch.setattr(checkpoint.torch, "save", full_disk)
     with pytest.raises(ScdError, match=r"step-00000008.*No space left"):
-        checkpoint.save_checkpoint(folder, state, o, 1)
+        checkpoint.save_checkpoint(folder, state, 1)
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
 
 
@@ -208,14 +208,28 @@ def test_pruning_never_takes_the_newest(options):
     (folder / "step-00000006/manifest.json").unlink()
     state = load_checkpoint(folder / "step-00000004")
     state.step = 5
-    checkpoint.save_checkpoint(folder, state, o, 1)
+    checkpoint.save_checkpoint(folder, state, 1)
     assert latest_checkpoint(folder).name == "step-00000005"
 
 
-def test_other_sizes_are_refused_with_the_differences(options):
-    train(options("name=sizes"))
-    with pytest.raises(ScdError, match=r"does not fit the model in .* tensors: decoder\.blocks\.1"):
-        train(options("name=sizes", "model.decoder_layers=2", "train.steps=8"))
+def test_another_experiment_is_not_continued(options):
+    """Everything that would change the data order, the noise or the objective is named."""
+    train(options("name=other"))
+    changed = ["seed=1", "data.frames=5", "model.decoder_layers=2", "flow.logit_mean=0.5"]
+    with pytest.raises(ScdError, match="belongs to another run: ") as caught:
+        train(options("name=other", "train.batch_size=3", "train.steps=8", *changed))
+    for difference in (
+        "seed was 0, is 1",
+        "data.frames was 4, is 5",
+        "model.decoder_layers was 1, is 2",
+        "flow.logit_mean was 1.0, is 0.5",
+        "were 2, are 3",
+    ):
+        assert difference in str(caught.value)
+    # Longer, with another rate and the same clips a step in other pieces, it goes on.
+    split = ["train.batch_size=1", "train.gradient_accumulation=2", "optim.lr=1e-4"]
+    folder = train(options("name=other", "train.steps=7", *split))
+    assert latest_checkpoint(folder).name == "step-00000007"
 
 
 def test_not_a_number_stops_before_the_step(options):

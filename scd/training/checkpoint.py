@@ -19,7 +19,6 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.files import read_json, sha256, write_json
-from scd.options import Options, options_to_dict
 
 FORMAT = 1
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
@@ -30,12 +29,13 @@ class TrainingState:
     """All that changes while training, on the CPU."""
 
     step: int
+    run: dict[str, Any]  # see `scd.training.resume.run_identity`
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, state: TrainingState, options: Options, keep: int) -> Path:
+def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
     """Write a checkpoint beside the others, put it in place, then remove the oldest beyond `keep`.
 
     Raises:
@@ -45,13 +45,14 @@ def save_checkpoint(folder: Path, state: TrainingState, options: Options, keep: 
     aside = folder / f".{target.name}.{os.getpid()}"
     try:
         aside.mkdir(parents=True)
-        metadata = {"options": json.dumps(options_to_dict(options)), "step": str(state.step)}
+        metadata = {"options": json.dumps(state.run["options"]), "step": str(state.step)}
         save_file(state.model, aside / FILES[0], metadata)
         save_file(state.ema, aside / FILES[1], metadata)
         torch.save(state.optimizer, aside / FILES[2])
         manifest = {
             "format": FORMAT,
             "step": state.step,
+            "run": state.run,
             "files": {name: sha256(aside / name) for name in FILES},
         }
         write_json(aside / "manifest.json", manifest)
@@ -84,13 +85,15 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint that `latest_checkpoint` found whole."""
     try:
+        manifest = read_json(path / "manifest.json")
         return TrainingState(
-            step=int(read_json(path / "manifest.json")["step"]),
+            step=int(manifest["step"]),
+            run=manifest["run"],
             model=load_file(path / FILES[0]),
             ema=load_file(path / FILES[1]),
             optimizer=torch.load(path / FILES[2], map_location="cpu", weights_only=True),
         )
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ScdError(f"{path}: the checkpoint cannot be read ({error})") from error
 
 

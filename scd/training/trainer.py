@@ -26,6 +26,7 @@ from scd.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from scd.training.resume import flat_options, refuse_other_run, run_identity
 from scd.training.run_folder import RunLog, write_run_files
 from scd.training.tasks import Task
 
@@ -68,7 +69,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_run_files(output, options, self.accelerator)
         log = RunLog(output, self.step, enabled=self.accelerator.is_main_process)
-        self.accelerator.init_trackers(options.name, config=_flat(options_to_dict(options)))
+        self.accelerator.init_trackers(options.name, config=_for_trackers(options))
         batches = iter(self._loader())
         bar = tqdm(
             total=options.train.steps,
@@ -114,9 +115,10 @@ class Trainer:
         model = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
         with self.averaged_weights():
             ema = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
-        state = TrainingState(self.step, model, ema, self.optimizer.state_dict())
+        run = run_identity(self.options, self.accelerator.num_processes)
+        state = TrainingState(self.step, run, model, ema, self.optimizer.state_dict())
         folder = self.options.output / "checkpoints"
-        return save_checkpoint(folder, state, self.options, self.options.train.keep_checkpoints)
+        return save_checkpoint(folder, state, self.options.train.keep_checkpoints)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -194,6 +196,8 @@ class Trainer:
         if path is None:
             return
         state = load_checkpoint(path)
+        now = run_identity(self.options, self.accelerator.num_processes)
+        refuse_other_run(state.run, now, str(path))
         network = self.task.network
         # The mean's own counter and its weights: through the network, which names them.
         load_matching(network, state.ema, str(path))
@@ -231,12 +235,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested options as the trackers want them: dotted names and plain values."""
-    out: dict[str, str | int | float | bool] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = value if isinstance(value, int | float | bool) else str(value)
-    return out
+def _for_trackers(options: Options) -> dict[str, str | int | float | bool]:
+    """Options as the trackers want them: dotted names and plain values."""
+    flat = flat_options(options_to_dict(options))
+    return {k: v if isinstance(v, int | float | bool) else str(v) for k, v in flat.items()}

@@ -1,0 +1,55 @@
+"""What may change between the two halves of a run, and what may not."""
+
+from typing import Any
+
+from scd.errors import ScdError
+from scd.options import Options, options_to_dict
+
+# Where things lie, how fast and how long, what is measured: the run stays the same experiment.
+FREE = ("name", "output_root", "data.root", "data.fps", "data.action_names", "data.val_list")
+FREE += ("optim.", "rollout.", "eval.", "train.")
+
+
+def run_identity(options: Options, processes: int) -> dict[str, Any]:
+    """What a checkpoint keeps of its run: every option, and the clips of a step."""
+    train = options.train
+    clips = processes * train.batch_size * train.gradient_accumulation
+    return {"options": options_to_dict(options), "clips_per_step": clips}
+
+
+def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str) -> None:
+    """Compare two identities: data order, noise and objective must be those of the first half.
+
+    Processes, batch size and accumulation may change as long as a step sees as many clips.
+
+    Raises:
+        ScdError: naming every difference.
+    """
+    before, after = flat_options(saved["options"]), flat_options(now["options"])
+    changes = [
+        f"{key} was {before[key]}, is {after[key]}"
+        for key in after
+        if key in before and before[key] != after[key] and not key.startswith(FREE)
+    ]
+    was, is_ = saved["clips_per_step"], now["clips_per_step"]
+    if was != is_:
+        changes.append(
+            f"clips a step (processes x train.batch_size x train.gradient_accumulation) were "
+            f"{was}, are {is_}"
+        )
+    if changes:
+        raise ScdError(
+            f"{checkpoint} belongs to another run: {'; '.join(changes)}. Set this back to go on, "
+            f"or start anew under another name=..."
+        )
+
+
+def flat_options(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted names."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            out |= flat_options(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
