@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 CHOICES = {
     "task": ("world_model", "autoencoder"),
     "data.source": ("video", "latents"),
+    "model.type": ("scd", "causal_dit"),
     "model.fusion": ("token_concat", "token_concat_with_proj", "concat", "add"),
     "model.condition": ("none", "action", "label"),
     "flow.prediction": ("velocity", "data"),
@@ -30,8 +31,6 @@ POSITIVE = [
     "data.fps",
     "model.patch_size",
     "model.heads",
-    "model.encoder_layers",
-    "model.decoder_layers",
     "flow.sigma_min",
     "flow.noise_draws",
     "flow.logit_std",
@@ -53,6 +52,9 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     "seed",
+    "model.encoder_layers",
+    "model.decoder_layers",
+    "model.layers",
     "model.num_conditions",
     "flow.context_noise",
     "optim.weight_decay",
@@ -159,6 +161,19 @@ def check(options: "Options", source: str) -> None:
             f"downsampling of {stages} autoencoder stages",
         )
         return
+    dense = model.type == "causal_dit"
+    wanted = {"encoder_layers": not dense, "decoder_layers": not dense, "layers": dense}
+    for key, above_0 in wanted.items():
+        found = getattr(model, key)
+        needed = "above 0" if above_0 else "to be 0"
+        require(
+            (found > 0) == above_0,
+            f"model.{key} is {found}, but model.type={model.type} needs it {needed}",
+        )
+    require(
+        not (dense and options.rollout.guidance == "context"),
+        "rollout.guidance=context contradicts model.type=causal_dit, which has no separate context",
+    )
     require(data.frames >= 2, "data.frames: a world model needs at least 2 frames a clip")
     require(
         (model.condition == "none") == (model.num_conditions == 0),

@@ -53,13 +53,16 @@ class AutoencoderOptions:
 class ModelOptions:
     """The network (arXiv 2602.10095, section 4). Width is 64 * heads."""
 
+    type: str = "scd"  # | causal_dit (the dense baseline)
     patch_size: int = 1
     heads: int = 16
-    encoder_layers: int = 8
-    decoder_layers: int = 4
+    encoder_layers: int = 0  # of scd
+    decoder_layers: int = 0  # of scd
+    layers: int = 0  # of causal_dit
     fusion: str = "token_concat"  # | token_concat_with_proj | concat | add
     condition: str = "none"  # | action | label
     num_conditions: int = 0  # actions or classes, without the null condition
+    first_frame: bool = False  # also learn to predict frame 0, from nothing
     modulate_context: bool = True  # the encoder's output norm is modulated
     modulate_output: bool = True  # the decoder's
 

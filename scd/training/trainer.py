@@ -61,7 +61,7 @@ class Trainer:
         # The schedule is left out: accelerate would advance it once for every process.
         self.objective, self.optimizer = accelerator.prepare(task.objective, self.optimizer)
         if options.train.compile:
-            for part in task.network.children():  # encoder and decoder
+            for part in task.network.children():  # such as encoder and decoder
                 part.compile()
 
     def run(self) -> None:

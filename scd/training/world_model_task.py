@@ -35,10 +35,12 @@ class WorldModelTask:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         lr, scale = self.options.optim.lr, self.options.optim.decoder_lr_scale
-        return [
-            {"params": list(self.network.encoder.parameters()), "lr": lr},
-            {"params": list(self.network.decoder.parameters()), "lr": lr * scale},
+        decoder = [p for name, p in self.network.named_parameters() if name.startswith("decoder.")]
+        others = [
+            p for name, p in self.network.named_parameters() if not name.startswith("decoder.")
         ]
+        groups = [{"params": others, "lr": lr}, {"params": decoder, "lr": lr * scale}]
+        return [group for group in groups if group["params"]]
 
     def validate(self, folder: Path) -> dict[str, float]:
         videos = min(self.options.eval.videos, VALIDATION_VIDEOS)
