@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 CHOICES = {
     "task": ("world_model", "autoencoder"),
     "data.source": ("video", "latents"),
+    "autoencoder.decoder_norm": ("batch_norm", "rms_norm"),
     "model.fusion": ("token_concat", "token_concat_with_proj", "concat", "add"),
     "model.condition": ("none", "action", "label"),
     "flow.prediction": ("velocity", "data"),

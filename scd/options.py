@@ -46,6 +46,7 @@ class AutoencoderOptions:
     decoder_block_types: list[str] = field(default_factory=list)
     decoder_channels: list[int] = field(default_factory=list)
     decoder_layers: list[int] = field(default_factory=list)
+    decoder_norm: str = "rms_norm"  # of its ResBlocks, with SiLU | batch_norm, with ReLU (published)
     lpips_weight: float = 0.5  # loss = L1 + lpips_weight * LPIPS
 
 
