@@ -6,6 +6,7 @@ Three kinds of latents: pixels as they are, those of a deep-compression autoenco
 
 import shutil
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
@@ -20,7 +21,7 @@ from scd.options import AutoencoderOptions
 CHUNK_FRAMES = 64  # frames in one pass of the autoencoder; bounds its memory
 PUBLISHED_SCALING = 0.2889  # 1 / standard deviation of the published autoencoders' latents
 
-Autoencoder = AutoencoderDC | AutoencoderKL
+Autoencoder: TypeAlias = AutoencoderDC | AutoencoderKL
 KINDS: dict[str, type[Autoencoder]] = {
     "AutoencoderDC": AutoencoderDC,
     "AutoencoderKL": AutoencoderKL,
@@ -178,7 +179,9 @@ def load_codec(path: str | None) -> Codec:
     config = read_json(Path(path) / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in KINDS:
-        raise ScdError(f"{path}/config.json: _class_name is {name!r}, not one of {', '.join(KINDS)}")
+        raise ScdError(
+            f"{path}/config.json: _class_name is {name!r}, not one of {', '.join(KINDS)}"
+        )
     try:
         autoencoder, found = KINDS[name].from_pretrained(
             path, use_safetensors=True, local_files_only=True, output_loading_info=True
