@@ -2,6 +2,7 @@
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ CHOICES = {
     "task": ("world_model", "autoencoder"),
     "data.source": ("video", "latents"),
     "model.type": ("scd", "causal_dit"),
+    "autoencoder.decoder_norm": ("batch_norm", "rms_norm"),
     "model.fusion": ("token_concat", "token_concat_with_proj", "concat", "add"),
     "model.condition": ("none", "action", "label"),
     "flow.prediction": ("velocity", "data"),
@@ -25,6 +27,8 @@ CHOICES = {
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 POSITIVE = [
     "autoencoder.latent_channels",
+    "adversary.channels",
+    "adversary.layers",
     "data.frame_size",
     "data.frames",
     "data.frame_stride",
@@ -36,6 +40,7 @@ POSITIVE = [
     "flow.logit_std",
     "optim.lr",
     "optim.decoder_lr_scale",
+    "optim.adversary_lr",
     "optim.max_grad_norm",
     "train.steps",
     "train.batch_size",
@@ -65,6 +70,7 @@ NOT_NEGATIVE = [
     "rollout.guidance_noise",
     "eval.saved_videos",
     "autoencoder.lpips_weight",
+    "adversary.weight",
 ]
 FRACTIONS = ["flow.clean_fraction", "flow.condition_dropout", "optim.ema_decay"]
 TRACKERS = ("tensorboard", "wandb")
@@ -131,6 +137,14 @@ def check(options: "Options", source: str) -> None:
     if options.task == "autoencoder":
         a = options.autoencoder
         require(data.source == "video", "task autoencoder needs data.source=video")
+        if options.adversary.weight:
+            _check_adversarial_stage(options, require)
+            return
+        require(
+            a.path is None,
+            "autoencoder.path in task autoencoder is what the adversarial stage starts from, "
+            "but adversary.weight is 0",
+        )
         for side in ("encoder", "decoder"):
             lengths = {
                 len(getattr(a, f"{side}_{part}")) for part in ("block_types", "channels", "layers")
@@ -174,6 +188,7 @@ def check(options: "Options", source: str) -> None:
         not (dense and options.rollout.guidance == "context"),
         "rollout.guidance=context contradicts model.type=causal_dit, which has no separate context",
     )
+    require(options.adversary.weight == 0, "adversary.weight: only task autoencoder has one")
     require(data.frames >= 2, "data.frames: a world model needs at least 2 frames a clip")
     require(
         (model.condition == "none") == (model.num_conditions == 0),
@@ -191,6 +206,38 @@ def check(options: "Options", source: str) -> None:
     require(
         not (data.source == "latents" and options.autoencoder.path is None),
         "data.source=latents needs autoencoder.path, to see pixels again",
+    )
+
+
+def _check_adversarial_stage(options: "Options", require: Callable[[bool, str], None]) -> None:
+    a, adversary, size = options.autoencoder, options.adversary, options.data.frame_size
+    require(
+        a.path is not None,
+        f"adversary.weight={adversary.weight} needs autoencoder.path, a trained autoencoder: its "
+        f"encoder is frozen",
+    )
+    written = [
+        f"autoencoder.{side}_{part}"
+        for side in ("encoder", "decoder")
+        for part in ("block_types", "channels", "layers")
+        if getattr(a, f"{side}_{part}")
+    ]
+    require(
+        not written,
+        f"{', '.join(written)}: the adversarial stage keeps the sizes of {a.path}; leave them out",
+    )
+    require(
+        not options.train.compile,
+        "train.compile with adversary.weight: the adaptive weight needs gradients that a compiled "
+        "decoder does not give",
+    )
+    require(
+        adversary.channels % 8 == 0,
+        f"adversary.channels={adversary.channels} must divide by 8, the groups of its norms",
+    )
+    require(
+        size // 2**adversary.layers >= 3,
+        f"adversary.layers={adversary.layers}: too many for frames of {size} pixels",
     )
 
 

@@ -38,7 +38,7 @@ class DataOptions:
 class AutoencoderOptions:
     """The autoencoder between pixels and latents: one to load (`path`), or one to train."""
 
-    path: str | None = None  # a diffusers folder; null: pixel space, or train from scratch
+    path: str | None = None  # a diffusers folder; null: pixel space, or one to train from scratch
     latent_channels: int = 32
     encoder_block_types: list[str] = field(default_factory=list)  # ResBlock | EfficientViTBlock
     encoder_channels: list[int] = field(default_factory=list)
@@ -46,7 +46,20 @@ class AutoencoderOptions:
     decoder_block_types: list[str] = field(default_factory=list)
     decoder_channels: list[int] = field(default_factory=list)
     decoder_layers: list[int] = field(default_factory=list)
+    decoder_norm: str = (
+        "rms_norm"  # of its ResBlocks, with SiLU | batch_norm, with ReLU (published)
+    )
     lpips_weight: float = 0.5  # loss = L1 + lpips_weight * LPIPS
+
+
+@dataclass
+class AdversaryOptions:
+    """The second stage of an autoencoder (`autoencoder.path`: what the first one left): its decoder
+    against a patch discriminator, its encoder frozen."""
+
+    weight: float = 0.0  # of the adversarial loss, times VQGAN's adaptive weight; 0: no adversary
+    channels: int = 64  # of the discriminator's first layer, doubled by each further one
+    layers: int = 3  # that halve the image; 3: a logit sees 70x70 pixels, 2: 34x34, 1: 16x16
 
 
 @dataclass
@@ -86,6 +99,7 @@ class FlowOptions:
 class OptimOptions:
     lr: float = 1e-4
     decoder_lr_scale: float = 2.0
+    adversary_lr: float = 1e-4  # of the discriminator, if there is one
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.0
     schedule: str = "constant"  # | cosine (to zero at the last step); both after the warm-up
@@ -139,6 +153,7 @@ class Options:
     seed: int = 0
     data: DataOptions = field(default_factory=DataOptions)
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
+    adversary: AdversaryOptions = field(default_factory=AdversaryOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)

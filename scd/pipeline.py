@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC, DiffusionPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class SCDPipeline(DiffusionPipeline):
 
     _optional_components = ["vae"]
 
-    def __init__(self, transformer: WorldModel, vae: AutoencoderDC | None = None):
+    def __init__(self, transformer: WorldModel, vae: AutoencoderDC | AutoencoderKL | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
 

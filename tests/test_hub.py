@@ -448,6 +448,7 @@ TINY_AUTOENCODER = AutoencoderOptions(
     decoder_block_types=["ResBlock", "ResBlock", "EfficientViTBlock"],
     decoder_channels=[32, 32, 64],
     decoder_layers=[0, 1, 1],
+    decoder_norm="batch_norm",
 )
 
 

@@ -1,20 +1,31 @@
-"""Pixels to scaled latents and back, behind one small interface."""
+"""Pixels to scaled latents and back, behind one small interface.
+
+Three kinds of latents: pixels as they are, those of a deep-compression autoencoder (DC-AE, arXiv
+2410.10733), and those of a variational one (diffusers' `AutoencoderKL`), whose mode is taken.
+"""
 
 import shutil
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, AutoencoderKL
 from einops import rearrange
 from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
-from scd.files import sha256
-from scd.models.weights import load_matching
+from scd.files import read_json, sha256
+from scd.models.weights import load_matching, read_state_dict
 from scd.options import AutoencoderOptions
 
 CHUNK_FRAMES = 64  # frames in one pass of the autoencoder; bounds its memory
 PUBLISHED_SCALING = 0.2889  # 1 / standard deviation of the published autoencoders' latents
+
+Autoencoder: TypeAlias = AutoencoderDC | AutoencoderKL
+KINDS: dict[str, type[Autoencoder]] = {
+    "AutoencoderDC": AutoencoderDC,
+    "AutoencoderKL": AutoencoderKL,
+}
 
 
 class PixelCodec(nn.Module):
@@ -35,21 +46,23 @@ class PixelCodec(nn.Module):
 
 
 class LatentCodec(nn.Module):
-    """An autoencoder. Latents are multiplied by its `scaling_factor` before diffusion.
+    """An autoencoder. The diffusion model sees (latents - shift_factor) * scaling_factor.
 
     Args:
         autoencoder: maps images (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f) and back.
     """
 
-    def __init__(self, autoencoder: AutoencoderDC):
+    def __init__(self, autoencoder: Autoencoder):
         super().__init__()
         self.autoencoder = autoencoder
         self.channels = autoencoder.config.latent_channels
-        self.downsampling = autoencoder.spatial_compression_ratio
+        self.downsampling = downsampling(autoencoder)
+        self.factor = autoencoder.config.scaling_factor
+        self.shift = autoencoder.config.get("shift_factor") or 0.0  # AutoencoderDC has none
 
     def scale(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder gives them -> as the diffusion model sees them."""
-        return latents * self.autoencoder.config.scaling_factor
+        return (latents - self.shift) * self.factor
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -64,16 +77,18 @@ class LatentCodec(nn.Module):
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> unscaled latents (B, C, h, w)."""
         pixels = (images * 2 - 1).to(self.autoencoder.dtype)
-        return self.autoencoder.encode(pixels).latent.float()
+        return unscaled_latents(self.autoencoder, pixels).float()
 
     def _decode_images(self, latents: Tensor) -> Tensor:
-        unscaled = latents / self.autoencoder.config.scaling_factor
-        unscaled = unscaled.to(self.autoencoder.dtype)
+        unscaled = (latents / self.factor + self.shift).to(self.autoencoder.dtype)
         return (self.autoencoder.decode(unscaled).sample.float() + 1) / 2
 
     @staticmethod
     def _per_frame(function, clips: Tensor) -> Tensor:
         images = rearrange(clips, "b f c h w -> (b f) c h w")
+        if not len(images):  # attention takes no empty batch: one black image tells the shape
+            shape = function(clips.new_zeros(1, *clips.shape[2:])).shape[1:]
+            return clips.new_zeros(*clips.shape[:2], *shape)
         out = torch.cat([function(chunk) for chunk in images.split(CHUNK_FRAMES)])
         return rearrange(out, "(b f) c h w -> b f c h w", b=clips.shape[0])
 
@@ -81,14 +96,28 @@ class LatentCodec(nn.Module):
 Codec = PixelCodec | LatentCodec
 
 
+def unscaled_latents(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w); a distribution gives its mode."""
+    encoded = autoencoder.encode(pixels)
+    return encoded.latent if isinstance(autoencoder, AutoencoderDC) else encoded.latent_dist.mode()
+
+
+def downsampling(autoencoder: Autoencoder) -> int:
+    """Pixels a side of one latent: every stage but one halves the image."""
+    if isinstance(autoencoder, AutoencoderDC):
+        return autoencoder.spatial_compression_ratio
+    return 2 ** (len(autoencoder.config.block_out_channels) - 1)
+
+
 def build_autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
     """A deep-compression autoencoder (DC-AE, arXiv 2410.10733) with fresh weights.
 
-    A decoder with EfficientViT stages is the published one: its ResBlocks have batch norm and ReLU.
-    One of ResBlocks only, for training from scratch, has RMS norm and SiLU as every encoder has.
+    `decoder_norm` is that of the decoder's ResBlocks; every other block has RMS norm.
     """
-    published = "EfficientViTBlock" in options.decoder_block_types
-    batch_norm = [published and kind == "ResBlock" for kind in options.decoder_block_types]
+    batch_norm = [
+        options.decoder_norm == "batch_norm" and kind == "ResBlock"
+        for kind in options.decoder_block_types
+    ]
     return AutoencoderDC(
         in_channels=3,
         latent_channels=options.latent_channels,
@@ -116,12 +145,7 @@ def convert_published(weights: Path, options: AutoencoderOptions, folder: Path) 
         ScdError: the file holds anything but tensors, they do not fit the options' architecture
             or are not finite, or the folder cannot be written.
     """
-    try:
-        tensors = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # refused pickles, damaged archives: many kinds
-        raise ScdError(f"{weights}: refused: not plain tensors ({type(error).__name__})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ScdError(f"{weights}: expected a flat state dict of tensors")
+    tensors = read_state_dict(weights)
     autoencoder = build_autoencoder(options)
     load_matching(autoencoder, tensors, str(weights))
     for name, tensor in autoencoder.state_dict().items():
@@ -143,7 +167,7 @@ def load_codec(path: str | None) -> Codec:
     """The codec of an experiment: pixel space, or an autoencoder saved by diffusers.
 
     Raises:
-        ScdError: there is no autoencoder at `path`, or its files are damaged.
+        ScdError: there is no autoencoder of a known kind at `path`, or its files are damaged.
     """
     if path is None:
         return PixelCodec()
@@ -152,8 +176,14 @@ def load_codec(path: str | None) -> Codec:
             f"{path}: no autoencoder there (config.json is missing); published ones: "
             f"bash scripts/setup_data.sh"
         )
+    config = read_json(Path(path) / "config.json")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name not in KINDS:
+        raise ScdError(
+            f"{path}/config.json: _class_name is {name!r}, not one of {', '.join(KINDS)}"
+        )
     try:
-        autoencoder, found = AutoencoderDC.from_pretrained(
+        autoencoder, found = KINDS[name].from_pretrained(
             path, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # diffusers raises many kinds for damaged folders

@@ -9,7 +9,7 @@ from torch import Tensor
 from scd.errors import ScdError
 from scd.models.layers import HEAD_DIM
 from scd.models.scd import SCD
-from scd.models.weights import load_matching, read_weights
+from scd.models.weights import load_matching, read_state_dict
 
 RENAMED = {
     "x_embedder": "embed",
@@ -42,27 +42,13 @@ def load_reference_checkpoint(
         ScdError: the file holds anything but tensors, or the tensors are no such network.
     """
     name = "state dict" if isinstance(source, dict) else str(source)
-    tensors = dict(source) if isinstance(source, dict) else _read(Path(source))
+    tensors = dict(source) if isinstance(source, dict) else read_state_dict(Path(source))
     try:
         model = SCD(**_configuration(tensors, patch_size, fusion))
     except (KeyError, ValueError) as error:
         raise ScdError(f"{name}: not a reference SCD checkpoint ({error})") from error
     load_matching(model, _convert(tensors, fusion), name)
     return model.eval()
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return read_weights(path)[0]
-    if not path.is_file():
-        raise ScdError(f"{path}: no such checkpoint")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # refused pickles, damaged archives: many kinds
-        raise ScdError(f"{path}: refused: not plain tensors ({type(error).__name__})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ScdError(f"{path}: expected a flat state dict of tensors")
-    return tensors
 
 
 def _configuration(tensors: dict[str, Tensor], patch_size: int, fusion: str) -> dict:

@@ -26,6 +26,25 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ScdError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A flat state dict that others published: `.safetensors`, or `.pth` of plain tensors.
+
+    Raises:
+        ScdError: the file is missing, damaged, or holds anything but tensors.
+    """
+    if path.suffix == ".safetensors":
+        return read_weights(path)[0]
+    if not path.is_file():
+        raise ScdError(f"{path}: no such weights file")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # refused pickles, damaged archives: many kinds
+        raise ScdError(f"{path}: refused: not plain tensors ({type(error).__name__})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ScdError(f"{path}: expected a flat state dict of tensors")
+    return tensors
+
+
 def load_matching(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load weights only if names and shapes agree entirely.
 

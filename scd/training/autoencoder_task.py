@@ -1,48 +1,32 @@
-"""Training an autoencoder: L1 + LPIPS on single frames (first stage of arXiv 2410.10733)."""
+"""Training an autoencoder: first all of it, then its decoder against an adversary."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
 from scd.data.clips import ClipFolder
-from scd.evaluation.frame_metrics import load_lpips
+from scd.errors import ScdError
 from scd.evaluation.measures import Measures
 from scd.files import write_whole
-from scd.models.autoencoder import LatentCodec, build_autoencoder
+from scd.models.autoencoder import (
+    Autoencoder,
+    LatentCodec,
+    build_autoencoder,
+    downsampling,
+    load_codec,
+)
+from scd.models.discriminator import PatchDiscriminator
 from scd.options import Options
+from scd.training.adversarial import AdversarialObjective
+from scd.training.reconstruction import ReconstructionLoss, ReconstructionObjective
 
 SHOWN = 16  # reconstructions in the picture
-
-
-class ReconstructionObjective(nn.Module):
-    """|x̂ − x| + w · LPIPS(x̂, x), averaged over the frames of a batch; pixels in [−1, 1]."""
-
-    def __init__(self, autoencoder: AutoencoderDC, lpips_weight: float, device: torch.device):
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.lpips_weight = lpips_weight
-        self.perceptual: nn.Module | None = load_lpips(device) if lpips_weight else None
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        images = rearrange(batch["video"], "b f c h w -> (b f) c h w") * 2 - 1
-        latents = self.autoencoder.encode(images).latent
-        reconstruction = self.autoencoder.decode(latents).sample
-        l1 = (reconstruction.float() - images).abs().mean()
-        values = {"loss": l1, "l1": l1.detach()}
-        if self.perceptual is not None:
-            distance = self.perceptual(reconstruction, images).float().mean()
-            values = {
-                **values,
-                "loss": l1 + self.lpips_weight * distance,
-                "lpips": distance.detach(),
-            }
-        return values
+ENCODING = ("encoder.", "quant_conv.")  # the parameters of AutoencoderDC and AutoencoderKL for it
 
 
 class AutoencoderTask:
@@ -51,20 +35,33 @@ class AutoencoderTask:
     def __init__(self, options: Options, device: torch.device):
         self.options = options
         self.device = device
+        self.adversary: nn.Module | None = None
+        self.network: Autoencoder
+        self.objective: nn.Module
+        reconstruction = ReconstructionLoss(options.autoencoder.lpips_weight, device)
         torch.manual_seed(options.seed)
-        self.network = build_autoencoder(options.autoencoder)
-        weight = options.autoencoder.lpips_weight
-        self.objective = ReconstructionObjective(self.network, weight, device)
+        if options.adversary.weight:
+            a = options.adversary
+            self.network = _with_frozen_encoder(options)
+            self.adversary = PatchDiscriminator(a.channels, a.layers)
+            self.objective = AdversarialObjective(
+                self.network, self.adversary, reconstruction, a.weight
+            )
+        else:
+            self.network = build_autoencoder(options.autoencoder)
+            self.objective = ReconstructionObjective(self.network, reconstruction)
         root = Path(options.data.root)
         self.training_data = ClipFolder(root, options.data.train_list, "video")
         self.validation_data = ClipFolder(root, options.data.val_list, "video")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         lr, scale = self.options.optim.lr, self.options.optim.decoder_lr_scale
-        return [
-            {"params": list(self.network.encoder.parameters()), "lr": lr},
-            {"params": list(self.network.decoder.parameters()), "lr": lr * scale},
-        ]
+        encoding: list[nn.Parameter] = []
+        decoding: list[nn.Parameter] = []
+        for name, parameter in self.network.named_parameters():
+            (encoding if name.startswith(ENCODING) else decoding).append(parameter)
+        groups = [{"params": encoding, "lr": lr}, {"params": decoding, "lr": lr * scale}]
+        return groups if self.adversary is None else groups[1:]
 
     @torch.no_grad()
     def validate(self, folder: Path) -> dict[str, float]:
@@ -82,13 +79,14 @@ class AutoencoderTask:
     def export(self, folder: Path) -> None:
         """Save in half precision, with the scaling factor that gives the latents unit variance.
 
-        Rounding the weights moves a reconstruction by far less than its error.
+        Rounding the weights moves a reconstruction by far less than its error. The adversarial
+        stage leaves the latents alone, and hence their scaling factor.
         """
-        codec = LatentCodec(self.network)
-        latents = codec.encode(self._validation_frames()) / self.network.config.scaling_factor
-        self.network.register_to_config(scaling_factor=round(1 / float(latents.std()), 4))
-        shipped = build_autoencoder(self.options.autoencoder)
-        shipped.register_to_config(scaling_factor=self.network.config.scaling_factor)
+        if self.adversary is None:
+            codec = LatentCodec(self.network)
+            unscaled = codec.encode_images(self._validation_frames().flatten(0, 1))
+            self.network.register_to_config(scaling_factor=round(1 / float(unscaled.std()), 4))
+        shipped = type(self.network).from_config(self.network.config)
         shipped.load_state_dict(self.network.state_dict())
         shipped.half().save_pretrained(folder)
 
@@ -100,3 +98,23 @@ class AutoencoderTask:
             for i in range(count)
         ]
         return torch.stack(frames).to(self.device)
+
+
+def _with_frozen_encoder(options: Options) -> Autoencoder:
+    """The autoencoder at `autoencoder.path`; only its decoder takes a gradient.
+
+    Raises:
+        ScdError: see `load_codec`; or the frames do not divide into its latents.
+    """
+    codec = load_codec(options.autoencoder.path)
+    assert isinstance(codec, LatentCodec)
+    autoencoder = codec.autoencoder.float().train()
+    cell = downsampling(autoencoder)
+    if options.data.frame_size % cell:
+        raise ScdError(
+            f"data.frame_size={options.data.frame_size} does not divide by {cell}, the "
+            f"downsampling of {options.autoencoder.path}"
+        )
+    for name, parameter in autoencoder.named_parameters():
+        parameter.requires_grad_(not name.startswith(ENCODING))
+    return autoencoder

@@ -1,6 +1,7 @@
 """Checkpoints: a folder that is whole or absent, with everything a run needs to go on.
 
-`step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt` and `manifest.json`.
+`step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt`, with an adversary
+`adversary.pt`, and `manifest.json`.
 Weights carry the experiment's options in their metadata, so one file is enough to use a model.
 Nothing else is state: data order and noise are functions of the step (`scd.seeding`).
 """
@@ -22,6 +23,7 @@ from scd.files import read_json, sha256, write_json
 
 FORMAT = 1
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
+ADVERSARY = "adversary.pt"
 
 
 @dataclass
@@ -33,6 +35,7 @@ class TrainingState:
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
+    adversary: dict[str, Any] | None = None  # its `model` and `optimizer`
 
 
 def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
@@ -49,14 +52,18 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
         save_file(state.model, aside / FILES[0], metadata)
         save_file(state.ema, aside / FILES[1], metadata)
         torch.save(state.optimizer, aside / FILES[2])
+        names: tuple[str, ...] = FILES
+        if state.adversary is not None:
+            torch.save(state.adversary, aside / ADVERSARY)
+            names += (ADVERSARY,)
         manifest = {
             "format": FORMAT,
             "step": state.step,
             "run": state.run,
-            "files": {name: sha256(aside / name) for name in FILES},
+            "files": {name: sha256(aside / name) for name in names},
         }
         write_json(aside / "manifest.json", manifest)
-        for name in FILES:
+        for name in names:
             with open(aside / name, "rb") as file:
                 os.fsync(file.fileno())
         if target.exists():
@@ -92,6 +99,11 @@ def load_checkpoint(path: Path) -> TrainingState:
             model=load_file(path / FILES[0]),
             ema=load_file(path / FILES[1]),
             optimizer=torch.load(path / FILES[2], map_location="cpu", weights_only=True),
+            adversary=(
+                torch.load(path / ADVERSARY, map_location="cpu", weights_only=True)
+                if ADVERSARY in manifest["files"]
+                else None
+            ),
         )
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ScdError(f"{path}: the checkpoint cannot be read ({error})") from error
@@ -106,7 +118,7 @@ def _damage(path: Path) -> str | None:
         manifest = read_json(path / "manifest.json")
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
-        for name in FILES:
+        for name in {*FILES, *manifest["files"]}:
             if sha256(path / name) != manifest["files"][name]:
                 return f"{name} is damaged"
     except (ScdError, OSError, KeyError, TypeError) as error:

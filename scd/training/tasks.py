@@ -19,6 +19,12 @@ class Task(Protocol):
         ...
 
     @property
+    def adversary(self) -> nn.Module | None:
+        """A second part of the objective, which learns against the network: its own optimiser
+        steps on the gradients of the same loss. It is saved, but neither averaged nor exported."""
+        ...
+
+    @property
     def network(self) -> nn.Module:
         """The part that is optimised, averaged and saved."""
         ...

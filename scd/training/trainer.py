@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -26,6 +25,7 @@ from scd.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from scd.training.learner import Learner
 from scd.training.resume import flat_options, refuse_other_run, run_identity
 from scd.training.run_folder import RunLog, write_run_files
 from scd.training.tasks import Task
@@ -43,23 +43,18 @@ class Trainer:
         self.task = task
         self.accelerator = accelerator
         self.step = 0
-        o = options.optim
-        self.optimizer = torch.optim.AdamW(
-            task.parameter_groups(), betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay
-        )
-        task.network.to(accelerator.device)
+        self.learner = Learner(task.network, task.parameter_groups(), options)
+        self.adversary: Learner | None = None
+        if task.adversary is not None:
+            group = {"params": list(task.adversary.parameters()), "lr": options.optim.adversary_lr}
+            self.adversary = Learner(task.adversary, [group], options)
+        task.objective.to(accelerator.device)
         # Its decay starts low and rises to `ema_decay`, so that short runs are not held back.
-        self.ema = EMAModel(task.network.parameters(), decay=o.ema_decay)
+        self.ema = EMAModel(averaged_tensors(task.network), decay=options.optim.ema_decay)
         self._resume()
-        self.schedule = get_scheduler(
-            "cosine" if o.schedule == "cosine" else "constant_with_warmup",
-            self.optimizer,
-            num_warmup_steps=o.warmup_steps,
-            num_training_steps=options.train.steps,
-            last_epoch=self.step - 1,
-        )
-        # The schedule is left out: accelerate would advance it once for every process.
-        self.objective, self.optimizer = accelerator.prepare(task.objective, self.optimizer)
+        self.objective = accelerator.prepare(task.objective)
+        for learner in self._learners():
+            learner.start(accelerator, self.step)
         if options.train.compile:
             for part in task.network.children():  # such as encoder and decoder
                 part.compile()
@@ -88,7 +83,7 @@ class Trainer:
                     name: float(self.accelerator.reduce(value.float(), "mean"))
                     for name, value in values.items()
                 }
-                entry["lr"] = self.schedule.get_last_lr()[0]
+                entry["lr"] = self.learner.schedule.get_last_lr()[0]
                 entry["seconds"] = time.perf_counter() - started
                 bar.set_postfix(loss=f"{entry['loss']:.4f}")
                 log.write({"step": self.step, **entry})
@@ -112,27 +107,33 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return None
         network = self.task.network
-        model = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
+        model = _on_cpu(network)
         with self.averaged_weights():
-            ema = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
+            ema = _on_cpu(network)
         run = run_identity(self.options, self.accelerator.num_processes)
-        state = TrainingState(self.step, run, model, ema, self.optimizer.state_dict())
+        state = TrainingState(self.step, run, model, ema, self.learner.optimizer.state_dict())
+        if self.adversary is not None:
+            optimizer = self.adversary.optimizer.state_dict()
+            state.adversary = {"model": _on_cpu(self.adversary.network), "optimizer": optimizer}
         folder = self.options.output / "checkpoints"
         return save_checkpoint(folder, state, self.options.train.keep_checkpoints)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The network with its averaged weights, for evaluation and export."""
-        parameters = list(self.task.network.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
+        tensors = averaged_tensors(self.task.network)
+        self.ema.store(tensors)
+        self.ema.copy_to(tensors)
         try:
             yield
         finally:
-            self.ema.restore(parameters)
+            self.ema.restore(tensors)
+
+    def _learners(self) -> list[Learner]:
+        return [self.learner] if self.adversary is None else [self.learner, self.adversary]
 
     def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One optimiser step over `gradient_accumulation` batches."""
+        """One optimiser step, of an adversary too, over `gradient_accumulation` batches."""
         accumulation = self.options.train.gradient_accumulation
         totals: dict[str, Tensor] = {}
         for micro_step in range(accumulation):
@@ -144,19 +145,17 @@ class Trainer:
                 self.accelerator.backward(values["loss"] / accumulation)
             for name, value in values.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulation
-        totals["grad_norm"] = self.accelerator.clip_grad_norm_(
-            self.task.network.parameters(), self.options.optim.max_grad_norm
-        )
-        if not math.isfinite(float(totals["grad_norm"])):
+        norms = [learner.clip(self.accelerator) for learner in self._learners()]
+        totals |= zip(("grad_norm", "adversary_grad_norm"), norms, strict=False)
+        if not all(math.isfinite(float(norm)) for norm in norms):
             raise ScdError(
                 f"step {self.step + 1}: the loss or its gradient is not finite (loss "
                 f"{float(totals['loss'])}); lower optim.lr or look at the data, then run again: "
                 f"the newest checkpoint is whole"
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        self.ema.step(self.task.network.parameters())
+        for learner in self._learners():
+            learner.step()
+        self.ema.step(averaged_tensors(self.task.network))
         self.step += 1
         return totals
 
@@ -201,13 +200,14 @@ class Trainer:
         network = self.task.network
         # The mean's own counter and its weights: through the network, which names them.
         load_matching(network, state.ema, str(path))
-        self.ema.shadow_params = [p.detach().clone() for p in network.parameters()]
+        self.ema.shadow_params = [t.detach().clone() for t in averaged_tensors(network)]
         self.ema.optimization_step = state.step
         load_matching(network, state.model, str(path))
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state.optimizer)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["initial_lr"] = rate  # the schedule is a function of options and step alone
+        self.learner.load_optimizer(state.optimizer)
+        if self.adversary is not None:
+            assert state.adversary is not None  # the run is the same, so it had one
+            load_matching(self.adversary.network, state.adversary["model"], f"{path} (adversary)")
+            self.adversary.load_optimizer(state.adversary["optimizer"])
         self.step = state.step
         if self.accelerator.is_main_process:
             print(f"continuing {self.options.name} from step {self.step} ({path})")
@@ -223,6 +223,24 @@ def make_accelerator(options: Options) -> Accelerator:
         # The others wait while the main process validates, which takes longer than the default.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
+
+
+def averaged_tensors(network: nn.Module) -> list[nn.Parameter]:
+    """What the mean over steps is taken of: parameters, and the running statistics of batch norms.
+
+    Those come as parameters that share their memory: `EMAModel` averages what takes a gradient and
+    copies the rest. Copied statistics would be those of the newest weights, not of the mean.
+    """
+    running = [
+        nn.Parameter(buffer)
+        for name, buffer in network.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    ]
+    return [*network.parameters(), *running]
+
+
+def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
 
 
 @contextmanager

@@ -21,6 +21,8 @@ VALIDATION_VIDEOS = 16  # while training; a full evaluation is `scd evaluate`
 class WorldModelTask:
     """See `scd.training.tasks.Task`."""
 
+    adversary = None
+
     def __init__(self, options: Options, device: torch.device):
         self.options = options
         self.codec = load_codec(options.autoencoder.path).to(device)

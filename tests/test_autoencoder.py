@@ -1,0 +1,333 @@
+"""Codecs and the two stages of an autoencoder's training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import nn
+
+from scd.errors import ScdError
+from scd.models.autoencoder import (
+    Codec,
+    LatentCodec,
+    PixelCodec,
+    autoencoder_hash,
+    build_autoencoder,
+    load_codec,
+)
+from scd.models.discriminator import PatchDiscriminator
+from scd.options import AutoencoderOptions, Options, load_options
+from scd.pipeline import SCDPipeline
+from scd.training.adversarial import (
+    AdversarialObjective,
+    adaptive_weight,
+    discriminator_hinge,
+    generator_hinge,
+    last_layer,
+)
+from scd.training.checkpoint import latest_checkpoint, load_checkpoint
+from scd.training.reconstruction import ReconstructionLoss
+from scd.training.trainer import averaged_tensors
+from tests.test_model import make_model
+from tests.test_training import ROOT, assert_same_state, train
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def kl_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A variational autoencoder of random weights: 4 latent channels, 4x downsampling."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("kl")
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    ).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def options(doom_root, tiny_autoencoder_path, tmp_path):
+    def make(*overrides: str) -> Options:
+        small = [
+            f"data.root={doom_root}",
+            f"output_root={tmp_path}",
+            f"autoencoder.path={tiny_autoencoder_path}",
+            "autoencoder.lpips_weight=0",
+            "data.frame_stride=9",
+            "adversary.channels=8",
+            "optim.warmup_steps=0",
+            "train.steps=4",
+            "train.batch_size=2",
+            "train.workers=0",
+            "train.save_every=2",
+            "train.sample_every=4",
+            "train.log_every=1",
+            "train.mixed_precision=no",
+            "eval.videos=2",
+        ]
+        return load_options(ROOT / "options/dcae_doom_adversarial.yml", [*small, *overrides])
+
+    return make
+
+
+# Codecs
+
+
+@torch.no_grad()
+def test_a_variational_autoencoder_is_a_codec(kl_path, tmp_path):
+    codec = load_codec(kl_path)
+    assert isinstance(codec, LatentCodec)
+    assert (codec.channels, codec.downsampling) == (4, 4)
+    video = torch.rand(2, 3, 3, 16, 16)
+    images = video.flatten(0, 1)
+    mode = codec.autoencoder.encode(images * 2 - 1).latent_dist.mode()
+    assert torch.equal(codec.encode_images(images), mode)
+    latents = codec.encode(video)
+    assert latents.shape == (2, 3, 4, 4, 4)
+    torch.testing.assert_close(latents.flatten(0, 1), (mode - 0.25) * 0.5)
+    decoded = codec.autoencoder.decode(mode).sample
+    expected = ((decoded + 1) / 2).clamp(0, 1)
+    torch.testing.assert_close(codec.decode(latents).flatten(0, 1), expected)
+    codec.autoencoder.quant_conv.bias += 1
+    codec.autoencoder.save_pretrained(tmp_path)
+    assert autoencoder_hash(str(tmp_path)) != autoencoder_hash(kl_path)
+
+
+def test_a_pipeline_keeps_a_variational_autoencoder(kl_path, tmp_path):
+    vae = load_codec(kl_path).autoencoder
+    SCDPipeline(transformer=make_model(channels=4), vae=vae).save_pretrained(tmp_path)
+    loaded = SCDPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.vae, AutoencoderKL) and loaded.vae.config.shift_factor == 0.25
+    video = torch.rand(1, 2, 3, 16, 16)
+    frames = loaded(video, num_frames=1, num_inference_steps=1, guidance="none").frames
+    assert frames.shape == (1, 3, 3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKLWan", None])
+def test_other_kinds_of_autoencoders_are_refused(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(ScdError, match=r"_class_name is .*, not one of AutoencoderDC, Auto"):
+        load_codec(str(tmp_path))
+
+
+def codecs(kl_path: str, tiny_autoencoder_path: str) -> list[Codec]:
+    return [PixelCodec(), load_codec(kl_path), load_codec(tiny_autoencoder_path)]
+
+
+def test_a_clip_of_no_frames_has_latents_of_no_frames(kl_path, tiny_autoencoder_path):
+    for codec in codecs(kl_path, tiny_autoencoder_path):
+        latents = codec.encode(torch.zeros(2, 0, 3, 32, 48))
+        side = codec.downsampling
+        assert latents.shape == (2, 0, codec.channels, 32 // side, 48 // side)
+        assert codec.decode(latents).shape == (2, 0, 3, 32, 48)
+
+
+def test_the_decoders_norm_is_an_option():
+    stages = {"block_types": ["ResBlock"] * 2, "channels": [8] * 2, "layers": [1] * 2}
+    sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in stages.items()}
+    for norm, count in (("batch_norm", 2), ("rms_norm", 0)):
+        built = build_autoencoder(AutoencoderOptions(latent_channels=8, decoder_norm=norm, **sides))
+        found = [m for m in built.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert len(found) == count
+
+
+# The adversary's parts
+
+
+def test_receptive_fields():
+    """A logit's gradient reaches as many pixels as promised."""
+    for layers, wanted in ((1, 16), (2, 34), (3, 70)):
+        images = torch.rand(1, 3, 128, 128, requires_grad=True)
+        net = PatchDiscriminator(8, layers).net
+        plain = nn.Sequential(*(m for m in net if not isinstance(m, nn.GroupNorm)))  # it sees all
+        logits = plain(images)
+        assert logits.shape[-1] == 128 // 2**layers - 2
+        middle = logits.shape[-1] // 2
+        (gradient,) = torch.autograd.grad(logits[0, 0, middle, middle], images)
+        rows = gradient[0].abs().sum(dim=(0, 2)).nonzero().flatten()
+        assert int(rows[-1] - rows[0]) + 1 == wanted
+
+
+def test_hinge_losses_and_their_gradients():
+    """Logits beyond the margin give no gradient; the generator's is −1/n everywhere."""
+    real = torch.tensor([-2.0, 0.5, 3.0], requires_grad=True)
+    fake = torch.tensor([-3.0, -0.5, 2.0, 4.0], requires_grad=True)
+    loss = discriminator_hinge(real, fake)
+    assert loss.item() == pytest.approx(0.5 * ((3 + 0.5 + 0) / 3 + (0 + 0.5 + 3 + 5) / 4))
+    loss.backward()
+    assert real.grad.tolist() == pytest.approx([-1 / 6, -1 / 6, 0])
+    assert fake.grad.tolist() == pytest.approx([0, 1 / 8, 1 / 8, 1 / 8])
+    fake.grad = None
+    generator_hinge(fake).backward()
+    assert fake.grad.tolist() == [-0.25] * 4
+    assert float(discriminator_hinge(torch.zeros(3), torch.zeros(3))) == 1
+
+
+def test_adaptive_weight_by_hand():
+    """At w: ∇ Σ(3·w·x) = 3x, ∇ Σ(w·y)² = 2(w·y)y."""
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    x, y = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.5])
+    weight = adaptive_weight(3 * (w @ x), (w @ y) ** 2, w)
+    assert float(weight) == pytest.approx(15 / (4 * 1.25**0.5), rel=1e-5)
+    assert not weight.requires_grad and w.grad is None
+    assert float(adaptive_weight(3 * (w @ x), 0 * (w @ y), w)) == 1e4
+
+
+def test_one_backward_serves_both_sides(tiny_autoencoder_path):
+    """The decoder's gradient is that of its own loss alone, the discriminator's that of its."""
+    autoencoder = load_codec(tiny_autoencoder_path).autoencoder
+    autoencoder.decoder.requires_grad_(True)
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(8, 2)
+    loss = ReconstructionLoss(0, torch.device("cpu"))
+    objective = AdversarialObjective(autoencoder, discriminator, loss, weight=0.3)
+    batch = {"video": torch.rand(1, 2, 3, 32, 32)}
+    values = objective(batch)
+    values["loss"].backward()
+
+    images = batch["video"][0] * 2 - 1
+    decoded = autoencoder.decode(autoencoder.encode(images).latent).sample
+    l1, generator = (decoded - images).abs().mean(), -discriminator(decoded).mean()
+    layer = last_layer(autoencoder)
+    norms = [torch.autograd.grad(v, layer, retain_graph=True)[0].norm() for v in (l1, generator)]
+    assert float(values["adaptive_weight"]) == pytest.approx(float(norms[0] / norms[1]), rel=1e-3)
+    total = l1 + 0.3 * values["adaptive_weight"] * generator
+    decoding = list(autoencoder.decoder.parameters())
+    for p, g in zip(decoding, torch.autograd.grad(total, decoding), strict=True):
+        torch.testing.assert_close(p.grad, g, atol=1e-6, rtol=1e-4)
+    judged = discriminator_hinge(discriminator(images), discriminator(decoded.detach()))
+    judging = list(discriminator.parameters())
+    for p, g in zip(judging, torch.autograd.grad(judged, judging), strict=True):
+        torch.testing.assert_close(p.grad, g, atol=1e-6, rtol=1e-4)
+    assert all(p.grad is None for p in autoencoder.encoder.parameters())
+
+
+# The stage as an experiment
+
+
+def test_the_adversarial_stage_resumes_to_the_bit_and_leaves_the_encoder(options):
+    straight = train(options("name=straight"))
+    train(options("name=resumed"), stop_after=3)
+    resumed = train(options("name=resumed"))
+    assert_same_state(straight, resumed)
+    a, b = (load_checkpoint(latest_checkpoint(folder)) for folder in (straight, resumed))
+    early = load_checkpoint(straight / "step-00000002")
+    for name, tensor in a.adversary["model"].items():
+        assert torch.equal(tensor, b.adversary["model"][name])
+        if name.endswith("weight"):
+            assert not torch.equal(tensor, early.adversary["model"][name])
+    moments = [state.adversary["optimizer"]["state"] for state in (a, b)]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) == len(a.adversary["model"])
+    for number, values in moments[0].items():
+        for key, value in values.items():
+            assert torch.equal(value, moments[1][number][key])
+
+    o = options("name=straight")
+    given = load_file(Path(o.autoencoder.path) / "diffusion_pytorch_model.safetensors")
+    for name, tensor in given.items():
+        assert torch.equal(a.model[name], tensor) == name.startswith("encoder."), name
+        if name.startswith("encoder."):
+            assert torch.equal(a.ema[name], tensor)
+    log = [json.loads(line) for line in (o.output / "log.jsonl").read_text().splitlines()]
+    assert {"l1", "generator", "discriminator", "adaptive_weight"} <= log[0].keys()
+    assert log[0]["adversary_grad_norm"] > 0 and log[0]["grad_norm"] > 0
+    assert set(log[-1]["validation"]) >= {"psnr", "ssim"}
+    assert (o.output / "samples/step-00000004/reconstructions.png").exists()
+    exported, start = (load_codec(str(p)) for p in (o.output / "exported", o.autoencoder.path))
+    assert exported.factor == start.factor
+
+
+def test_a_damaged_adversary_is_seen(options, capsys):
+    folder = train(options("train.sample_every=0"))
+    (folder / "step-00000004/adversary.pt").write_bytes(b"")
+    assert latest_checkpoint(folder).name == "step-00000002"
+    assert "adversary.pt is damaged" in capsys.readouterr().out
+
+
+def test_a_variational_autoencoders_decoder_trains(options, kl_path):
+    o = options(f"autoencoder.path={kl_path}", "train.steps=1")
+    state = load_checkpoint(latest_checkpoint(train(o)))
+    given = load_file(Path(kl_path) / "diffusion_pytorch_model.safetensors")
+    changed = {n.split(".")[0] for n, t in given.items() if not torch.equal(state.model[n], t)}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert isinstance(load_codec(str(o.output / "exported")).autoencoder, AutoencoderKL)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["autoencoder.path=null"], "adversary.weight=0.1 needs autoencoder.path"),
+        (["adversary.weight=0"], "but adversary.weight is 0"),
+        (["adversary.weight=-1"], "adversary.weight must not be negative"),
+        (["autoencoder.decoder_layers=[1]"], "autoencoder.decoder_layers: the adversarial stage"),
+        (["train.compile=true"], "train.compile with adversary.weight"),
+        (["adversary.channels=12"], "adversary.channels=12 must divide by 8"),
+        (["adversary.layers=5"], "too many for frames of 64 pixels"),
+        (["task=world_model"], "adversary.weight: only task autoencoder has one"),
+        (["autoencoder.decoder_norm=batchnorm"], "did you mean 'batch_norm'?"),
+    ],
+)
+def test_contradictory_options_are_refused(options, overrides, complaint):
+    with pytest.raises(ScdError) as caught:
+        options(*overrides)
+    assert complaint in str(caught.value)
+
+
+def test_frames_that_do_not_divide_are_refused(options):
+    with pytest.raises(ScdError, match=r"data\.frame_size=60 does not divide by 8"):
+        train(options("data.frame_size=60"))
+
+
+# Batch norm and the mean of the weights
+
+
+def test_running_statistics_are_averaged_like_weights(doom_root, tmp_path):
+    """shadow ← shadow + (1 − d)(value − shadow), d = (1 + n)/(10 + n), as for the weights."""
+    small = [
+        f"data.root={doom_root}",
+        f"output_root={tmp_path}",
+        "data.frame_stride=9",
+        "autoencoder.encoder_channels=[8,8,8,8]",
+        "autoencoder.decoder_channels=[8,8,8,8]",
+        "autoencoder.decoder_norm=batch_norm",
+        "autoencoder.lpips_weight=0",
+        "train.steps=3",
+        "train.batch_size=2",
+        "train.workers=0",
+        "train.save_every=1",
+        "train.keep_checkpoints=9",
+        "train.sample_every=0",
+        "eval.videos=2",
+    ]
+    o = load_options(ROOT / "options/dcae_doom.yml", small)
+    folder = train(o)
+    network = build_autoencoder(o.autoencoder)
+    running = [n for n in network.state_dict() if n.endswith(("running_mean", "running_var"))]
+    assert len(running) == 2 * 8
+    assert len(averaged_tensors(network)) == len(list(network.parameters())) + len(running)
+    states = [load_checkpoint(folder / f"step-{step:08d}") for step in (1, 2, 3)]
+    for name in running:
+        shadow = states[0].model[name]  # the first step has no past
+        for n, state in enumerate(states[1:], 1):
+            shadow = shadow + (1 - (1 + n) / (10 + n)) * (state.model[name] - shadow)
+        torch.testing.assert_close(states[-1].ema[name], shadow)
+        assert not torch.equal(states[-1].ema[name], states[-1].model[name])
+    exported = load_codec(str(o.output / "exported")).autoencoder.state_dict()
+    for name in running:
+        torch.testing.assert_close(exported[name], states[-1].ema[name].half().float())
