@@ -10,7 +10,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from scd.data.clips import ClipFolder
+from scd.data.clips import clip_folder
 from scd.evaluation.frame_metrics import load_lpips
 from scd.evaluation.measures import Measures
 from scd.files import write_whole
@@ -55,9 +55,8 @@ class AutoencoderTask:
         self.network = build_autoencoder(options.autoencoder)
         weight = options.autoencoder.lpips_weight
         self.objective = ReconstructionObjective(self.network, weight, device)
-        root = Path(options.data.root)
-        self.training_data = ClipFolder(root, options.data.train_list, "video")
-        self.validation_data = ClipFolder(root, options.data.val_list, "video")
+        self.training_data = clip_folder(options, options.data.train_list, "video")
+        self.validation_data = clip_folder(options, options.data.val_list, "video")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         lr, scale = self.options.optim.lr, self.options.optim.decoder_lr_scale
