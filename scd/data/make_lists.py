@@ -83,7 +83,7 @@ def make_lists(request: ListRequest) -> None:
         write_list(path, half)
         print(f"{path}: {_told(half)}")
     if broken:
-        print(f"left out: {len(broken)} videos, named above")
+        print(f"left out: {len(broken)} of {len(train) + len(val)}, named above")
 
 
 def _found(root: Path) -> Iterator[tuple[str, ClipEntry]]:
@@ -101,10 +101,16 @@ def _found(root: Path) -> Iterator[tuple[str, ClipEntry]]:
     for path in videos:
         actions = path.with_suffix(".npz")
         has_actions = (root / actions).is_file()
-        yield path.as_posix(), ClipEntry(path.as_posix(), actions.as_posix() if has_actions else None)
+        yield (
+            path.as_posix(),
+            ClipEntry(path.as_posix(), actions.as_posix() if has_actions else None),
+        )
     for path in paths:
         if path.suffix == ".npz" and path not in beside:
-            keys = npz_keys(root / path)
+            try:
+                keys = npz_keys(root / path)
+            except ScdError:
+                keys = {"video"}  # opening it will tell
             if "video" in keys:
                 own = path.as_posix() if "actions" in keys else None
                 yield path.as_posix(), ClipEntry(path.as_posix(), own)
@@ -152,7 +158,7 @@ def _broken(root: Path, entries: dict[str, ClipEntry]) -> dict[str, str]:
 
 
 def _told(entries: list[ClipEntry]) -> str:
-    told = f"{len(entries)} clips, {sum(e.action_path is not None for e in entries)} with actions"
+    told = f"{len(entries)} clip{'s' * (len(entries) > 1)}, {sum(e.action_path is not None for e in entries)} with actions"
     labels = Counter(entry.label for entry in entries if entry.label is not None)
     if labels:
         told += f", {len(labels)} classes of {min(labels.values())} to {max(labels.values())}"
