@@ -83,7 +83,7 @@ def make_lists(request: ListRequest) -> None:
         write_list(path, half)
         print(f"{path}: {_told(half)}")
     if broken:
-        print(f"left out: {len(broken)} of {len(train) + len(val)}, named above")
+        print(f"left out as broken: {len(broken)}, named above")
 
 
 def _found(root: Path) -> Iterator[tuple[str, ClipEntry]]:
@@ -158,7 +158,8 @@ def _broken(root: Path, entries: dict[str, ClipEntry]) -> dict[str, str]:
 
 
 def _told(entries: list[ClipEntry]) -> str:
-    told = f"{len(entries)} clip{'s' * (len(entries) > 1)}, {sum(e.action_path is not None for e in entries)} with actions"
+    with_actions = sum(entry.action_path is not None for entry in entries)
+    told = f"{len(entries)} clip{'s' * (len(entries) > 1)}, {with_actions} with actions"
     labels = Counter(entry.label for entry in entries if entry.label is not None)
     if labels:
         told += f", {len(labels)} classes of {min(labels.values())} to {max(labels.values())}"

@@ -96,7 +96,10 @@ class Survey:
                 "median": middle,
                 "max": longest,
             },
-            **{key: dict(getattr(self, key)) for key in ("sizes", "actions", "labels", "latents")},
+            **{
+                key: dict(sorted(getattr(self, key).items()))
+                for key in ("sizes", "actions", "labels", "latents")
+            },
             "broken": self.broken,
             "content_hash": self.content_hash,
         }
