@@ -177,6 +177,12 @@ def test_videos_come_back(tmp_path: Path, height: int, width: int) -> None:
     refused(path, lambda: video.frames(np.array([0, 6])))
 
 
+def test_widths_that_the_decoder_cannot_read_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    write_video(path, np.zeros((2, 64, 72, 3), np.uint8), 8)
+    assert "of this width" in refused(path, lambda: VideoFile(path).frames(np.arange(2)))
+
+
 def test_frames_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
     for frames in (np.zeros((0, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), np.float32)):
         with pytest.raises(ValueError, match="at least one frame of uint8"):
