@@ -35,6 +35,10 @@ def validate(arguments: argparse.Namespace) -> None:
     from scd.options import load_options
 
     a = arguments
+    if a.list is not None and a.overrides:
+        raise ScdError(f"validate: {a.overrides[0]!r} changes an options file: give --opt")
+    if a.list is None and a.root is not None:
+        raise ScdError("validate: --root belongs to --list; with --opt, write data.root=...")
     if a.list is None:
         options = load_options(a.opt, a.overrides)
         from scd.data.validate import validate_experiment

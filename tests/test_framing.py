@@ -146,7 +146,7 @@ def test_evaluation_and_latents_see_the_centre(
     assert float((clip[..., 15] + clip[..., 16]).mean()) == pytest.approx(250 / 255, abs=0.02)
     encode_dataset(options)
     path = root / str(read_list(root / "train.json")[0].latent_path)
-    assert path.parent.name.endswith("-resize40")
+    assert path.parent.name.endswith("-resize40-crop32")
     codec = load_codec(tiny_autoencoder_path)
     direct = codec.encode(clip[None])[0, 0]
     torch.testing.assert_close(codec.scale(read_latents(path))[0], direct, atol=1e-4, rtol=1e-4)

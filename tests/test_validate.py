@@ -241,4 +241,7 @@ def test_one_list_without_options(root: Path, capsys: pytest.CaptureFixture) -> 
     (root / "val/00001.mp4").unlink()
     assert main(arguments) == 1
     assert "1 of 2 clips are broken" in capsys.readouterr().err
-    assert main(["validate", "--list", str(root / "no.json")]) == 1
+    for wrong in (["--list", "no.json"], ["--list", "no.json", "a=b"], ["--opt", TINY, "--root=x"]):
+        assert main(["validate", *wrong]) == 1
+    told = capsys.readouterr().err
+    assert "no.json: no such file" in told and "'a=b'" in told and "--root belongs" in told

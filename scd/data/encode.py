@@ -90,7 +90,6 @@ def encode_dataset(options: Options) -> None:
                 for entry in entries
             ],
         )
-    state.wait_for_everyone()
 
 
 @torch.no_grad()

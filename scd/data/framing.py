@@ -61,8 +61,10 @@ class Framing:
 
     @property
     def name(self) -> str:
-        """Tells two ways of scaling apart; empty where frames are taken as they are."""
-        return "" if self.resize_shorter is None else f"-resize{self.resize_shorter}"
+        """Tells two framings apart in names; empty where frames are taken as they are."""
+        if self.resize_shorter is None:
+            return ""
+        return f"-resize{self.resize_shorter}-crop{self.size}"
 
 
 def framing_of(data: DataOptions) -> Framing:
