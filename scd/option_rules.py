@@ -134,6 +134,19 @@ def check(options: "Options", source: str) -> None:
         f"eval.swapped_actions={pair}: two different actions below model.num_conditions, of a "
         f"model with model.condition=action",
     )
+    require(
+        data.resize_shorter is None or data.resize_shorter >= data.frame_size,
+        f"data.resize_shorter={data.resize_shorter} leaves too little for data.frame_size="
+        f"{data.frame_size}",
+    )
+    require(
+        not (data.mirror and model.condition == "action"),
+        "data.mirror contradicts model.condition=action: left and right would change places",
+    )
+    require(
+        not (data.mirror and data.source == "latents"),
+        "data.mirror needs data.source=video: latents are encoded once, as they are",
+    )
     if options.task == "autoencoder":
         a = options.autoencoder
         require(data.source == "video", "task autoencoder needs data.source=video")

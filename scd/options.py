@@ -27,7 +27,11 @@ class DataOptions:
     train_list: str = "train.json"  # relative to root
     val_list: str = "val.json"
     source: str = "video"  # video | latents (precomputed by `scd encode`)
-    frame_size: int = 64  # height and width of the videos, pixels
+    frame_size: int = 64  # height and width of the frames that the model sees, pixels
+    # Scale the videos' shorter side to this many pixels, then crop frame_size: anywhere in training
+    # on videos, the centre in evaluation and in latents. null: videos have frame_size already.
+    resize_shorter: int | None = None
+    mirror: bool = False  # in training on videos, exchange left and right of every second clip
     frames: int = 16  # frames in a training clip
     frame_stride: int = 1  # take every n-th frame
     fps: float = 8.75  # of the videos that are written

@@ -215,6 +215,13 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["rollout.guidance=condition"], "contradicts model.condition=none"),
         ([*ACTIONS, "data.frame_stride=2"], "data.frame_stride must be 1"),
         (["data.source=latents"], "data.source=latents needs autoencoder.path"),
+        (["data.resize_shorter=63"], "data.resize_shorter=63 leaves too little"),
+        (["data.resize_shorter=0"], "data.resize_shorter=0 leaves too little"),
+        ([*ACTIONS, "data.mirror=true"], "left and right would change places"),
+        (
+            ["data.mirror=true", "data.source=latents", "autoencoder.path=somewhere"],
+            "data.mirror needs data.source=video",
+        ),
         ([*AUTOENCODER, "data.source=latents"], "needs data.source=video"),
         (
             ["task=autoencoder"],
@@ -257,6 +264,8 @@ def test_the_counterparts_of_the_refusals_load(file: Path) -> None:
         ["eval.trajectories=2", "eval.seeds=[4, 4]"],
         ["data.frame_stride=2"],
         [*DENSE, "rollout.guidance=none"],
+        ["data.resize_shorter=64", "data.mirror=true"],
+        ["data.resize_shorter=null"],
         ["data.source=latents", "autoencoder.path=somewhere"],
         ["train.trackers=[tensorboard, wandb]", "seed=9223372036854775807"],
     ]:
