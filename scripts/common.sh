@@ -16,15 +16,25 @@ find_python() {
     fi
 }
 
-# Launch a scd command with accelerate on all visible GPUs (NUM_GPUS and PORT override), or the CPU.
+# Launch a scd command on all visible GPUs (NUM_GPUS and PORT override), or on the CPU: one process,
+# or NUM_PROCS. ACCELERATE_CONFIG names a file of scripts/accelerate/ instead (see scripts/README.md).
 launch() {
-    local python gpus
+    local python gpus port=${PORT:-29500}
     python=$(find_python)
     gpus=${NUM_GPUS:-$("$python" -c "import torch; print(torch.cuda.device_count())")}
-    if [ "$gpus" -gt 1 ]; then
+    if [ -n "${ACCELERATE_CONFIG:-}" ]; then
+        "$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" \
+            --num_processes "${NUM_PROCS:-$((gpus * ${NUM_NODES:-1}))}" \
+            --num_machines "${NUM_NODES:-1}" --machine_rank "${NODE_RANK:-0}" \
+            --main_process_ip "${MAIN_HOST:-127.0.0.1}" --main_process_port "$port" \
+            --module scd.cli "$@"
+    elif [ "$gpus" -gt 1 ]; then
         "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" \
             --num_machines 1 --mixed_precision no --dynamo_backend no \
-            --main_process_port "${PORT:-29500}" --module scd.cli "$@"
+            --main_process_port "$port" --module scd.cli "$@"
+    elif [ "$gpus" -eq 0 ] && [ "${NUM_PROCS:-1}" -gt 1 ]; then
+        "$python" -m torch.distributed.run --nproc_per_node "$NUM_PROCS" --master_port "$port" \
+            --module scd.cli "$@"
     else
         "$python" -m scd.cli "$@"
     fi
