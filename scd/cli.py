@@ -1,4 +1,4 @@
-"""The command line: `scd record | fetch-data | fetch-weights | train | encode | evaluate`."""
+"""The command line: `scd COMMAND`; `scd --help` lists the commands."""
 
 import argparse
 import sys
@@ -21,6 +21,33 @@ def train(arguments: argparse.Namespace) -> None:
     from scd.training.run import run_experiment
 
     run_experiment(options)
+
+
+def make_lists(arguments: argparse.Namespace) -> None:
+    from scd.data.make_lists import ListRequest
+    from scd.data.make_lists import make_lists as make
+
+    a = arguments
+    make(ListRequest(Path(a.root), a.train_list, a.val_list, a.split, a.val_fraction, a.labels))
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    from scd.options import load_options
+
+    a = arguments
+    if a.list is not None and a.overrides:
+        raise ScdError(f"validate: {a.overrides[0]!r} changes an options file: give --opt")
+    if a.list is None and a.root is not None:
+        raise ScdError("validate: --root belongs to --list; with --opt, write data.root=...")
+    if a.list is None:
+        options = load_options(a.opt, a.overrides)
+        from scd.data.validate import validate_experiment
+
+        validate_experiment(options, a.json)
+    else:
+        from scd.data.validate import validate_list
+
+        validate_list(a.list, a.root or a.list.parent, a.json)
 
 
 def encode(arguments: argparse.Namespace) -> None:
@@ -75,6 +102,29 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--opt", required=True, help="options file (YAML)")
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=train)
+
+    p = commands.add_parser("make-lists", help="write list files for a folder of videos")
+    p.add_argument("root", help="videos are searched below it, lists written into it")
+    p.add_argument("--train-list", default="train.json", help="(default: %(default)s)")
+    p.add_argument("--val-list", default="val.json", help="(default: %(default)s)")
+    p.add_argument(
+        "--split",
+        choices=["fraction", "ucf101-mcvd", "ucf101-latte"],
+        default="fraction",
+        help="a share for validation, or a published split of UCF-101 (default: %(default)s)",
+    )
+    p.add_argument("--val-fraction", type=float, default=0.05, help="(default: %(default)s)")
+    p.add_argument("--labels", action="store_true", help="label videos by the folder they lie in")
+    p.set_defaults(run=make_lists)
+
+    p = commands.add_parser("validate", help="read a whole data set: counts, broken files, hash")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--opt", help="options file (YAML): both its lists")
+    what.add_argument("--list", type=Path, help="one list file")
+    p.add_argument("--root", type=Path, help="of --list (default: the folder it lies in)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.set_defaults(run=validate)
 
     p = commands.add_parser("encode", help="encode an experiment's training videos into latents")
     p.add_argument("--opt", required=True, help="options file (YAML)")

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import math
 import os
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from scd.errors import ScdError, reason
+
+MAX_ARRAY_BYTES = 2**30  # of one array in an npz file; a DMLab clip has 3.7 MB
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -59,21 +62,73 @@ def read_json(path: Path) -> Any:
         raise ScdError(f"{path}: not valid JSON ({reason(error)})") from error
 
 
+def npz_keys(path: Path) -> set[str]:
+    """The names of the arrays of an npz file.
+
+    Raises:
+        ScdError: the file is missing or damaged.
+    """
+    with _open_npz(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def npz_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of one array of an npz file, without reading the array.
+
+    Raises:
+        ScdError: the file is missing, damaged, has no such key or announces an array of more than
+            `MAX_ARRAY_BYTES`: a few compressed bytes may stand for any amount of memory.
+    """
+    with _npz_member(path, key) as member:
+        return _array_header(path, key, member)
+
+
 def read_npz(path: Path, key: str) -> np.ndarray:
     """One array of an npz file; pickled objects are refused.
 
     Raises:
-        ScdError: the file is missing, damaged or has no such key.
+        ScdError: see `npz_header`.
     """
+    npz_header(path, key)
+    with _npz_member(path, key) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def _open_npz(path: Path) -> zipfile.ZipFile:
     if not path.exists():
         raise ScdError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise ScdError(f"{path}: not an npz file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return file[key]
-    except Exception as error:  # damaged archives raise many kinds, zlib.error among them
-        raise ScdError(f"{path}: no npz file with a key {key!r} ({reason(error)})") from error
+        return zipfile.ZipFile(path)
+    except Exception as error:  # damaged archives raise many kinds
+        raise ScdError(f"{path}: not an npz file") from error
+
+
+@contextmanager
+def _npz_member(path: Path, key: str) -> Iterator[IO[bytes]]:
+    with _open_npz(path) as archive:
+        try:
+            with archive.open(f"{key}.npy") as member:
+                yield member
+        except ScdError:
+            raise
+        except Exception as error:  # many kinds again, zlib.error among them
+            raise ScdError(f"{path}: no npz file with a key {key!r} ({reason(error)})") from error
+
+
+def _array_header(path: Path, key: str, member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(member)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, _, dtype = read[version](member)
+    size = math.prod(shape) * dtype.itemsize
+    if size > MAX_ARRAY_BYTES:
+        raise ScdError(
+            f"{path}: {key!r} has {size / 2**30:.1f} GiB, more than the "
+            f"{MAX_ARRAY_BYTES // 2**30} GiB that are read at once"
+        )
+    return shape, dtype
 
 
 def sha256(path: Path) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 CHOICES = {
     "task": ("world_model", "autoencoder"),
     "data.source": ("video", "latents"),
+    "model.type": ("scd", "causal_dit"),
     "autoencoder.decoder_norm": ("batch_norm", "rms_norm"),
     "model.fusion": ("token_concat", "token_concat_with_proj", "concat", "add"),
     "model.condition": ("none", "action", "label"),
@@ -34,8 +35,6 @@ POSITIVE = [
     "data.fps",
     "model.patch_size",
     "model.heads",
-    "model.encoder_layers",
-    "model.decoder_layers",
     "flow.sigma_min",
     "flow.noise_draws",
     "flow.logit_std",
@@ -58,6 +57,9 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     "seed",
+    "model.encoder_layers",
+    "model.decoder_layers",
+    "model.layers",
     "model.num_conditions",
     "flow.context_noise",
     "optim.weight_decay",
@@ -132,6 +134,19 @@ def check(options: "Options", source: str) -> None:
         f"eval.swapped_actions={pair}: two different actions below model.num_conditions, of a "
         f"model with model.condition=action",
     )
+    require(
+        data.resize_shorter is None or data.resize_shorter >= data.frame_size,
+        f"data.resize_shorter={data.resize_shorter} leaves too little for data.frame_size="
+        f"{data.frame_size}",
+    )
+    require(
+        not (data.mirror and model.condition == "action"),
+        "data.mirror contradicts model.condition=action: left and right would change places",
+    )
+    require(
+        not (data.mirror and data.source == "latents"),
+        "data.mirror needs data.source=video: latents are encoded once, as they are",
+    )
     if options.task == "autoencoder":
         a = options.autoencoder
         require(data.source == "video", "task autoencoder needs data.source=video")
@@ -173,6 +188,19 @@ def check(options: "Options", source: str) -> None:
             f"downsampling of {stages} autoencoder stages",
         )
         return
+    dense = model.type == "causal_dit"
+    wanted = {"encoder_layers": not dense, "decoder_layers": not dense, "layers": dense}
+    for key, above_0 in wanted.items():
+        found = getattr(model, key)
+        needed = "above 0" if above_0 else "to be 0"
+        require(
+            (found > 0) == above_0,
+            f"model.{key} is {found}, but model.type={model.type} needs it {needed}",
+        )
+    require(
+        not (dense and options.rollout.guidance == "context"),
+        "rollout.guidance=context contradicts model.type=causal_dit, which has no separate context",
+    )
     require(options.adversary.weight == 0, "adversary.weight: only task autoencoder has one")
     require(data.frames >= 2, "data.frames: a world model needs at least 2 frames a clip")
     require(

@@ -27,7 +27,11 @@ class DataOptions:
     train_list: str = "train.json"  # relative to root
     val_list: str = "val.json"
     source: str = "video"  # video | latents (precomputed by `scd encode`)
-    frame_size: int = 64  # height and width of the videos, pixels
+    frame_size: int = 64  # height and width of the frames that the model sees, pixels
+    # Scale the videos' shorter side to this many pixels, then crop frame_size: anywhere in training
+    # on videos, the centre in evaluation and in latents. null: videos have frame_size already.
+    resize_shorter: int | None = None
+    mirror: bool = False  # in training on videos, exchange left and right of every second clip
     frames: int = 16  # frames in a training clip
     frame_stride: int = 1  # take every n-th frame
     fps: float = 8.75  # of the videos that are written
@@ -66,13 +70,16 @@ class AdversaryOptions:
 class ModelOptions:
     """The network (arXiv 2602.10095, section 4). Width is 64 * heads."""
 
+    type: str = "scd"  # | causal_dit (the dense baseline)
     patch_size: int = 1
     heads: int = 16
-    encoder_layers: int = 8
-    decoder_layers: int = 4
+    encoder_layers: int = 0  # of scd
+    decoder_layers: int = 0  # of scd
+    layers: int = 0  # of causal_dit
     fusion: str = "token_concat"  # | token_concat_with_proj | concat | add
     condition: str = "none"  # | action | label
     num_conditions: int = 0  # actions or classes, without the null condition
+    first_frame: bool = False  # also learn to predict frame 0, from nothing
     modulate_context: bool = True  # the encoder's output norm is modulated
     modulate_output: bool = True  # the decoder's
 

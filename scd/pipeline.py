@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.models.autoencoder import LatentCodec, PixelCodec
-from scd.models.scd import SCD
+from scd.models.world_model import WorldModel
 from scd.rollout import Rollout
 
 
@@ -34,7 +34,7 @@ class SCDPipeline(DiffusionPipeline):
 
     _optional_components = ["vae"]
 
-    def __init__(self, transformer: SCD, vae: AutoencoderDC | AutoencoderKL | None = None):
+    def __init__(self, transformer: WorldModel, vae: AutoencoderDC | AutoencoderKL | None = None):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
 

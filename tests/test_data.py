@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from scd.data import encode
 from scd.data.clips import ClipFolder, StepSampler, TrainingClips, read_actions
 from scd.data.encode import encode_dataset
-from scd.data.latents import latents_made_by, read_latents, write_latents
+from scd.data.latents import LatentHeader, latent_header, read_latents, write_latents
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
@@ -174,6 +175,12 @@ def test_videos_come_back(tmp_path: Path, height: int, width: int) -> None:
     error = np.abs(back.astype(int) - frames[[5, 0, 3]])
     assert error.mean() < 2  # of 255; frames are 5 apart
     refused(path, lambda: video.frames(np.array([0, 6])))
+
+
+def test_widths_that_the_decoder_cannot_read_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "v.mp4"
+    write_video(path, np.zeros((2, 64, 72, 3), np.uint8), 8)
+    assert "of this width" in refused(path, lambda: VideoFile(path).frames(np.arange(2)))
 
 
 def test_frames_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
@@ -381,7 +388,7 @@ def test_processes_share_what_one_would_see(clips: TrainingClips) -> None:
 
 def test_an_epoch_visits_each_entry_once(tmp_path: Path) -> None:
     class Numbers(ClipFolder):
-        def read(self, number, frames, stride=1, rng=None):
+        def read(self, number, frames, stride=1, rng=None, framing_rng=None):
             return {"number": torch.tensor(number), "start": torch.tensor(rng.integers(10**6))}
 
     write_list(tmp_path / "l.json", [ClipEntry(video_path=f"{n}.mp4") for n in range(50)])
@@ -429,7 +436,7 @@ def test_latents_come_back(tmp_path: Path) -> None:
     path = tmp_path / "sub/l.safetensors"
     write_latents(path, LATENTS.permute(0, 1, 3, 2), "hash")
     assert torch.equal(read_latents(path), LATENTS.permute(0, 1, 3, 2))
-    assert latents_made_by(path) == ("hash", 5)
+    assert latent_header(path) == LatentHeader("hash", (5, 2, 3, 3))
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # readable like any file
     torch.save(LATENTS.half(), tmp_path / "l.pt")
@@ -455,14 +462,14 @@ def test_broken_latents_are_refused(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"l.{ending}"
 
     def write(latents: torch.Tensor) -> None:
-        torch.save(latents, path) if ending == "pt" else write_latents(path, latents, "hash")
+        torch.save(latents, path) if ending == "pt" else save_file({"latents": latents}, path)
 
     write(LATENTS)
     whole = path.read_bytes()
     for broken in (b"", whole[:9], whole[: len(whole) // 2], whole[:-20], b"\x00" * 99, b"no\nno"):
         path.write_bytes(broken)
         refused(path, lambda: read_latents(path))
-        assert latents_made_by(path) == (None, 0)
+        assert latent_header(path) is None
     for bad in (float("nan"), float("inf")):
         write(torch.where(LATENTS > 1, bad, LATENTS))
         assert "not finite" in refused(path, lambda: read_latents(path))
@@ -471,7 +478,7 @@ def test_broken_latents_are_refused(tmp_path: Path, ending: str) -> None:
         assert "expected one floating-point tensor" in refused(path, lambda: read_latents(path))
     path.unlink()
     refused(path, lambda: read_latents(path))
-    assert latents_made_by(path) == (None, 0)
+    assert latent_header(path) is None
     path.mkdir()
     refused(path, lambda: read_latents(path))
 
@@ -516,7 +523,7 @@ def test_encoded_latents_are_those_of_the_videos(
     for number, entry in enumerate(entries):
         path = root / str(entry.latent_path)
         assert path.is_relative_to(root / "latents" / made_by[:12])
-        assert latents_made_by(path) == (made_by, 40)
+        assert latent_header(path) == LatentHeader(made_by, (40, 8, 8, 8))
         pixels, encoded = videos.read(number, 40), latents.read(number, 40)
         assert torch.equal(pixels["actions"], encoded["actions"])
         with torch.no_grad():
@@ -575,7 +582,8 @@ def test_what_cannot_be_encoded_is_named(root: Path, options: Options, tmp_path:
     before = (root / "train.json").read_bytes()
     path = root / "train/00001.mp4"
     write_video(path, np.zeros((4, 60, 64, 3), np.uint8), 8)
-    assert "60x64 pixels do not divide by 8" in refused(path, lambda: encode_dataset(options))
+    message = refused(path, lambda: encode_dataset(options))
+    assert "60x64 pixels, but data.frame_size is 64" in message
     path.unlink()
     refused(path, lambda: encode_dataset(options))
     assert (root / "train.json").read_bytes() == before
@@ -590,8 +598,6 @@ def test_what_cannot_be_encoded_is_named(root: Path, options: Options, tmp_path:
 
 
 def test_a_damaged_autoencoder_is_refused(tiny_autoencoder_path: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = tmp_path / "autoencoder"
     shutil.copytree(tiny_autoencoder_path, path)
     weights = path / "diffusion_pytorch_model.safetensors"

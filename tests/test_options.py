@@ -15,9 +15,14 @@ SMALL = """\
 name: small
 task: world_model
 data: {root: somewhere, frames: 4}
+model: {encoder_layers: 2, decoder_layers: 1}
 train: {steps: 10, batch_size: 2}
 eval: {context_frames: 1, new_frames: 3}
 """
+DENSE = [
+    *("model.type=causal_dit", "model.layers=3"),
+    *("model.encoder_layers=0", "model.decoder_layers=0"),
+]
 AUTOENCODER = [
     "task=autoencoder",
     *(f"autoencoder.{side}_block_types=[ResBlock, ResBlock]" for side in ("encoder", "decoder")),
@@ -69,7 +74,7 @@ def test_values_have_the_types_that_are_declared(file: Path) -> None:
     assert options.autoencoder.path is None
     assert str(options.output) == "a=b/2026-01-01"
     assert options.train.steps == 10 and options.data.frames == 4  # of the file
-    assert options.model == Options().model  # untouched
+    assert options.flow == Options().flow  # untouched
 
 
 def test_later_overrides_win(file: Path) -> None:
@@ -106,7 +111,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(file: Path, key: str, near: 
     assert near in message
     *sections, name = key.split(".")
     file.write_text(SMALL + "".join(f"{s}:\n  " for s in sections) + f"{name}: 3\n")
-    if "train" not in sections:  # it would stand twice
+    if not {"train", "model"} & set(sections):  # they would stand twice
         message = refusal(file)
         assert message.startswith(f"{file}: unknown key ") and near in message
 
@@ -197,12 +202,26 @@ def test_every_missing_value_is_named(file: Path) -> None:
             ["model.condition=label", "model.num_conditions=4", "eval.swapped_actions=[1, 2]"],
             "a model with model.condition=action",
         ),
+        (
+            ["model.decoder_layers=0"],
+            "model.decoder_layers is 0, but model.type=scd needs it above",
+        ),
+        (["model.layers=3"], "model.layers is 3, but model.type=scd needs it to be 0"),
+        (["model.type=causal_dit"], "model.encoder_layers is 2, but model.type=causal_dit needs"),
+        ([*DENSE, "rollout.guidance=context"], "guidance=context contradicts model.type"),
         (["data.frames=1"], "at least 2 frames"),
         (["model.condition=action"], "contradicts model.num_conditions=0"),
         (["model.num_conditions=3"], "contradicts model.num_conditions=3"),
         (["rollout.guidance=condition"], "contradicts model.condition=none"),
         ([*ACTIONS, "data.frame_stride=2"], "data.frame_stride must be 1"),
         (["data.source=latents"], "data.source=latents needs autoencoder.path"),
+        (["data.resize_shorter=63"], "data.resize_shorter=63 leaves too little"),
+        (["data.resize_shorter=0"], "data.resize_shorter=0 leaves too little"),
+        ([*ACTIONS, "data.mirror=true"], "left and right would change places"),
+        (
+            ["data.mirror=true", "data.source=latents", "autoencoder.path=somewhere"],
+            "data.mirror needs data.source=video",
+        ),
         ([*AUTOENCODER, "data.source=latents"], "needs data.source=video"),
         (
             ["task=autoencoder"],
@@ -244,6 +263,9 @@ def test_the_counterparts_of_the_refusals_load(file: Path) -> None:
         [*ACTIONS, "eval.swapped_actions=[3, 0]", "rollout.guidance=condition"],
         ["eval.trajectories=2", "eval.seeds=[4, 4]"],
         ["data.frame_stride=2"],
+        [*DENSE, "rollout.guidance=none"],
+        ["data.resize_shorter=64", "data.mirror=true"],
+        ["data.resize_shorter=null"],
         ["data.source=latents", "autoencoder.path=somewhere"],
         ["train.trackers=[tensorboard, wandb]", "seed=9223372036854775807"],
     ]:
@@ -280,7 +302,7 @@ def test_broken_yaml_is_refused(file: Path, text: str) -> None:
 
 def test_a_broken_line_is_named(file: Path) -> None:
     file.write_text(SMALL + "optim: {lr: 1\nmodel: {}\n")
-    assert "(line 7: " in refusal(file)
+    assert "(line 8: " in refusal(file)
 
 
 def test_files_that_cannot_be_read_are_named(file: Path) -> None:

@@ -7,7 +7,6 @@ import torch
 
 from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
-from scd.models.scd import next_conditions
 from scd.rollout import Rollout, cache, generate
 from tests.test_model import make_model
 
@@ -87,7 +86,7 @@ def test_context_guidance_written_out(model, inputs):
         generator=torch.Generator().manual_seed(5),
     )
     zeta = torch.randn(B, 6, model.width, generator=torch.Generator().manual_seed(5))
-    conditions = next_conditions(actions[:, : K + 1])[:, :K]
+    conditions = actions[:, 1 : K + 1]
     positive = model.encoder(context, conditions)[:, -1:]
     perturbation = torch.zeros(B, K, 6, model.width)
     perturbation[:, -1] = eta * zeta

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from scd.data.framing import Framing, as_images, framing_of
 from scd.data.latents import read_latents
 from scd.data.lists import ClipEntry, read_list
+from scd.data.npz_video import NpzVideo, open_video
 from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.files import read_npz
 from scd.options import Options
 
 # Sub-streams of the seed; a stream never shares a number with another.
-ORDER_STREAM, START_STREAM = 1, 2
+ORDER_STREAM, START_STREAM, FRAMING_STREAM = 1, 2, 4  # 3: evaluation
 
 
 class ClipFolder:
@@ -30,6 +32,7 @@ class ClipFolder:
         source: `video` gives pixels in [0, 1], `latents` the unscaled latents of `latent_path`.
         condition: `action` also reads one int64 action a frame, `label` the clip's class.
         num_conditions: actions and labels must lie below it.
+        framing: makes the frames of videos square; None: they are taken as they are.
 
     Raises:
         ScdError: naming the file, for anything missing, too short, broken or inconsistent.
@@ -42,6 +45,7 @@ class ClipFolder:
         source: str,
         condition: str = "none",
         num_conditions: int = 0,
+        framing: Framing | None = None,
     ):
         self.root = root
         self.list_path = root / list_file
@@ -49,13 +53,15 @@ class ClipFolder:
         self.source = source
         self.condition = condition
         self.num_conditions = num_conditions
+        self.framing = framing
         self._frame_shape: torch.Size | None = None  # of the first clip read; the others share it
         needed = ["video_path" if source == "video" else "latent_path"]
-        needed += {"none": [], "action": ["action_path"], "label": ["label"]}[condition]
+        needed += {"none": [], "action": ["actions_in"], "label": ["label"]}[condition]
         for number, entry in enumerate(self.entries):
             for name in needed:
                 if getattr(entry, name) is None:
-                    raise ScdError(f"{self.list_path}: entry {number} has no {name}")
+                    told = "action_path" if name == "actions_in" else name
+                    raise ScdError(f"{self.list_path}: entry {number} has no {told}")
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -65,11 +71,17 @@ class ClipFolder:
         return self._open(self.entries[number])[1]
 
     def read(
-        self, number: int, frames: int, stride: int = 1, rng: np.random.Generator | None = None
+        self,
+        number: int,
+        frames: int,
+        stride: int = 1,
+        rng: np.random.Generator | None = None,
+        framing_rng: np.random.Generator | None = None,
     ) -> dict[str, Tensor]:
         """One clip: `video` (F, 3, H, W) or `latents` (F, C, h, w), `actions` (F,) or `label` ().
 
-        The clip starts at the first frame, or where `rng` says.
+        The clip starts at the first frame, or where `rng` says; its frames are the centre of the
+        video's, or what `framing_rng` says.
         """
         entry = self.entries[number]
         span = (frames - 1) * stride + 1
@@ -78,11 +90,13 @@ class ClipFolder:
             raise ScdError(f"{path}: {length} frames, but the clip needs {span}")
         start = 0 if rng is None else int(rng.integers(length - span + 1))
         indices = np.arange(start, start + span, stride)
-        if isinstance(opened, VideoFile):
-            video = torch.from_numpy(opened.frames(indices))
-            key, values = "video", video.permute(0, 3, 1, 2).float() / 255
-        else:
+        if isinstance(opened, Tensor):
             key, values = "latents", opened[torch.from_numpy(indices)].float()
+        else:
+            video = as_images(opened.frames(indices))
+            if self.framing is not None:
+                video = self.framing(video, path, framing_rng)
+            key, values = "video", video.float() / 255
         self._frame_shape = self._frame_shape or values.shape[1:]
         if values.shape[1:] != self._frame_shape:
             shape, others = ("x".join(map(str, s)) for s in (values.shape[1:], self._frame_shape))
@@ -94,21 +108,15 @@ class ClipFolder:
             clip["label"] = torch.tensor(self._checked_label(number))
         return clip
 
-    def _open(self, entry: ClipEntry) -> tuple[VideoFile | Tensor, int, Path]:
+    def _open(self, entry: ClipEntry) -> tuple[VideoFile | NpzVideo | Tensor, int, Path]:
         path = self.root / str(entry.video_path if self.source == "video" else entry.latent_path)
-        opened = VideoFile(path) if self.source == "video" else read_latents(path)
+        opened = open_video(path) if self.source == "video" else read_latents(path)
         return opened, len(opened), path
 
     def _actions(self, entry: ClipEntry, length: int) -> Tensor:
-        path = self.root / str(entry.action_path)
+        path = self.root / str(entry.actions_in)
         actions = read_actions(path)
-        if len(actions) < length:
-            raise ScdError(f"{path}: {len(actions)} actions for {length} frames")
-        if actions.min() < 0 or actions.max() >= self.num_conditions:
-            raise ScdError(
-                f"{path}: actions {actions.min()} to {actions.max()}, but the model knows 0 to "
-                f"{self.num_conditions - 1}"
-            )
+        check_actions(path, actions, length, self.num_conditions)
         return torch.from_numpy(actions)
 
     def _checked_label(self, number: int) -> int:
@@ -124,8 +132,8 @@ class ClipFolder:
 
 def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
     m = options.model
-    root = Path(options.data.root)
-    return ClipFolder(root, list_file, source, m.condition, m.num_conditions)
+    root, framing = Path(options.data.root), framing_of(options.data)
+    return ClipFolder(root, list_file, source, m.condition, m.num_conditions, framing)
 
 
 def read_actions(path: Path) -> np.ndarray:
@@ -138,8 +146,22 @@ def read_actions(path: Path) -> np.ndarray:
     return actions.astype(np.int64)
 
 
+def check_actions(path: Path, actions: np.ndarray, frames: int, num_actions: int) -> None:
+    """Refuse actions (n,) that are too few for a clip's frames, or that a model does not know."""
+    if len(actions) < frames:
+        raise ScdError(f"{path}: {len(actions)} actions for {frames} frames")
+    if actions.min() < 0 or actions.max() >= num_actions:
+        raise ScdError(
+            f"{path}: actions {actions.min()} to {actions.max()}, but the model knows 0 to "
+            f"{num_actions - 1}"
+        )
+
+
 class TrainingClips(Dataset):
-    """Random clips: every epoch visits each entry once in a new order, at a new start frame."""
+    """Random clips: every epoch visits each entry once in a new order, at a new start frame.
+
+    Where videos are cropped or mirrored, that is drawn anew too.
+    """
 
     def __init__(self, folder: ClipFolder, frames: int, stride: int, seed: int):
         self.folder = folder
@@ -153,8 +175,12 @@ class TrainingClips(Dataset):
         if self._epoch is None or self._epoch[0] != epoch:
             order = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
             self._epoch = epoch, order.permutation(len(self.folder))
-        start = np.random.default_rng([self.seed, START_STREAM, sample])
-        clip = self.folder.read(int(self._epoch[1][position]), self.frames, self.stride, start)
+        start, framing = (
+            np.random.default_rng([self.seed, stream, sample])
+            for stream in (START_STREAM, FRAMING_STREAM)
+        )
+        number = int(self._epoch[1][position])
+        clip = self.folder.read(number, self.frames, self.stride, start, framing)
         return {"sample": torch.tensor(sample), **clip}
 
 

@@ -1,59 +1,151 @@
-"""Encode the videos of a list into latents, once, and enter them into the list file."""
+"""Encode the videos of a list into latents, once, and enter them into the list file.
 
+Any number of processes share the work. Each skips what is there already, so an interrupted run goes
+on where it stopped; the list file changes at the end, when every entry's latents have been checked.
+"""
+
+import sys
+from collections.abc import Iterable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 
-from scd.data.latents import latents_made_by, write_latents
-from scd.data.lists import read_list, write_list
+from scd.data.clips import ClipFolder
+from scd.data.framing import Framing, as_images, framing_of
+from scd.data.latents import LatentHeader, check_latents, latent_header, write_latents
+from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.npz_video import NpzVideo, open_video
 from scd.data.video import VideoFile
 from scd.errors import ScdError
-from scd.models.autoencoder import CHUNK_FRAMES, LatentCodec, autoencoder_hash, load_codec
+from scd.models.autoencoder import CHUNK_FRAMES, Codec, LatentCodec, autoencoder_hash, load_codec
 from scd.options import Options
 
 
-@torch.no_grad()
 def encode_dataset(options: Options) -> None:
     """Write the unscaled latents of every training video, skipping those that are already there.
 
     Latents go to `<root>/latents/<autoencoder>/…`, by the autoencoder's hash, so that another
-    one never meets them; the training list's `latent_path` names them.
+    one never meets them; the training list's `latent_path` names them. Where videos are scaled and
+    cropped (`data.resize_shorter`), the latents are of the centre.
 
     Raises:
-        ScdError: the experiment has no autoencoder, or a video is missing or broken.
+        ScdError: the experiment has no autoencoder, or a video is missing, broken or of a wrong
+            size, or another process failed. The list file stays as it was.
     """
     path = options.autoencoder.path
     if path is None:
         raise ScdError("encode: autoencoder.path is null, so there is nothing to encode with")
+    # Nobody waits longer than the slowest process takes: some may find all their work done.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     codec = load_codec(path)
     assert isinstance(codec, LatentCodec)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    codec.to(device)
-    made_by = autoencoder_hash(path)
+    codec.to(state.device)
+    framing, shape = framing_of(options.data), latent_shape(codec, options)
+    made_by = encoding_name(options)
     root = Path(options.data.root)
     list_path = root / options.data.train_list
-    bf16 = options.train.mixed_precision == "bf16"
-    entries = []
-    for number, entry in enumerate(tqdm(read_list(list_path), desc="encode", unit="clip")):
+    entries = read_list(list_path)
+    folder = Path("latents") / (made_by[:12] + framing.name)
+    targets = {
+        video: root / folder / f"{video}.safetensors" for video in _videos(list_path, entries)
+    }
+    mine = list(targets)[state.process_index :: state.num_processes]
+    failure: Exception | None = None
+    lengths: dict[Path, int] = {}
+    try:
+        for video in _progress(mine, state):
+            opened = open_video(root / video)
+            wanted = LatentHeader(made_by, (len(opened), *shape))
+            if latent_header(targets[video]) != wanted:
+                bf16 = options.train.mixed_precision == "bf16"
+                write_latents(targets[video], _encode_video(opened, codec, framing, bf16), made_by)
+            lengths[targets[video]] = len(opened)
+    except Exception as error:  # whatever it is, the others must hear of it
+        failure = error
+        if state.num_processes > 1:
+            tqdm.write(f"process {state.process_index}: {error}", file=sys.stderr)
+    # Every process comes here, so that none waits for one that has failed.
+    reports = gather_object([(failure is None, lengths)])
+    if failure is not None:
+        raise failure
+    if not all(whole for whole, _ in reports):
+        raise ScdError(f"{list_path}: unchanged, another process failed: see its message above")
+    if state.is_main_process:
+        found = check_latents(list(targets.values()), made_by, shape)
+        for _, of_process in reports:
+            for path, length in of_process.items():
+                if found[path] != length:
+                    raise ScdError(f"{path}: {found[path]} latents for {length} frames")
+        write_list(
+            list_path,
+            [
+                replace(entry, latent_path=str(folder / f"{entry.video_path}.safetensors"))
+                for entry in entries
+            ],
+        )
+
+
+@torch.no_grad()
+def _encode_video(
+    video: VideoFile | NpzVideo, codec: LatentCodec, framing: Framing, bf16: bool
+) -> Tensor:
+    """The unscaled latents (F, C, h, w) of a whole video, float32 on the CPU."""
+    device = codec.autoencoder.device
+    chunks = []
+    for start in range(0, len(video), CHUNK_FRAMES):
+        indices = np.arange(start, min(start + CHUNK_FRAMES, len(video)))
+        frames = framing(as_images(video.frames(indices)), video.path).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            chunks.append(codec.encode_images(frames.float() / 255).float().cpu())
+    return torch.cat(chunks)
+
+
+def encoding_name(options: Options) -> str:
+    """What identifies how latents were made: the autoencoder's hash, and any scaling before it."""
+    return autoencoder_hash(str(options.autoencoder.path)) + framing_of(options.data).name
+
+
+def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -> None:
+    """Refuse a training list whose latents are not what `options` would encode.
+
+    Raises:
+        ScdError: see `scd.data.latents.check_latents`.
+    """
+    paths = [folder.root / str(entry.latent_path) for entry in folder.entries]
+    check_latents(paths, encoding_name(options), latent_shape(codec, options))
+
+
+def latent_shape(codec: Codec, options: Options) -> tuple[int, int, int]:
+    """(C, h, w) of one frame's latents.
+
+    Raises:
+        ScdError: the frames do not divide into latents.
+    """
+    side, rest = divmod(options.data.frame_size, codec.downsampling)
+    if rest:
+        raise ScdError(
+            f"data.frame_size={options.data.frame_size} does not divide by {codec.downsampling}, "
+            f"the downsampling of {options.autoencoder.path}"
+        )
+    return codec.channels, side, side
+
+
+def _videos(list_path: Path, entries: list[ClipEntry]) -> list[str]:
+    """The videos of a list, each once."""
+    for number, entry in enumerate(entries):
         if entry.video_path is None:
             raise ScdError(f"{list_path}: entry {number} has no video_path")
-        latent_path = Path("latents") / made_by[:12] / f"{entry.video_path}.safetensors"
-        video = VideoFile(root / entry.video_path)
-        if latents_made_by(root / latent_path) != (made_by, len(video)):
-            chunks = []
-            for start in range(0, len(video), CHUNK_FRAMES):
-                indices = np.arange(start, min(start + CHUNK_FRAMES, len(video)))
-                frames = torch.from_numpy(video.frames(indices)).permute(0, 3, 1, 2).to(device)
-                if frames.shape[2] % codec.downsampling or frames.shape[3] % codec.downsampling:
-                    raise ScdError(
-                        f"{video.path}: {frames.shape[2]}x{frames.shape[3]} pixels do not divide "
-                        f"by {codec.downsampling}, the downsampling of {path}"
-                    )
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    chunks.append(codec.encode_images(frames.float() / 255).float().cpu())
-            write_latents(root / latent_path, torch.cat(chunks), made_by)
-        entries.append(replace(entry, latent_path=str(latent_path)))
-    write_list(list_path, entries)
+    return list(dict.fromkeys(str(entry.video_path) for entry in entries))
+
+
+def _progress(videos: list[str], state: PartialState) -> Iterable[str]:
+    quiet = not state.is_local_main_process
+    name = "encode" if state.num_processes == 1 else f"encode (1 of {state.num_processes})"
+    return tqdm(videos, desc=name, unit="clip", disable=quiet, dynamic_ncols=True)

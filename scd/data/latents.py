@@ -5,6 +5,8 @@ too, as plain tensors only.
 """
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,18 +45,81 @@ def read_latents(path: Path) -> Tensor:
     return latents.detach()
 
 
-def write_latents(path: Path, latents: Tensor, encoder_hash: str) -> None:
-    """Write (F, C, h, w) latents with the hash of the autoencoder that made them."""
-    data = save({"latents": latents.contiguous()}, {"autoencoder": encoder_hash})
+def write_latents(path: Path, latents: Tensor, made_by: str) -> None:
+    """Write (F, C, h, w) latents with what made them (see `scd.data.encode.encoding_name`).
+
+    Raises:
+        ScdError: they are not finite, or the file cannot be written.
+    """
+    if not torch.isfinite(latents).all():
+        raise ScdError(f"{path}: the autoencoder gives latents that are not finite; not written")
+    data = save({"latents": latents.contiguous()}, {"autoencoder": made_by})
     write_whole(path, lambda aside: aside.write_bytes(data))
 
 
-def latents_made_by(path: Path) -> tuple[str | None, int]:
-    """Hash of the autoencoder that made a latent file, and its frames; (None, 0) if unreadable."""
+@dataclass(frozen=True)
+class LatentHeader:
+    """What a latent file says of itself: `made_by` (None: it does not say) and (F, C, h, w)."""
+
+    made_by: str | None
+    shape: tuple[int, ...]
+
+
+def latent_header(path: Path) -> LatentHeader | None:
+    """A latent file's header, without its values; None if there is no readable file."""
+    if path.suffix == ".pt":
+        try:
+            return LatentHeader(None, tuple(read_latents(path).shape))
+        except ScdError:
+            return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            hash_ = (file.metadata() or {}).get("autoencoder")
-            frames, _, _, _ = file.get_slice("latents").get_shape()
-            return hash_, frames
+            made_by = (file.metadata() or {}).get("autoencoder")
+            return LatentHeader(made_by, tuple(file.get_slice("latents").get_shape()))
     except (SafetensorError, OSError, ValueError):
-        return None, 0
+        return None
+
+
+def check_latents(paths: list[Path], made_by: str, frame_shape: tuple[int, ...]) -> dict[Path, int]:
+    """Refuse latents that another autoencoder made, or that do not fit a model.
+
+    They would train without a word and decode to noise. Headers only; of published `.pt` files,
+    which have none, just the first is read, and the others when their turn comes.
+
+    Args:
+        frame_shape: (C, h, w).
+
+    Returns:
+        The number of frames in each file whose header was read.
+
+    Raises:
+        ScdError: naming the first file that is missing, damaged or does not fit.
+    """
+    own = [path for path in paths if path.suffix != ".pt"]
+    published = [path for path in paths if path.suffix == ".pt"][:1]
+    frames = {}
+    # Waiting for the disk, most of all a distant one, takes longer than the work.
+    with ThreadPoolExecutor(16) as pool:
+        for path, header in zip(
+            own + published, pool.map(latent_header, own + published), strict=True
+        ):
+            frames[path] = _checked(path, header, made_by, frame_shape).shape[0]
+    return frames
+
+
+def _checked(
+    path: Path, header: LatentHeader | None, made_by: str, frame_shape: tuple[int, ...]
+) -> LatentHeader:
+    if header is None:
+        raise ScdError(f"{path}: missing or damaged latents: run scd encode")
+    if header.made_by not in (None, made_by):
+        raise ScdError(
+            f"{path} was made by another autoencoder or another data.resize_shorter than the "
+            f"options': run scd encode"
+        )
+    if header.shape[1:] != frame_shape:
+        found, wanted = ("x".join(map(str, shape)) for shape in (header.shape[1:], frame_shape))
+        raise ScdError(
+            f"{path}: latents of {found}, but the autoencoder and data.frame_size make {wanted}"
+        )
+    return header

@@ -10,12 +10,22 @@ from scd.files import read_json, write_json
 
 @dataclass(frozen=True)
 class ClipEntry:
-    """One clip. Every path is relative to the data root; what a data set does not have is None."""
+    """One clip. Every path is relative to the data root; what a data set does not have is None.
+
+    `video_path` is a video file, or an `.npz` with `video` and perhaps `actions` (as DMLab's).
+    """
 
     video_path: str | None = None
     action_path: str | None = None
     latent_path: str | None = None
     label: int | None = None
+
+    @property
+    def actions_in(self) -> str | None:
+        """The file with the actions: `action_path`, or a clip in one `.npz` itself."""
+        if self.action_path is None and str(self.video_path).endswith(".npz"):
+            return self.video_path
+        return self.action_path
 
 
 def read_list(path: Path) -> list[ClipEntry]:

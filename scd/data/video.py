@@ -92,6 +92,11 @@ class VideoFile:
         try:
             return self._reader.get_batch(list(map(int, indices))).asnumpy()
         except (decord.DECORDError, RuntimeError) as error:
+            if "The size must exactly match" in str(error):
+                raise ScdError(
+                    f"{self.path}: the decoder cannot read videos of this width (known for 8, 12, "
+                    f"16, 24, 48 and 72 pixels): scale it to another"
+                ) from error
             raise ScdError(f"{self.path}: damaged video ({_reason(error)})") from error
 
 

@@ -20,7 +20,7 @@ from scd.evaluation.fvd import SHORTEST, frechet_distance
 from scd.evaluation.measures import Measures
 from scd.evaluation.pictures import write_grid, write_side_by_side
 from scd.models.autoencoder import Codec
-from scd.models.scd import SCD
+from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.rollout import generate
 from scd.seeding import generator
@@ -76,7 +76,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: SCD,
+    model: WorldModel,
     codec: Codec,
     data: ClipFolder,
     options: Options,
@@ -164,7 +164,7 @@ def read_evaluation_batch(
 
 @torch.no_grad()
 def predict_frames(
-    model: SCD,
+    model: WorldModel,
     codec: Codec,
     options: Options,
     batch: dict[str, Tensor],

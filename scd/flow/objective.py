@@ -6,12 +6,11 @@ With σ = t/1000: x_t = σ·ε + (1−σ)·x, and the loss is the mean squared e
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from scd.flow.noise import FlowDraws, draw_noise
 from scd.models.autoencoder import Codec
-from scd.models.scd import MAX_TIMESTEP, SCD, next_conditions
+from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.options import FlowOptions
 
 
@@ -26,11 +25,11 @@ class NoisyFrames(NamedTuple):
 class FlowObjective(nn.Module):
     """Batch -> loss, for the training loop.
 
-    Frame 0 has no context and no loss. All K noise draws of a clip share one encoder pass and the
-    same actions.
+    Frame 0 has no loss, unless the model predicts first frames. All K noise draws of a clip share
+    one pass over the clean frames and the same actions.
     """
 
-    def __init__(self, model: SCD, codec: Codec, options: FlowOptions, seed: int):
+    def __init__(self, model: WorldModel, codec: Codec, options: FlowOptions, seed: int):
         super().__init__()
         self.model = model
         self.codec = codec
@@ -59,27 +58,22 @@ class FlowObjective(nn.Module):
             latents: (B, F, C, H, W), clean.
             conditions: (B, F).
         """
-        draw_count = draws.noise.shape[1]
+        first = self.model.first_predicted
         frames = self._add_noise(latents, draws)
         if conditions is not None:
             null = torch.full_like(conditions, self.model.null_condition)
             conditions = torch.where(draws.drop_condition[:, None], null, conditions)
-        context = self.model.encoder(
-            self._encoder_input(latents, frames, draws),
-            next_conditions(conditions),
-            self.options.context_noise * draws.context_noise,
+        perturbation = None
+        if self.model.has_context:
+            perturbation = self.options.context_noise * draws.context_noise[:, first:]
+        velocity = self.model(
+            self._history(latents, frames, draws),
+            frames.noisy[:, :, first:],
+            frames.sigmas[:, :, first:] * MAX_TIMESTEP,
+            conditions,
+            perturbation,
         )
-        of_frames = None
-        if conditions is not None:
-            of_frames = repeat(conditions[:, 1:], "b f -> (b k) f", k=draw_count)
-        velocity = self.model.decode(
-            rearrange(frames.noisy[:, :, 1:], "b k f c h w -> (b k) f c h w"),
-            rearrange(frames.sigmas[:, :, 1:], "b k f -> (b k) f") * MAX_TIMESTEP,
-            repeat(context[:, :-1], "b f n d -> (b k) f n d", k=draw_count),
-            of_frames,
-        )
-        target = rearrange(frames.target[:, :, 1:], "b k f c h w -> (b k) f c h w")
-        return (velocity - target).square().mean()
+        return (velocity - frames.target[:, :, first:]).square().mean()
 
     def _add_noise(self, latents: Tensor, draws: FlowDraws) -> NoisyFrames:
         clean = latents[:, None]
@@ -93,7 +87,7 @@ class FlowObjective(nn.Module):
             noisy, (noisy - clean) / sigma.clamp(min=self.model.config.sigma_min), sigmas
         )
 
-    def _encoder_input(self, latents: Tensor, frames: NoisyFrames, draws: FlowDraws) -> Tensor:
+    def _history(self, latents: Tensor, frames: NoisyFrames, draws: FlowDraws) -> Tensor:
         if self.options.encoder_input == "clean":
             return latents
         noisy = frames.noisy[:, 0]

@@ -2,12 +2,14 @@
 
 from scd.errors import ScdError
 from scd.models.autoencoder import Codec
+from scd.models.causal_dit import CausalDiT
 from scd.models.scd import SCD
+from scd.models.world_model import WorldModel
 from scd.options import Options
 
 
-def build_world_model(options: Options, codec: Codec) -> SCD:
-    """A fresh `SCD` of the options' sizes, for the codec's latents.
+def build_world_model(options: Options, codec: Codec) -> WorldModel:
+    """A fresh model of the options' kind and sizes, for the codec's latents.
 
     Raises:
         ScdError: the frames do not divide into latents and patches.
@@ -19,17 +21,23 @@ def build_world_model(options: Options, codec: Codec) -> SCD:
             f"data.frame_size={options.data.frame_size} does not divide by {cell} (autoencoder "
             f"{codec.downsampling} x model.patch_size {m.patch_size})"
         )
+    shared = {
+        "channels": codec.channels,
+        "patch_size": m.patch_size,
+        "heads": m.heads,
+        "condition": m.condition,
+        "num_conditions": m.num_conditions,
+        "first_frame": m.first_frame,
+        "modulate_output": m.modulate_output,
+        "prediction": options.flow.prediction,
+        "sigma_min": options.flow.sigma_min,
+    }
+    if m.type == "causal_dit":
+        return CausalDiT(layers=m.layers, **shared)
     return SCD(
-        channels=codec.channels,
-        patch_size=m.patch_size,
-        heads=m.heads,
         encoder_layers=m.encoder_layers,
         decoder_layers=m.decoder_layers,
         fusion=m.fusion,
-        condition=m.condition,
-        num_conditions=m.num_conditions,
         modulate_context=m.modulate_context,
-        modulate_output=m.modulate_output,
-        prediction=options.flow.prediction,
-        sigma_min=options.flow.sigma_min,
+        **shared,
     )

@@ -10,8 +10,8 @@ from scd.files import sha256
 from scd.models.autoencoder import Codec, load_codec
 from scd.models.build import build_world_model
 from scd.models.reference import load_reference_checkpoint
-from scd.models.scd import SCD
 from scd.models.weights import load_matching, read_weights
+from scd.models.world_model import WorldModel
 from scd.options import Options, load_options, options_from_json
 
 REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no options
@@ -21,7 +21,7 @@ REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no optio
 class LoadedModel:
     """A model in evaluation mode, what it needs to see pixels, and where it came from."""
 
-    model: SCD
+    model: WorldModel
     codec: Codec
     options: Options
     source: dict[str, str | int | None]  # path, sha256, step
@@ -64,7 +64,7 @@ def load_checkpoint_for_use(
     return LoadedModel(model.to(device).eval(), codec, options, source)
 
 
-def _check_reference(model: SCD, codec: Codec, options: Options, path: Path) -> None:
+def _check_reference(model: WorldModel, codec: Codec, options: Options, path: Path) -> None:
     """Sizes come from the tensors, codec and data from the options: they must tell one story."""
     for key, found, wanted in (
         ("channels (model.patch_size)", model.config.channels, codec.channels),

@@ -1,4 +1,4 @@
-"""The key-value cache of the encoder: allocated once, keys rotated before they are written."""
+"""The key-value cache of past frames: allocated once, keys rotated before they are written."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,11 @@ from torch import Tensor
 from scd.errors import ScdError
 from scd.models.attention import block_causal_attention
 from scd.models.layers import HEAD_DIM
-from scd.models.scd import SCD
+from scd.models.world_model import WorldModel
 
 
 class KVCache:
-    """Keys and values of all frames the encoder has seen.
+    """Keys and values of all frames that were taken in.
 
     Args:
         max_frames: frames it holds; one more is refused.
@@ -20,9 +20,14 @@ class KVCache:
         ScdError: on a frame beyond `max_frames`.
     """
 
-    def __init__(self, model: SCD, batch: int, max_frames: int, tokens_per_frame: int):
-        layers, heads = model.config.encoder_layers, model.config.heads
-        shape = (layers, batch, heads, max_frames * tokens_per_frame, HEAD_DIM)
+    def __init__(self, model: WorldModel, batch: int, max_frames: int, tokens_per_frame: int):
+        shape = (
+            model.cached_layers,
+            batch,
+            model.config.heads,
+            max_frames * tokens_per_frame,
+            HEAD_DIM,
+        )
         self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
         self.values = torch.empty_like(self.keys)
         self.tokens_per_frame = tokens_per_frame

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.flow.sampler import euler, guide, noise_levels
-from scd.models.scd import MAX_TIMESTEP, SCD, next_conditions
+from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.rollout.cache import KVCache
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -19,8 +19,8 @@ class Rollout:
 
     Args:
         num_steps: T, Euler steps a frame.
-        guidance: `context`: the negative branch has a perturbed context (one encoder pass);
-            `condition`: it has the null action or label in encoder and decoder; `none`.
+        guidance: `context`: the negative branch has a perturbed context (one encoder pass; SCD
+            only); `condition`: it has the null action or label everywhere; `none`.
         guidance_scale: w in v = v⁻ + w·(v⁺ − v⁻); 1 is no guidance.
         guidance_noise: η of the perturbed context.
         max_frames: context and new frames that one rollout may have.
@@ -31,7 +31,7 @@ class Rollout:
 
     def __init__(
         self,
-        model: SCD,
+        model: WorldModel,
         *,
         num_steps: int,
         max_frames: int,
@@ -44,6 +44,11 @@ class Rollout:
         self.guidance = guidance if guidance_scale != 1.0 else "none"
         if self.guidance == "condition" and model.config.condition == "none":
             raise ScdError("condition guidance needs a model with a condition")
+        if self.guidance == "context" and not model.has_context:
+            raise ScdError(
+                f"{type(model).__name__} has no separate context to perturb: use guidance "
+                f"condition or none"
+            )
         self.model = model
         self.levels = noise_levels(num_steps)
         self.guidance_scale = guidance_scale
@@ -62,15 +67,18 @@ class Rollout:
         """Start from given frames.
 
         Args:
-            context: (B, K, C, H, W), at least one frame.
+            context: (B, K, C, H, W); K may be 0 for a model that predicts first frames.
             actions: (B, K), the action that led to each of them.
             labels: (B,).
             generator: one for the batch, or one a sample: then a sample's frames do not depend
                 on the batch it is in.
         """
         batch, frames, _, height, width = context.shape
-        if frames < 1:
-            raise ScdError("a rollout needs at least one context frame")
+        if frames < self.model.first_predicted:
+            raise ScdError(
+                "a rollout needs at least one context frame: this model was not trained to predict "
+                "first frames (model.first_frame)"
+            )
         model = self.model
         context = context.to(model.device)
         self._labels = None if labels is None else labels.to(model.device)
@@ -81,12 +89,17 @@ class Rollout:
         self._cache = KVCache(model, branches * batch, self.max_frames, tokens)
         actions = None if actions is None else actions.to(model.device)
         conditions = model.frame_conditions((batch, frames), actions, self._labels)
-        # All but the newest frame, whose context needs the action that is yet to come.
-        if frames > 1:
-            earlier = next_conditions(conditions)
-            earlier = None if earlier is None else earlier[:, :-1]
-            model.encoder.hidden(*self._branches(context[:, :-1], earlier), self._cache)
         self._newest = context[:, -1:]
+        self._newest_condition = None if conditions is None else conditions[:, -1:]
+        # All but the newest frame, which may need the action that is yet to come.
+        first = model.first_predicted
+        if frames > first:
+            model.take_in(
+                self._both(context[:, :-1]),
+                self._with_null(None if conditions is None else conditions[:, :-1]),
+                self._with_null(None if conditions is None else conditions[:, first:]),
+                self._cache,
+            )
 
     @torch.no_grad()
     def step(self, action: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
@@ -107,31 +120,31 @@ class Rollout:
         model = self.model
         actions = None if action is None else action.to(model.device)[:, None]
         condition = model.frame_conditions((self._batch, 1), actions, self._labels)
-        hidden, e = model.encoder.hidden(*self._branches(self._newest, condition), self._cache)
-        context = model.encoder.norm_out(hidden, e)
+        tokens = model.tokens_per_frame(*self._newest.shape[-2:])
         if noise is None:
             noise = self._randn(self._newest.shape[2:])
+        perturbation = None
         if self.guidance == "context":
-            zeta = self._randn(hidden.shape[2:])[:, None].type_as(hidden)
-            perturbed = model.encoder.norm_out(hidden, e, self.guidance_noise * zeta)
-            context = torch.cat([context, perturbed])
-            if condition is not None:
-                condition = torch.cat([condition, condition])
-        elif self.guidance == "condition":
-            assert condition is not None
-            condition = torch.cat([condition, torch.full_like(condition, model.null_condition)])
-        copies = context.shape[0] // self._batch
+            perturbation = self.guidance_noise * self._randn((tokens, model.width))[:, None]
+        field = model.next_frame(
+            self._both(self._newest),
+            self._with_null(self._newest_condition),
+            self._with_null(condition),
+            self._cache,
+            perturbation,
+        )
+        branches = 1 if self.guidance == "none" else 2
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
-            timesteps = torch.full((context.shape[0], 1), sigma * MAX_TIMESTEP, device=x.device)
-            v = model.decode(x.repeat(copies, 1, 1, 1, 1), timesteps, context, condition)
-            if copies == 1:
+            timesteps = torch.full((branches * len(x), 1), sigma * MAX_TIMESTEP, device=x.device)
+            v = field(x.repeat(branches, 1, 1, 1, 1), timesteps)
+            if branches == 1:
                 return v
             positive, negative = v.chunk(2)
             return guide(positive, negative, self.guidance_scale)
 
         start = noise.to(model.device, torch.float32)[:, None]
-        self._newest = euler(velocity, start, self.levels)
+        self._newest, self._newest_condition = euler(velocity, start, self.levels), condition
         return self._newest[:, 0]
 
     def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
@@ -139,20 +152,22 @@ class Rollout:
         for action in actions:
             yield self.step(action)
 
-    def _branches(self, latents: Tensor, conditions: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Condition guidance keeps a second history, which has never seen a condition."""
-        if self.guidance != "condition":
-            return latents, conditions
-        assert conditions is not None
-        null = torch.full_like(conditions, self.model.null_condition)
-        return torch.cat([latents, latents]), torch.cat([conditions, null])
+    # Condition guidance keeps a second history, which has never seen a condition.
+
+    def _both(self, latents: Tensor) -> Tensor:
+        return torch.cat([latents, latents]) if self.guidance == "condition" else latents
+
+    def _with_null(self, conditions: Tensor | None) -> Tensor | None:
+        if conditions is None or self.guidance != "condition":
+            return conditions
+        return torch.cat([conditions, torch.full_like(conditions, self.model.null_condition)])
 
     def _randn(self, shape: tuple[int, ...]) -> Tensor:
         return randn_tensor((self._batch, *shape), self._generator, self.model.device)
 
 
 def generate(
-    model: SCD,
+    model: WorldModel,
     context: Tensor,
     *,
     actions: Tensor | None = None,
@@ -168,7 +183,7 @@ def generate(
     """Continue videos by `num_frames` frames.
 
     Args:
-        context: latents (B, K, C, H, W).
+        context: latents (B, K, C, H, W); see `Rollout.reset` for K = 0.
         actions: (B, K + num_frames), of the context and of the new frames.
         labels: (B,).
         noise: (B, num_frames, C, H, W), initial noise of the new frames.

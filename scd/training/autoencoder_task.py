@@ -9,7 +9,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from scd.data.clips import ClipFolder
+from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.measures import Measures
 from scd.files import write_whole
@@ -50,9 +50,8 @@ class AutoencoderTask:
         else:
             self.network = build_autoencoder(options.autoencoder)
             self.objective = ReconstructionObjective(self.network, reconstruction)
-        root = Path(options.data.root)
-        self.training_data = ClipFolder(root, options.data.train_list, "video")
-        self.validation_data = ClipFolder(root, options.data.val_list, "video")
+        self.training_data = clip_folder(options, options.data.train_list, "video")
+        self.validation_data = clip_folder(options, options.data.val_list, "video")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         lr, scale = self.options.optim.lr, self.options.optim.decoder_lr_scale

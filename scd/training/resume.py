@@ -6,8 +6,10 @@ from scd.errors import ScdError
 from scd.options import Options, options_to_dict
 
 # Where things lie, how fast and how long, what is measured: the run stays the same experiment.
-FREE = ("name", "output_root", "data.root", "data.fps", "data.action_names", "data.val_list")
-FREE += ("optim.", "rollout.", "eval.", "train.")
+FREE = (
+    *("name", "output_root", "data.root", "data.fps", "data.action_names", "data.val_list"),
+    *("optim.", "rollout.", "eval.", "train."),
+)
 
 
 def run_identity(options: Options, processes: int) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Trainer:
         for learner in self._learners():
             learner.start(accelerator, self.step)
         if options.train.compile:
-            for part in task.network.children():  # encoder and decoder
+            for part in task.network.children():  # such as encoder and decoder
                 part.compile()
 
     def run(self) -> None:

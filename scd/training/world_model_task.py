@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from scd.data.clips import clip_folder
-from scd.data.latents import latents_made_by
-from scd.errors import ScdError
+from scd.data.encode import check_training_latents
 from scd.evaluation.protocol import MODEL, evaluate
 from scd.flow.objective import FlowObjective
-from scd.models.autoencoder import autoencoder_hash, load_codec
+from scd.models.autoencoder import load_codec
 from scd.models.build import build_world_model
 from scd.options import Options
 from scd.pipeline import SCDPipeline
@@ -33,14 +32,16 @@ class WorldModelTask:
         self.training_data = clip_folder(options, options.data.train_list, options.data.source)
         self.validation_data = clip_folder(options, options.data.val_list, "video")
         if options.data.source == "latents":
-            self._check_latents()
+            check_training_latents(self.training_data, self.codec, options)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         lr, scale = self.options.optim.lr, self.options.optim.decoder_lr_scale
-        return [
-            {"params": list(self.network.encoder.parameters()), "lr": lr},
-            {"params": list(self.network.decoder.parameters()), "lr": lr * scale},
+        decoder = [p for name, p in self.network.named_parameters() if name.startswith("decoder.")]
+        others = [
+            p for name, p in self.network.named_parameters() if not name.startswith("decoder.")
         ]
+        groups = [{"params": others, "lr": lr}, {"params": decoder, "lr": lr * scale}]
+        return [group for group in groups if group["params"]]
 
     def validate(self, folder: Path) -> dict[str, float]:
         videos = min(self.options.eval.videos, VALIDATION_VIDEOS)
@@ -58,15 +59,3 @@ class WorldModelTask:
     def export(self, folder: Path) -> None:
         vae = getattr(self.codec, "autoencoder", None)
         SCDPipeline(transformer=self.network, vae=vae).save_pretrained(folder)
-
-    def _check_latents(self) -> None:
-        """Latents of another autoencoder would train without a word and decode to noise."""
-        entry = self.training_data.entries[0]
-        path = self.training_data.root / str(entry.latent_path)
-        made_by, _ = latents_made_by(path)
-        wanted = autoencoder_hash(str(self.options.autoencoder.path))
-        if made_by is not None and made_by != wanted:
-            raise ScdError(
-                f"{path} was made by another autoencoder than {self.options.autoencoder.path}: "
-                f"run scd encode"
-            )

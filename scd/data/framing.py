@@ -1,0 +1,90 @@
+"""From a video's frames to the square frames of an experiment: scale, crop, perhaps mirror.
+
+One geometry holds for all frames of a clip. In training the crop and the mirroring are drawn, in
+evaluation and for latents the centre is taken.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from scd.errors import ScdError
+from scd.options import DataOptions
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How frames become `size` x `size` pixels.
+
+    Args:
+        size: of the frames that come out.
+        resize_shorter: scale the shorter side to this many pixels, then crop. None: frames must
+            have the size already.
+        mirror: where the geometry is drawn, exchange left and right with probability 1/2.
+    """
+
+    size: int
+    resize_shorter: int | None = None
+    mirror: bool = False
+
+    def __call__(self, video: Tensor, path: Path, rng: np.random.Generator | None = None) -> Tensor:
+        """(F, 3, H, W) uint8 -> (F, 3, size, size) uint8.
+
+        Args:
+            path: of the video, for messages.
+            rng: draws the place of the crop and whether to mirror; None: the centre, as it is.
+
+        Raises:
+            ScdError: the frames have another size and `resize_shorter` is None.
+        """
+        height, width = video.shape[-2:]
+        if self.resize_shorter is None:
+            if (height, width) != (self.size, self.size):
+                raise ScdError(
+                    f"{path}: frames of {height}x{width} pixels, but data.frame_size is "
+                    f"{self.size}; data.resize_shorter scales and crops them"
+                )
+        else:
+            video = resize_shorter(video, self.resize_shorter)
+        room = [side - self.size for side in video.shape[-2:]]
+        if rng is None:
+            top, left, mirrored = room[0] // 2, room[1] // 2, False
+        else:
+            top, left = (int(rng.integers(r + 1)) for r in room)
+            mirrored = self.mirror and bool(rng.integers(2))
+        video = video[..., top : top + self.size, left : left + self.size]
+        return video.flip(-1) if mirrored else video
+
+    @property
+    def name(self) -> str:
+        """Tells two framings apart in names; empty where frames are taken as they are."""
+        if self.resize_shorter is None:
+            return ""
+        return f"-resize{self.resize_shorter}-crop{self.size}"
+
+
+def framing_of(data: DataOptions) -> Framing:
+    return Framing(data.frame_size, data.resize_shorter, data.mirror)
+
+
+def resize_shorter(video: Tensor, side: int) -> Tensor:
+    """Scale (F, 3, H, W) uint8 until the shorter side has `side` pixels; the shape of things stays.
+
+    Bicubic with antialiasing: the filter widens with the factor, so that fine texture averages out
+    instead of flickering from frame to frame. Computed and kept in 8 bits, as video is.
+    """
+    height, width = video.shape[-2:]
+    shorter = min(height, width)
+    if shorter == side:
+        return video
+    size = [max(side, round(length * side / shorter)) for length in (height, width)]
+    return F.interpolate(video, size=size, mode="bicubic", antialias=True)
+
+
+def as_images(frames: np.ndarray) -> Tensor:
+    """(F, H, W, 3) uint8 -> (F, 3, H, W) uint8."""
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)

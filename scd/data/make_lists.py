@@ -1,0 +1,166 @@
+"""List files for any folder of videos: what is there, with its actions and labels, split in two."""
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from scd.data.clips import read_actions
+from scd.data.lists import ClipEntry, write_list
+from scd.data.npz_video import open_video
+from scd.data.ucf101 import SPLITS
+from scd.errors import ScdError
+from scd.files import npz_keys, write_json
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v")
+CLASSES = "classes.json"
+
+
+@dataclass(frozen=True)
+class ListRequest:
+    """What `make_lists` is asked for.
+
+    Args:
+        root: videos are searched below it; the lists' paths are relative to it.
+        train_list, val_list: names of the list files, written into `root`.
+        split: `fraction`, or a key of `scd.data.ucf101.SPLITS`.
+        val_fraction: of the videos, for `fraction`.
+        labels: number the classes by the folders that the videos lie in.
+    """
+
+    root: Path
+    train_list: str = "train.json"
+    val_list: str = "val.json"
+    split: str = "fraction"
+    val_fraction: float = 0.05
+    labels: bool = False
+
+
+def make_lists(request: ListRequest) -> None:
+    """Write a training and a validation list, and print what is in them.
+
+    A video `x.mp4` gets the actions of `x.npz` beside it; an `.npz` with `video` is a clip itself.
+    Every video is opened. Those that cannot be, or whose actions are too few, are named and left
+    out. Classes are numbered in alphabetical order, without regard to case; `classes.json` names
+    them.
+
+    Raises:
+        ScdError: a list is there already, or fewer than two videos can be used.
+    """
+    root = request.root
+    targets = [root / request.train_list, root / request.val_list]
+    for path in targets:
+        if path.exists():
+            raise ScdError(
+                f"{path}: is there already: move it away, or give other names with --train-list "
+                f"and --val-list"
+            )
+    if not 0 < request.val_fraction < 1:
+        raise ScdError(f"--val-fraction must lie between 0 and 1, not {request.val_fraction}")
+    entries = dict(_found(root))
+    if not entries:
+        kinds = ", ".join((*VIDEO_SUFFIXES, ".npz"))
+        raise ScdError(f"{root}: no videos below it ({kinds}; an npz needs the key 'video')")
+    if request.split == "fraction":
+        train, val = _by_fraction(list(entries), request.val_fraction)
+    else:
+        train, val = SPLITS[request.split](list(entries))
+    if request.labels or request.split != "fraction":
+        entries = _with_labels(root, entries)
+    broken = _broken(root, entries)
+    for video, problem in broken.items():
+        print(f"left out: {problem}", file=sys.stderr)
+        del entries[video]
+    halves = [[entries[v] for v in videos if v in entries] for videos in (train, val)]
+    if not all(halves):
+        raise ScdError(f"{root}: {len(entries)} usable videos are too few for two lists")
+    for path, half in zip(targets, halves, strict=True):
+        write_list(path, half)
+        print(f"{path}: {_told(half)}")
+    if broken:
+        print(f"left out as broken: {len(broken)}, named above")
+
+
+def _found(root: Path) -> Iterator[tuple[str, ClipEntry]]:
+    """The clips below a folder by the path of their video, in alphabetical order."""
+    if not root.is_dir():
+        raise ScdError(f"{root}: no such folder")
+    paths = sorted(
+        path.relative_to(root)
+        for path in root.rglob("*")
+        if path.suffix.lower() in (*VIDEO_SUFFIXES, ".npz")
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
+    videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
+    beside = {path.with_suffix(".npz") for path in videos}
+    for path in videos:
+        actions = path.with_suffix(".npz")
+        has_actions = (root / actions).is_file()
+        yield (
+            path.as_posix(),
+            ClipEntry(path.as_posix(), actions.as_posix() if has_actions else None),
+        )
+    for path in paths:
+        if path.suffix == ".npz" and path not in beside:
+            try:
+                keys = npz_keys(root / path)
+            except ScdError:
+                keys = {"video"}  # opening it will tell
+            if "video" in keys:
+                own = path.as_posix() if "actions" in keys else None
+                yield path.as_posix(), ClipEntry(path.as_posix(), own)
+
+
+def _by_fraction(videos: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """A share for validation: a video's name alone decides its place in the queue.
+
+    So the split is the same everywhere, and videos that come later move few of the others.
+    """
+    queue = sorted(videos, key=lambda video: hashlib.sha256(video.encode()).digest())
+    count = max(1, round(fraction * len(videos)))
+    return sorted(queue[count:]), sorted(queue[:count])
+
+
+def _with_labels(root: Path, entries: dict[str, ClipEntry]) -> dict[str, ClipEntry]:
+    names = {video: PurePosixPath(video).parent.name for video in entries}
+    if "" in names.values():
+        video = next(video for video, name in names.items() if not name)
+        raise ScdError(f"{root / video}: lies in no class folder, so it has no label")
+    classes = sorted(set(names.values()), key=lambda name: (name.casefold(), name))
+    write_json(root / CLASSES, classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return {video: replace(e, label=numbers[names[video]]) for video, e in entries.items()}
+
+
+def _broken(root: Path, entries: dict[str, ClipEntry]) -> dict[str, str]:
+    """The videos that cannot be used, and why."""
+
+    def problem(entry: ClipEntry) -> str | None:
+        try:
+            frames = len(open_video(root / str(entry.video_path)))
+            if entry.action_path is not None:
+                actions = len(read_actions(root / entry.action_path))
+                if actions < frames:
+                    return f"{root / entry.action_path}: {actions} actions for {frames} frames"
+        except ScdError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(problem, entries.values())
+        bar = tqdm(found, total=len(entries), desc="open", unit="clip", dynamic_ncols=True)
+        return {video: told for video, told in zip(entries, bar, strict=True) if told}
+
+
+def _told(entries: list[ClipEntry]) -> str:
+    with_actions = sum(entry.action_path is not None for entry in entries)
+    told = f"{len(entries)} clip{'s' * (len(entries) > 1)}, {with_actions} with actions"
+    labels = Counter(entry.label for entry in entries if entry.label is not None)
+    if labels:
+        told += f", {len(labels)} classes of {min(labels.values())} to {max(labels.values())}"
+    return told

@@ -1,0 +1,186 @@
+"""`scd validate`: a whole data set read, counted, and held against what an experiment wants."""
+
+from collections import Counter
+from pathlib import Path
+
+from scd.data.survey import Demands, Survey, survey_list
+from scd.errors import ScdError
+from scd.files import write_json
+from scd.options import Options
+
+SHOWN_KINDS = 12  # in one line of the table; the JSON file has all
+
+
+def validate_experiment(options: Options, report: Path | None) -> None:
+    """Read both lists of an experiment; print a table, all broken clips and all warnings.
+
+    Args:
+        report: JSON file to write as well.
+
+    Raises:
+        ScdError: a list cannot be read, or a clip is broken (after everything was printed).
+    """
+    root = Path(options.data.root)
+    train = survey_list(root, root / options.data.train_list, _training_demands(options))
+    val = survey_list(root, root / options.data.val_list, _demands(options))
+    names = dict(enumerate(options.data.action_names))
+    _conclude(
+        [train, val],
+        _training_warnings(train, options) + _validation_warnings(train, val, options),
+        names,
+        report,
+    )
+
+
+def validate_list(list_path: Path, root: Path, report: Path | None) -> None:
+    """Read one list; what experiment it is for is not known, so every kind of clip will do.
+
+    Raises:
+        ScdError: see `validate_experiment`.
+    """
+    survey = survey_list(root, list_path, Demands())
+    warnings = []
+    if len(survey.sizes) > 1:
+        warnings.append(
+            f"{list_path}: frames of {len(survey.sizes)} sizes: set data.resize_shorter"
+        )
+    _conclude([survey], warnings + _repeats(survey), {}, report)
+
+
+def _demands(options: Options) -> Demands:
+    """What evaluation wants: pixels."""
+    m, data = options.model, options.data
+    condition = {"none": (), "action": ("actions_in",), "label": ("label",)}[m.condition]
+    return Demands(
+        needed=("video_path", *condition),
+        num_actions=m.num_conditions if m.condition == "action" else None,
+        num_labels=m.num_conditions if m.condition == "label" else None,
+        frame_size=(data.frame_size,) * 2 if data.resize_shorter is None else None,
+    )
+
+
+def _training_demands(options: Options) -> Demands:
+    demands = _demands(options)
+    if options.data.source == "video":
+        return demands
+    # Here, for a list alone needs no network.
+    from scd.data.encode import encoding_name, latent_shape
+    from scd.models.autoencoder import load_codec
+
+    codec = load_codec(options.autoencoder.path)
+    return Demands(
+        needed=("latent_path", *demands.needed[1:]),
+        num_actions=demands.num_actions,
+        num_labels=demands.num_labels,
+        made_by=encoding_name(options),
+        latent_shape=latent_shape(codec, options),
+    )
+
+
+def _training_warnings(survey: Survey, options: Options) -> list[str]:
+    data, train = options.data, options.train
+    batch = train.batch_size * train.gradient_accumulation
+    warnings = _repeats(survey)
+    if survey.clips < batch:
+        warnings.append(
+            f"{survey.path}: {survey.clips} clips for batches of {batch} (train.batch_size): "
+            f"suspiciously few"
+        )
+    return warnings + _short(survey, (data.frames - 1) * data.frame_stride + 1, "data.frames")
+
+
+def _validation_warnings(train: Survey, survey: Survey, options: Options) -> list[str]:
+    o = options.eval
+    warnings = _repeats(survey)
+    if survey.clips < o.videos:
+        warnings.append(
+            f"{survey.path}: {survey.clips} clips for eval.videos={o.videos}: some are measured "
+            f"more than once, from other first frames"
+        )
+    both = len(set(train.digests) & set(survey.digests))
+    if both:
+        warnings.append(
+            f"{survey.path}: {both} clips are in the training list as well (same content): what "
+            f"is measured on them says nothing of new videos"
+        )
+    if options.task == "world_model":
+        span = (o.context_frames + o.new_frames - 1) * options.data.frame_stride + 1
+        warnings += _short(survey, span, "eval.context_frames + eval.new_frames")
+    return warnings
+
+
+def _repeats(survey: Survey) -> list[str]:
+    twice = len(survey.digests) - len(set(survey.digests))
+    return [f"{survey.path}: {twice} clips are there more than once"] if twice else []
+
+
+def _short(survey: Survey, span: int, keys: str) -> list[str]:
+    short = sum(length < span for length in survey.lengths)
+    if not short:
+        return []
+    return [
+        f"{survey.path}: {short} of {survey.clips} clips are shorter than the {span} frames of "
+        f"{keys}: reading them will fail"
+    ]
+
+
+def _conclude(
+    surveys: list[Survey], warnings: list[str], names: dict[int, str], report: Path | None
+) -> None:
+    broken = [line for survey in surveys for line in survey.broken]
+    print(table(surveys, names))
+    for line in broken:
+        print(f"broken: {line}")
+    for line in warnings:
+        print(f"warning: {line}")
+    if report is not None:
+        lists = [survey.as_dict() for survey in surveys]
+        write_json(report, {"lists": lists, "warnings": warnings})
+    if broken:
+        clips = sum(survey.clips for survey in surveys)
+        raise ScdError(f"{len(broken)} of {clips} clips are broken, named above")
+
+
+def table(surveys: list[Survey], action_names: dict[int, str]) -> str:
+    """One column a list, as a Markdown table."""
+    rows = [["", *(Path(survey.path).name for survey in surveys)]]
+
+    def row(head: str, cells: list[str]) -> None:
+        if any(cells):
+            rows.append([head, *(cell or "–" for cell in cells)])
+
+    row("clips", [str(s.clips) for s in surveys])
+    row("broken", [str(len(s.broken)) for s in surveys])
+    row("frames", [str(sum(s.lengths)) for s in surveys])
+    row(
+        "frames a clip: min / median / max", [" / ".join(map(str, s.length_range)) for s in surveys]
+    )
+    row("clips by frame size", [_kinds(s.sizes) for s in surveys])
+    row("actions, share of frames", [_shares(s.actions, action_names) for s in surveys])
+    row("classes", [_classes(s.labels) for s in surveys])
+    row("latents", [_kinds(s.latents) for s in surveys])
+    row("content hash", [s.content_hash[:16] for s in surveys])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+        for cells in rows
+    ]
+    return "\n".join(lines)
+
+
+def _kinds(counts: Counter[str]) -> str:
+    told = [f"{kind}: {count}" for kind, count in counts.most_common(SHOWN_KINDS)]
+    return ", ".join(told) + (", …" if len(counts) > SHOWN_KINDS else "")
+
+
+def _shares(counts: Counter[int], names: dict[int, str]) -> str:
+    total = sum(counts.values())
+    told = [f"{names.get(key, key)} {counts[key] / total:.1%}" for key in sorted(counts)]
+    return ", ".join(told[:SHOWN_KINDS]) + (", …" if len(told) > SHOWN_KINDS else "")
+
+
+def _classes(counts: Counter[int]) -> str:
+    if not counts:
+        return ""
+    return f"{len(counts)}, of {min(counts.values())} to {max(counts.values())} clips"

@@ -1,0 +1,166 @@
+"""The dense baseline: every layer sees all past frames at every denoising step."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from diffusers import ModelMixin  # noqa: F401 (diffusers' pipelines look for it beside the class)
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scd.models.attention import clean_context_attention
+from scd.models.layers import (
+    HEAD_DIM,
+    Attend,
+    Block,
+    Conditioning,
+    OutputNorm,
+    Rotary,
+    initialise,
+    patchify,
+    rotary_positions,
+    unpatchify,
+)
+from scd.models.world_model import (
+    CLEAN_TIMESTEP,
+    Cache,
+    VelocityField,
+    WorldModel,
+    check_condition,
+)
+
+
+class CausalDiT(WorldModel):
+    """A causal diffusion transformer, trained and rolled out under clean context.
+
+    One stack of blocks runs over clean frames (timestep -1) and noisy ones alike. A clean frame
+    sees itself and the clean frames before it; a noisy frame sees itself and the clean frames
+    before it. In a rollout the keys and values of a finished frame are written by one more pass
+    over it, now clean.
+
+    Args: as `SCD`, with one number of `layers`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 32,
+        patch_size: int = 1,
+        heads: int = 16,
+        layers: int = 12,
+        condition: str = "none",
+        num_conditions: int = 0,
+        first_frame: bool = False,
+        modulate_output: bool = True,
+        prediction: str = "velocity",
+        sigma_min: float = 0.05,
+    ):
+        super().__init__()
+        check_condition(condition, num_conditions)
+        width = heads * HEAD_DIM
+        self.gradient_checkpointing = False
+        self.embed = nn.Linear(channels * patch_size**2, width)
+        self.conditioning = Conditioning(width, num_conditions)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.norm_out = OutputNorm(width, modulate_output)
+        self.unembed = nn.Linear(width, channels * patch_size**2)
+        initialise(self)
+        nn.init.zeros_(self.unembed.weight)
+
+    @property
+    def cached_layers(self) -> int:
+        return self.config.layers
+
+    def forward(
+        self,
+        latents: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditions: Tensor | None,
+        perturbation: Tensor | None = None,
+    ) -> Tensor:
+        """See `WorldModel.forward`: one sequence [clean ‖ noisy draw 1 ‖ … ‖ draw K]."""
+        draws, first = noisy.shape[1], self.first_predicted
+        clean = latents[:, :-1]  # the last frame is nobody's history
+        count = clean.shape[1]
+        frames = torch.cat([clean, rearrange(noisy, "b k f c h w -> b (k f) c h w")], dim=1)
+        of_noisy = rearrange(timesteps, "b k f -> b (k f)")
+        times = torch.cat(
+            [torch.full_like(of_noisy[:, :1], CLEAN_TIMESTEP).expand(-1, count), of_noisy], 1
+        )
+        if conditions is not None:
+            of_draws = repeat(conditions[:, first:], "b f -> b (k f)", k=draws)
+            conditions = torch.cat([conditions[:, :-1], of_draws], dim=1)
+        positions = torch.arange(count + 1, device=latents.device)
+        positions = torch.cat([positions[:-1], *[positions[first:]] * draws])
+        attend = partial(
+            clean_context_attention,
+            tokens_per_frame=self.tokens_per_frame(*latents.shape[-2:]),
+            clean_frames=count,
+            first=first,
+        )
+        prediction = self._predict(
+            frames, times, conditions, positions, [attend] * len(self.blocks)
+        )
+        prediction = rearrange(prediction[:, count:], "b (k f) c h w -> b k f c h w", k=draws)
+        return self._as_velocity(prediction, noisy, timesteps)
+
+    def take_in(
+        self, latents: Tensor, conditions: Tensor | None, following: Tensor | None, cache: Cache
+    ) -> None:
+        """See `WorldModel.take_in`; a clean frame has its own condition, not the following."""
+        if latents.shape[1]:
+            times = torch.full(latents.shape[:2], CLEAN_TIMESTEP, device=latents.device)
+            self._predict_cached(latents, times, conditions, cache)
+            cache.advance(latents.shape[1])
+
+    def next_frame(
+        self,
+        newest: Tensor,
+        conditions: Tensor | None,
+        following: Tensor | None,
+        cache: Cache,
+        perturbation: Tensor | None = None,
+    ) -> VelocityField:
+        """See `WorldModel.next_frame`: all layers run at every call.
+
+        The noisy frame's keys and values lie where the clean frame's will be written.
+        """
+        self.take_in(newest, conditions, following, cache)
+
+        def field(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            prediction = self._predict_cached(noisy, timesteps, following, cache)
+            return self._as_velocity(prediction, noisy, timesteps)
+
+        return field
+
+    def _predict_cached(
+        self, frames: Tensor, timesteps: Tensor, conditions: Tensor | None, cache: Cache
+    ) -> Tensor:
+        positions = torch.arange(frames.shape[1], device=frames.device) + cache.frames
+        attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
+        return self._predict(frames, timesteps, conditions, positions, attends)
+
+    def _predict(
+        self,
+        frames: Tensor,
+        timesteps: Tensor,
+        conditions: Tensor | None,
+        positions: Tensor,
+        attends: Sequence[Attend],
+    ) -> Tensor:
+        """The network: frames (B, F, C, H, W) at positions (F,) -> prediction, as the frames."""
+        height, width = frames.shape[-2:]
+        patch = self.config.patch_size
+        rotary: Rotary = rotary_positions(positions, height // patch, width // patch)
+        e = self.conditioning(timesteps, conditions)  # (B, F, D)
+        x = self.embed(patchify(frames, patch).to(self.embed.weight.dtype))  # (B, F, N, D)
+        for block, attend in zip(self.blocks, attends, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, e, rotary, attend, use_reentrant=False)
+            else:
+                x = block(x, e, rotary, attend)
+        x = self.unembed(self.norm_out(x, e))  # (B, F, N, C·p·p)
+        return unpatchify(x, patch, height, width)

@@ -1,0 +1,189 @@
+"""What every world model here is: to the training objective, to the rollout and to diffusers."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor
+
+from scd.errors import ScdError
+from scd.models.layers import HEAD_DIM
+
+MAX_TIMESTEP = 1000.0
+CLEAN_TIMESTEP = -1.0
+
+VelocityField = Callable[[Tensor, Tensor], Tensor]
+"""Noisy frames (B, 1, C, H, W) and timesteps (B, 1) in [0, 1000] -> velocities, as the frames."""
+
+
+class Cache(Protocol):
+    """What a model asks of a key-value cache (`scd.rollout.cache.KVCache`)."""
+
+    frames: int
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+    def advance(self, frames: int) -> None: ...
+
+
+class WorldModel(ModelMixin, ConfigMixin):
+    """A causal model of video: the next frame's velocity field, given the frames before it.
+
+    Every config has `channels`, `patch_size`, `heads`, `condition` (`none`, `action` or `label`),
+    `num_conditions`, `first_frame`, `prediction` and `sigma_min`; see `SCD`.
+    """
+
+    _repeated_blocks = ["Block"]
+    _no_split_modules = ["Block"]
+    has_context = False  # whether a separate context can be perturbed (context guidance)
+
+    @property
+    def width(self) -> int:
+        return self.config.heads * HEAD_DIM
+
+    @property
+    def null_condition(self) -> int:
+        return self.config.num_conditions
+
+    @property
+    def first_predicted(self) -> int:
+        """The first frame of a clip that the model can predict."""
+        return 0 if self.config.first_frame else 1
+
+    @property
+    @abstractmethod
+    def cached_layers(self) -> int:
+        """Layers that attend to past frames, and so need a cache."""
+
+    @abstractmethod
+    def forward(
+        self,
+        latents: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditions: Tensor | None,
+        perturbation: Tensor | None = None,
+    ) -> Tensor:
+        """Teacher-forced velocities of K noise draws of every frame that can be predicted (F').
+
+        Args:
+            latents: (B, F, C, H, W), the frames as the history shows them.
+            noisy: (B, K, F', C, H, W).
+            timesteps: (B, K, F') in [0, 1000].
+            conditions: (B, F), of the frames.
+            perturbation: (B, F', N, D), added to the normed context, where there is one.
+
+        Returns:
+            (B, K, F', C, H, W), in float32.
+        """
+
+    @abstractmethod
+    def take_in(
+        self, latents: Tensor, conditions: Tensor | None, following: Tensor | None, cache: Cache
+    ) -> None:
+        """Append clean frames to the cache.
+
+        Args:
+            latents: (B, F, C, H, W).
+            conditions: (B, F), of these frames.
+            following: (B, F), of the frames after each of them. At the start of a video, a model
+                that predicts first frames takes one more: the condition of frame 0.
+        """
+
+    @abstractmethod
+    def next_frame(
+        self,
+        newest: Tensor,
+        conditions: Tensor | None,
+        following: Tensor | None,
+        cache: Cache,
+        perturbation: Tensor | None = None,
+    ) -> VelocityField:
+        """Take in the newest clean frame, and give the velocity field of the frame after it.
+
+        Args:
+            newest: (B, 1, C, H, W); (B, 0, C, H, W) before the first frame of a video.
+            conditions: (B, 1) or (B, 0), of the newest frame.
+            following: (B, 1), of the frame to come.
+            perturbation: (B, 1, N, D): the field is then one of 2B frames, the second half under
+                the perturbed context.
+        """
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute every block's activations in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = enabled
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        return (height // self.config.patch_size) * (width // self.config.patch_size)
+
+    def velocity(
+        self,
+        latents: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        actions: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Teacher-forced velocities of every frame that can be predicted (F': mostly F - 1).
+
+        Args:
+            latents: (B, F, C, H, W), the clean frames.
+            noisy: (B, F, C, H, W).
+            timesteps: (B, F) in [0, 1000], the noise levels of `noisy`.
+            actions: (B, F) as recorded (action i leads to frame i).
+            labels: (B,).
+
+        Returns:
+            (B, F', C, H, W).
+        """
+        first = self.first_predicted
+        conditions = self.frame_conditions(latents.shape[:2], actions, labels)
+        return self(latents, noisy[:, None, first:], timesteps[:, None, first:], conditions)[:, 0]
+
+    def frame_conditions(
+        self, shape: tuple[int, ...], actions: Tensor | None, labels: Tensor | None
+    ) -> Tensor | None:
+        """The condition index of every frame, (B, F); None for a model without conditions.
+
+        Raises:
+            ScdError: a condition that the model does not have, or of another shape.
+        """
+        kind = self.config.condition
+        if (actions is not None and kind != "action") or (labels is not None and kind != "label"):
+            given = "actions" if actions is not None else "labels"
+            raise ScdError(f"{given} given to a model with condition {kind!r}")
+        if kind == "none":
+            return None
+        if actions is not None:
+            if tuple(actions.shape) != tuple(shape):
+                raise ScdError(f"actions are {tuple(actions.shape)}, expected {tuple(shape)}")
+            conditions = actions
+        elif labels is not None:
+            if tuple(labels.shape) != tuple(shape[:1]):
+                raise ScdError(f"labels are {tuple(labels.shape)}, expected {tuple(shape[:1])}")
+            conditions = labels[:, None].expand(shape)
+        else:
+            return torch.full(tuple(shape), self.null_condition, device=self.device)
+        if (
+            conditions.numel()
+            and not 0 <= conditions.min() <= conditions.max() <= self.null_condition
+        ):
+            raise ScdError(f"conditions must lie in 0..{self.null_condition} (null)")
+        return conditions
+
+    def _as_velocity(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """The network's prediction for frames (..., C, H, W) at timesteps (...) as velocities."""
+        prediction = prediction.float()
+        if self.config.prediction == "velocity":
+            return prediction
+        sigma = (timesteps / MAX_TIMESTEP).clamp(min=self.config.sigma_min)
+        return (noisy - prediction) / sigma[..., None, None, None]
+
+
+def check_condition(condition: str, num_conditions: int) -> None:
+    if (condition == "none") != (num_conditions == 0):
+        raise ScdError(f"condition {condition!r} contradicts num_conditions {num_conditions}")

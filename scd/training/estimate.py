@@ -1,0 +1,99 @@
+"""What a training step of a world model takes, worked out on tensors that have no memory."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from scd.models.autoencoder import Codec
+from scd.models.build import build_world_model
+from scd.models.world_model import WorldModel
+from scd.options import Options
+
+
+@dataclass
+class StepEstimate:
+    """Of one process: sizes of a step of `train.batch_size` clips."""
+
+    parameters: dict[str, int]  # of each part
+    tokens: int  # of the clips, each once
+    flops: int  # forward and backward, matrix products and attention only
+    state_bytes: int  # weights, gradients, Adam's moments and the EMA, in float32
+    activation_bytes: int  # kept for the backward pass
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+
+def estimate_step(options: Options, codec: Codec) -> StepEstimate:
+    """Count one forward and backward pass at the options' true shapes."""
+    with torch.device("meta"):
+        model = build_world_model(options, codec)
+    model.set_gradient_checkpointing(options.train.gradient_checkpointing)
+    bf16 = options.train.mixed_precision == "bf16"
+    # Past diffusers' own `to`, which warns of what does not matter here.
+    nn.Module.to(model, torch.bfloat16 if bf16 else torch.float32)
+    kept: dict[int, int] = {}  # storage -> bytes; a tensor is saved once for all that need it
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    inputs = _inputs(model, options, codec)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**inputs).square().mean()
+        loss.backward()
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    clips, frames = inputs["latents"].shape[:2]
+    total = sum(p.numel() for p in model.parameters())
+    return StepEstimate(
+        parameters={name: size for name, size in sizes.items() if size},
+        tokens=clips * frames * model.tokens_per_frame(*inputs["latents"].shape[-2:]),
+        flops=counter.get_total_flops(),
+        state_bytes=total * 4 * 5,
+        activation_bytes=sum(kept.values()),
+    )
+
+
+def counterpart(options: Options) -> Options:
+    """The other kind of model with the same width and number of layers, for comparison."""
+    m = options.model
+    if m.type == "scd":
+        layers = m.encoder_layers + m.decoder_layers
+        other = replace(m, type="causal_dit", layers=layers, encoder_layers=0, decoder_layers=0)
+    else:
+        decoder = max(m.layers // 3, 1)  # the paper's share: 4 of 12
+        other = replace(
+            m, type="scd", layers=0, encoder_layers=m.layers - decoder, decoder_layers=decoder
+        )
+    return replace(options, model=other)
+
+
+def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Tensor]:
+    b, f, k = options.train.batch_size, options.data.frames, options.flow.noise_draws
+    size = options.data.frame_size // codec.downsampling
+    predicted = f - model.first_predicted
+    meta = {"device": "meta"}
+    latents = torch.empty(b, f, codec.channels, size, size, **meta)
+    inputs = {
+        "latents": latents,
+        "noisy": torch.empty(b, k, predicted, *latents.shape[2:], **meta),
+        "timesteps": torch.empty(b, k, predicted, **meta),
+        "conditions": None,
+    }
+    if options.model.condition != "none":
+        inputs["conditions"] = torch.empty(b, f, dtype=torch.long, **meta)
+    if model.has_context:
+        tokens = model.tokens_per_frame(size, size)
+        inputs["perturbation"] = torch.empty(
+            b, predicted, tokens, model.width, dtype=model.dtype, **meta
+        )
+    return inputs

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Encode an experiment's training videos into latents: ./scripts/encode.sh options/x.yml [key=value ...]
+# All visible GPUs (NUM_GPUS, PORT override), or the CPU. Run again, it goes on where it stopped.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+if [[ "${1:-}" != *.yml && "${1:-}" != *.yaml ]]; then
+    echo "usage: ./scripts/encode.sh options/x.yml [key=value ...]" >&2
+    exit 2
+fi
+options=$1
+shift
+launch encode --opt "$options" "$@"

@@ -1,0 +1,172 @@
+"""Encoding on several processes, and the check of latents before training."""
+
+import multiprocessing
+import os
+import shutil
+import socket
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from scd.cli import main
+from scd.data.clips import clip_folder
+from scd.data.encode import check_training_latents, encode_dataset, encoding_name
+from scd.data.latents import read_latents, write_latents
+from scd.data.lists import read_list, write_list
+from scd.errors import ScdError
+from scd.models.autoencoder import load_codec
+from scd.options import Options, load_options
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "options/scd_doom_tiny.yml"
+
+
+@pytest.fixture
+def root(doom_root: Path, tmp_path: Path) -> Path:
+    shutil.copytree(doom_root, tmp_path / "doom")
+    return tmp_path / "doom"
+
+
+@pytest.fixture
+def overrides(root: Path, tiny_autoencoder_path: str) -> list[str]:
+    return [
+        f"data.root={root}",
+        f"autoencoder.path={tiny_autoencoder_path}",
+        "train.mixed_precision=no",
+    ]
+
+
+@pytest.fixture
+def options(overrides: list[str]) -> Options:
+    return load_options(TINY, overrides)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def encode_twice(
+    rank: int, port: int, folder: Path, whole: Path, broken: Path, arguments: list[str]
+) -> None:
+    """One of two processes. The first time a video is broken, the second time it is mended."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    torch.set_num_threads(1)
+    PartialState._reset_state()
+    with open(folder / f"{rank}.txt", "w") as file, redirect_stdout(file), redirect_stderr(file):
+        first = main(arguments)
+        PartialState().wait_for_everyone()
+        if rank == 0:
+            shutil.copy(whole, broken)
+        PartialState().wait_for_everyone()
+        print(f"first {first}, second {main(arguments)}")
+
+
+def test_two_processes_share_the_work_and_tell_of_failures(
+    root: Path, options: Options, overrides: list[str], tmp_path: Path
+) -> None:
+    broken, whole = root / "train/00001.mp4", tmp_path / "whole.mp4"
+    shutil.copy(broken, whole)
+    broken.write_bytes(whole.read_bytes()[:1000])
+    listed = (root / "train.json").read_bytes()
+    port, arguments = free_port(), ["encode", "--opt", str(TINY), *overrides]
+    # Forked, as data loading workers are: interpreters of their own would take ten times longer.
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=encode_twice, args=(rank, port, tmp_path, whole, broken, arguments))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(120)
+    finally:
+        for process in processes:
+            process.kill()
+    told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    for text in told:
+        assert "first 1, second 0" in text, text
+    # Process 1 has the broken video, the second of three; process 0 hears of it.
+    assert f"error: {broken}: not a readable video" in told[1]
+    assert "unchanged, another process failed" in told[0]
+    assert "clip/s" in told[0] and "clip/s" not in told[1]  # one progress bar
+    entries = read_list(root / "train.json")
+    assert [e.video_path for e in entries] == [f"train/0000{n}.mp4" for n in range(3)]
+    together = [read_latents(root / str(entry.latent_path)) for entry in entries]
+    (root / "train.json").write_bytes(listed)
+    shutil.rmtree(root / "latents")
+    encode_dataset(options)
+    for entry, latents in zip(entries, together, strict=True):
+        alone = read_latents(root / str(entry.latent_path))
+        torch.testing.assert_close(alone, latents, atol=1e-4, rtol=1e-4)
+    assert read_list(root / "train.json") == entries
+
+
+def test_a_video_that_is_listed_twice_is_encoded_once(root: Path, options: Options) -> None:
+    first = read_list(root / "train.json")[0]
+    write_list(root / "train.json", [first, replace(first, label=1)])
+    encode_dataset(options)
+    one, other = read_list(root / "train.json")
+    assert one.latent_path == other.latent_path and other.label == 1
+
+
+def test_latents_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    latents = torch.zeros(2, 1, 1, 1)
+    latents[1] = float("nan")
+    with pytest.raises(ScdError, match=r"l\.safetensors: .* not finite; not written"):
+        write_latents(tmp_path / "l.safetensors", latents, "hash")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_entry_is_checked_before_training(root: Path, options: Options) -> None:
+    encode_dataset(options)
+    codec = load_codec(options.autoencoder.path)
+    folder = clip_folder(options, "train.json", "latents")
+    check_training_latents(folder, codec, options)
+    last = root / str(folder.entries[-1].latent_path)
+    whole, latents = last.read_bytes(), read_latents(last)
+
+    def complaint() -> str:
+        with pytest.raises(ScdError) as caught:
+            check_training_latents(folder, codec, options)
+        assert str(last) in str(caught.value)
+        return str(caught.value)
+
+    write_latents(last, latents, "another")
+    assert "made by another autoencoder" in complaint()
+    for wrong in (latents[:, :4], latents[..., :4]):
+        write_latents(last, wrong, encoding_name(options))
+        assert "but the autoencoder and data.frame_size make 8x8x8" in complaint()
+    last.write_bytes(whole[:-8])
+    assert "missing or damaged" in complaint()
+    last.unlink()
+    assert "missing or damaged" in complaint()
+    last.write_bytes(whole)
+    check_training_latents(folder, codec, options)
+    options.data.frame_size = 128
+    with pytest.raises(ScdError, match=r"latents of 8x8x8, but .* make 8x16x16"):
+        check_training_latents(folder, codec, options)
+    options.data.frame_size, options.data.resize_shorter = 64, 64
+    with pytest.raises(ScdError, match=r"another data\.resize_shorter"):
+        check_training_latents(folder, codec, options)
+
+
+def test_published_latents_say_nothing_of_their_origin(root: Path, options: Options) -> None:
+    entries = read_list(root / "train.json")
+    for number, side in enumerate((8, 8, 4)):
+        torch.save(torch.zeros(40, 8, side, side), root / f"{number}.pt")
+        entries[number] = replace(entries[number], latent_path=f"{number}.pt")
+    write_list(root / "train.json", entries)
+    codec = load_codec(options.autoencoder.path)
+    check_training_latents(clip_folder(options, "train.json", "latents"), codec, options)
+    write_list(root / "train.json", entries[::-1])
+    with pytest.raises(ScdError, match=r"2\.pt: latents of 8x4x4"):
+        check_training_latents(clip_folder(options, "train.json", "latents"), codec, options)
