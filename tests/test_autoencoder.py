@@ -35,6 +35,8 @@ from scd.training.trainer import averaged_tensors
 from tests.test_model import make_model
 from tests.test_training import ROOT, assert_same_state, train
 
+WORLD_MODEL = ["task=world_model", "model.encoder_layers=1", "model.decoder_layers=1"]
+
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
@@ -276,7 +278,7 @@ def test_a_variational_autoencoders_decoder_trains(options, kl_path):
         (["train.compile=true"], "train.compile with adversary.weight"),
         (["adversary.channels=12"], "adversary.channels=12 must divide by 8"),
         (["adversary.layers=5"], "too many for frames of 64 pixels"),
-        (["task=world_model"], "adversary.weight: only task autoencoder has one"),
+        (WORLD_MODEL, "adversary.weight: only task autoencoder has one"),
         (["autoencoder.decoder_norm=batchnorm"], "did you mean 'batch_norm'?"),
     ],
 )
