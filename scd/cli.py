@@ -18,9 +18,14 @@ def train(arguments: argparse.Namespace) -> None:
     from scd.options import load_options
 
     options = load_options(arguments.opt, arguments.overrides)  # before torch, which takes seconds
-    from scd.training.run import run_experiment
+    if arguments.dry_run:
+        from scd.training.dry_run import dry_run
 
-    run_experiment(options)
+        dry_run(options)
+    else:
+        from scd.training.run import run_experiment
+
+        run_experiment(options)
 
 
 def make_lists(arguments: argparse.Namespace) -> None:
@@ -100,6 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("train", help="train what an options file describes, or go on with it")
     p.add_argument("--opt", required=True, help="options file (YAML)")
+    p.add_argument(
+        "--dry-run", action="store_true", help="build and run it once, on noise; no data"
+    )
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=train)
 

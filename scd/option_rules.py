@@ -49,7 +49,6 @@ POSITIVE = [
     "train.save_every",
     "train.keep_checkpoints",
     "rollout.steps",
-    "eval.context_frames",
     "eval.new_frames",
     "eval.videos",
     "eval.trajectories",
@@ -68,6 +67,7 @@ NOT_NEGATIVE = [
     "train.sample_every",
     "rollout.guidance_scale",
     "rollout.guidance_noise",
+    "eval.context_frames",
     "eval.saved_videos",
     "autoencoder.lpips_weight",
     "adversary.weight",
@@ -202,6 +202,10 @@ def check(options: "Options", source: str) -> None:
         "rollout.guidance=context contradicts model.type=causal_dit, which has no separate context",
     )
     require(options.adversary.weight == 0, "adversary.weight: only task autoencoder has one")
+    require(
+        evaluation.context_frames > 0 or model.first_frame,
+        "eval.context_frames=0 needs model.first_frame=true: frame 0 must have been learned",
+    )
     require(data.frames >= 2, "data.frames: a world model needs at least 2 frames a clip")
     require(
         (model.condition == "none") == (model.num_conditions == 0),

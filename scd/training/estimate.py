@@ -45,18 +45,18 @@ def estimate_step(options: Options, codec: Codec) -> StepEstimate:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    inputs = _inputs(model, options, codec)
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with FlopCounterMode(display=False) as counter:
         with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**inputs).square().mean()
+            loss = model(**_inputs(model, options, codec)).square().mean()
         loss.backward()
-    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    clips, frames = inputs["latents"].shape[:2]
+    sizes = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
+    }
     total = sum(p.numel() for p in model.parameters())
+    side = options.data.frame_size // codec.downsampling
     return StepEstimate(
         parameters={name: size for name, size in sizes.items() if size},
-        tokens=clips * frames * model.tokens_per_frame(*inputs["latents"].shape[-2:]),
+        tokens=options.train.batch_size * options.data.frames * model.tokens_per_frame(side, side),
         flops=counter.get_total_flops(),
         state_bytes=total * 4 * 5,
         activation_bytes=sum(kept.values()),
@@ -77,23 +77,21 @@ def counterpart(options: Options) -> Options:
     return replace(options, model=other)
 
 
-def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Tensor]:
+def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Tensor | None]:
     b, f, k = options.train.batch_size, options.data.frames, options.flow.noise_draws
     size = options.data.frame_size // codec.downsampling
     predicted = f - model.first_predicted
-    meta = {"device": "meta"}
-    latents = torch.empty(b, f, codec.channels, size, size, **meta)
-    inputs = {
-        "latents": latents,
-        "noisy": torch.empty(b, k, predicted, *latents.shape[2:], **meta),
-        "timesteps": torch.empty(b, k, predicted, **meta),
-        "conditions": None,
-    }
-    if options.model.condition != "none":
-        inputs["conditions"] = torch.empty(b, f, dtype=torch.long, **meta)
-    if model.has_context:
+    with torch.device("meta"):
+        latents = torch.empty(b, f, codec.channels, size, size)
+        noisy = torch.empty(b, k, predicted, codec.channels, size, size)
+        timesteps = torch.empty(b, k, predicted)
+        conditions = torch.empty(b, f, dtype=torch.long)
         tokens = model.tokens_per_frame(size, size)
-        inputs["perturbation"] = torch.empty(
-            b, predicted, tokens, model.width, dtype=model.dtype, **meta
-        )
-    return inputs
+        perturbation = torch.empty(b, predicted, tokens, model.width, dtype=model.dtype)
+    return {
+        "latents": latents,
+        "noisy": noisy,
+        "timesteps": timesteps,
+        "conditions": conditions if options.model.condition != "none" else None,
+        "perturbation": perturbation if model.has_context else None,
+    }

@@ -1,0 +1,123 @@
+"""Try an experiment before its data are there: everything is built and run once, on noise.
+
+The sizes are the true ones. What a step takes is worked out first, so that a machine too small
+for the step still tells.
+"""
+
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scd.data.encode import encoding_name, latent_shape
+from scd.data.latents import write_latents
+from scd.data.lists import ClipEntry, write_list
+from scd.errors import ScdError
+from scd.evaluation.fvd import SHORTEST
+from scd.files import write_whole
+from scd.models.autoencoder import build_autoencoder, load_codec
+from scd.options import AutoencoderOptions, Options, load_options
+from scd.training.estimate import counterpart, estimate_step
+from scd.training.run import run_experiment
+
+CLIPS = 2  # of noise, in each list
+
+
+def dry_run(options: Options) -> None:
+    """Print what a step takes; then run one, a short rollout and an evaluation of two videos.
+
+    Raises:
+        ScdError: whatever a real run would raise for these options, but for missing data; or the
+            autoencoder is not there and no options file in `options/` describes it.
+    """
+    with tempfile.TemporaryDirectory(prefix="scd-dry-run-") as folder:
+        options = _on_noise(options, Path(folder))
+        if options.task == "world_model":
+            print(describe(options))
+        run_experiment(options)
+    print(f"{options.name}: a step, a rollout and an evaluation on noise went through")
+
+
+def describe(options: Options) -> str:
+    """Sizes and costs of a training step of a process, beside those of the other kind of model."""
+    codec = load_codec(options.autoencoder.path)
+    lines = []
+    for kind in (options, counterpart(options)):
+        m, found = kind.model, estimate_step(kind, codec)
+        layers = f"{m.encoder_layers} + {m.decoder_layers}" if m.type == "scd" else f"{m.layers}"
+        parts = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in found.parameters.items())
+        lines += [
+            f"{m.type}, {64 * m.heads} wide, {layers} layers"
+            + ("" if kind is options else " (for comparison)"),
+            f"  parameters   {found.total_parameters / 1e6:.1f} M ({parts})",
+            f"  a step       {found.tokens} tokens of clips, {found.flops / 1e12:.3g} TFLOP",
+            f"  memory       {_gib(found.state_bytes)} weights, gradients, Adam and EMA; about "
+            f"{_gib(found.activation_bytes)} kept for the backward pass",
+        ]
+    return "\n".join(lines)
+
+
+def _on_noise(options: Options, folder: Path) -> Options:
+    """The same experiment for one step, with clips of noise, all below `folder`."""
+    data, evaluation = options.data, options.eval
+    if options.task == "world_model" or options.adversary.weight:
+        path = options.autoencoder.path
+        if path is not None and not (Path(path) / "config.json").is_file():
+            path = str(folder / "autoencoder")
+            architecture = _architecture(str(options.autoencoder.path))
+            build_autoencoder(architecture).half().save_pretrained(path)
+        options = replace(options, autoencoder=replace(options.autoencoder, path=path))
+    new_frames = max(2, SHORTEST - evaluation.context_frames)
+    options = replace(
+        options,
+        output_root=str(folder / "experiments"),
+        data=replace(data, root=str(folder / "data"), train_list="train.json", val_list="val.json"),
+        train=replace(options.train, steps=1, sample_every=1, workers=0, trackers=[]),
+        rollout=replace(options.rollout, steps=2),
+        eval=replace(evaluation, videos=2, new_frames=new_frames, batch_size=2),
+    )
+    _write_clips(options, evaluation.context_frames + new_frames)
+    return options
+
+
+def _write_clips(options: Options, evaluation_frames: int) -> None:
+    data, model = options.data, options.model
+    root = Path(data.root)
+    rng = np.random.default_rng(options.seed)
+    height = data.resize_shorter or data.frame_size
+    width = height * 4 // 3 if data.resize_shorter else height
+    needed = (max(data.frames, evaluation_frames) - 1) * data.frame_stride + 1
+    entries = []
+    for clip in range(CLIPS):
+        video = rng.integers(256, size=(needed, height, width, 3), dtype=np.uint8)
+        actions = rng.integers(max(model.num_conditions, 1), size=needed)
+        path = root / f"{clip}.npz"
+        write_whole(path, partial(np.savez, video=video, actions=actions))
+        entries.append(ClipEntry(video_path=path.name, label=clip % max(model.num_conditions, 1)))
+    write_list(root / data.val_list, entries)
+    if data.source == "latents":
+        shape = latent_shape(load_codec(options.autoencoder.path), options)
+        for clip, entry in enumerate(entries):
+            latents = torch.from_numpy(rng.normal(size=(needed, *shape)).astype(np.float32))
+            write_latents(root / f"{clip}.safetensors", latents, encoding_name(options))
+            entries[clip] = replace(entry, latent_path=f"{clip}.safetensors")
+    write_list(root / data.train_list, entries)
+
+
+def _architecture(path: str) -> AutoencoderOptions:
+    """The autoencoder that is to come to `path`: a folder of it has the options file's name."""
+    for part in reversed(Path(path).parts):
+        file = Path("options") / f"{part}.yml"
+        if file.is_file():
+            return load_options(file).autoencoder
+    raise ScdError(
+        f"{path}: no autoencoder there, and no folder of this path is the name of a file in "
+        f"options/ that describes it"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,121 @@
+"""Every options file is built and run once, at reduced width, and the step estimate is right."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.utils.flop_counter import FlopCounterMode
+
+from scd.errors import ScdError
+from scd.evaluation import measures
+from scd.evaluation.weights import MetricUnavailable
+from scd.models.autoencoder import PixelCodec
+from scd.options import AutoencoderOptions, load_options
+from scd.training import dry_run
+from scd.training.estimate import counterpart, estimate_step
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "options").glob("*.yml"))
+SMALL = {
+    "world_model": ["model.heads=1", "data.frames=3", "eval.context_frames=3"],
+    "autoencoder": ["autoencoder.lpips_weight=0", "data.frames=1"],
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def narrow(a: AutoencoderOptions) -> list[str]:
+    """Overrides that keep the stages but not their sizes."""
+    stages = len(a.encoder_channels)
+    widths, layers = str([32] * stages), str([0] + [1] * (stages - 1))
+    sides = ("encoder", "decoder")
+    return [
+        *(f"autoencoder.{side}_channels={widths}" for side in sides),
+        *(f"autoencoder.{side}_layers={layers}" for side in sides),
+    ]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_every_options_file_runs_dry(file, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    plain = dry_run._architecture
+
+    def narrow_architecture(path: str) -> AutoencoderOptions:
+        described = plain(path)  # the file that describes it must be there
+        stages = len(described.encoder_channels)
+        sides = {}
+        for side in ("encoder", "decoder"):
+            sides[f"{side}_block_types"] = ["ResBlock"] * stages
+            sides[f"{side}_channels"] = [32] * stages
+            sides[f"{side}_layers"] = [0] + [1] * (stages - 1)
+        return replace(described, **sides)
+
+    def too_slow_here():
+        raise MetricUnavailable("left out of this test")
+
+    monkeypatch.setattr(dry_run, "_architecture", narrow_architecture)
+    monkeypatch.setattr(measures, "load_i3d_weights", too_slow_here)
+    options = load_options(file)
+    overrides = list(SMALL[options.task])
+    if options.task == "world_model":
+        layers = ["layers"] if options.model.type == "causal_dit" else ["encoder_", "decoder_"]
+        overrides += [f"model.{side.removesuffix('layers')}layers=1" for side in layers]
+        overrides += ["eval.context_frames=0"] if not options.eval.context_frames else []
+    elif options.adversary.weight:
+        overrides += ["adversary.channels=8"]
+    else:
+        overrides += narrow(options.autoencoder)
+    overrides += ["train.batch_size=1", "train.compile=false", f"data.root={file.stem}-is-nowhere"]
+    dry_run.dry_run(load_options(file, overrides))
+    out = capsys.readouterr().out
+    assert f"{options.name}: a step, a rollout and an evaluation on noise went through" in out
+    assert ("(for comparison)" in out) == (options.task == "world_model")
+
+
+def test_an_autoencoder_that_nothing_describes():
+    options = load_options(
+        ROOT / "options/scd_doom_tiny.yml", ["autoencoder.path=somewhere/unknown"]
+    )
+    with pytest.raises(ScdError, match="somewhere/unknown: no autoencoder there, and no folder"):
+        dry_run.dry_run(options)
+
+
+@pytest.mark.parametrize("name", ["scd_doom_tiny", "causal_dit_doom_tiny"])
+def test_estimate_is_what_a_real_step_takes(name):
+    """The count on tensors without memory against the count on a real step, to the operation."""
+    options = load_options(
+        ROOT / f"options/{name}.yml",
+        ["data.source=video", "autoencoder.path=null", "model.patch_size=16", "data.frames=5"],
+    )
+    found = estimate_step(options, PixelCodec())
+    assert found.tokens == 2 * 5 * 16
+    from scd.flow.objective import FlowObjective
+    from scd.models.build import build_world_model
+
+    model = build_world_model(options, PixelCodec())
+    assert found.total_parameters == sum(p.numel() for p in model.parameters())
+    assert found.state_bytes == 20 * found.total_parameters
+    batch = {
+        "sample": torch.arange(2),
+        "video": torch.rand(2, 5, 3, 64, 64),
+        "actions": torch.zeros(2, 5, dtype=torch.long),
+    }
+    with FlopCounterMode(display=False) as counter:
+        FlowObjective(model, PixelCodec(), options.flow, 0)(batch)["loss"].backward()
+    assert abs(found.flops / counter.get_total_flops() - 1) < 0.01
+
+
+def test_counterparts_have_as_many_layers():
+    for name in ("scd_minecraft", "causal_dit_minecraft"):
+        options = load_options(ROOT / f"options/{name}.yml")
+        other = counterpart(options).model
+        layers = {m.encoder_layers + m.decoder_layers + m.layers for m in (options.model, other)}
+        assert layers == {12} and other.type != options.model.type
+        assert counterpart(counterpart(options)).model == options.model
