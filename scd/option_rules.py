@@ -45,7 +45,6 @@ POSITIVE = [
     "train.save_every",
     "train.keep_checkpoints",
     "rollout.steps",
-    "eval.context_frames",
     "eval.new_frames",
     "eval.videos",
     "eval.trajectories",
@@ -53,6 +52,7 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     "seed",
+    "eval.context_frames",
     "model.num_conditions",
     "flow.context_noise",
     "optim.weight_decay",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scd.data.clips import ClipFolder
 from scd.evaluation.frame_metrics import load_lpips
 from scd.evaluation.measures import Measures
+from scd.evaluation.processes import processes
 from scd.files import write_whole
 from scd.models.autoencoder import LatentCodec, build_autoencoder
 from scd.options import Options
@@ -68,6 +69,8 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def validate(self, folder: Path) -> dict[str, float]:
+        if not processes().is_main_process:
+            return {}
         real = self._validation_frames()
         codec = LatentCodec(self.network)
         out = codec.decode(codec.encode(real))
