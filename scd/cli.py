@@ -67,7 +67,14 @@ def encode(arguments: argparse.Namespace) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     from scd.evaluation.run import evaluate_checkpoint
 
-    evaluate_checkpoint(Path(arguments.checkpoint), arguments.opt, arguments.overrides)
+    a = arguments
+    evaluate_checkpoint(Path(a.checkpoint), a.opt, a.overrides, a.sweep, a.track)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    from scd.evaluation.run import measure_folder
+
+    measure_folder(Path(arguments.folder))
 
 
 def fetch_weights(arguments: argparse.Namespace) -> None:
@@ -142,8 +149,19 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("evaluate", help="measure a checkpoint: FVD, PSNR, SSIM, LPIPS")
     p.add_argument("checkpoint", help="ema.safetensors of this project, or the reference's ema.pth")
     p.add_argument("--opt", help="options file instead of the options in the checkpoint")
+    p.add_argument(
+        "--sweep",
+        action="append",
+        metavar="key=value,value",
+        help="evaluate with each of these values; several --sweep: every combination",
+    )
+    p.add_argument("--track", action="store_true", help="log the table to train.trackers as well")
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=evaluate)
+
+    p = commands.add_parser("measure", help="recompute the metrics of saved samples, without model")
+    p.add_argument("folder", help="such as experiments/<name>/evaluation/step-00000400-1f2e3d4c")
+    p.set_defaults(run=measure)
     return parser
 
 

@@ -1,37 +1,55 @@
 """The evaluation protocol, on recorded Doom and an untrained model."""
 
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import save_file
 
+from scd.cli import main
 from scd.data.clips import clip_folder
 from scd.data.video import VideoFile
 from scd.errors import ScdError
-from scd.evaluation import protocol, weights
+from scd.evaluation import generate, protocol, weights
 from scd.evaluation.frame_metrics import psnr
 from scd.evaluation.protocol import (
     MODEL,
     OTHER,
     REPEAT,
-    Row,
-    evaluate,
     read_evaluation_batch,
     swap_new_actions,
-    table,
 )
+from scd.evaluation.run import evaluate, evaluate_checkpoint, measure_folder
+from scd.evaluation.samples import SampleFolder
+from scd.evaluation.sweep import sweep_combinations
+from scd.evaluation.table import row, table
 from scd.models.autoencoder import PixelCodec
 from scd.models.build import build_world_model
-from scd.options import load_options
+from scd.options import load_options, options_to_dict
 
 ROOT = Path(__file__).parent.parent
 SWAPPED = "turn left and turn right swapped"
+FEW = ["eval.videos=1", "eval.trajectories=1", "eval.seeds=[0]", "eval.swapped_actions=[]"]
+CPU = torch.device("cpu")
+UNSAVED = {"path": None, "sha256": None, "step": None}
 
 
-@pytest.fixture(scope="module")
-def options(doom_root, tmp_path_factory):
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def make_options(doom_root, output_root):
     return load_options(
         ROOT / "options/scd_doom_tiny.yml",
         [
@@ -40,25 +58,57 @@ def options(doom_root, tmp_path_factory):
             "autoencoder.path=null",
             "model.patch_size=16",
             "model.heads=1",
+            "model.encoder_layers=1",
+            "model.decoder_layers=1",
             "rollout.steps=2",
-            "eval.context_frames=4",
-            "eval.new_frames=6",
+            "eval.context_frames=3",
+            "eval.new_frames=4",
             "eval.videos=3",
             "eval.batch_size=2",
             "eval.trajectories=2",
             "eval.seeds=[0,5]",
-            f"output_root={tmp_path_factory.mktemp('out')}",
+            "eval.saved_videos=1",
+            f"output_root={output_root}",
         ],
     )
 
 
-@pytest.fixture(scope="module")
-def model(options):
+def make_model(options):
     torch.manual_seed(0)
     model = build_world_model(options, PixelCodec())
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.05)
     return model.eval()
+
+
+@pytest.fixture
+def options(doom_root, tmp_path):
+    return make_options(doom_root, tmp_path)
+
+
+@pytest.fixture
+def model(options):
+    return make_model(options)
+
+
+@pytest.fixture(scope="module")
+def whole(doom_root, tmp_path_factory):
+    """An evaluation that was never interrupted, without the metrics' weights: folder, result."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = make_options(doom_root, folder)
+    data = clip_folder(options, options.data.val_list, "video")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCD_CACHE", str(folder / "empty"))
+        found = evaluate(make_model(options), PixelCodec(), data, options, folder, UNSAVED)
+    return folder, found
+
+
+@pytest.fixture
+def checkpoint(options, model, tmp_path):
+    path = tmp_path / "ema.safetensors"
+    metadata = {"options": json.dumps(options_to_dict(options)), "step": "7"}
+    save_file(model.state_dict(), path, metadata)
+    return path
 
 
 @pytest.fixture
@@ -71,45 +121,56 @@ def no_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("SCD_CACHE", str(tmp_path / "empty"))
 
 
-def test_rows_files_and_missing_metrics(options, model, data, no_weights, tmp_path):
-    found = evaluate(model, PixelCodec(), data, options, tmp_path)
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder but the report, which names versions and the commit."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "metrics.json"
+    }
+
+
+def only_evaluation(output: Path) -> Path:
+    (folder,) = (output / "evaluation").iterdir()
+    return folder
+
+
+def rows_of(file: Path) -> dict:
+    return json.loads(file.read_text())["rows"]
+
+
+# --- The protocol
+
+
+def test_rows_and_missing_metrics(whole):
+    _, found = whole
     assert list(found.rows) == [MODEL, SWAPPED, REPEAT, OTHER]
     assert set(found.missing) == {"lpips", "fvd"}
-    assert "scd fetch-weights" in found.missing["fvd"]
+    assert "scd fetch-weights" in found.missing["lpips"]
+    assert "9 frames" in found.missing["fvd"]
     assert all("lpips" not in row and "fvd" not in row for row in found.rows.values())
     assert found.protocol["videos"] == 3
     assert found.protocol["seeds"] == [0, 5]
-    assert len(found.rows[MODEL]["psnr_by_frame"]) == 6
-    names = {path.name for path in tmp_path.glob("*")}
-    assert {"00000.mp4", "00001.mp4", "00002.mp4", "grid.png"} <= names
+    assert len(found.rows[MODEL]["psnr_by_frame"]) == 4
     json.dumps(found.as_dict())
-    text = table(found)
+    text = table(found).markdown()
     assert "fvd is missing" in text
     assert text.count("\n| ") == 5  # ruler and four rows below the head
-    # What is written is what was measured: generated left, real right.
-    video = VideoFile(tmp_path / "00000.mp4")
-    assert len(video) == 10
-    frame = video.frames(np.array([9]))[0].astype(float)
-    real = read_evaluation_batch(data, [0], options, torch.device("cpu"))["video"][0, 9]
-    right = frame[2::4, -256:][:, 2::4] / 255
-    assert np.abs(right - real.permute(1, 2, 0).numpy()).mean() < 0.03
 
 
-def test_batch_size_does_not_matter(options, model, data, no_weights, tmp_path, monkeypatch):
-    results = []
-    for size in (1, 3):
-        monkeypatch.setattr(options.eval, "batch_size", size)
-        results.append(evaluate(model, PixelCodec(), data, options, tmp_path).rows)
-    for name in results[0]:
-        for metric, value in results[0][name].items():
-            assert np.allclose(value, results[1][name][metric], rtol=1e-3), (name, metric)
+def test_batch_size_hardly_matters(whole, options, model, data, no_weights, tmp_path):
+    """Rounded to 8 bits, a pixel here and there differs by 1/255."""
+    options.eval.batch_size = 3
+    found = evaluate(model, PixelCodec(), data, options, tmp_path, UNSAVED)
+    for name, values in whole[1].rows.items():
+        for metric, value in values.items():
+            assert np.allclose(value, found.rows[name][metric], rtol=1e-3), (name, metric)
 
 
-def test_repeat_row_is_the_last_context_frame(options, model, data, no_weights, tmp_path):
-    found = evaluate(model, PixelCodec(), data, options, tmp_path)
-    clips = read_evaluation_batch(data, [0, 1, 2], options, torch.device("cpu"))["video"]
-    expected = psnr(clips[:, 3:4].expand(-1, 6, -1, -1, -1), clips[:, 4:]).mean()
-    assert found.rows[REPEAT]["psnr"] == pytest.approx(float(expected), rel=1e-5)
+def test_repeat_row_is_the_last_context_frame(whole, options, data):
+    clips = read_evaluation_batch(data, [0, 1, 2], options, CPU)["video"]
+    expected = psnr(clips[:, 2:3].expand(-1, 4, -1, -1, -1), clips[:, 3:]).mean()
+    assert whole[1].rows[REPEAT]["psnr"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_swap_changes_only_the_frames_to_come(options):
@@ -120,40 +181,306 @@ def test_swap_changes_only_the_frames_to_come(options):
 
 def test_best_of_trajectories():
     """Mean over frames, best of a video's trajectories, mean over videos."""
-    row = Row(2)
     first = torch.tensor([[1.0, 3.0], [10.0, 10.0]])  # two videos, two frames
     second = torch.tensor([[4.0, 4.0], [0.0, 0.0]])
-    row.add(0, {"psnr": first, "lpips": first}, None)
-    row.add(1, {"psnr": second, "lpips": second}, None)
-    result = row.result(None)
+    result = row([{"psnr": x, "lpips": x} for x in (first, second)], None)
     assert result["psnr"] == pytest.approx((4 + 10) / 2)
     assert result["lpips"] == pytest.approx((2 + 0) / 2)
 
 
+@pytest.mark.parametrize(("metric", "worse"), [("psnr", -1.0), ("ssim", -1.0), ("lpips", 1.0)])
+def test_a_worse_trajectory_changes_nothing(metric, worse):
+    values = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    alone = row([{metric: values}], None)
+    both = row([{metric: values}, {metric: values + worse}], None)
+    assert both[metric] == alone[metric] and both[f"{metric}_first_4"] == alone[f"{metric}_first_4"]
+    better = row([{metric: values}, {metric: values - worse}], None)
+    assert better[metric] != alone[metric]
+
+
 def test_other_clips_are_other_clips(options, data):
-    device = torch.device("cpu")
-    ours = read_evaluation_batch(data, [0, 1], options, device)
-    again = read_evaluation_batch(data, [1, 0], options, device)
-    others = read_evaluation_batch(data, [2, 3], options, device)
+    ours = read_evaluation_batch(data, [0, 1], options, CPU)
+    again = read_evaluation_batch(data, [1, 0], options, CPU)
+    others = read_evaluation_batch(data, [2, 3], options, CPU)
     assert torch.equal(ours["video"], again["video"].flip(0))
     assert not torch.equal(ours["video"], others["video"])
 
 
-def test_too_few_clips_are_refused(options, data, monkeypatch):
-    monkeypatch.setattr(options.eval, "new_frames", 36)  # with 4 given, all 40: one clip a file
+def test_too_few_clips_are_refused_before_anything_is_made(options, model, data, tmp_path):
+    options.eval.new_frames = 37  # with 3 given, all 40: one clip a file
     with pytest.raises(ScdError, match="too few"):
-        read_evaluation_batch(data, [len(data)], options, torch.device("cpu"))
+        evaluate(model, PixelCodec(), data, options, tmp_path, UNSAVED)
+    assert not list(tmp_path.rglob("*.mp4"))
 
 
-def test_all_metrics_with_real_weights(options, model, data, tmp_path):
+def test_a_prediction_that_is_not_finite_is_told(
+    options, model, data, no_weights, tmp_path, monkeypatch
+):
+    plain = generate.predict_frames
+
+    def broken(*arguments):
+        predicted = plain(*arguments)
+        numbers = arguments[4]
+        if 1 in numbers:
+            predicted[numbers.index(1), -1, 0, 0, 0] = math.nan
+        return predicted
+
+    monkeypatch.setattr(generate, "predict_frames", broken)
+    with pytest.raises(ScdError, match="model-seed-0: the prediction of video 1 is not finite"):
+        evaluate(model, PixelCodec(), data, options, tmp_path, UNSAVED)
+    assert [path.name for path in (tmp_path / "model-seed-0").iterdir()] == ["00000.mp4"]
+
+
+def test_videos_from_nothing(options, model, data, no_weights, tmp_path, monkeypatch):
+    """Without context there is nothing to repeat, and no real frame to compare with."""
+    seen = []
+
+    def fake(model, context, *, num_frames, **_):
+        seen.append(tuple(context.shape))
+        return torch.zeros(len(context), num_frames, *context.shape[2:])
+
+    monkeypatch.setattr(protocol, "generate", fake)
+    options.eval.context_frames = 0
+    found = evaluate(model, PixelCodec(), data, options, tmp_path, UNSAVED)
+    assert set(seen) == {(2, 0, 3, 64, 64), (1, 0, 3, 64, 64)}
+    assert list(found.rows) == [MODEL, SWAPPED, OTHER]
+    assert all(values == {} for values in found.rows.values())
+    assert set(found.missing) == {"psnr", "ssim", "lpips", "fvd"}
+
+
+# --- Saved samples
+
+
+def test_samples_are_the_pixels_to_the_bit(whole, options, model, data):
+    samples = SampleFolder(whole[0])
+    clips = read_evaluation_batch(data, [0, 1, 2, 3, 4, 5], options, CPU)
+    for number in range(3):
+        assert torch.equal(samples.read_clip("real", number), clips["video"][number])
+        assert torch.equal(samples.read_clip("other", number), clips["video"][3 + number])
+    numbers = [0, 1]  # the first batch
+    batch = {key: value[:2] for key, value in clips.items()}
+    predicted = protocol.predict_frames(model, PixelCodec(), options, batch, numbers, 5)
+    clips = torch.cat([batch["video"][:, :3], predicted], dim=1)
+    for number in numbers:
+        assert torch.equal(samples.read_clip("model-seed-5", number), clips[number])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 47), (128, 128)])
+def test_any_pixels_survive_saving(size, tmp_path):
+    noise = torch.randint(0, 256, (5, 3, *size), generator=torch.Generator().manual_seed(0))
+    identity, protocol_ = {"format": 1}, {"videos": 1, "context_frames": 2, "new_frames": 3}
+    SampleFolder.describe(tmp_path, identity, {}, protocol_, UNSAVED)
+    samples = SampleFolder(tmp_path)
+    samples.write_clip("real", 0, noise / 255)
+    assert torch.equal(samples.read_clip("real", 0), noise / 255)
+
+
+@pytest.mark.parametrize(
+    ("stage", "done", "clips", "measured"),
+    [("write_clip", 6 + 1, 7, 0), ("write_measurement", 4, 6 + 9, 4)],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    stage, done, clips, measured, whole, options, model, data, no_weights, tmp_path, monkeypatch
+):
+    """Killed in the midst of a batch: 6 real clips and one prediction, or all and 4 metrics."""
+    plain, calls = getattr(SampleFolder, stage), []
+
+    def write_or_die(*arguments):
+        if len(calls) == done:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        plain(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SampleFolder, stage, write_or_die)
+        evaluate(model, PixelCodec(), data, options, tmp_path, UNSAVED)
+    assert len(list(tmp_path.rglob("*.mp4"))) == clips
+    assert len(list(tmp_path.rglob("*.safetensors"))) == measured
+    found = evaluate(model, PixelCodec(), data, options, tmp_path, UNSAVED)
+    assert found.rows == whole[1].rows
+    assert contents(tmp_path) == contents(whole[0])
+
+
+def test_what_an_evaluation_leaves_and_that_nothing_is_done_twice(
+    options, checkpoint, data, no_weights, capsys
+):
+    evaluate_checkpoint(checkpoint)
+    first = capsys.readouterr().out
+    names = {path.name for path in (options.output / "samples").iterdir()}
+    assert names == {"00000.mp4", "grid.png"}
+    assert "| model " in (options.output / "metrics.md").read_text()
+    report = json.loads((options.output / "metrics.json").read_text())
+    assert report["checkpoint"]["step"] == 7
+    assert set(report) > {"protocol", "rows", "missing", "weights", "environment"}
+    # What people see is what was measured: generated left, real right.
+    video = VideoFile(options.output / "samples/00000.mp4")
+    assert len(video) == 7
+    frame = video.frames(np.array([6]))[0].astype(float)
+    real = read_evaluation_batch(data, [0], options, CPU)["video"][0, 6]
+    right = frame[2::4, -256:][:, 2::4] / 255
+    assert np.abs(right - real.permute(1, 2, 0).numpy()).mean() < 0.03
+    # Again: the same table, and not a clip or a measurement is made anew.
+    folder = only_evaluation(options.output)
+    assert folder.name.startswith("step-00000007-")
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/**/0*.*")}
+    assert len(times) == 5 * 3 + 6 * 3
+    evaluate_checkpoint(checkpoint, None, ["eval.batch_size=3"])
+    assert capsys.readouterr().out == first
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_samples_of_another_checkpoint_or_option_are_never_mixed(
+    options, checkpoint, model, data, no_weights
+):
+    evaluate_checkpoint(checkpoint, None, FEW)
+    before = contents(only_evaluation(options.output))
+    folders = [only_evaluation(options.output)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    metadata = {"options": json.dumps(options_to_dict(options)), "step": "7"}
+    save_file(model.state_dict(), checkpoint, metadata)
+    for more in ([], ["rollout.steps=1"], ["data.val_list=train.json"]):
+        evaluate_checkpoint(checkpoint, None, [*FEW, *more])
+        (new,) = set((options.output / "evaluation").iterdir()) - set(folders)
+        clip = "model-seed-0/00000.mp4"
+        assert all((new / clip).read_bytes() != (old / clip).read_bytes() for old in folders)
+        folders.append(new)
+    assert contents(folders[0]) == before
+    with pytest.raises(ScdError, match="samples of another evaluation"):
+        evaluate(model, PixelCodec(), data, options, folders[0], UNSAVED)
+
+
+def test_damaged_folders_are_told(whole, no_weights, tmp_path, capsys):
+    assert main(["measure", str(tmp_path / "nothing")]) == 1
+    assert "manifest.json is missing" in capsys.readouterr().err
+    folder = Path(shutil.copytree(whole[0], tmp_path / "samples"))
+    clip = folder / "swapped/00002.mp4"
+    clip.write_bytes(clip.read_bytes()[:200])
+    capsys.readouterr()
+    assert main(["measure", str(folder)]) == 1
+    assert "swapped/00002.mp4" in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- Many evaluations, many processes
+
+
+def test_sweep(options, checkpoint, no_weights, capsys):
+    sweeps = ["--sweep", "rollout.steps=1,2", "--sweep", "eval.context_frames=1,2"]
+    assert main(["evaluate", str(checkpoint), *sweeps, *FEW]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert "rollout.steps" in lines[0] and "eval.context_frames" in lines[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[2:]]
+    assert cells == [["1", "1"], ["1", "2"], ["2", "1"], ["2", "2"]]
+    assert (options.output / "sweep.md").read_text().startswith("\n".join(lines))
+    entries = json.loads((options.output / "sweep.json").read_text())["sweep"]
+    assert [entry["protocol"]["context_frames"] for entry in entries] == [1, 2, 1, 2]
+    assert len({entry["rows"][MODEL]["psnr"] for entry in entries}) == 4
+    for entry in entries:
+        assert rows_of(Path(entry["samples"]) / "metrics.json") == entry["rows"]
+    # A mistake in the last value is told before the first evaluation.
+    assert main(["evaluate", str(checkpoint), "--sweep", "rollout.guidance=none,non"]) == 1
+    assert "did you mean 'none'" in capsys.readouterr().err
+
+
+def test_sweep_texts():
+    assert sweep_combinations([]) == [{}]
+    assert sweep_combinations(["a=1,x", "b=[0, 1],[2]"]) == [
+        {"a": "1", "b": "[0, 1]"},
+        {"a": "1", "b": "[2]"},
+        {"a": "x", "b": "[0, 1]"},
+        {"a": "x", "b": "[2]"},
+    ]
+    for wrong in (["a"], ["a="], ["=1"], ["a=[1"], ["a=1", "a=2"]):
+        with pytest.raises(ScdError, match="expected key=value"):
+            sweep_combinations(wrong)
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+from scd.cli import main
+from scd.errors import ScdError
+from scd.evaluation.processes import processes, together
+
+status = main(sys.argv[2:])
+try:
+    with together():
+        if processes().process_index == 1:
+            raise ScdError("no space left")
+except ScdError as error:
+    told = Path(sys.argv[1]) / f"told-{processes().process_index}"
+    told.write_text(f"{status} of {processes().num_processes}: {error}")
+"""
+
+
+def test_two_processes_give_the_numbers_of_one(options, checkpoint, no_weights, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(script), str(tmp_path), "evaluate", str(checkpoint)]
+    command += [f"output_root={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| model ") == 1  # one table
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        evaluate_checkpoint(checkpoint)
+    finally:
+        torch.set_num_threads(threads)
+    one, two = only_evaluation(options.output), only_evaluation(tmp_path / "two" / options.name)
+    assert one.name == two.name
+    assert contents(one) == contents(two)
+    assert rows_of(one / "metrics.json") == rows_of(two / "metrics.json")
+    # A process that fails does not leave the other waiting.
+    assert (tmp_path / "told-1").read_text() == "0 of 2: no space left"
+    assert (tmp_path / "told-0").read_text() == "0 of 2: process 1 failed: no space left"
+
+
+# --- Trackers
+
+
+def test_the_table_goes_to_the_trackers(options, checkpoint, no_weights, tmp_path, monkeypatch):
+    with pytest.raises(ScdError, match=r"train\.trackers is empty"):
+        evaluate_checkpoint(checkpoint, track=True)
+    for key in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(key, str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    both = "train.trackers=[tensorboard, wandb]"
+    evaluate_checkpoint(checkpoint, None, [*FEW, both], track=True)
+    (events,) = (options.output / "trackers").rglob("events.out.tfevents*")
+    assert b"| model " in events.read_bytes() and b"evaluation/model/psnr" in events.read_bytes()
+    assert list(tmp_path.rglob("offline-run-*"))
+
+
+# --- All metrics
+
+
+def test_all_metrics_and_their_recomputation(options, checkpoint, tmp_path, capsys):
     if not (weights.weights_path("i3d").exists() and weights.weights_path("lpips").exists()):
         pytest.skip("the metrics' weights are not in the cache: scd fetch-weights")
-    found = evaluate(model, PixelCodec(), data, options, tmp_path)
-    assert not found.missing
-    assert set(found.weights) == {"lpips", "i3d"}
-    for name in (MODEL, SWAPPED, REPEAT, OTHER):
-        assert np.isfinite(found.rows[name]["fvd"])
+    evaluate_checkpoint(checkpoint, None, [*FEW, "eval.videos=2", "eval.new_frames=6"])
+    report = json.loads((options.output / "metrics.json").read_text())
+    assert not report["missing"]
+    assert set(report["weights"]) == {"lpips", "i3d"}
+    rows = report["rows"]
+    for name in (MODEL, REPEAT, OTHER):
+        assert np.isfinite(rows[name]["fvd"])
     # An untrained model is worse than repetition, and that worse than real clips.
-    assert found.rows[MODEL]["fvd"] > found.rows[REPEAT]["fvd"]
-    assert found.rows[MODEL]["lpips"] > found.rows[REPEAT]["lpips"]
-    assert protocol.table(found).count("–") == 5  # other clips have no frame metrics
+    assert rows[MODEL]["fvd"] > rows[REPEAT]["fvd"]
+    assert rows[MODEL]["lpips"] > rows[REPEAT]["lpips"]
+    text = (options.output / "metrics.md").read_text()
+    assert text.count("–") == 5  # other clips have no frame metrics
+    assert "FVD ↓ (n=2)" in text
+    # Without the model and the data, the saved samples alone give the same numbers to the bit.
+    folder = only_evaluation(options.output).rename(tmp_path / "elsewhere")
+    checkpoint.unlink()
+    before = contents(folder)
+    for path in folder.rglob("*.safetensors"):
+        path.write_bytes(b"")
+    measure_folder(folder)
+    assert rows_of(folder / "metrics.json") == rows
+    assert contents(folder) == before

@@ -28,7 +28,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 12) -> No
     4:2:0, which every browser plays, unless a side is odd.
 
     Args:
-        crf: constant rate factor; 0 is lossless, 12 shows no blocks at 64x64.
+        crf: constant rate factor; 12 shows no blocks at 64x64. 0 keeps RGB as it is: `VideoFile`
+            reads the very same bytes back (players know this kind of H.264, browsers do not).
 
     Raises:
         ScdError: the file cannot be written, or ffmpeg fails.
@@ -38,7 +39,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 12) -> No
         raise ValueError(f"expected at least one frame of uint8, not {frames.dtype} {frames.shape}")
     full_chroma = max(height, width) < 256 or height % 2 or width % 2
     raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
-    coded = f"-c:v libx264 -pix_fmt {'yuv444p' if full_chroma else 'yuv420p'} -crf {crf} -threads 1"
+    coder = f"libx264 -pix_fmt {'yuv444p' if full_chroma else 'yuv420p'}" if crf else "libx264rgb"
+    coded = f"-c:v {coder} -crf {crf} -threads 1"
 
     def write(aside: Path) -> None:
         try:

@@ -20,7 +20,7 @@ FEATURES = 400
 SHORTEST = 9  # frames; time is halved three times and the last pooling needs two steps
 _SIDE = 224  # pixels the network sees, in height and width
 _BATCH_NORM_EPSILON = 1e-3
-_FRAMES_AT_ONCE = 64  # half a GB of activations; larger batches are no faster on CPU
+FRAMES_AT_ONCE = 64  # half a GB of activations; larger batches are no faster on CPU
 
 _MIXED_BEFORE_POOL_4 = ("3b", "3c")
 _MIXED_BEFORE_POOL_5 = ("4b", "4c", "4d", "4e", "4f")
@@ -190,7 +190,7 @@ def i3d_features(
         raise ScdError(f"batch_size: {batch_size}, wanted at least 1")
     device = videos.device if device is None else torch.device(device)
     network = load_i3d(device)
-    chunks = videos.split(batch_size or max(1, _FRAMES_AT_ONCE // frames))
+    chunks = videos.split(batch_size or max(1, FRAMES_AT_ONCE // frames))
     with measuring(device):
         return torch.cat([network(_as_input(chunk.to(device))).cpu() for chunk in chunks])
 

@@ -41,7 +41,8 @@ def write_grid(path: Path, generated: Tensor, real: Tensor, context_frames: int)
     as there are columns: the last context frame, then evenly to the end.
     """
     total = generated.shape[1]
-    times = np.unique(np.linspace(context_frames - 1, total - 1, GRID_COLUMNS).round().astype(int))
+    first = max(context_frames - 1, 0)
+    times = np.unique(np.linspace(first, total - 1, GRID_COLUMNS).round().astype(int))
     rows = []
     for clip in range(min(len(generated), GRID_ROWS)):
         for video in (generated, real):

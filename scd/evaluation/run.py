@@ -1,31 +1,163 @@
 """From a checkpoint to a metrics table, sample videos and `metrics.json`."""
 
-import time
+import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from scd.data.clips import clip_folder
-from scd.environment import environment
-from scd.evaluation.protocol import evaluate, table
-from scd.files import write_json
-from scd.models.load import load_checkpoint_for_use
+from scd.data.clips import ClipFolder, clip_folder
+from scd.errors import ScdError
+from scd.evaluation.generate import generate_samples
+from scd.evaluation.measure import measure_samples, metrics_of
+from scd.evaluation.processes import processes, together
+from scd.evaluation.protocol import MODEL, table_rows
+from scd.evaluation.report import (
+    Done,
+    report_single,
+    report_sweep,
+    scalars,
+    write_report,
+    write_samples,
+)
+from scd.evaluation.samples import SampleFolder, identity, identity_name
+from scd.evaluation.sweep import sweep_combinations
+from scd.evaluation.table import Evaluation, summarise, table
+from scd.evaluation.tracking import track_table
+from scd.models.autoencoder import Codec
+from scd.models.load import load_checkpoint_for_use, options_for_use
+from scd.models.world_model import WorldModel
+from scd.options import Options
 
 
-def evaluate_checkpoint(path: Path, options_path: str | None, overrides: list[str]) -> None:
-    """Evaluate as the options say; results go to `experiments/<name>/`."""
-    loaded = load_checkpoint_for_use(path, options_path, overrides)
-    options = loaded.options
-    data = clip_folder(options, options.data.val_list, "video")
-    started = time.perf_counter()
-    samples = options.output / "samples"
-    found = evaluate(loaded.model, loaded.codec, data, options, samples)
-    report = {
-        "checkpoint": loaded.source,
-        **found.as_dict(),
-        "environment": environment(),
-        "seconds": round(time.perf_counter() - started, 1),
+def evaluate_checkpoint(
+    path: Path,
+    options_path: str | None = None,
+    overrides: list[str] | None = None,
+    sweeps: list[str] | None = None,
+    track: bool = False,
+) -> None:
+    """Evaluate as the options say; what an earlier call has done already is not done again.
+
+    Everything lies below `experiments/<name>/`: the samples with their metrics in
+    `evaluation/<step>-<hash of all they depend on>/`, and of the last call `metrics.json`,
+    `metrics.md` and `samples/`, or `sweep.json` and `sweep.md`.
+
+    Args:
+        overrides: `key=value`.
+        sweeps: `key=value,value`: evaluate every combination, and make one table of all.
+        track: also give the table to the trackers of `train.trackers`.
+    """
+    state = processes()  # before anything is put on a device
+    overrides = overrides or []
+    combinations = sweep_combinations(sweeps or [])
+    settings = [[*overrides, *(f"{k}={v}" for k, v in varied.items())] for varied in combinations]
+    for setting in settings:  # mistakes are told now, not after the first evaluations
+        options = options_for_use(path, options_path, setting)
+        if track and not options.train.trackers:
+            raise ScdError("--track: train.trackers is empty; add train.trackers=[tensorboard]")
+    done: list[Done] = []
+    for varied, setting in zip(combinations, settings, strict=True):
+        loaded = load_checkpoint_for_use(path, options_path, setting)
+        options = loaded.options
+        data = clip_folder(options, options.data.val_list, "video")
+        folder = evaluation_folder(options, loaded.source, data)
+        found = evaluate(loaded.model, loaded.codec, data, options, folder, loaded.source)
+        if found is None:
+            continue
+        write_report(folder, found)
+        pictures = (folder if sweeps else options.output) / "samples"
+        write_samples(SampleFolder(folder), options, pictures)
+        done.append((varied, folder, found))
+    if not state.is_main_process:
+        return
+    result = report_sweep(options, done) if sweeps else report_single(options, done[0])
+    if track:
+        step = int(done[0][2].checkpoint["step"] or 0)
+        track_table(options, step, result, {} if sweeps else scalars(done[0][2]))
+
+
+def measure_folder(path: Path) -> None:
+    """Measure a folder of saved samples once more, without model and data, and print the table."""
+    found = measure(SampleFolder(path), again=True)
+    if found is not None:
+        write_report(path, found)
+        print(f"\n{table(found).markdown()}\n\nmetrics: {path / 'metrics.json'}")
+
+
+def evaluate_in_passing(
+    model: WorldModel, codec: Codec, data: ClipFolder, options: Options, pictures: Path
+) -> dict[str, float]:
+    """Evaluate weights that are no checkpoint, without comparisons; only pictures stay.
+
+    Returns:
+        Metrics of the model, on the main process; the others get none.
+    """
+    scratch = pictures / ".samples"
+    main = processes().is_main_process
+    with together():
+        if main:
+            shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left
+    unsaved = {"path": None, "sha256": None, "step": None}
+    found = evaluate(model, codec, data, options, scratch, unsaved, comparisons=False)
+    if found is None:
+        return {}
+    write_samples(SampleFolder(scratch), options, pictures)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return {name: v for name, v in found.rows[MODEL].items() if isinstance(v, float)}
+
+
+def evaluate(
+    model: WorldModel,
+    codec: Codec,
+    data: ClipFolder,
+    options: Options,
+    folder: Path,
+    checkpoint: dict[str, Any],
+    comparisons: bool = True,
+) -> Evaluation | None:
+    """Run the protocol of `options.eval`; samples and measurements stay in `folder`.
+
+    Args:
+        data: real clips, as pixels.
+        checkpoint: path, sha256 and step of the model's weights.
+        comparisons: see `table_rows`.
+
+    Returns:
+        What was found, on the main process; None on the others.
+    """
+    with together():
+        if processes().is_main_process:
+            made_of = identity(checkpoint["sha256"], options, data)
+            rows = table_rows(options, comparisons)
+            SampleFolder.describe(folder, made_of, rows, _protocol(options, made_of), checkpoint)
+    samples = SampleFolder(folder)
+    generate_samples(model, codec, data, options, samples)
+    return measure(samples)
+
+
+def measure(samples: SampleFolder, again: bool = False) -> Evaluation | None:
+    """Measure saved samples; None on all processes but the main one."""
+    measures = metrics_of(samples)
+    measure_samples(samples, measures, again)
+    return summarise(samples, measures) if processes().is_main_process else None
+
+
+def evaluation_folder(options: Options, checkpoint: dict[str, Any], data: ClipFolder) -> Path:
+    """Where the samples of just this checkpoint, protocol, rollout and data belong."""
+    step, hash_ = checkpoint["step"], identity_name(identity(checkpoint["sha256"], options, data))
+    stem = Path(checkpoint["path"]).stem if step is None else f"step-{step:08d}"
+    return options.output / "evaluation" / f"{stem}-{hash_}"
+
+
+def _protocol(options: Options, made_of: dict[str, Any]) -> dict[str, Any]:
+    """What a reader of the numbers has to know."""
+    o = options.eval
+    return {
+        "videos": o.videos,
+        **{key: getattr(o, key) for key in ("context_frames", "new_frames", "trajectories")},
+        "seeds": list(o.seeds),
+        "data": str(Path(options.data.root) / options.data.val_list),
+        "data_hash": made_of["data"],
+        "autoencoder_hash": made_of["autoencoder"],
+        **{f"rollout_{key}": value for key, value in asdict(options.rollout).items()},
     }
-    write_json(options.output / "metrics.json", report)
-    print(f"\n{table(found)}\n")
-    print(f"metrics: {options.output / 'metrics.json'}")
-    print(f"videos:  {samples}/*.mp4 (left generated, right real, given frames framed)")
-    print(f"grid:    {samples / 'grid.png'}")

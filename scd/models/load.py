@@ -10,7 +10,7 @@ from scd.files import sha256
 from scd.models.autoencoder import Codec, load_codec
 from scd.models.build import build_world_model
 from scd.models.reference import load_reference_checkpoint
-from scd.models.weights import load_matching, read_weights
+from scd.models.weights import load_matching, read_metadata, read_weights
 from scd.models.world_model import WorldModel
 from scd.options import Options, load_options, options_from_json
 
@@ -39,15 +39,8 @@ def load_checkpoint_for_use(
     Raises:
         ScdError: the file is missing, damaged, no world model, or does not fit the options.
     """
+    options = options_for_use(path, options_path, overrides)
     tensors, metadata = read_weights(path) if path.suffix == ".safetensors" else (None, {})
-    if options_path is not None:
-        options = load_options(options_path, overrides)
-    elif "options" in metadata:
-        options = options_from_json(metadata["options"], str(path), overrides)
-    else:
-        options = load_options(REFERENCE_OPTIONS, overrides)
-    if options.task != "world_model":
-        raise ScdError(f"{path}: holds an {options.task}, not a world model")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     codec = load_codec(options.autoencoder.path).to(device)
     if tensors is not None and "options" in metadata:
@@ -62,6 +55,26 @@ def load_checkpoint_for_use(
         "step": int(metadata["step"]) if "step" in metadata else None,
     }
     return LoadedModel(model.to(device).eval(), codec, options, source)
+
+
+def options_for_use(
+    path: Path, options_path: str | None = None, overrides: list[str] | None = None
+) -> Options:
+    """The options that `load_checkpoint_for_use` goes by, found without reading the weights.
+
+    Raises:
+        ScdError: the file is missing or damaged, no world model, or the options cannot work.
+    """
+    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
+    if options_path is not None:
+        options = load_options(options_path, overrides)
+    elif "options" in metadata:
+        options = options_from_json(metadata["options"], str(path), overrides)
+    else:
+        options = load_options(REFERENCE_OPTIONS, overrides)
+    if options.task != "world_model":
+        raise ScdError(f"{path}: holds an {options.task}, not a world model")
+    return options
 
 
 def _check_reference(model: WorldModel, codec: Codec, options: Options, path: Path) -> None:

@@ -16,12 +16,24 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ScdError: the file is missing or damaged.
     """
+    metadata = read_metadata(path)
+    try:
+        return load_file(path), metadata
+    except (SafetensorError, OSError) as error:
+        raise ScdError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file, without its tensors.
+
+    Raises:
+        ScdError: the file is missing or damaged.
+    """
     if not path.is_file():
         raise ScdError(f"{path}: no such weights file")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        return load_file(path), metadata
+            return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ScdError(f"{path}: not a readable safetensors file ({error})") from error
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.measures import Measures
+from scd.evaluation.processes import processes
 from scd.files import write_whole
 from scd.models.autoencoder import (
     Autoencoder,
@@ -64,6 +65,8 @@ class AutoencoderTask:
 
     @torch.no_grad()
     def validate(self, folder: Path) -> dict[str, float]:
+        if not processes().is_main_process:
+            return {}
         real = self._validation_frames()
         codec = LatentCodec(self.network)
         out = codec.decode(codec.encode(real))

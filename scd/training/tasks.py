@@ -34,7 +34,10 @@ class Task(Protocol):
         ...
 
     def validate(self, folder: Path) -> dict[str, float]:
-        """Write pictures of the network as it stands into `folder`; return metrics."""
+        """Write pictures of the network as it stands into `folder`; return metrics.
+
+        Every process calls it; what it returns counts on the main process only.
+        """
         ...
 
     def export(self, folder: Path) -> None:

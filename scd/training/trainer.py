@@ -160,11 +160,10 @@ class Trainer:
         return totals
 
     def _validate(self, log: RunLog) -> None:
-        if self.accelerator.is_main_process:
-            with self.averaged_weights(), _evaluating(self.task.network):
-                metrics = self.task.validate(self.options.output / f"samples/step-{self.step:08d}")
-            log.write({"step": self.step, "validation": metrics})
-            self.accelerator.log({f"val/{k}": v for k, v in metrics.items()}, step=self.step)
+        with self.averaged_weights(), _evaluating(self.task.network):
+            metrics = self.task.validate(self.options.output / f"samples/step-{self.step:08d}")
+        log.write({"step": self.step, "validation": metrics})
+        self.accelerator.log({f"val/{k}": v for k, v in metrics.items()}, step=self.step)
         self.accelerator.wait_for_everyone()
 
     def _loader(self) -> DataLoader:

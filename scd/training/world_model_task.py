@@ -1,5 +1,7 @@
 """Training the world model."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,8 @@ import torch
 
 from scd.data.clips import clip_folder
 from scd.data.encode import check_training_latents
-from scd.evaluation.protocol import MODEL, evaluate
+from scd.evaluation.processes import processes
+from scd.evaluation.run import evaluate_in_passing
 from scd.flow.objective import FlowObjective
 from scd.models.autoencoder import load_codec
 from scd.models.build import build_world_model
@@ -44,17 +47,19 @@ class WorldModelTask:
         return [group for group in groups if group["params"]]
 
     def validate(self, folder: Path) -> dict[str, float]:
-        videos = min(self.options.eval.videos, VALIDATION_VIDEOS)
-        found = evaluate(
-            self.network,
-            self.codec,
-            self.validation_data,
-            self.options,
-            folder,
+        """One trajectory of few videos, shared by all processes."""
+        o = self.options.eval
+        videos = min(o.videos, VALIDATION_VIDEOS)
+        few = replace(
+            o,
             videos=videos,
-            comparisons=False,
+            trajectories=1,
+            seeds=o.seeds[:1],
+            swapped_actions=[],
+            batch_size=min(o.batch_size, math.ceil(videos / processes().num_processes)),
         )
-        return {k: v for k, v in found.rows[MODEL].items() if isinstance(v, float)}
+        options = replace(self.options, eval=few)
+        return evaluate_in_passing(self.network, self.codec, self.validation_data, options, folder)
 
     def export(self, folder: Path) -> None:
         vae = getattr(self.codec, "autoencoder", None)

@@ -1,0 +1,102 @@
+"""First stage of an evaluation: the clips that are not there yet, real and predicted."""
+
+import torch
+from tqdm import tqdm
+
+from scd.data.clips import ClipFolder
+from scd.errors import ScdError
+from scd.evaluation.processes import processes, share, together
+from scd.evaluation.protocol import (
+    OTHER_SET,
+    REAL_SET,
+    Prediction,
+    predict_frames,
+    predictions,
+    read_evaluation_batch,
+    read_evaluation_clip,
+    swap_new_actions,
+)
+from scd.evaluation.samples import SampleFolder, batches
+from scd.models.autoencoder import Codec
+from scd.models.world_model import WorldModel
+from scd.options import Options
+
+
+def generate_samples(
+    model: WorldModel, codec: Codec, data: ClipFolder, options: Options, samples: SampleFolder
+) -> None:
+    """Save every clip of the protocol that `samples` lacks; the work is shared by all processes.
+
+    A batch always holds the same videos, and is predicted as a whole if one of them is missing: so
+    neither an interruption nor the number of processes has a say in the pixels.
+
+    Raises:
+        ScdError: too few clips, or a prediction that is not finite (those of other videos are
+            saved before); see also `together`.
+    """
+    count = samples.videos
+    sets_of_reals = {REAL_SET: 0, OTHER_SET: count}  # and the number that each begins at
+    if [OTHER_SET] not in samples.rows.values():
+        del sets_of_reals[OTHER_SET]
+    with together():
+        # The last clip that will be needed: too few are told now, not after hours.
+        read_evaluation_clip(data, max(sets_of_reals.values()) + count - 1, options)
+        to_predict = [
+            (prediction, numbers)
+            for numbers in batches(count, options.eval.batch_size)
+            for prediction in predictions(options)
+            if _lacking(samples, prediction.name, numbers)
+        ]
+        to_copy = [
+            (set_, number, first + number)
+            for set_, first in sets_of_reals.items()
+            for number in _lacking(samples, set_, range(count))
+        ]
+    with together():
+        for set_, number, source in share(to_copy):
+            clip = read_evaluation_clip(data, source, options)
+            samples.write_clip(set_, number, clip["video"])
+        mine = share(to_predict)
+        with tqdm(
+            total=sum(len(numbers) for _, numbers in mine),
+            desc="generate",
+            unit="video",
+            dynamic_ncols=True,
+            disable=not mine or not processes().is_main_process,
+        ) as bar:
+            for prediction, numbers in mine:
+                _predict(model, codec, data, options, samples, prediction, numbers)
+                bar.update(len(numbers))
+
+
+def _lacking(samples: SampleFolder, set_: str, numbers: list[int] | range) -> list[int]:
+    return [number for number in numbers if not samples.clip_path(set_, number).exists()]
+
+
+def _predict(
+    model: WorldModel,
+    codec: Codec,
+    data: ClipFolder,
+    options: Options,
+    samples: SampleFolder,
+    prediction: Prediction,
+    numbers: list[int],
+) -> None:
+    """Predict a batch and save those of its clips that are lacking."""
+    batch = read_evaluation_batch(data, numbers, options, model.device)
+    if prediction.swapped:
+        batch["actions"] = swap_new_actions(batch["actions"], options)
+    predicted = predict_frames(model, codec, options, batch, numbers, prediction.seed)
+    whole = torch.cat([batch["video"][:, : samples.context_frames], predicted], dim=1).cpu()
+    broken = []
+    for number in _lacking(samples, prediction.name, numbers):
+        clip = whole[numbers.index(number)]
+        if torch.isfinite(clip).all():
+            samples.write_clip(prediction.name, number, clip)
+        else:
+            broken.append(number)
+    if broken:
+        raise ScdError(
+            f"{prediction.name}: the prediction of video {', '.join(map(str, broken))} is not "
+            f"finite; the weights or the rollout's options are broken"
+        )

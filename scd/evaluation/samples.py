@@ -1,0 +1,188 @@
+"""The folder between generating and measuring: saved clips, their measurements, a manifest.
+
+    manifest.json                  what the samples depend on, and the rows of the table
+    real/00000.mp4                 the clips as they were recorded
+    other/00000.mp4                real clips of other numbers
+    model-seed-0/00000.mp4         context and predicted frames, one folder for each prediction
+    measured/<set>/00000.safetensors
+
+Clips are saved without loss, so that measuring them again gives the same numbers to the bit. All
+that changes a sample is part of the identity in the manifest, and the folder's name has its hash:
+another checkpoint or another option never meets the samples of this one.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from scd.data.clips import ClipFolder
+from scd.data.video import VideoFile, write_video
+from scd.errors import ScdError
+from scd.evaluation.pictures import to_bytes
+from scd.files import read_json, write_json, write_whole
+from scd.models.autoencoder import autoencoder_hash
+from scd.options import Options
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+# Options of these sections decide what is generated; those without influence on it are left out.
+_SECTIONS = ("model", "flow", "rollout", "eval")
+_WITHOUT_INFLUENCE = {"eval": ("batch_size", "saved_videos")}
+
+
+def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[str, Any]:
+    """All that the samples of an evaluation depend on, as plain values."""
+    autoencoder = options.autoencoder.path
+    sections = {
+        section: {
+            key: value
+            for key, value in asdict(getattr(options, section)).items()
+            if key not in _WITHOUT_INFLUENCE.get(section, ())
+        }
+        for section in _SECTIONS
+    }
+    sections["data"] = {"frame_stride": options.data.frame_stride}
+    return {
+        "format": FORMAT,
+        "checkpoint": checkpoint_hash,
+        "autoencoder": None if autoencoder is None else autoencoder_hash(autoencoder),
+        "data": _data_hash(data),
+        "options": sections,
+    }
+
+
+def identity_name(identity: dict[str, Any]) -> str:
+    """The first digits of an identity's hash."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def batches(count: int, size: int) -> list[list[int]]:
+    """The numbers below `count`, `size` at a time."""
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+class SampleFolder:
+    """Saved clips (F, 3, H, W) in steps of 1/255 by set and number, and their measurements.
+
+    Raises:
+        ScdError: there is no readable manifest at `path`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not (path / MANIFEST).is_file():
+            raise ScdError(f"{path}: no folder of saved samples ({MANIFEST} is missing)")
+        self.manifest = read_json(path / MANIFEST)
+        try:
+            if self.manifest["identity"]["format"] != FORMAT:
+                raise ScdError(f"{path}: samples of another version of this project")
+            self.rows: dict[str, list[str]] = self.manifest["rows"]
+            self.videos: int = self.manifest["protocol"]["videos"]
+            self.context_frames: int = self.manifest["protocol"]["context_frames"]
+            self.frames: int = self.context_frames + self.manifest["protocol"]["new_frames"]
+        except (KeyError, TypeError) as error:
+            raise ScdError(f"{path / MANIFEST}: not a manifest of samples ({error})") from error
+
+    @staticmethod
+    def describe(
+        path: Path,
+        identity: dict[str, Any],
+        rows: dict[str, list[str]],
+        protocol: dict[str, Any],
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Write the manifest of a new folder, or check that a folder is of the same identity.
+
+        Raises:
+            ScdError: samples of another identity lie there.
+        """
+        if (path / MANIFEST).exists() and SampleFolder(path).manifest["identity"] != identity:
+            raise ScdError(f"{path}: holds samples of another evaluation; move them away")
+        parts = {"rows": rows, "protocol": protocol, "checkpoint": checkpoint}
+        write_json(path / MANIFEST, {"identity": identity, **parts})
+
+    def clip_path(self, set_: str, number: int) -> Path:
+        return self.path / set_ / f"{number:05d}.mp4"
+
+    def write_clip(self, set_: str, number: int, clip: Tensor) -> None:
+        # The frame rate is of no importance here: what people look at is written elsewhere.
+        write_video(self.clip_path(set_, number), to_bytes(clip), fps=10, crf=0)
+
+    def read_clip(self, set_: str, number: int) -> Tensor:
+        """A saved clip, (F, 3, H, W), to the bit as it was written.
+
+        Raises:
+            ScdError: it is missing, damaged or of another length.
+        """
+        path = self.clip_path(set_, number)
+        video = VideoFile(path)
+        if len(video) != self.frames:
+            raise ScdError(f"{path}: {len(video)} frames, wanted {self.frames}; remove it")
+        frames = torch.from_numpy(video.frames(np.arange(self.frames)))
+        return frames.permute(0, 3, 1, 2).float() / 255
+
+    def measurement_path(self, set_: str, number: int) -> Path:
+        return self.path / "measured" / set_ / f"{number:05d}.safetensors"
+
+    def write_measurement(
+        self, set_: str, number: int, values: dict[str, Tensor], weights: dict[str, str]
+    ) -> None:
+        """Save a clip's metrics with the hashes of the weights that they were computed with."""
+        whole = safetensors.torch.save(values, {"weights": json.dumps(weights, sort_keys=True)})
+        path = self.measurement_path(set_, number)
+        write_whole(path, lambda aside: aside.write_bytes(whole))
+
+    def is_measured(self, set_: str, number: int, weights: dict[str, str]) -> bool:
+        """Whether a clip's metrics are there, computed with just these weights."""
+        path = self.measurement_path(set_, number)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                written = (file.metadata() or {}).get("weights")
+        except (SafetensorError, OSError):
+            return False
+        return written == json.dumps(weights, sort_keys=True)
+
+    def read_measurements(self, set_: str) -> dict[str, Tensor]:
+        """Metric -> (videos, …), of all clips of a set.
+
+        Raises:
+            ScdError: a measurement is missing or damaged.
+        """
+        paths = [self.measurement_path(set_, number) for number in range(self.videos)]
+        measured = [_read_tensors(path) for path in paths]
+        names = measured[0].keys()
+        for path, values in zip(paths, measured, strict=True):
+            if values.keys() != names:
+                raise ScdError(f"{path}: other metrics than those of {paths[0].name}; remove it")
+        return {name: torch.stack([values[name] for values in measured]) for name in names}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ScdError(f"{path}: not a readable measurement ({error})") from error
+
+
+def _data_hash(data: ClipFolder) -> str:
+    """Of the list's entries and their files' sizes: another recording has other sizes.
+
+    Latents are left out: evaluation reads videos, and encoding them changes nothing.
+    """
+    digest = hashlib.sha256()
+    for entry in data.entries:
+        files = [entry.video_path, entry.action_path if data.condition == "action" else None]
+        paths = [data.root / file for file in files if file is not None]
+        sizes = [path.stat().st_size if path.is_file() else None for path in paths]
+        label = entry.label if data.condition == "label" else None
+        digest.update(json.dumps([files, sizes, label]).encode())
+    return digest.hexdigest()

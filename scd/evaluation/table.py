@@ -1,0 +1,150 @@
+"""Third stage of an evaluation: from measurements to one table.
+
+PSNR, SSIM and LPIPS: mean over the predicted frames, best of a video's trajectories, mean over the
+videos. FVD: over whole clips, for each trajectory, then the mean.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scd.evaluation.fvd import frechet_distance
+from scd.evaluation.measure import FEATURES
+from scd.evaluation.measures import Measures
+from scd.evaluation.protocol import REAL_SET
+from scd.evaluation.samples import SampleFolder
+
+FIRST_FRAMES = 4
+COLUMNS = {  # key in a row -> head, decimals
+    "psnr": ("PSNR ↑", 2),
+    "ssim": ("SSIM ↑", 3),
+    "lpips": ("LPIPS ↓", 3),
+    f"psnr_first_{FIRST_FRAMES}": (f"PSNR +1…+{FIRST_FRAMES} ↑", 2),
+    f"lpips_first_{FIRST_FRAMES}": (f"LPIPS +1…+{FIRST_FRAMES} ↓", 3),
+    "fvd": ("FVD ↓", 1),
+}
+
+
+@dataclass
+class Evaluation:
+    """What was found; `rows` maps a row's name to its metrics."""
+
+    checkpoint: dict[str, Any]
+    protocol: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    missing: dict[str, str]
+    weights: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Table:
+    """Text in lines and columns, of which the first `names` are names; and notes below."""
+
+    heads: list[str]
+    lines: list[list[str]]
+    names: int
+    notes: list[str]
+
+    def markdown(self) -> str:
+        columns = list(zip(self.heads, *self.lines, strict=True))
+        padded = []
+        for number, column in enumerate(columns):
+            width = max(map(len, column))
+            if number < self.names:
+                head, *cells = [cell.ljust(width) for cell in column]
+                padded.append([head, "-" * width, *cells])
+            else:
+                head, *cells = [cell.rjust(width) for cell in column]
+                padded.append([head, "-" * (width - 1) + ":", *cells])
+        text = ["| " + " | ".join(cells) + " |" for cells in zip(*padded, strict=True)]
+        return "\n".join([*text, *(f"\n{note}" for note in self.notes)])
+
+
+def summarise(samples: SampleFolder, measures: Measures) -> Evaluation:
+    """Read all measurements and make the rows of the table.
+
+    Raises:
+        ScdError: a measurement is missing.
+    """
+    real = samples.read_measurements(REAL_SET).get(FEATURES)
+    rows = {}
+    for name, sets in samples.rows.items():
+        rows[name] = row([samples.read_measurements(set_) for set_ in sets], real)
+    manifest = samples.manifest
+    return Evaluation(
+        manifest["checkpoint"], manifest["protocol"], rows, measures.missing, measures.hashes
+    )
+
+
+def row(trajectories: list[dict[str, Tensor]], real_features: Tensor | None) -> dict[str, Any]:
+    """One line of the table.
+
+    Args:
+        trajectories: for each, metric -> (videos, frames), and features (videos, 400).
+        real_features: (videos, 400); None: FVD is missing.
+    """
+    out: dict[str, Any] = {}
+    for metric in trajectories[0]:
+        if metric == FEATURES:
+            continue
+        values = torch.stack([measured[metric] for measured in trajectories])
+        out[metric] = _best(metric, values)
+        out[f"{metric}_first_{FIRST_FRAMES}"] = _best(metric, values[..., :FIRST_FRAMES])
+        out[f"{metric}_by_frame"] = [round(float(v), 5) for v in values.mean(dim=(0, 1))]
+    if real_features is not None:
+        distances = [frechet_distance(real_features, m[FEATURES]) for m in trajectories]
+        out["fvd"] = float(np.mean(distances))
+    return out
+
+
+def table(evaluation: Evaluation) -> Table:
+    """The rows of an evaluation."""
+    lines = [({"": name}, values) for name, values in evaluation.rows.items()]
+    return _make_table(lines, [evaluation])
+
+
+def sweep_table(found: list[tuple[dict[str, str], Evaluation]], row_name: str) -> Table:
+    """One row of each of several evaluations.
+
+    Args:
+        found: evaluations with the options that were varied, in the order of the table.
+    """
+    lines = [(varied, evaluation.rows[row_name]) for varied, evaluation in found]
+    return _make_table(lines, [evaluation for _, evaluation in found])
+
+
+def _make_table(
+    lines: list[tuple[dict[str, str], dict[str, Any]]], evaluations: list[Evaluation]
+) -> Table:
+    """Names, then the metrics that any line has."""
+    shown = {key: c for key, c in COLUMNS.items() if any(key in values for _, values in lines)}
+    heads = list(lines[0][0])
+    for key, (head, _) in shown.items():
+        if key == "fvd":  # it depends on the number of videos
+            numbers = sorted({evaluation.protocol["videos"] for evaluation in evaluations})
+            head += f" (n={'/'.join(map(str, numbers))})"
+        heads.append(head)
+    cells = [
+        [*names.values()]
+        + [
+            f"{values[key]:.{decimals}f}" if key in values else "–"
+            for key, (_, decimals) in shown.items()
+        ]
+        for names, values in lines
+    ]
+    missing = {metric: why for e in evaluations for metric, why in e.missing.items()}
+    notes = [f"{metric} is missing: {why}" for metric, why in missing.items()]
+    return Table(heads, cells, len(lines[0][0]), notes)
+
+
+def _best(metric: str, values: Tensor) -> float:
+    """(trajectories, n, frames): mean over frames, best trajectory of each video, mean."""
+    by_video = values.double().mean(dim=-1)
+    best = by_video.amin(dim=0) if metric == "lpips" else by_video.amax(dim=0)
+    return float(best.mean())
