@@ -64,11 +64,11 @@ class AutoencoderTask:
         return groups if self.adversary is None else groups[1:]
 
     @torch.no_grad()
-    def validate(self, folder: Path) -> dict[str, float]:
+    def validate(self, network: Autoencoder, folder: Path) -> dict[str, float]:
         if not processes().is_main_process:
             return {}
         real = self._validation_frames()
-        codec = LatentCodec(self.network)
+        codec = LatentCodec(network)
         out = codec.decode(codec.encode(real))
         pairs = torch.stack([real[:SHOWN, 0], out[:SHOWN, 0]]).clamp(0, 1)
         rows = rearrange(pairs, "k n c h w -> (k h) (n w) c").mul(255).round().byte().cpu().numpy()
@@ -78,19 +78,17 @@ class AutoencoderTask:
         return {name: float(v.mean()) for name, v in Measures().frames(out, real).items()}
 
     @torch.no_grad()
-    def export(self, folder: Path) -> None:
+    def export(self, network: Autoencoder, folder: Path) -> None:
         """Save in half precision, with the scaling factor that gives the latents unit variance.
 
         Rounding the weights moves a reconstruction by far less than its error. The adversarial
         stage leaves the latents alone, and hence their scaling factor.
         """
         if self.adversary is None:
-            codec = LatentCodec(self.network)
+            codec = LatentCodec(network)
             unscaled = codec.encode_images(self._validation_frames().flatten(0, 1))
-            self.network.register_to_config(scaling_factor=round(1 / float(unscaled.std()), 4))
-        shipped = type(self.network).from_config(self.network.config)
-        shipped.load_state_dict(self.network.state_dict())
-        shipped.half().save_pretrained(folder)
+            network.register_to_config(scaling_factor=round(1 / float(unscaled.std()), 4))
+        network.half().save_pretrained(folder)
 
     def _validation_frames(self) -> Tensor:
         """`eval.videos` frames of different clips, always the same: (n, 1, 3, H, W) in [0, 1]."""

@@ -8,6 +8,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from scd.options import Options
+from scd.training.sharding import sharded_optimizer_state, whole
 
 
 class Learner:
@@ -21,33 +22,39 @@ class Learner:
         o = options.optim
         self.network = network
         self.options = options
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             groups, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay
         )
 
-    def load_optimizer(self, state: dict[str, Any]) -> None:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["initial_lr"] = rate  # the schedule is a function of options and step alone
+    def start(
+        self, prepared: torch.optim.Optimizer, step: int, moments: dict[str, Any] | None
+    ) -> None:
+        """Get ready for the step after `step`.
 
-    def start(self, accelerator: Accelerator, step: int) -> None:
-        """Get ready for the step after `step`."""
+        Args:
+            prepared: the optimiser as accelerate gave it back.
+            moments: its state so far, as `whole_on_cpu` made it.
+        """
+        self.optimizer = prepared
+        if moments is not None:
+            rates = [group["lr"] for group in prepared.param_groups]
+            prepared.load_state_dict(sharded_optimizer_state(moments, prepared))
+            for group, rate in zip(prepared.param_groups, rates, strict=True):
+                group["initial_lr"] = rate  # the schedule is a function of options and step alone
         o = self.options.optim
         # Left out of accelerate's hands, which would advance it once for every process.
         self.schedule = get_scheduler(
             "cosine" if o.schedule == "cosine" else "constant_with_warmup",
-            self.optimizer,
+            prepared,
             num_warmup_steps=o.warmup_steps,
             num_training_steps=self.options.train.steps,
             last_epoch=step - 1,
         )
-        self.optimizer = accelerator.prepare(self.optimizer)
 
     def clip(self, accelerator: Accelerator) -> Tensor:
         """Limit the gradient's norm; returns what it was."""
         limit = self.options.optim.max_grad_norm
-        return accelerator.clip_grad_norm_(self.network.parameters(), limit)
+        return whole(accelerator.clip_grad_norm_(self.network.parameters(), limit))
 
     def step(self) -> None:
         self.optimizer.step()

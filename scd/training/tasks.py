@@ -33,13 +33,13 @@ class Task(Protocol):
         """Parameters with `lr` each, for AdamW."""
         ...
 
-    def validate(self, folder: Path) -> dict[str, float]:
-        """Write pictures of the network as it stands into `folder`; return metrics.
+    def validate(self, network: Any, folder: Path) -> dict[str, float]:
+        """Write pictures of a copy of the network into `folder`; return metrics.
 
         Every process calls it; what it returns counts on the main process only.
         """
         ...
 
-    def export(self, folder: Path) -> None:
-        """Save the network as it stands for use outside training (diffusers format)."""
+    def export(self, network: Any, folder: Path) -> None:
+        """Save a copy of the network for use outside training (diffusers format)."""
         ...

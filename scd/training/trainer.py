@@ -3,8 +3,9 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from scd.training.checkpoint import (
 from scd.training.learner import Learner
 from scd.training.resume import flat_options, refuse_other_run, run_identity
 from scd.training.run_folder import RunLog, write_run_files
+from scd.training.sharding import sharded_like, whole_on_cpu
 from scd.training.tasks import Task
 
 
@@ -49,12 +51,23 @@ class Trainer:
             group = {"params": list(task.adversary.parameters()), "lr": options.optim.adversary_lr}
             self.adversary = Learner(task.adversary, [group], options)
         task.objective.to(accelerator.device)
+        state = self._newest_state()
+        learners = self._learners()
+        # Together, because FSDP2 gives the optimisers other parameters.
+        optimizers = (learner.optimizer for learner in learners)
+        self.objective, *prepared = accelerator.prepare(task.objective, *optimizers)
         # Its decay starts low and rises to `ema_decay`, so that short runs are not held back.
-        self.ema = EMAModel(averaged_tensors(task.network), decay=options.optim.ema_decay)
-        self._resume()
-        self.objective = accelerator.prepare(task.objective)
-        for learner in self._learners():
-            learner.start(accelerator, self.step)
+        averaged = averaged_tensors(task.network)
+        self.ema = EMAModel(averaged.values(), decay=options.optim.ema_decay)
+        if state is not None:
+            self.ema.shadow_params = [
+                sharded_like(state.ema[name].to(tensor.device), tensor)
+                for name, tensor in averaged.items()
+            ]
+            self.ema.optimization_step = state.step
+        saved = () if state is None else (state.optimizer, (state.adversary or {}).get("optimizer"))
+        for learner, optimizer, moments in zip_longest(learners, prepared, saved[: len(learners)]):
+            learner.start(optimizer, self.step, moments)
         if options.train.compile:
             for part in task.network.children():  # such as encoder and decoder
                 part.compile()
@@ -96,38 +109,42 @@ class Trainer:
             if every and (self.step % every == 0 or last):
                 self._validate(log)
         bar.close()
+        network = self.averaged_network()
         if self.accelerator.is_main_process:
-            with self.averaged_weights():
-                self.task.export(output / "exported")
+            self.task.export(network, output / "exported")
         self.accelerator.end_training()
 
     def save(self) -> Path | None:
         """Write a checkpoint (main process only)."""
         self.accelerator.wait_for_everyone()
+        state = TrainingState(
+            self.step,
+            run_identity(self.options, self.accelerator.num_processes),
+            model=whole_on_cpu(self.task.network.state_dict()),
+            ema=self._averaged_state(),
+            optimizer=whole_on_cpu(self.learner.optimizer.state_dict()),
+        )
+        if self.adversary is not None:
+            state.adversary = {
+                "model": whole_on_cpu(self.adversary.network.state_dict()),
+                "optimizer": whole_on_cpu(self.adversary.optimizer.state_dict()),
+            }
         if not self.accelerator.is_main_process:
             return None
-        network = self.task.network
-        model = _on_cpu(network)
-        with self.averaged_weights():
-            ema = _on_cpu(network)
-        run = run_identity(self.options, self.accelerator.num_processes)
-        state = TrainingState(self.step, run, model, ema, self.learner.optimizer.state_dict())
-        if self.adversary is not None:
-            optimizer = self.adversary.optimizer.state_dict()
-            state.adversary = {"model": _on_cpu(self.adversary.network), "optimizer": optimizer}
         folder = self.options.output / "checkpoints"
         return save_checkpoint(folder, state, self.options.train.keep_checkpoints)
 
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The network with its averaged weights, for evaluation and export."""
-        tensors = averaged_tensors(self.task.network)
-        self.ema.store(tensors)
-        self.ema.copy_to(tensors)
-        try:
-            yield
-        finally:
-            self.ema.restore(tensors)
+    def averaged_network(self) -> nn.Module:
+        """A copy of the network with its averaged weights, whole on every process."""
+        network = self.task.network
+        copy = type(network).from_config(network.config)  # type: ignore[attr-defined]
+        copy.load_state_dict(self._averaged_state())
+        return copy.to(self.accelerator.device).eval()
+
+    def _averaged_state(self) -> dict[str, Tensor]:
+        network = self.task.network
+        averages = zip(averaged_tensors(network), self.ema.shadow_params, strict=True)
+        return whole_on_cpu({**network.state_dict(), **dict(averages)})
 
     def _learners(self) -> list[Learner]:
         return [self.learner] if self.adversary is None else [self.learner, self.adversary]
@@ -155,13 +172,13 @@ class Trainer:
             )
         for learner in self._learners():
             learner.step()
-        self.ema.step(averaged_tensors(self.task.network))
+        self.ema.step(averaged_tensors(self.task.network).values())
         self.step += 1
         return totals
 
     def _validate(self, log: RunLog) -> None:
-        with self.averaged_weights(), _evaluating(self.task.network):
-            metrics = self.task.validate(self.options.output / f"samples/step-{self.step:08d}")
+        folder = self.options.output / f"samples/step-{self.step:08d}"
+        metrics = self.task.validate(self.averaged_network(), folder)
         log.write({"step": self.step, "validation": metrics})
         self.accelerator.log({f"val/{k}": v for k, v in metrics.items()}, step=self.step)
         self.accelerator.wait_for_everyone()
@@ -189,27 +206,23 @@ class Trainer:
             prefetch_factor=4 if t.workers else None,
         )
 
-    def _resume(self) -> None:
+    def _newest_state(self) -> TrainingState | None:
+        """The newest checkpoint, its weights loaded into the networks."""
         path = latest_checkpoint(self.options.output / "checkpoints")
         if path is None:
-            return
+            return None
         state = load_checkpoint(path)
         now = run_identity(self.options, self.accelerator.num_processes)
         refuse_other_run(state.run, now, str(path))
-        network = self.task.network
-        # The mean's own counter and its weights: through the network, which names them.
-        load_matching(network, state.ema, str(path))
-        self.ema.shadow_params = [t.detach().clone() for t in averaged_tensors(network)]
-        self.ema.optimization_step = state.step
-        load_matching(network, state.model, str(path))
-        self.learner.load_optimizer(state.optimizer)
+        load_matching(self.task.network, state.ema, str(path))
+        load_matching(self.task.network, state.model, str(path))
         if self.adversary is not None:
             assert state.adversary is not None  # the run is the same, so it had one
             load_matching(self.adversary.network, state.adversary["model"], f"{path} (adversary)")
-            self.adversary.load_optimizer(state.adversary["optimizer"])
         self.step = state.step
         if self.accelerator.is_main_process:
             print(f"continuing {self.options.name} from step {self.step} ({path})")
+        return state
 
 
 def make_accelerator(options: Options) -> Accelerator:
@@ -224,32 +237,18 @@ def make_accelerator(options: Options) -> Accelerator:
     )
 
 
-def averaged_tensors(network: nn.Module) -> list[nn.Parameter]:
+def averaged_tensors(network: nn.Module) -> dict[str, nn.Parameter]:
     """What the mean over steps is taken of: parameters, and the running statistics of batch norms.
 
     Those come as parameters that share their memory: `EMAModel` averages what takes a gradient and
     copies the rest. Copied statistics would be those of the newest weights, not of the mean.
     """
-    running = [
-        nn.Parameter(buffer)
+    running = {
+        name: nn.Parameter(buffer)
         for name, buffer in network.named_buffers()
         if name.endswith(("running_mean", "running_var"))
-    ]
-    return [*network.parameters(), *running]
-
-
-def _on_cpu(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
+    }
+    return {**dict(network.named_parameters()), **running}
 
 
 def _for_trackers(options: Options) -> dict[str, str | int | float | bool]:

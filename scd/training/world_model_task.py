@@ -14,6 +14,7 @@ from scd.evaluation.run import evaluate_in_passing
 from scd.flow.objective import FlowObjective
 from scd.models.autoencoder import load_codec
 from scd.models.build import build_world_model
+from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.pipeline import SCDPipeline
 
@@ -46,7 +47,7 @@ class WorldModelTask:
         groups = [{"params": others, "lr": lr}, {"params": decoder, "lr": lr * scale}]
         return [group for group in groups if group["params"]]
 
-    def validate(self, folder: Path) -> dict[str, float]:
+    def validate(self, network: WorldModel, folder: Path) -> dict[str, float]:
         """One trajectory of few videos, shared by all processes."""
         o = self.options.eval
         videos = min(o.videos, VALIDATION_VIDEOS)
@@ -59,8 +60,8 @@ class WorldModelTask:
             batch_size=min(o.batch_size, math.ceil(videos / processes().num_processes)),
         )
         options = replace(self.options, eval=few)
-        return evaluate_in_passing(self.network, self.codec, self.validation_data, options, folder)
+        return evaluate_in_passing(network, self.codec, self.validation_data, options, folder)
 
-    def export(self, folder: Path) -> None:
+    def export(self, network: WorldModel, folder: Path) -> None:
         vae = getattr(self.codec, "autoencoder", None)
-        SCDPipeline(transformer=self.network, vae=vae).save_pretrained(folder)
+        SCDPipeline(transformer=network, vae=vae).save_pretrained(folder)

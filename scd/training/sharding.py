@@ -1,0 +1,52 @@
+"""Whole tensors from sharded ones (FSDP2) and back; tensors that are not sharded pass through.
+
+Both are collective: every process calls them, for the same tensors in the same order.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, cut and placed as a parameter is."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(
+            tensor.to(parameter.device), parameter.device_mesh, parameter.placements
+        )
+    return tensor
+
+
+def whole_on_cpu(state: Any) -> Any:
+    """A state dict, nested or not, with whole tensors that share no memory with it."""
+    if isinstance(state, Tensor):
+        return whole(state.detach()).cpu().clone()
+    if isinstance(state, dict):
+        return {key: whole_on_cpu(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [whole_on_cpu(value) for value in state]
+    return state
+
+
+def sharded_optimizer_state(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """What `whole_on_cpu` made of an optimiser's state dict, as its own parameters are sharded."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        index: {
+            name: sharded_like(value, parameters[index])
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": moments}

@@ -1,0 +1,96 @@
+"""Training on two processes (gloo): the same weights as one process, sharded or not."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from scd.options import load_options
+from scd.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
+from scd.training.run import run_experiment
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = ROOT / "options/scd_doom_tiny.yml"
+# Adam divides by small second moments: rounding of sums in another order grows to a share of a
+# step. Of a step (lr 1e-4), after four steps; measured: 0.02.
+TOLERANCE = 0.1 * 1e-4
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def overrides(doom_root, tmp_path):
+    return [
+        f"data.root={doom_root}",
+        f"output_root={tmp_path}",
+        *("data.source=video", "autoencoder.path=null", "data.frames=4", "model.patch_size=16"),
+        *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
+        *("train.steps=4", "train.save_every=2", "train.workers=0", "train.mixed_precision=no"),
+        *("train.log_every=1", "optim.lr=1e-4", "optim.warmup_steps=0", "optim.schedule=constant"),
+        *("eval.context_frames=2", "eval.new_frames=2", "eval.videos=2"),
+    ]
+
+
+def on_two(kind: str, overrides: list[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    command += [str(ROOT / "tests/train_on_processes.py"), kind, str(OPTIONS), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def state_of(folder: Path) -> TrainingState:
+    newest = latest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    return load_checkpoint(newest)
+
+
+def assert_close(one: TrainingState, other: TrainingState) -> None:
+    assert one.step == other.step == 4
+    for key in ("model", "ema"):
+        a, b = getattr(one, key), getattr(other, key)
+        assert a.keys() == b.keys()
+        for name, tensor in a.items():
+            assert tensor.shape == b[name].shape
+            assert (tensor - b[name]).abs().max() < TOLERANCE, (key, name)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+def test_two_processes_equal_one_with_twice_the_batch(kind, overrides, tmp_path):
+    """Validation and export run there too; half way, two processes hand over to one."""
+    extra = ["train.sample_every=4"] if kind == "sharded" else []
+    on_two(kind, [*overrides, *extra, "name=two", "train.batch_size=1"])
+    run_experiment(load_options(OPTIONS, [*overrides, "name=one", "train.batch_size=2"]))
+    whole = state_of(tmp_path / "one")
+    assert_close(state_of(tmp_path / "two"), whole)
+    assert (tmp_path / "two/exported/model_index.json").is_file()
+    # The last half anew, on one process, from what two of them left.
+    shutil.rmtree(tmp_path / "two/checkpoints/step-00000004")
+    run_experiment(load_options(OPTIONS, [*overrides, "name=two", "train.batch_size=2"]))
+    assert_close(state_of(tmp_path / "two"), whole)
+
+
+def test_sharded_resumes_from_one_process(overrides, tmp_path):
+    run_experiment(load_options(OPTIONS, [*overrides, "name=one", "train.batch_size=2"]))
+    whole = state_of(tmp_path / "one")
+    shutil.rmtree(tmp_path / "one/checkpoints/step-00000004")
+    on_two("sharded", [*overrides, "name=one", "train.batch_size=1"])
+    assert_close(state_of(tmp_path / "one"), whole)
