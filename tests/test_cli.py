@@ -12,7 +12,7 @@ from scd.cli import main
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "options/scd_doom_tiny.yml")
 PIXELS = ["data.source=video", "autoencoder.path=null", "model.patch_size=16"]
-COMMANDS = ("record", "make-lists", "validate", "train", "encode", "evaluate", "fetch-weights")
+COMMANDS = ("record", "make-lists", "validate", "train", "encode", "evaluate", "measure")
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +71,13 @@ def test_overrides_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scd.training.run.run_experiment", lambda o: seen.append((o.seed, o.name)))
     assert main(["evaluate", "ema.pth", "a=1", "--opt", "x.yml", "b=-2", "c=3"]) == 0
     assert main(["evaluate", "--opt", "x.yml", "ema.pth", "a=1", "b=-2", "c=3"]) == 0
-    assert seen == [(Path("ema.pth"), "x.yml", ["a=1", "b=-2", "c=3"])] * 2
+    assert seen == [(Path("ema.pth"), "x.yml", ["a=1", "b=-2", "c=3"], None, False)] * 2
+    seen.clear()
+    assert main(["evaluate", "ema.pth", "--sweep", "d=1,2", "a=1", "--track", "b=-2"]) == 0
+    assert seen == [(Path("ema.pth"), None, ["a=1", "b=-2"], ["d=1,2"], True)]
+    seen.clear()
     assert main(["train", "seed=3", "--opt", TINY, "name=n", *PIXELS]) == 0
-    assert seen[2] == (3, "n")
+    assert seen == [(3, "n")]
 
 
 def test_impossible_recordings_are_one_line(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["train.batch_size=0"], "train.batch_size must be above 0"),
         (["train.workers=-1"], "train.workers must not be negative"),
         (["seed=-1"], "seed must not be negative"),
+        (["eval.context_frames=-1"], "eval.context_frames must not be negative"),
         (["seed=9223372036854775808"], "seed must lie below"),
         (["flow.clean_fraction=1.1"], "flow.clean_fraction must lie between 0 and 1"),
         (["optim.lr=nan"], "optim.lr must be finite"),
