@@ -71,6 +71,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     evaluate_checkpoint(Path(a.checkpoint), a.opt, a.overrides, a.sweep, a.track)
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    from scd.evaluation.compare import compare_checkpoints
+
+    compare_checkpoints([Path(path) for path in arguments.checkpoints], Path(arguments.out))
+
+
 def measure(arguments: argparse.Namespace) -> None:
     from scd.evaluation.run import measure_folder
 
@@ -158,6 +164,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--track", action="store_true", help="log the table to train.trackers as well")
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=evaluate)
+
+    p = commands.add_parser("compare", help="one table of evaluated checkpoints, with their speed")
+    p.add_argument("checkpoints", nargs="+", help="ema.safetensors of each")
+    p.add_argument("--out", default="experiments/compare", help="(default: %(default)s)")
+    p.set_defaults(run=compare)
 
     p = commands.add_parser("measure", help="recompute the metrics of saved samples, without model")
     p.add_argument("folder", help="such as experiments/<name>/evaluation/step-00000400-1f2e3d4c")

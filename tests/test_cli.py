@@ -12,7 +12,7 @@ from scd.cli import main
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "options/scd_doom_tiny.yml")
 PIXELS = ["data.source=video", "autoencoder.path=null", "model.patch_size=16"]
-COMMANDS = ("record", "make-lists", "validate", "train", "encode", "evaluate", "measure")
+COMMANDS = ("record", "make-lists", "validate", "train", "encode", "evaluate", "measure", "compare")
 
 
 @pytest.fixture(autouse=True)

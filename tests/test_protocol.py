@@ -19,6 +19,7 @@ from scd.data.clips import clip_folder
 from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.evaluation import generate, protocol, weights
+from scd.evaluation.compare import compare_checkpoints
 from scd.evaluation.frame_metrics import psnr
 from scd.evaluation.protocol import (
     MODEL,
@@ -33,7 +34,7 @@ from scd.evaluation.sweep import sweep_combinations
 from scd.evaluation.table import row, table
 from scd.models.autoencoder import PixelCodec
 from scd.models.build import build_world_model
-from scd.options import load_options, options_to_dict
+from scd.options import load_options, options_from_json, options_to_dict
 
 ROOT = Path(__file__).parent.parent
 SWAPPED = "turn left and turn right swapped"
@@ -484,3 +485,32 @@ def test_all_metrics_and_their_recomputation(options, checkpoint, tmp_path, caps
     measure_folder(folder)
     assert rows_of(folder / "metrics.json") == rows
     assert contents(folder) == before
+
+
+def test_models_in_one_table(options, doom_root, tmp_path, monkeypatch, capsys):
+    """SCD beside the dense baseline; what was not evaluated, or otherwise, is refused."""
+    monkeypatch.setenv("SCD_CACHE", str(tmp_path / "empty"))
+    dense = ["name=dense", "model.type=causal_dit", "model.encoder_layers=0", "model.layers=2"]
+    dense += ["model.decoder_layers=0", "model.fusion=token_concat"]
+    paths = []
+    for overrides in ([], dense, ["name=fewer", "eval.videos=2"]):
+        made = options_from_json(json.dumps(options_to_dict(options)), "made", overrides)
+        path = tmp_path / f"{made.name}.safetensors"
+        metadata = {"options": json.dumps(options_to_dict(made)), "step": "7"}
+        save_file(make_model(made).state_dict(), path, metadata)
+        paths.append(path)
+    with pytest.raises(ScdError, match=r"not evaluated yet; first ./scripts/inference.sh"):
+        compare_checkpoints(paths[:2], tmp_path)
+    for path in paths:
+        evaluate_checkpoint(path)
+    with pytest.raises(ScdError, match="evaluated with different videos: 2, 3"):
+        compare_checkpoints(paths, tmp_path)
+    compare_checkpoints(paths[:2], tmp_path)
+    table = (tmp_path / "compare.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert "causal_dit 64 wide, 2 layers" in table and "scd 64 wide, 1+1 layers" in table
+    models = json.loads((tmp_path / "compare.json").read_text())["models"]
+    assert [len(model["seconds_per_frame"]) for model in models] == [9, 9]
+    for model, path in zip(models, paths[:2], strict=True):
+        assert model["evaluation"]["checkpoint"]["path"] == str(path)
+        assert f"{model['evaluation']['rows']['model']['psnr']:.2f}" in table

@@ -1,0 +1,146 @@
+"""Several evaluated models in one table: size, time per frame, quality.
+
+Times are taken side by side in one run, a frame of each model in turn, so that a busy machine slows
+all of them alike; of them the median counts.
+"""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from scd.data.clips import clip_folder
+from scd.environment import environment
+from scd.errors import ScdError
+from scd.evaluation.protocol import MODEL
+from scd.evaluation.run import evaluation_folder
+from scd.evaluation.table import COLUMNS, Table
+from scd.files import read_json, write_json, write_whole
+from scd.models.load import LoadedModel, load_checkpoint_for_use
+from scd.rollout import Rollout
+
+TIMED_FRAMES = 9  # of each model, after one that warms up
+
+
+@dataclass
+class Candidate:
+    """A model, its evaluation as `scd evaluate` left it, and its time per frame in seconds."""
+
+    loaded: LoadedModel
+    evaluation: dict[str, Any]
+    seconds: list[float]
+
+    @property
+    def frame_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def sizes(self) -> str:
+        m = self.loaded.options.model
+        layers = f"{m.encoder_layers}+{m.decoder_layers}" if m.type == "scd" else str(m.layers)
+        return f"{m.type} {64 * m.heads} wide, {layers} layers"
+
+
+def compare_checkpoints(paths: list[Path], folder: Path) -> None:
+    """Print a table of evaluated checkpoints; write `compare.md` and `compare.json` to a folder.
+
+    Raises:
+        ScdError: a checkpoint was not evaluated, or not on the same clips as the others.
+    """
+    candidates = [_candidate(path) for path in paths]
+    protocols = [candidate.evaluation["protocol"] for candidate in candidates]
+    for key in ("videos", "context_frames", "new_frames", "seeds", "data_hash"):
+        found = {str(protocol[key]) for protocol in protocols}
+        if len(found) > 1:
+            raise ScdError(
+                f"the checkpoints were evaluated with different {key}: {', '.join(sorted(found))}"
+            )
+    time_frames(candidates)
+    text = comparison(candidates).markdown()
+    entries = [
+        {
+            "name": c.loaded.options.name,
+            "model": c.sizes,
+            "parameters": _parameters(c),
+            "seconds_per_frame": c.seconds,
+            "evaluation": c.evaluation,
+        }
+        for c in candidates
+    ]
+    write_json(folder / "compare.json", {"models": entries, "environment": environment()})
+    write_whole(
+        folder / "compare.md", lambda aside: aside.write_text(text + "\n", encoding="utf-8")
+    )
+    print(f"\n{text}\n\ntable: {folder / 'compare.md'}, compare.json")
+
+
+@torch.no_grad()
+def time_frames(candidates: list[Candidate]) -> None:
+    """Seconds for a frame at batch 1, in latents, right after the context of the evaluation."""
+    rollouts = []
+    for candidate in candidates:
+        o, model = candidate.loaded.options, candidate.loaded.model
+        known = max(o.eval.context_frames, model.first_predicted)
+        rollout = Rollout(
+            model,
+            num_steps=o.rollout.steps,
+            max_frames=known + TIMED_FRAMES + 1,
+            guidance=o.rollout.guidance,
+            guidance_scale=o.rollout.guidance_scale,
+            guidance_noise=o.rollout.guidance_noise,
+        )
+        side = o.data.frame_size // candidate.loaded.codec.downsampling
+        context = torch.randn(1, known, model.config.channels, side, side, device=model.device)
+        rollout.reset(context)
+        rollouts.append(rollout)
+    for number in tqdm(range(TIMED_FRAMES + 1), desc="time", unit="frame", dynamic_ncols=True):
+        for candidate, rollout in zip(candidates, rollouts, strict=True):
+            started = time.perf_counter()
+            rollout.step().sum().item()  # waits for the device
+            if number:
+                candidate.seconds.append(time.perf_counter() - started)
+
+
+def comparison(candidates: list[Candidate]) -> Table:
+    """One line for each model; times as multiples of the fastest, too."""
+    fastest = min(candidate.frame_seconds for candidate in candidates)
+    first = candidates[0].evaluation["protocol"]
+    metrics = [key for key in COLUMNS if key in candidates[0].evaluation["rows"][MODEL]]
+    heads = ["name", "model", "parameters", "s/frame ↓", "ratio"]
+    heads += [COLUMNS[k][0] + (f" (n={first['videos']})" if k == "fvd" else "") for k in metrics]
+    lines = []
+    for candidate in candidates:
+        row = candidate.evaluation["rows"][MODEL]
+        lines.append(
+            [
+                candidate.loaded.options.name,
+                candidate.sizes,
+                f"{_parameters(candidate) / 1e6:.1f} M",
+                f"{candidate.frame_seconds:.3f}",
+                f"{candidate.frame_seconds / fastest:.2f}",
+                *(f"{row[key]:.{COLUMNS[key][1]}f}" if key in row else "–" for key in metrics),
+            ]
+        )
+    rollout = candidates[0].loaded.options.rollout
+    note = (
+        f"Time: batch 1, {first['context_frames']} frames of context, {rollout.steps} steps, "
+        f"guidance {rollout.guidance}, without the autoencoder; median of {TIMED_FRAMES} frames."
+    )
+    return Table(heads, lines, 2, [note])
+
+
+def _candidate(path: Path) -> Candidate:
+    loaded = load_checkpoint_for_use(path)
+    data = clip_folder(loaded.options, loaded.options.data.val_list, "video")
+    metrics = evaluation_folder(loaded.options, loaded.source, data) / "metrics.json"
+    if not metrics.is_file():
+        raise ScdError(f"{path}: not evaluated yet; first ./scripts/inference.sh {path}")
+    return Candidate(loaded, read_json(metrics), [])
+
+
+def _parameters(candidate: Candidate) -> int:
+    return sum(p.numel() for p in candidate.loaded.model.parameters())
