@@ -444,6 +444,7 @@ def test_two_processes_give_the_numbers_of_one(options, checkpoint, no_weights, 
 
 
 def test_the_table_goes_to_the_trackers(options, checkpoint, no_weights, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
     with pytest.raises(ScdError, match=r"train\.trackers is empty"):
         evaluate_checkpoint(checkpoint, track=True)
     for key in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
@@ -455,6 +456,7 @@ def test_the_table_goes_to_the_trackers(options, checkpoint, no_weights, tmp_pat
     (events,) = (options.output / "trackers").rglob("events.out.tfevents*")
     assert b"| model " in events.read_bytes() and b"evaluation/model/psnr" in events.read_bytes()
     assert list(tmp_path.rglob("offline-run-*"))
+    wandb.teardown()  # it would write the runs of later tests here
 
 
 # --- All metrics
