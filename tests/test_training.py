@@ -1,6 +1,7 @@
 """Training: exact resume, data order, accumulation, EMA, checkpoints, what a run leaves behind."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
+from scd.data.encode import encode_dataset
 from scd.errors import ScdError
 from scd.models.autoencoder import LatentCodec, load_codec
 from scd.models.load import load_checkpoint_for_use
@@ -246,10 +248,12 @@ def test_not_a_number_stops_before_the_step(options):
         assert torch.equal(tensor, before[name])
 
 
-def test_latents_of_another_autoencoder_are_refused(options, doom_root, tiny_autoencoder_path):
-    from scd.data.encode import encode_dataset
-
-    o = options("name=latents", f"autoencoder.path={tiny_autoencoder_path}", "model.patch_size=2")
+def test_latents_of_another_autoencoder_are_refused(
+    options, doom_root, tiny_autoencoder_path, tmp_path
+):
+    own = shutil.copytree(doom_root, tmp_path / "doom")
+    autoencoder = ["model.patch_size=2", f"autoencoder.path={tiny_autoencoder_path}"]
+    o = options("name=latents", f"data.root={own}", *autoencoder)
     encode_dataset(o)
     o.data.source = "latents"
     train(o)
