@@ -4,13 +4,15 @@ Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from copy import copy
 from typing import NamedTuple
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 HEAD_DIM = 64
 ROTARY_DIMS = (16, 24, 24)  # of frame, row and column; together HEAD_DIM
@@ -27,6 +29,10 @@ class Rotary(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+    def last(self, tokens: int) -> "Rotary":
+        """Of the last tokens only."""
+        return Rotary(self.cos[-tokens:], self.sin[-tokens:])
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate the pairs (x_i, x_{i + 32}) of every head of x (B, heads, tokens, HEAD_DIM).
@@ -87,6 +93,18 @@ class Conditioning(nn.Module):
         return e
 
 
+class Modulated(NamedTuple):
+    """What a layer makes of the conditioning vector: (B, F, 1, D) each, one for all tokens."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x·(1 + scale) + shift."""
+        return torch.addcmul(self.shift, x, 1 + self.scale)
+
+
 class Modulation(nn.Module):
     """Shift, scale and gate of one branch of a block: the thirds of Linear(SiLU(e))."""
 
@@ -94,10 +112,9 @@ class Modulation(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 3 * width)
 
-    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """e (B, F, D) -> shift, scale, gate, each (B, F, 1, D): one for all tokens of a frame."""
-        shift, scale, gate = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(3, dim=-1)
-        return shift, scale, gate
+    def forward(self, e: Tensor) -> Modulated:
+        """e (B, F, D)."""
+        return Modulated(*self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(3, dim=-1))
 
 
 class Attention(nn.Module):
@@ -111,19 +128,35 @@ class Attention(nn.Module):
         self.norm_k = nn.Parameter(torch.ones(HEAD_DIM))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
-        qkv = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        q, k, v = qkv.unbind()
-        q = rotary.rotate(_rms_norm(q, self.norm_q))
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, keep: int | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (B, keep, D): of the last tokens only."""
+        if keep is None:
+            q, k, v = self._heads(self.qkv(x)).chunk(3, dim=1)
+        else:
+            width = x.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = self._heads(linear(x[:, -keep:], weight[:width], bias[:width]))
+            k, v = self._heads(linear(x, weight[width:], bias[width:])).chunk(2, dim=1)
+        q = rotary.last(q.shape[2]).rotate(_rms_norm(q, self.norm_q))
         k = rotary.rotate(_rms_norm(k, self.norm_k))
         return self.out(rearrange(attend(q, k, v), "b h t d -> b t (h d)"))
+
+    @staticmethod
+    def _heads(x: Tensor) -> Tensor:
+        return rearrange(x, "b t (h d) -> b h t d", d=HEAD_DIM)
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """x / sqrt(mean x²) · weight over the last axis, the mean in float32, the rest as x is."""
     mean = x.square().mean(dim=-1, keepdim=True, dtype=torch.float32)
     return x * torch.rsqrt(mean + NORM_EPS).type_as(x) * weight.type_as(x)
+
+
+class BlockModulation(NamedTuple):
+    """Of the two branches of a block."""
+
+    attention: Modulated
+    mlp: Modulated
 
 
 class Block(nn.Module):
@@ -139,15 +172,29 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, e: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """x (B, F, N, D) with conditioning e (B, F, D) -> (B, F, N, D)."""
+    def modulate(self, e: Tensor) -> BlockModulation:
+        return BlockModulation(self.modulation_attention(e), self.modulation_mlp(e))
+
+    def forward(
+        self,
+        x: Tensor,
+        e: Tensor | BlockModulation,
+        rotary: Rotary,
+        attend: Attend,
+        keep: int | None = None,
+    ) -> Tensor:
+        """x (B, F, N, D) -> (B, F, N, D).
+
+        Args:
+            e: conditioning vectors (B, F, D), or what `modulate` made of them.
+            keep: of a single frame (F = 1), only the last tokens are wanted: (B, 1, keep, D).
+        """
+        before_attention, before_mlp = self.modulate(e) if isinstance(e, Tensor) else e
         frames = x.shape[1]
-        shift, scale, gate = self.modulation_attention(e)  # (B, F, 1, D) each
-        h = torch.addcmul(shift, self.norm(x), 1 + scale)
-        h = self.attention(h.flatten(1, 2), rotary, attend).unflatten(1, (frames, -1))
-        x = torch.addcmul(x, gate, h)
-        shift, scale, gate = self.modulation_mlp(e)
-        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.norm(x), 1 + scale)))
+        h = before_attention(self.norm(x)).flatten(1, 2)
+        h = self.attention(h, rotary, attend, keep).unflatten(1, (frames, -1))
+        x = torch.addcmul(x[:, :, -h.shape[2] :], before_attention.gate, h)
+        return torch.addcmul(x, before_mlp.gate, self.mlp(before_mlp(self.norm(x))))
 
 
 class OutputNorm(nn.Module):
@@ -158,15 +205,60 @@ class OutputNorm(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.linear = nn.Linear(width, 2 * width) if modulate else None
 
-    def forward(self, x: Tensor, e: Tensor, perturbation: Tensor | None = None) -> Tensor:
-        """x and perturbation (B, F, N, D), e (B, F, D) -> (B, F, N, D)."""
+    def modulate(self, e: Tensor) -> Modulated | None:
+        if self.linear is None:
+            return None
+        scale, shift = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(2, dim=-1)
+        return Modulated(shift, scale)
+
+    def forward(
+        self, x: Tensor, e: Tensor | Modulated | None, perturbation: Tensor | None = None
+    ) -> Tensor:
+        """x and perturbation (B, F, N, D) -> (B, F, N, D).
+
+        Args:
+            e: conditioning vectors (B, F, D), or what `modulate` made of them.
+        """
         h = self.norm(x)
         if perturbation is not None:
             h = h + perturbation
-        if self.linear is None:
-            return h
-        scale, shift = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(2, dim=-1)
-        return torch.addcmul(shift, h, 1 + scale)
+        modulation = self.modulate(e) if isinstance(e, Tensor) else e
+        return h if modulation is None else modulation(h)
+
+
+class StepModulations:
+    """What blocks and output norm make of the conditioning vector, for all steps of a frame.
+
+    Computed step by step, the modulations would read a third of a network's weights at every step
+    for a handful of vectors.
+
+    Args:
+        e: conditioning vectors (B, T, D) of T steps.
+    """
+
+    def __init__(self, blocks: Iterable[Block], norm_out: OutputNorm, e: Tensor):
+        self._blocks = [block.modulate(e) for block in blocks]
+        self._norm_out = norm_out.modulate(e)
+
+    def repeat(self, copies: int) -> "StepModulations":
+        """For a batch of so many copies, one behind the other."""
+        made = copy(self)
+
+        def repeated(m: Modulated) -> Modulated:
+            return Modulated(*(None if x is None else x.repeat(copies, 1, 1, 1) for x in m))
+
+        made._blocks = [BlockModulation(*map(repeated, m)) for m in self._blocks]
+        made._norm_out = None if self._norm_out is None else repeated(self._norm_out)
+        return made
+
+    def of_step(self, step: int) -> tuple[list[BlockModulation], Modulated | None]:
+        """For every block, and for the output norm."""
+
+        def cut(m: Modulated) -> Modulated:
+            return Modulated(*(None if x is None else x[:, step : step + 1] for x in m))
+
+        blocks = [BlockModulation(cut(m.attention), cut(m.mlp)) for m in self._blocks]
+        return blocks, None if self._norm_out is None else cut(self._norm_out)
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
