@@ -96,7 +96,7 @@ def test_two_processes_share_the_work_and_tell_of_failures(
         assert "first 1, second 0" in text, text
     # Process 1 has the broken video, the second of three; process 0 hears of it.
     assert f"error: {broken}: not a readable video" in told[1]
-    assert "unchanged, another process failed" in told[0]
+    assert "process 1 failed: " in told[0]
     assert "clip/s" in told[0] and "clip/s" not in told[1]  # one progress bar
     entries = read_list(root / "train.json")
     assert [e.video_path for e in entries] == [f"train/0000{n}.mp4" for n in range(3)]

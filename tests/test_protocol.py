@@ -402,7 +402,7 @@ import sys
 from pathlib import Path
 from scd.cli import main
 from scd.errors import ScdError
-from scd.evaluation.processes import processes, together
+from scd.processes import processes, together
 
 status = main(sys.argv[2:])
 try:

@@ -4,15 +4,12 @@ Any number of processes share the work. Each skips what is there already, so an 
 on where it stopped; the list file changes at the end, when every entry's latents have been checked.
 """
 
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
@@ -26,6 +23,7 @@ from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.models.autoencoder import CHUNK_FRAMES, Codec, LatentCodec, autoencoder_hash, load_codec
 from scd.options import Options
+from scd.processes import processes, share, together
 
 
 def encode_dataset(options: Options) -> None:
@@ -42,8 +40,7 @@ def encode_dataset(options: Options) -> None:
     path = options.autoencoder.path
     if path is None:
         raise ScdError("encode: autoencoder.path is null, so there is nothing to encode with")
-    # Nobody waits longer than the slowest process takes: some may find all their work done.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
+    state = processes()
     codec = load_codec(path)
     assert isinstance(codec, LatentCodec)
     codec.to(state.device)
@@ -56,33 +53,23 @@ def encode_dataset(options: Options) -> None:
     targets = {
         video: root / folder / f"{video}.safetensors" for video in _videos(list_path, entries)
     }
-    mine = list(targets)[state.process_index :: state.num_processes]
-    failure: Exception | None = None
     lengths: dict[Path, int] = {}
-    try:
-        for video in _progress(mine, state):
+    with together():
+        for video in _progress(share(list(targets))):
             opened = open_video(root / video)
             wanted = LatentHeader(made_by, (len(opened), *shape))
             if latent_header(targets[video]) != wanted:
                 bf16 = options.train.mixed_precision == "bf16"
                 write_latents(targets[video], _encode_video(opened, codec, framing, bf16), made_by)
             lengths[targets[video]] = len(opened)
-    except Exception as error:  # whatever it is, the others must hear of it
-        failure = error
-        if state.num_processes > 1:
-            tqdm.write(f"process {state.process_index}: {error}", file=sys.stderr)
-    # Every process comes here, so that none waits for one that has failed.
-    reports = gather_object([(failure is None, lengths)])
-    if failure is not None:
-        raise failure
-    if not all(whole for whole, _ in reports):
-        raise ScdError(f"{list_path}: unchanged, another process failed: see its message above")
-    if state.is_main_process:
+    lengths = dict(item for part in gather_object([lengths]) for item in part.items())
+    with together():
+        if not state.is_main_process:
+            return
         found = check_latents(list(targets.values()), made_by, shape)
-        for _, of_process in reports:
-            for path, length in of_process.items():
-                if found[path] != length:
-                    raise ScdError(f"{path}: {found[path]} latents for {length} frames")
+        for target, length in lengths.items():
+            if found[target] != length:
+                raise ScdError(f"{target}: {found[target]} latents for {length} frames")
         write_list(
             list_path,
             [
@@ -145,7 +132,8 @@ def _videos(list_path: Path, entries: list[ClipEntry]) -> list[str]:
     return list(dict.fromkeys(str(entry.video_path) for entry in entries))
 
 
-def _progress(videos: list[str], state: PartialState) -> Iterable[str]:
-    quiet = not state.is_local_main_process
+def _progress(videos: Sequence[str]) -> Iterable[str]:
+    state = processes()
     name = "encode" if state.num_processes == 1 else f"encode (1 of {state.num_processes})"
+    quiet = not state.is_local_main_process
     return tqdm(videos, desc=name, unit="clip", disable=quiet, dynamic_ncols=True)

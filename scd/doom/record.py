@@ -1,5 +1,6 @@
 """Record episodes: mp4 videos, one action a frame, list files, and a map of where they went."""
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -64,14 +65,20 @@ def _record_split(
     listed = read_list(list_path) if list_path.exists() else []
     known = {entry.video_path: entry for entry in listed}  # with the latents `scd encode` made
     entries = []
-    for episode in tqdm(range(count), desc=f"record {split}", unit="episode"):
-        name = f"{split}/{episode:05d}"
-        video_path, action_path = f"{name}.mp4", f"{name}.npz"
-        if not ((root / video_path).exists() and (root / action_path).exists()):
-            seed = SPLIT_SEEDS[split] + episode
-            _write_episode(root / name, *_play_episode(simulator, space, seed, frames))
-            known.pop(video_path, None)
-        entries.append(known.get(video_path, ClipEntry(video_path, action_path)))
+    written: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:  # one episode is compressed while the next is played
+        for episode in tqdm(range(count), desc=f"record {split}", unit="episode"):
+            name = f"{split}/{episode:05d}"
+            video_path, action_path = f"{name}.mp4", f"{name}.npz"
+            if not ((root / video_path).exists() and (root / action_path).exists()):
+                played = _play_episode(simulator, space, SPLIT_SEEDS[split] + episode, frames)
+                if written is not None:
+                    written.result()
+                written = writer.submit(_write_episode, root / name, *played)
+                known.pop(video_path, None)
+            entries.append(known.get(video_path, ClipEntry(video_path, action_path)))
+        if written is not None:
+            written.result()
     if entries == listed:
         return False
     write_list(list_path, entries)

@@ -5,7 +5,6 @@ from tqdm import tqdm
 
 from scd.data.clips import ClipFolder
 from scd.errors import ScdError
-from scd.evaluation.processes import processes, share, together
 from scd.evaluation.protocol import (
     OTHER_SET,
     REAL_SET,
@@ -20,6 +19,7 @@ from scd.evaluation.samples import SampleFolder, batches
 from scd.models.autoencoder import Codec
 from scd.models.world_model import WorldModel
 from scd.options import Options
+from scd.processes import processes, share, together
 
 
 def generate_samples(

@@ -6,9 +6,9 @@ from tqdm import tqdm
 
 from scd.evaluation.fvd import FRAMES_AT_ONCE, SHORTEST
 from scd.evaluation.measures import Measures
-from scd.evaluation.processes import processes, share, together
 from scd.evaluation.protocol import OTHER_SET, REAL_SET, REPEAT_SET
 from scd.evaluation.samples import SampleFolder, batches
+from scd.processes import processes, share, together
 
 FEATURES = "i3d"  # of a whole clip, for FVD; the other entries of a measurement are one a frame
 

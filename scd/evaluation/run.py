@@ -9,7 +9,6 @@ from scd.data.clips import ClipFolder, clip_folder
 from scd.errors import ScdError
 from scd.evaluation.generate import generate_samples
 from scd.evaluation.measure import measure_samples, metrics_of
-from scd.evaluation.processes import processes, together
 from scd.evaluation.protocol import MODEL, table_rows
 from scd.evaluation.report import (
     Done,
@@ -27,6 +26,7 @@ from scd.models.autoencoder import Codec
 from scd.models.load import load_checkpoint_for_use, options_for_use
 from scd.models.world_model import WorldModel
 from scd.options import Options
+from scd.processes import processes, together
 
 
 def evaluate_checkpoint(

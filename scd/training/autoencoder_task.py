@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.measures import Measures
-from scd.evaluation.processes import processes
 from scd.files import write_whole
 from scd.models.autoencoder import (
     Autoencoder,
@@ -23,6 +22,7 @@ from scd.models.autoencoder import (
 )
 from scd.models.discriminator import PatchDiscriminator
 from scd.options import Options
+from scd.processes import processes
 from scd.training.adversarial import AdversarialObjective
 from scd.training.reconstruction import ReconstructionLoss, ReconstructionObjective
 

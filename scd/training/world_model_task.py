@@ -9,7 +9,6 @@ import torch
 
 from scd.data.clips import clip_folder
 from scd.data.encode import check_training_latents
-from scd.evaluation.processes import processes
 from scd.evaluation.run import evaluate_in_passing
 from scd.flow.objective import FlowObjective
 from scd.models.autoencoder import load_codec
@@ -17,6 +16,7 @@ from scd.models.build import build_world_model
 from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.pipeline import SCDPipeline
+from scd.processes import processes
 
 VALIDATION_VIDEOS = 16  # while training; a full evaluation is `scd evaluate`
 

@@ -1,4 +1,4 @@
-"""Sharing the work of an evaluation among the processes that were launched.
+"""Sharing the work of one command among the processes that were launched.
 
 Processes meet in files: each writes its share below one folder, which all of them must see (on
 several machines: a shared file system).
