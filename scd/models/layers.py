@@ -6,7 +6,8 @@ Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
 import math
 from collections.abc import Callable, Iterable
 from copy import copy
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -93,16 +94,26 @@ class Conditioning(nn.Module):
         return e
 
 
-class Modulated(NamedTuple):
+@dataclass(frozen=True)
+class Modulated:
     """What a layer makes of the conditioning vector: (B, F, 1, D) each, one for all tokens."""
 
     shift: Tensor
     scale: Tensor
-    gate: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x·(1 + scale) + shift."""
         return torch.addcmul(self.shift, x, 1 + self.scale)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(*(function(getattr(self, field.name)) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Gated(Modulated):
+    """Of a branch of a block, whose result is multiplied by the gate before it is added."""
+
+    gate: Tensor
 
 
 class Modulation(nn.Module):
@@ -112,9 +123,9 @@ class Modulation(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 3 * width)
 
-    def forward(self, e: Tensor) -> Modulated:
+    def forward(self, e: Tensor) -> Gated:
         """e (B, F, D)."""
-        return Modulated(*self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(3, dim=-1))
+        return Gated(*self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(3, dim=-1))
 
 
 class Attention(nn.Module):
@@ -155,8 +166,11 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 class BlockModulation(NamedTuple):
     """Of the two branches of a block."""
 
-    attention: Modulated
-    mlp: Modulated
+    attention: Gated
+    mlp: Gated
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "BlockModulation":
+        return BlockModulation(self.attention.each(function), self.mlp.each(function))
 
 
 class Block(nn.Module):
@@ -236,29 +250,24 @@ class StepModulations:
         e: conditioning vectors (B, T, D) of T steps.
     """
 
-    def __init__(self, blocks: Iterable[Block], norm_out: OutputNorm, e: Tensor):
-        self._blocks = [block.modulate(e) for block in blocks]
+    def __init__(self, blocks: Iterable[Any], norm_out: OutputNorm, e: Tensor):
+        self._blocks: list[BlockModulation] = [block.modulate(e) for block in blocks]
         self._norm_out = norm_out.modulate(e)
 
     def repeat(self, copies: int) -> "StepModulations":
         """For a batch of so many copies, one behind the other."""
-        made = copy(self)
-
-        def repeated(m: Modulated) -> Modulated:
-            return Modulated(*(None if x is None else x.repeat(copies, 1, 1, 1) for x in m))
-
-        made._blocks = [BlockModulation(*map(repeated, m)) for m in self._blocks]
-        made._norm_out = None if self._norm_out is None else repeated(self._norm_out)
-        return made
+        return self._each(lambda x: x.repeat(copies, 1, 1, 1))
 
     def of_step(self, step: int) -> tuple[list[BlockModulation], Modulated | None]:
         """For every block, and for the output norm."""
+        cut = self._each(lambda x: x[:, step : step + 1])
+        return cut._blocks, cut._norm_out
 
-        def cut(m: Modulated) -> Modulated:
-            return Modulated(*(None if x is None else x[:, step : step + 1] for x in m))
-
-        blocks = [BlockModulation(cut(m.attention), cut(m.mlp)) for m in self._blocks]
-        return blocks, None if self._norm_out is None else cut(self._norm_out)
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "StepModulations":
+        made = copy(self)
+        made._blocks = [block.each(function) for block in self._blocks]
+        made._norm_out = None if self._norm_out is None else self._norm_out.each(function)
+        return made
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
