@@ -77,6 +77,12 @@ def compare(arguments: argparse.Namespace) -> None:
     compare_checkpoints([Path(path) for path in arguments.checkpoints], Path(arguments.out))
 
 
+def benchmark(arguments: argparse.Namespace) -> None:
+    from scd.benchmark.streaming import benchmark_streaming
+
+    benchmark_streaming(Path(arguments.out), arguments.only)
+
+
 def measure(arguments: argparse.Namespace) -> None:
     from scd.evaluation.run import measure_folder
 
@@ -169,6 +175,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoints", nargs="+", help="ema.safetensors of each")
     p.add_argument("--out", default="experiments/compare", help="(default: %(default)s)")
     p.set_defaults(run=compare)
+
+    p = commands.add_parser("benchmark", help="seconds a frame and memory, beside the floor")
+    p.add_argument("--only", metavar="TEXT", help="the cases whose name contains it")
+    p.add_argument("--out", default="experiments/benchmark.json", help="(default: %(default)s)")
+    p.set_defaults(run=benchmark)
 
     p = commands.add_parser("measure", help="recompute the metrics of saved samples, without model")
     p.add_argument("folder", help="such as experiments/<name>/evaluation/step-00000400-1f2e3d4c")

@@ -7,6 +7,7 @@ import torch
 
 from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
+from scd.models import encoder
 from scd.rollout import Rollout, cache, generate
 from tests.test_model import make_model
 
@@ -161,8 +162,8 @@ def test_a_later_action_does_not_change_an_earlier_frame(model, inputs):
 def test_prefill_in_chunks_equals_at_once(model, inputs):
     """A cache filled frame by frame holds what one pass writes."""
     context, _, actions = inputs
-    at_once = cache.KVCache(model, B, K, 6)
-    by_frame = cache.KVCache(model, B, K, 6)
+    at_once = cache.KVCache(model, B, cache.Window(K), 6)
+    by_frame = cache.KVCache(model, B, cache.Window(K), 6)
     with torch.no_grad():
         whole, _ = model.encoder.hidden(context, actions[:, :K], at_once)
         for i in range(K):
@@ -227,3 +228,79 @@ def test_refusals(model, inputs):
     rollout.step(actions[:, K + 1])  # encodes the last frame that fits
     with pytest.raises(ScdError, match="is full"):
         rollout.step(actions[:, K + 2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("first_frame", [False, True])
+def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
+    """Every frame of a stream longer than its window, against attention under an explicit mask.
+
+    A query sees, in every layer, the newest frames of the window and the first ones that are kept;
+    positions keep counting.
+    """
+    model = make_model(first_frame=first_frame)
+    window, frames = 4, 11
+    g = torch.Generator().manual_seed(8)
+    video = torch.randn(B, frames + 1, C, H, W, generator=g)
+    actions = torch.randint(0, 3, (B, frames + 1), generator=g)
+    rollout = Rollout(model, num_steps=1, max_frames=window, when_full="slide", first_frames=kept)
+    start = 1 - model.first_predicted
+    seen = []
+    for known in range(2, frames + 1):
+        rollout.reset(video[:, :known], actions[:, :known])
+        field_inputs = {}
+        decoder_forward = model.decoder.denoise
+        model.decoder.denoise = lambda x, c, *a, f=field_inputs, d=decoder_forward: (
+            f.update(context=c),
+            d(x, c, *a),
+        )[1]
+        rollout.step(actions[:, known])
+        del model.decoder.denoise
+        seen.append(field_inputs["context"])
+
+    index = torch.arange(frames + start)
+    shown = index[None] > index[:, None] - (window + start if not kept else window - kept)
+    if kept:
+        shown |= index[None] < kept + start
+    mask = (shown & (index[None] <= index[:, None])).repeat_interleave(6, 0).repeat_interleave(6, 1)
+
+    def masked(q, k, v, tokens_per_frame):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoder, "block_causal_attention", masked)
+        expected = model.encoder(video[:, :-1], actions[:, model.first_predicted :])
+    for known, context in zip(range(2, frames + 1), seen, strict=True):
+        one = expected[:, known - model.first_predicted : known - model.first_predicted + 1]
+        assert (context - one).abs().max() < TOLERANCE, known
+
+
+@torch.no_grad()
+def test_a_stream_without_end(inputs):
+    """Constant memory and no drift: 60 frames through a window of 4, two streams side by side."""
+    context, _, actions = inputs
+    model = make_model()
+    streams = [
+        Rollout(model, num_steps=1, max_frames=4, when_full="slide", first_frames=k) for k in (0, 1)
+    ]
+    alone = Rollout(model, num_steps=1, max_frames=4, when_full="slide")
+    for rollout in (*streams, alone):
+        rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(1))
+    for _ in range(60):
+        frame, _ = [rollout.step(actions[:, 0]) for rollout in streams]
+    for _ in range(60):
+        single = alone.step(actions[:, 0])
+    assert torch.equal(frame, single) and torch.isfinite(frame).all()
+    assert streams[0]._cache.frames == K - 1 + 60
+    assert streams[0]._cache.keys.shape[3] == 4 * 6
+
+
+def test_windows_that_cannot_be():
+    for bad in (
+        {"frames": 0},
+        {"frames": 2, "first_frames": 2},
+        {"frames": 2, "when_full": "wrap"},
+    ):
+        with pytest.raises(ScdError):
+            cache.Window(**bad)

@@ -14,13 +14,11 @@ def noise_levels(num_steps: int) -> list[float]:
     return [float(sigma) for sigma in scheduler.sigmas]
 
 
-def euler(
-    velocity: Callable[[Tensor, float], Tensor], noise: Tensor, levels: list[float]
-) -> Tensor:
-    """Integrate dx/dσ = v(x, σ) from σ = levels[0] to levels[-1], one step a level."""
+def euler(velocity: Callable[[Tensor, int], Tensor], noise: Tensor, levels: list[float]) -> Tensor:
+    """Integrate dx/dσ = v(x, σ) from σ = levels[0] to levels[-1]; `velocity` takes step numbers."""
     x = noise
-    for sigma, following in pairwise(levels):
-        x = x + (following - sigma) * velocity(x, sigma)
+    for step, (sigma, following) in enumerate(pairwise(levels)):
+        x = x + (following - sigma) * velocity(x, step)
     return x
 
 

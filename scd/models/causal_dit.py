@@ -15,9 +15,11 @@ from scd.models.layers import (
     HEAD_DIM,
     Attend,
     Block,
+    BlockModulation,
     Conditioning,
+    Modulated,
     OutputNorm,
-    Rotary,
+    StepModulations,
     initialise,
     patchify,
     rotary_positions,
@@ -101,9 +103,9 @@ class CausalDiT(WorldModel):
             clean_frames=count,
             first=first,
         )
-        prediction = self._predict(
-            frames, times, conditions, positions, [attend] * len(self.blocks)
-        )
+        e = self.conditioning(times, conditions)  # (B, all frames, D)
+        depth = len(self.blocks)
+        prediction = self._predict(frames, [e] * depth, e, positions, [attend] * depth)
         prediction = rearrange(prediction[:, count:], "b (k f) c h w -> b k f c h w", k=draws)
         return self._as_velocity(prediction, noisy, timesteps)
 
@@ -113,7 +115,8 @@ class CausalDiT(WorldModel):
         """See `WorldModel.take_in`; a clean frame has its own condition, not the following."""
         if latents.shape[1]:
             times = torch.full(latents.shape[:2], CLEAN_TIMESTEP, device=latents.device)
-            self._predict_cached(latents, times, conditions, cache)
+            e = self.conditioning(times, conditions)  # (B, F, D)
+            self._predict_cached(latents, [e] * len(self.blocks), e, cache)
             cache.advance(latents.shape[1])
 
     def next_frame(
@@ -122,45 +125,55 @@ class CausalDiT(WorldModel):
         conditions: Tensor | None,
         following: Tensor | None,
         cache: Cache,
+        timesteps: Tensor,
         perturbation: Tensor | None = None,
     ) -> VelocityField:
-        """See `WorldModel.next_frame`: all layers run at every call.
+        """See `WorldModel.next_frame`: all layers run at every step.
 
         The noisy frame's keys and values lie where the clean frame's will be written.
         """
         self.take_in(newest, conditions, following, cache)
+        times = timesteps.expand(len(newest), -1)
+        if following is not None:
+            following = following.expand(-1, times.shape[1])
+        modulations = StepModulations(
+            self.blocks, self.norm_out, self.conditioning(times, following)
+        )
 
-        def field(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            prediction = self._predict_cached(noisy, timesteps, following, cache)
-            return self._as_velocity(prediction, noisy, timesteps)
+        def field(noisy: Tensor, step: int) -> Tensor:
+            prediction = self._predict_cached(noisy, *modulations.of_step(step), cache)
+            return self._as_velocity(prediction, noisy, times[:, step : step + 1])
 
         return field
 
     def _predict_cached(
-        self, frames: Tensor, timesteps: Tensor, conditions: Tensor | None, cache: Cache
+        self,
+        frames: Tensor,
+        of_blocks: Sequence[Tensor | BlockModulation],
+        of_norm_out: Tensor | Modulated | None,
+        cache: Cache,
     ) -> Tensor:
         positions = torch.arange(frames.shape[1], device=frames.device) + cache.frames
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        return self._predict(frames, timesteps, conditions, positions, attends)
+        return self._predict(frames, of_blocks, of_norm_out, positions, attends)
 
     def _predict(
         self,
         frames: Tensor,
-        timesteps: Tensor,
-        conditions: Tensor | None,
+        of_blocks: Sequence[Tensor | BlockModulation],
+        of_norm_out: Tensor | Modulated | None,
         positions: Tensor,
         attends: Sequence[Attend],
     ) -> Tensor:
         """The network: frames (B, F, C, H, W) at positions (F,) -> prediction, as the frames."""
         height, width = frames.shape[-2:]
         patch = self.config.patch_size
-        rotary: Rotary = rotary_positions(positions, height // patch, width // patch)
-        e = self.conditioning(timesteps, conditions)  # (B, F, D)
+        rotary = rotary_positions(positions, height // patch, width // patch)
         x = self.embed(patchify(frames, patch).to(self.embed.weight.dtype))  # (B, F, N, D)
-        for block, attend in zip(self.blocks, attends, strict=True):
+        for block, e, attend in zip(self.blocks, of_blocks, attends, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, e, rotary, attend, use_reentrant=False)
             else:
                 x = block(x, e, rotary, attend)
-        x = self.unembed(self.norm_out(x, e))  # (B, F, N, C·p·p)
+        x = self.unembed(self.norm_out(x, of_norm_out))  # (B, F, N, C·p·p)
         return unpatchify(x, patch, height, width)

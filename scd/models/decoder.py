@@ -1,5 +1,7 @@
 """The frame decoder: once per denoising step, inside one frame, under the encoder's context."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -8,9 +10,12 @@ from scd.models.attention import full_attention
 from scd.models.layers import (
     NORM_EPS,
     Block,
+    BlockModulation,
     Conditioning,
+    Modulated,
     OutputNorm,
     Rotary,
+    StepModulations,
     initialise,
     patchify,
     rotary_positions,
@@ -75,24 +80,45 @@ class FrameDecoder(nn.Module):
         Returns:
             (B, F, C, H, W): velocity or clean frame, as the model was trained.
         """
-        batch, _, _, height, width = noisy.shape
-        rows, columns = height // self.patch_size, width // self.patch_size
         # Every frame is frame 0 of a sequence of its own: (B·F, 1, N, D).
         e = self.conditioning(timesteps, conditions).flatten(0, 1).unsqueeze(1)
+        return self._predict(noisy, context, [e] * len(self.blocks), e)
+
+    def step_modulations(self, timesteps: Tensor, conditions: Tensor | None) -> StepModulations:
+        """For `denoise`: of timesteps (B, T) under the frames' conditions (B, T)."""
+        return StepModulations(self.blocks, self.norm_out, self.conditioning(timesteps, conditions))
+
+    def denoise(
+        self, noisy: Tensor, context: Tensor, modulations: StepModulations, step: int
+    ) -> Tensor:
+        """`forward` for one frame of each sample, (B, 1, C, H, W), at one of the prepared steps."""
+        return self._predict(noisy, context, *modulations.of_step(step))
+
+    def _predict(
+        self,
+        noisy: Tensor,
+        context: Tensor,
+        of_blocks: Sequence[Tensor | BlockModulation],
+        of_norm_out: Tensor | Modulated | None,
+    ) -> Tensor:
+        batch, _, _, height, width = noisy.shape
+        rows, columns = height // self.patch_size, width // self.patch_size
+        tokens = rows * columns
         x = self.embed(patchify(noisy, self.patch_size).to(self.embed.weight.dtype)).flatten(0, 1)
         x = self._join(context.flatten(0, 1), x).unsqueeze(1)
         rotary = rotary_positions(torch.zeros(1, device=noisy.device), rows, columns)
-        if x.shape[2] == 2 * rows * columns:
+        if x.shape[2] == 2 * tokens:
             # Context tokens carry the same row and column as the noisy tokens.
             rotary = Rotary(rotary.cos.repeat(2, 1), rotary.sin.repeat(2, 1))
-        for block in self.blocks:
+        for number, (block, e) in enumerate(zip(self.blocks, of_blocks, strict=True), 1):
+            # Of the last block nobody reads the context half.
+            keep = tokens if number == len(self.blocks) else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, e, rotary, full_attention, use_reentrant=False)
+                x = checkpoint(block, x, e, rotary, full_attention, keep, use_reentrant=False)
             else:
-                x = block(x, e, rotary, full_attention)
-        x = self.norm_out(x[:, :, -rows * columns :], e)  # the noisy half
-        x = self.unembed(x).squeeze(1).unflatten(0, (batch, -1))  # (B, F, N, C·p·p)
-        return unpatchify(x, self.patch_size, height, width)
+                x = block(x, e, rotary, full_attention, keep)
+        x = self.unembed(self.norm_out(x, of_norm_out))
+        return unpatchify(x.squeeze(1).unflatten(0, (batch, -1)), self.patch_size, height, width)
 
     def _join(self, context: Tensor, x: Tensor) -> Tensor:
         """Context and noisy tokens, both (B, N, D) -> (B, N or 2N, D)."""

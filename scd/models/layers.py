@@ -4,13 +4,16 @@ Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 HEAD_DIM = 64
 ROTARY_DIMS = (16, 24, 24)  # of frame, row and column; together HEAD_DIM
@@ -27,6 +30,10 @@ class Rotary(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+    def last(self, tokens: int) -> "Rotary":
+        """Of the last tokens only."""
+        return Rotary(self.cos[-tokens:], self.sin[-tokens:])
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate the pairs (x_i, x_{i + 32}) of every head of x (B, heads, tokens, HEAD_DIM).
@@ -87,6 +94,28 @@ class Conditioning(nn.Module):
         return e
 
 
+@dataclass(frozen=True)
+class Modulated:
+    """What a layer makes of the conditioning vector: (B, F, 1, D) each, one for all tokens."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x·(1 + scale) + shift."""
+        return torch.addcmul(self.shift, x, 1 + self.scale)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(*(function(getattr(self, field.name)) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Gated(Modulated):
+    """Of a branch of a block, whose result is multiplied by the gate before it is added."""
+
+    gate: Tensor
+
+
 class Modulation(nn.Module):
     """Shift, scale and gate of one branch of a block: the thirds of Linear(SiLU(e))."""
 
@@ -94,10 +123,9 @@ class Modulation(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 3 * width)
 
-    def forward(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """e (B, F, D) -> shift, scale, gate, each (B, F, 1, D): one for all tokens of a frame."""
-        shift, scale, gate = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(3, dim=-1)
-        return shift, scale, gate
+    def forward(self, e: Tensor) -> Gated:
+        """e (B, F, D)."""
+        return Gated(*self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(3, dim=-1))
 
 
 class Attention(nn.Module):
@@ -111,19 +139,38 @@ class Attention(nn.Module):
         self.norm_k = nn.Parameter(torch.ones(HEAD_DIM))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
-        qkv = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        q, k, v = qkv.unbind()
-        q = rotary.rotate(_rms_norm(q, self.norm_q))
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, keep: int | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (B, keep, D): of the last tokens only."""
+        if keep is None:
+            q, k, v = self._heads(self.qkv(x)).chunk(3, dim=1)
+        else:
+            width = x.shape[-1]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = self._heads(linear(x[:, -keep:], weight[:width], bias[:width]))
+            k, v = self._heads(linear(x, weight[width:], bias[width:])).chunk(2, dim=1)
+        q = rotary.last(q.shape[2]).rotate(_rms_norm(q, self.norm_q))
         k = rotary.rotate(_rms_norm(k, self.norm_k))
         return self.out(rearrange(attend(q, k, v), "b h t d -> b t (h d)"))
+
+    @staticmethod
+    def _heads(x: Tensor) -> Tensor:
+        return rearrange(x, "b t (h d) -> b h t d", d=HEAD_DIM)
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """x / sqrt(mean x²) · weight over the last axis, the mean in float32, the rest as x is."""
     mean = x.square().mean(dim=-1, keepdim=True, dtype=torch.float32)
     return x * torch.rsqrt(mean + NORM_EPS).type_as(x) * weight.type_as(x)
+
+
+class BlockModulation(NamedTuple):
+    """Of the two branches of a block."""
+
+    attention: Gated
+    mlp: Gated
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "BlockModulation":
+        return BlockModulation(self.attention.each(function), self.mlp.each(function))
 
 
 class Block(nn.Module):
@@ -139,15 +186,29 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, e: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        """x (B, F, N, D) with conditioning e (B, F, D) -> (B, F, N, D)."""
+    def modulate(self, e: Tensor) -> BlockModulation:
+        return BlockModulation(self.modulation_attention(e), self.modulation_mlp(e))
+
+    def forward(
+        self,
+        x: Tensor,
+        e: Tensor | BlockModulation,
+        rotary: Rotary,
+        attend: Attend,
+        keep: int | None = None,
+    ) -> Tensor:
+        """x (B, F, N, D) -> (B, F, N, D).
+
+        Args:
+            e: conditioning vectors (B, F, D), or what `modulate` made of them.
+            keep: of a single frame (F = 1), only the last tokens are wanted: (B, 1, keep, D).
+        """
+        before_attention, before_mlp = self.modulate(e) if isinstance(e, Tensor) else e
         frames = x.shape[1]
-        shift, scale, gate = self.modulation_attention(e)  # (B, F, 1, D) each
-        h = torch.addcmul(shift, self.norm(x), 1 + scale)
-        h = self.attention(h.flatten(1, 2), rotary, attend).unflatten(1, (frames, -1))
-        x = torch.addcmul(x, gate, h)
-        shift, scale, gate = self.modulation_mlp(e)
-        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.norm(x), 1 + scale)))
+        h = before_attention(self.norm(x)).flatten(1, 2)
+        h = self.attention(h, rotary, attend, keep).unflatten(1, (frames, -1))
+        x = torch.addcmul(x[:, :, -h.shape[2] :], before_attention.gate, h)
+        return torch.addcmul(x, before_mlp.gate, self.mlp(before_mlp(self.norm(x))))
 
 
 class OutputNorm(nn.Module):
@@ -158,15 +219,55 @@ class OutputNorm(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.linear = nn.Linear(width, 2 * width) if modulate else None
 
-    def forward(self, x: Tensor, e: Tensor, perturbation: Tensor | None = None) -> Tensor:
-        """x and perturbation (B, F, N, D), e (B, F, D) -> (B, F, N, D)."""
+    def modulate(self, e: Tensor) -> Modulated | None:
+        if self.linear is None:
+            return None
+        scale, shift = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(2, dim=-1)
+        return Modulated(shift, scale)
+
+    def forward(
+        self, x: Tensor, e: Tensor | Modulated | None, perturbation: Tensor | None = None
+    ) -> Tensor:
+        """x and perturbation (B, F, N, D) -> (B, F, N, D).
+
+        Args:
+            e: conditioning vectors (B, F, D), or what `modulate` made of them.
+        """
         h = self.norm(x)
         if perturbation is not None:
             h = h + perturbation
-        if self.linear is None:
-            return h
-        scale, shift = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(2, dim=-1)
-        return torch.addcmul(shift, h, 1 + scale)
+        modulation = self.modulate(e) if isinstance(e, Tensor) else e
+        return h if modulation is None else modulation(h)
+
+
+class StepModulations:
+    """What blocks and output norm make of the conditioning vector, for all steps of a frame.
+
+    Computed step by step, the modulations would read a third of a network's weights at every step
+    for a handful of vectors.
+
+    Args:
+        e: conditioning vectors (B, T, D) of T steps.
+    """
+
+    def __init__(self, blocks: Iterable[Any], norm_out: OutputNorm, e: Tensor):
+        self._blocks: list[BlockModulation] = [block.modulate(e) for block in blocks]
+        self._norm_out = norm_out.modulate(e)
+
+    def repeat(self, copies: int) -> "StepModulations":
+        """For a batch of so many copies, one behind the other."""
+        return self._each(lambda x: x.repeat(copies, 1, 1, 1))
+
+    def of_step(self, step: int) -> tuple[list[BlockModulation], Modulated | None]:
+        """For every block, and for the output norm."""
+        cut = self._each(lambda x: x[:, step : step + 1])
+        return cut._blocks, cut._norm_out
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "StepModulations":
+        made = copy(self)
+        made._blocks = [block.each(function) for block in self._blocks]
+        made._norm_out = None if self._norm_out is None else self._norm_out.each(function)
+        return made
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

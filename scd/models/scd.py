@@ -140,14 +140,23 @@ class SCD(WorldModel):
         conditions: Tensor | None,
         following: Tensor | None,
         cache: Cache,
+        timesteps: Tensor,
         perturbation: Tensor | None = None,
     ) -> VelocityField:
-        """See `WorldModel.next_frame`: the encoder runs here, the decoder at every call after."""
+        """See `WorldModel.next_frame`: the encoder runs here, the decoder at every step after."""
         hidden, e = self.encoder.hidden(newest, following, cache)
         context = self.encoder.norm_out(hidden, e)
+        times = timesteps.expand(len(context), -1)
+        if following is not None:
+            following = following.expand(-1, times.shape[1])
+        modulations = self.decoder.step_modulations(times, following)
         if perturbation is not None:
             perturbed = self.encoder.norm_out(hidden, e, perturbation.type_as(hidden))
             context = torch.cat([context, perturbed])
-            if following is not None:
-                following = torch.cat([following, following])
-        return lambda noisy, timesteps: self.decode(noisy, timesteps, context, following)
+            modulations = modulations.repeat(2)
+
+        def field(noisy: Tensor, step: int) -> Tensor:
+            prediction = self.decoder.denoise(noisy, context, modulations, step)
+            return self._as_velocity(prediction, noisy, timesteps[step].expand(len(noisy), 1))
+
+        return field

@@ -14,8 +14,8 @@ from scd.models.layers import HEAD_DIM
 MAX_TIMESTEP = 1000.0
 CLEAN_TIMESTEP = -1.0
 
-VelocityField = Callable[[Tensor, Tensor], Tensor]
-"""Noisy frames (B, 1, C, H, W) and timesteps (B, 1) in [0, 1000] -> velocities, as the frames."""
+VelocityField = Callable[[Tensor, int], Tensor]
+"""Noisy frames (B, 1, C, H, W) and the number of a step -> velocities, as the frames."""
 
 
 class Cache(Protocol):
@@ -99,6 +99,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         conditions: Tensor | None,
         following: Tensor | None,
         cache: Cache,
+        timesteps: Tensor,
         perturbation: Tensor | None = None,
     ) -> VelocityField:
         """Take in the newest clean frame, and give the velocity field of the frame after it.
@@ -107,6 +108,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             newest: (B, 1, C, H, W); (B, 0, C, H, W) before the first frame of a video.
             conditions: (B, 1) or (B, 0), of the newest frame.
             following: (B, 1), of the frame to come.
+            timesteps: (T,) in [0, 1000], of the steps that the field will be asked for.
             perturbation: (B, 1, N, D): the field is then one of 2B frames, the second half under
                 the perturbed context.
         """

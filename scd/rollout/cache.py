@@ -1,5 +1,7 @@
 """The key-value cache of past frames: allocated once, keys rotated before they are written."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,49 +11,78 @@ from scd.models.layers import HEAD_DIM
 from scd.models.world_model import WorldModel
 
 
-class KVCache:
-    """Keys and values of all frames that were taken in.
+@dataclass(frozen=True)
+class Window:
+    """How many frames a cache holds, and what happens beyond.
 
     Args:
-        max_frames: frames it holds; one more is refused.
+        frames: held at once, the newest among them.
+        when_full: `error`: one more frame is refused; `slide`: it takes the place of the oldest, so
+            that a stream can go on for ever at constant cost. Positions keep counting.
+        first_frames: of a sliding window, the first frames of the video, which are never replaced.
+
+    Raises:
+        ScdError: they contradict each other.
+    """
+
+    frames: int
+    when_full: str = "error"
+    first_frames: int = 0
+
+    def __post_init__(self) -> None:
+        if self.when_full not in ("error", "slide"):
+            raise ScdError(f"when_full is {self.when_full!r}, not error or slide")
+        if self.frames < 1 or not 0 <= self.first_frames < self.frames:
+            raise ScdError(
+                f"a window of {self.frames} frames cannot keep the first {self.first_frames}"
+            )
+
+    def slot(self, frame: int) -> int:
+        """Where a frame of the video is written."""
+        if frame < self.frames:
+            return frame
+        sliding = self.frames - self.first_frames
+        return self.first_frames + (frame - self.first_frames) % sliding
+
+
+class KVCache:
+    """Keys and values of the frames that were taken in, as far as the window reaches.
+
+    Args:
         tokens_per_frame: N.
 
     Raises:
-        ScdError: on a frame beyond `max_frames`.
+        ScdError: on a frame beyond a window that does not slide.
     """
 
-    def __init__(self, model: WorldModel, batch: int, max_frames: int, tokens_per_frame: int):
-        shape = (
-            model.cached_layers,
-            batch,
-            model.config.heads,
-            max_frames * tokens_per_frame,
-            HEAD_DIM,
-        )
+    def __init__(self, model: WorldModel, batch: int, window: Window, tokens_per_frame: int):
+        slots = window.frames * tokens_per_frame
+        shape = (model.cached_layers, batch, model.config.heads, slots, HEAD_DIM)
         self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
         self.values = torch.empty_like(self.keys)
         self.tokens_per_frame = tokens_per_frame
-        self.max_frames = max_frames
+        self.window = window
         self.frames = 0
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write a layer's keys and values of new frames behind the old, attend over all of them.
+        """Write a layer's keys and values of the newest frames, attend over all that are held.
 
-        q, k, v are (B, heads, new frames · N, head_dim), k rotated.
+        q, k, v are (B, heads, new frames · N, head_dim), k rotated. Several frames at once must
+        fit without sliding.
         """
-        start = self.frames * self.tokens_per_frame
-        end = start + k.shape[2]
-        if end > self.keys.shape[3]:
+        n = self.tokens_per_frame
+        end = self.frames + k.shape[2] // n
+        if end > self.window.frames and (self.window.when_full == "error" or k.shape[2] > n):
             raise ScdError(
-                f"the rollout holds {self.max_frames} frames and is full: reset it, or make it "
-                f"with a larger max_frames"
+                f"the rollout holds {self.window.frames} frames and is full: reset it, make it "
+                f"with a larger window, or let the window slide"
             )
-        self.keys[layer, :, :, start:end] = k
-        self.values[layer, :, :, start:end] = v
-        keys, values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-        return block_causal_attention(q.type_as(keys), keys, values, self.tokens_per_frame).type_as(
-            q
-        )
+        start = self.window.slot(self.frames) * n
+        self.keys[layer, :, :, start : start + k.shape[2]] = k
+        self.values[layer, :, :, start : start + k.shape[2]] = v
+        held = min(end, self.window.frames) * n
+        keys, values = self.keys[layer, :, :, :held], self.values[layer, :, :, :held]
+        return block_causal_attention(q.type_as(keys), keys, values, n).type_as(q)
 
     def advance(self, frames: int) -> None:
         """All layers have written these frames."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from scd.errors import ScdError
 from scd.flow.sampler import euler, guide, noise_levels
 from scd.models.world_model import MAX_TIMESTEP, WorldModel
-from scd.rollout.cache import KVCache
+from scd.rollout.cache import KVCache, Window
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -23,7 +23,8 @@ class Rollout:
             only); `condition`: it has the null action or label everywhere; `none`.
         guidance_scale: w in v = v⁻ + w·(v⁺ − v⁻); 1 is no guidance.
         guidance_noise: η of the perturbed context.
-        max_frames: context and new frames that one rollout may have.
+        max_frames, when_full, first_frames: the past that a frame sees, and what happens beyond
+            it; see `Window`. By default a rollout has at most `max_frames` frames.
 
     Raises:
         ScdError: guidance that the model cannot give; see also `reset` and `step`.
@@ -38,6 +39,8 @@ class Rollout:
         guidance: str = "context",
         guidance_scale: float = 1.0,
         guidance_noise: float = 0.05,
+        when_full: str = "error",
+        first_frames: int = 0,
     ):
         if guidance not in ("none", "context", "condition"):
             raise ScdError(f"guidance is {guidance!r}, not one of none, context, condition")
@@ -51,9 +54,13 @@ class Rollout:
             )
         self.model = model
         self.levels = noise_levels(num_steps)
+        self._timesteps = MAX_TIMESTEP * torch.tensor(self.levels[:-1], device=model.device)
         self.guidance_scale = guidance_scale
         self.guidance_noise = guidance_noise
-        self.max_frames = max_frames
+        # A learned start before frame 0 takes a place of its own beside the first frames.
+        start = 1 - model.first_predicted
+        kept = first_frames + start if first_frames else 0
+        self.window = Window(max_frames + (start if when_full == "slide" else 0), when_full, kept)
         self._newest: Tensor | None = None
 
     @torch.no_grad()
@@ -86,20 +93,19 @@ class Rollout:
         self._batch = batch
         tokens = model.tokens_per_frame(height, width)
         branches = 2 if self.guidance == "condition" else 1
-        self._cache = KVCache(model, branches * batch, self.max_frames, tokens)
+        self._cache = KVCache(model, branches * batch, self.window, tokens)
         actions = None if actions is None else actions.to(model.device)
         conditions = model.frame_conditions((batch, frames), actions, self._labels)
         self._newest = context[:, -1:]
         self._newest_condition = None if conditions is None else conditions[:, -1:]
-        # All but the newest frame, which may need the action that is yet to come.
-        first = model.first_predicted
-        if frames > first:
-            model.take_in(
-                self._both(context[:, :-1]),
-                self._with_null(None if conditions is None else conditions[:, :-1]),
-                self._with_null(None if conditions is None else conditions[:, first:]),
-                self._cache,
-            )
+        # All but the newest frame, which may need the action that is yet to come. What the window
+        # holds goes in at once, the rest slides in frame by frame.
+        start = 1 - model.first_predicted
+        known, fits = frames - 1, self.window.frames - start
+        if frames > model.first_predicted:
+            self._take_in(context, conditions, 0, min(known, fits))
+        for frame in range(fits, known):
+            self._take_in(context, conditions, frame, frame + 1)
 
     @torch.no_grad()
     def step(self, action: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
@@ -131,13 +137,13 @@ class Rollout:
             self._with_null(self._newest_condition),
             self._with_null(condition),
             self._cache,
+            self._timesteps,
             perturbation,
         )
         branches = 1 if self.guidance == "none" else 2
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            timesteps = torch.full((branches * len(x), 1), sigma * MAX_TIMESTEP, device=x.device)
-            v = field(x.repeat(branches, 1, 1, 1, 1), timesteps)
+        def velocity(x: Tensor, step: int) -> Tensor:
+            v = field(x.repeat(branches, 1, 1, 1, 1), step)
             if branches == 1:
                 return v
             positive, negative = v.chunk(2)
@@ -151,6 +157,21 @@ class Rollout:
         """A frame (B, C, H, W) for every action (B,), as soon as it is done."""
         for action in actions:
             yield self.step(action)
+
+    def _take_in(self, context: Tensor, conditions: Tensor | None, first: int, last: int) -> None:
+        """Append frames first..last-1 of the context to the cache."""
+        own = following = None
+        if conditions is not None:
+            own = conditions[:, first:last]
+            # A learned start comes before frame 0, and then needs the condition of that frame.
+            begin = first + 1 if first or self.model.first_predicted else 0
+            following = conditions[:, begin : last + 1]
+        self.model.take_in(
+            self._both(context[:, first:last]),
+            self._with_null(own),
+            self._with_null(following),
+            self._cache,
+        )
 
     # Condition guidance keeps a second history, which has never seen a condition.
 
