@@ -104,7 +104,7 @@ OPTIONS = """\
 name: real
 task: world_model
 data: {root: data, frames: 4}
-model: {patch_size: 16}
+model: {patch_size: 16, encoder_layers: 1, decoder_layers: 1}
 rollout: {guidance: none}
 train: {steps: 1, batch_size: 2, mixed_precision: no}
 eval: {context_frames: 2, new_frames: 8, videos: 2}
