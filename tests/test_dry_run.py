@@ -92,7 +92,10 @@ def test_estimate_is_what_a_real_step_takes(name):
     """The count on tensors without memory against the count on a real step, to the operation."""
     options = load_options(
         ROOT / f"options/{name}.yml",
-        ["data.source=video", "autoencoder.path=null", "model.patch_size=16", "data.frames=5"],
+        [
+            *("data.source=video", "autoencoder.path=null", "model.patch_size=16"),
+            *("data.frames=5", "train.batch_size=2"),
+        ],
     )
     found = estimate_step(options, PixelCodec())
     assert found.tokens == 2 * 5 * 16
