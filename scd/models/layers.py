@@ -133,7 +133,6 @@ class Attention(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.heads = width // HEAD_DIM
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_q = nn.Parameter(torch.ones(HEAD_DIM))
         self.norm_k = nn.Parameter(torch.ones(HEAD_DIM))

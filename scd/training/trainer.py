@@ -214,7 +214,7 @@ class Trainer:
         state = load_checkpoint(path)
         now = run_identity(self.options, self.accelerator.num_processes)
         refuse_other_run(state.run, now, str(path))
-        load_matching(self.task.network, state.ema, str(path))
+        load_matching(self.task.network, state.ema, str(path))  # for now, to see that it fits
         load_matching(self.task.network, state.model, str(path))
         if self.adversary is not None:
             assert state.adversary is not None  # the run is the same, so it had one
