@@ -165,10 +165,12 @@ def test_prefill_in_chunks_equals_at_once(model, inputs):
     at_once = cache.KVCache(model, B, cache.Window(K), 6)
     by_frame = cache.KVCache(model, B, cache.Window(K), 6)
     with torch.no_grad():
-        whole, _ = model.encoder.hidden(context, actions[:, :K], at_once)
+        modulations = model.encoder.modulations(torch.arange(4))
+        whole = model.encoder.hidden(context, modulations.rows(actions[:, :K]), at_once)
         for i in range(K):
             part = slice(i, i + 1)
-            single, _ = model.encoder.hidden(context[:, part], actions[:, part], by_frame)
+            rows = modulations.rows(actions[:, part])
+            single = model.encoder.hidden(context[:, part], rows, by_frame)
             assert (single - whole[:, part]).abs().max() < TOLERANCE
     assert at_once.frames == by_frame.frames == K
     assert (at_once.keys - by_frame.keys).abs().max() < TOLERANCE

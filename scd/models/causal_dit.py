@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from diffusers import ModelMixin  # noqa: F401 (diffusers' pipelines look for it beside the class)
@@ -18,8 +19,8 @@ from scd.models.layers import (
     BlockModulation,
     Conditioning,
     Modulated,
+    Modulations,
     OutputNorm,
-    StepModulations,
     initialise,
     patchify,
     rotary_positions,
@@ -109,53 +110,68 @@ class CausalDiT(WorldModel):
         prediction = rearrange(prediction[:, count:], "b (k f) c h w -> b k f c h w", k=draws)
         return self._as_velocity(prediction, noisy, timesteps)
 
+    def conditioned(self, conditions: Tensor, timesteps: Tensor) -> "DenseConditioned":
+        """See `WorldModel.conditioned`."""
+        clean = torch.full(conditions.shape, CLEAN_TIMESTEP, device=conditions.device)
+        times = timesteps.expand(len(conditions), -1)  # (R, T)
+        return DenseConditioned(
+            self._modulations(clean, conditions),
+            self._modulations(times, conditions[:, None].expand(times.shape)),
+            timesteps,
+        )
+
     def take_in(
-        self, latents: Tensor, conditions: Tensor | None, following: Tensor | None, cache: Cache
+        self,
+        latents: Tensor,
+        own: Tensor,
+        following: Tensor,
+        cache: Cache,
+        conditioned: "DenseConditioned",
     ) -> None:
         """See `WorldModel.take_in`; a clean frame has its own condition, not the following."""
         if latents.shape[1]:
-            times = torch.full(latents.shape[:2], CLEAN_TIMESTEP, device=latents.device)
-            e = self.conditioning(times, conditions)  # (B, F, D)
-            self._predict_cached(latents, [e] * len(self.blocks), e, cache)
+            self._predict_cached(latents, conditioned.clean.rows(own), cache)
             cache.advance(latents.shape[1])
 
     def next_frame(
         self,
         newest: Tensor,
-        conditions: Tensor | None,
-        following: Tensor | None,
+        own: Tensor,
+        following: Tensor,
         cache: Cache,
-        timesteps: Tensor,
+        conditioned: "DenseConditioned",
         perturbation: Tensor | None = None,
     ) -> VelocityField:
         """See `WorldModel.next_frame`: all layers run at every step.
 
         The noisy frame's keys and values lie where the clean frame's will be written.
         """
-        self.take_in(newest, conditions, following, cache)
-        times = timesteps.expand(len(newest), -1)
-        if following is not None:
-            following = following.expand(-1, times.shape[1])
-        modulations = StepModulations(
-            self.blocks, self.norm_out, self.conditioning(times, following)
-        )
+        self.take_in(newest, own, following, cache, conditioned)
+        of_steps = conditioned.steps.rows(following[:, 0])  # (B, T) of them
+        timesteps = conditioned.timesteps
 
         def field(noisy: Tensor, step: int) -> Tensor:
-            prediction = self._predict_cached(noisy, *modulations.of_step(step), cache)
-            return self._as_velocity(prediction, noisy, times[:, step : step + 1])
+            batch = len(noisy)
+            of_step = of_steps.each(lambda x: x[:batch, step : step + 1])
+            prediction = self._predict_cached(noisy, of_step, cache)
+            return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
 
         return field
+
+    def _modulations(self, timesteps: Tensor, conditions: Tensor) -> Modulations:
+        return Modulations.of(self.blocks, self.norm_out, self.conditioning(timesteps, conditions))
 
     def _predict_cached(
         self,
         frames: Tensor,
-        of_blocks: Sequence[Tensor | BlockModulation],
-        of_norm_out: Tensor | Modulated | None,
+        modulations: Modulations,
         cache: Cache,
     ) -> Tensor:
         positions = torch.arange(frames.shape[1], device=frames.device) + cache.frames
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        return self._predict(frames, of_blocks, of_norm_out, positions, attends)
+        return self._predict(
+            frames, modulations.blocks, modulations.norm_out, positions, attends
+        )
 
     def _predict(
         self,
@@ -177,3 +193,11 @@ class CausalDiT(WorldModel):
                 x = block(x, e, rotary, attend)
         x = self.unembed(self.norm_out(x, of_norm_out))  # (B, F, N, C·p·p)
         return unpatchify(x, patch, height, width)
+
+
+class DenseConditioned(NamedTuple):
+    """See `WorldModel.conditioned`; T timesteps."""
+
+    clean: Modulations  # (R,) of them
+    steps: Modulations  # (R, T) of them
+    timesteps: Tensor

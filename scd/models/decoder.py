@@ -13,9 +13,9 @@ from scd.models.layers import (
     BlockModulation,
     Conditioning,
     Modulated,
+    Modulations,
     OutputNorm,
     Rotary,
-    StepModulations,
     initialise,
     patchify,
     rotary_positions,
@@ -84,15 +84,19 @@ class FrameDecoder(nn.Module):
         e = self.conditioning(timesteps, conditions).flatten(0, 1).unsqueeze(1)
         return self._predict(noisy, context, [e] * len(self.blocks), e)
 
-    def step_modulations(self, timesteps: Tensor, conditions: Tensor | None) -> StepModulations:
-        """For `denoise`: of timesteps (B, T) under the frames' conditions (B, T)."""
-        return StepModulations(self.blocks, self.norm_out, self.conditioning(timesteps, conditions))
+    def modulations(self, timesteps: Tensor, conditions: Tensor) -> Modulations:
+        """For `denoise`: of timesteps under conditions, both (R, T)."""
+        return Modulations.of(self.blocks, self.norm_out, self.conditioning(timesteps, conditions))
 
-    def denoise(
-        self, noisy: Tensor, context: Tensor, modulations: StepModulations, step: int
-    ) -> Tensor:
-        """`forward` for one frame of each sample, (B, 1, C, H, W), at one of the prepared steps."""
-        return self._predict(noisy, context, *modulations.of_step(step))
+    def denoise(self, noisy: Tensor, context: Tensor, modulations: Modulations) -> Tensor:
+        """`forward` for one frame of each sample.
+
+        Args:
+            noisy: (B, 1, C, H, W).
+            context: (B, 1, N, D).
+            modulations: (B, 1) of them.
+        """
+        return self._predict(noisy, context, modulations.blocks, modulations.norm_out)
 
     def _predict(
         self,

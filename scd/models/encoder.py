@@ -1,5 +1,6 @@
 """The causal encoder: runs once per frame over clean history and writes the script of the next."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -8,8 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 from scd.models.attention import block_causal_attention
 from scd.models.layers import (
+    Attend,
     Block,
+    BlockModulation,
     Conditioning,
+    Modulations,
     OutputNorm,
     initialise,
     patchify,
@@ -47,11 +51,7 @@ class CausalEncoder(nn.Module):
         self.start = nn.Parameter(0.02 * torch.randn(width)) if first_frame else None
 
     def forward(
-        self,
-        latents: Tensor,
-        conditions: Tensor | None,
-        perturbation: Tensor | None = None,
-        cache: Cache | None = None,
+        self, latents: Tensor, conditions: Tensor | None, perturbation: Tensor | None = None
     ) -> Tensor:
         """Contexts of the frames after the given ones.
 
@@ -60,41 +60,65 @@ class CausalEncoder(nn.Module):
             conditions: (B, F), entry j for frame j+1; None: the null condition. Where the learned
                 start comes first: (B, 1 + F), for frames 0..F.
             perturbation: as the contexts, added to them once normed.
-            cache: keys and values of earlier frames; these frames are appended to it.
 
         Returns:
             (B, F, N, D), or (B, 1 + F, N, D) where the learned start comes first.
         """
-        hidden, e = self.hidden(latents, conditions, cache)
-        return self.norm_out(hidden, e, perturbation)
+        batch, frames = latents.shape[:2]
+        count = frames if self.start is None else 1 + frames
+        e = self._conditioning((batch, count), conditions)  # (B, F, D)
+        rows, columns = self._grid(latents)
+        attend = partial(block_causal_attention, tokens_per_frame=rows * columns)
+        depth = len(self.blocks)
+        x = self._run(latents, 0, [e] * depth, [attend] * depth)
+        return self.norm_out(x, e, perturbation)
 
-    def hidden(
-        self, latents: Tensor, conditions: Tensor | None, cache: Cache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What `norm_out` takes: hidden tokens (B, F, N, D) and conditioning vectors (B, F, D)."""
-        batch, _, _, height, width = latents.shape
-        rows, columns = height // self.patch_size, width // self.patch_size
-        seen = cache.frames if cache is not None else 0
+    def modulations(self, conditions: Tensor) -> Modulations:
+        """For `hidden`: under each of the conditions (R,)."""
+        return Modulations.of(
+            self.blocks, self.norm_out, self._conditioning(tuple(conditions.shape), conditions)
+        )
+
+    def hidden(self, latents: Tensor, modulations: Modulations, cache: Cache) -> Tensor:
+        """`forward` up to the output norm, behind the frames of a cache, to which these are added.
+
+        Args:
+            modulations: (B, F) of them, as the conditions of `forward`.
+        """
+        attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
+        x = self._run(latents, cache.frames, modulations.blocks, attends)
+        cache.advance(x.shape[1])
+        return x
+
+    def _conditioning(self, shape: tuple[int, ...], conditions: Tensor | None) -> Tensor:
+        device = self.embed.weight.device
+        return self.conditioning(torch.full(shape, CLEAN_TIMESTEP, device=device), conditions)
+
+    def _grid(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of a frame's tokens."""
+        return latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
+
+    def _run(
+        self,
+        latents: Tensor,
+        seen: int,
+        of_blocks: Sequence[Tensor | BlockModulation],
+        attends: Sequence[Attend],
+    ) -> Tensor:
+        """Embedding and blocks, for frames (B, F, C, H, W) that follow `seen` others."""
+        rows, columns = self._grid(latents)
         x = self.embed(patchify(latents, self.patch_size).to(self.embed.weight.dtype))
         position = seen
         if self.start is not None:
             position = seen - 1
             if not seen:
-                x = torch.cat([self.start.expand(batch, 1, rows * columns, -1), x], dim=1)
-        frames = x.shape[1]  # x is (B, F, N, D)
-        indices = torch.arange(position, position + frames, device=latents.device)
+                x = torch.cat([self.start.expand(len(x), 1, rows * columns, -1), x], dim=1)
+        # x is (B, F, N, D)
+        indices = torch.arange(position, position + x.shape[1], device=latents.device)
         rotary = rotary_positions(indices, rows, columns)
-        clean = torch.full((batch, frames), CLEAN_TIMESTEP, device=latents.device)
-        e = self.conditioning(clean, conditions)  # (B, F, D)
-        for layer, block in enumerate(self.blocks):
-            if cache is not None:
-                attend = partial(cache.attend, layer)
-            else:
-                attend = partial(block_causal_attention, tokens_per_frame=rows * columns)
+        for block, e, attend in zip(self.blocks, of_blocks, attends, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, e, rotary, attend, use_reentrant=False)
             else:
                 x = block(x, e, rotary, attend)
-        if cache is not None:
-            cache.advance(frames)
-        return x, e
+        return x

@@ -5,7 +5,6 @@ Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
 
 import math
 from collections.abc import Callable, Iterable
-from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Self
 
@@ -239,34 +238,29 @@ class OutputNorm(nn.Module):
         return h if modulation is None else modulation(h)
 
 
-class StepModulations:
-    """What blocks and output norm make of the conditioning vector, for all steps of a frame.
+@dataclass(frozen=True)
+class Modulations:
+    """What all blocks and the output norm make of conditioning vectors.
 
-    Computed step by step, the modulations would read a third of a network's weights at every step
-    for a handful of vectors.
-
-    Args:
-        e: conditioning vectors (B, T, D) of T steps.
+    A rollout computes them once, for every condition and every step that it can meet. Frame by
+    frame and step by step they would read a third of a network's weights for a handful of vectors.
     """
 
-    def __init__(self, blocks: Iterable[Any], norm_out: OutputNorm, e: Tensor):
-        self._blocks: list[BlockModulation] = [block.modulate(e) for block in blocks]
-        self._norm_out = norm_out.modulate(e)
+    blocks: list[BlockModulation]
+    norm_out: Modulated | None
 
-    def repeat(self, copies: int) -> "StepModulations":
-        """For a batch of so many copies, one behind the other."""
-        return self._each(lambda x: x.repeat(copies, 1, 1, 1))
+    @classmethod
+    def of(cls, blocks: Iterable[Any], norm_out: OutputNorm, e: Tensor) -> "Modulations":
+        """e (..., D): every shift, scale and gate is then (..., 1, D)."""
+        return cls([block.modulate(e) for block in blocks], norm_out.modulate(e))
 
-    def of_step(self, step: int) -> tuple[list[BlockModulation], Modulated | None]:
-        """For every block, and for the output norm."""
-        cut = self._each(lambda x: x[:, step : step + 1])
-        return cut._blocks, cut._norm_out
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Modulations":
+        norm_out = None if self.norm_out is None else self.norm_out.each(function)
+        return Modulations([block.each(function) for block in self.blocks], norm_out)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> "StepModulations":
-        made = copy(self)
-        made._blocks = [block.each(function) for block in self._blocks]
-        made._norm_out = None if self._norm_out is None else self._norm_out.each(function)
-        return made
+    def rows(self, index: Tensor) -> "Modulations":
+        """Of the vectors with the given numbers (the first axis)."""
+        return self.each(lambda x: x[index])
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

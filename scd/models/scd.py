@@ -1,5 +1,7 @@
 """Separable Causal Diffusion: the causal encoder and the frame decoder composed."""
 
+from typing import NamedTuple
+
 import torch
 from diffusers import ModelMixin  # noqa: F401 (diffusers' pipelines look for it beside the class)
 from diffusers.configuration_utils import register_to_config
@@ -9,7 +11,7 @@ from torch import Tensor
 from scd.errors import ScdError
 from scd.models.decoder import FUSIONS, FrameDecoder
 from scd.models.encoder import CausalEncoder
-from scd.models.layers import HEAD_DIM
+from scd.models.layers import HEAD_DIM, Modulations
 from scd.models.world_model import Cache, VelocityField, WorldModel, check_condition
 
 
@@ -128,35 +130,57 @@ class SCD(WorldModel):
         prediction = self.decoder(noisy, timesteps, context, conditions)
         return self._as_velocity(prediction, noisy, timesteps)
 
+    def conditioned(self, conditions: Tensor, timesteps: Tensor) -> "SCDConditioned":
+        """See `WorldModel.conditioned`."""
+        times = timesteps.expand(len(conditions), -1)  # (R, T)
+        of_decoder = self.decoder.modulations(times, conditions[:, None].expand(times.shape))
+        return SCDConditioned(self.encoder.modulations(conditions), of_decoder, timesteps)
+
     def take_in(
-        self, latents: Tensor, conditions: Tensor | None, following: Tensor | None, cache: Cache
+        self,
+        latents: Tensor,
+        own: Tensor,
+        following: Tensor,
+        cache: Cache,
+        conditioned: "SCDConditioned",
     ) -> None:
         """See `WorldModel.take_in`; the encoder looks at `following` only."""
-        self.encoder.hidden(latents, following, cache)
+        self.encoder.hidden(latents, conditioned.encoder.rows(following), cache)
 
     def next_frame(
         self,
         newest: Tensor,
-        conditions: Tensor | None,
-        following: Tensor | None,
+        own: Tensor,
+        following: Tensor,
         cache: Cache,
-        timesteps: Tensor,
+        conditioned: "SCDConditioned",
         perturbation: Tensor | None = None,
     ) -> VelocityField:
         """See `WorldModel.next_frame`: the encoder runs here, the decoder at every step after."""
-        hidden, e = self.encoder.hidden(newest, following, cache)
-        context = self.encoder.norm_out(hidden, e)
-        times = timesteps.expand(len(context), -1)
-        if following is not None:
-            following = following.expand(-1, times.shape[1])
-        modulations = self.decoder.step_modulations(times, following)
+        modulations = conditioned.encoder.rows(following)
+        hidden = self.encoder.hidden(newest, modulations, cache)
+        context = self.encoder.norm_out(hidden, modulations.norm_out)
+        numbers = following[:, 0]
         if perturbation is not None:
-            perturbed = self.encoder.norm_out(hidden, e, perturbation.type_as(hidden))
-            context = torch.cat([context, perturbed])
-            modulations = modulations.repeat(2)
+            perturbed = self.encoder.norm_out(
+                hidden, modulations.norm_out, perturbation.type_as(hidden)
+            )
+            context, numbers = torch.cat([context, perturbed]), numbers.repeat(2)
+        of_steps = conditioned.decoder.rows(numbers)  # (B, T) of them
+        timesteps = conditioned.timesteps
 
         def field(noisy: Tensor, step: int) -> Tensor:
-            prediction = self.decoder.denoise(noisy, context, modulations, step)
-            return self._as_velocity(prediction, noisy, timesteps[step].expand(len(noisy), 1))
+            batch = len(noisy)
+            of_step = of_steps.each(lambda x: x[:batch, step : step + 1])
+            prediction = self.decoder.denoise(noisy, context[:batch], of_step)
+            return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
 
         return field
+
+
+class SCDConditioned(NamedTuple):
+    """See `WorldModel.conditioned`; T timesteps."""
+
+    encoder: Modulations  # (R,) of them
+    decoder: Modulations  # (R, T) of them
+    timesteps: Tensor

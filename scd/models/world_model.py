@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -15,7 +15,9 @@ MAX_TIMESTEP = 1000.0
 CLEAN_TIMESTEP = -1.0
 
 VelocityField = Callable[[Tensor, int], Tensor]
-"""Noisy frames (B, 1, C, H, W) and the number of a step -> velocities, as the frames."""
+"""Noisy frames (B, 1, C, H, W) and the number of a step -> velocities, as the frames.
+
+It may be asked for the first frames of its batch only."""
 
 
 class Cache(Protocol):
@@ -80,14 +82,24 @@ class WorldModel(ModelMixin, ConfigMixin):
         """
 
     @abstractmethod
+    def conditioned(self, conditions: Tensor, timesteps: Tensor) -> Any:
+        """All that depends on conditions and noise levels alone, computed once for a rollout.
+
+        Args:
+            conditions: (R,), those that frames may have; `take_in` and `next_frame` know them by
+                their numbers 0..R-1.
+            timesteps: (T,) in [0, 1000], of the denoising steps.
+        """
+
+    @abstractmethod
     def take_in(
-        self, latents: Tensor, conditions: Tensor | None, following: Tensor | None, cache: Cache
+        self, latents: Tensor, own: Tensor, following: Tensor, cache: Cache, conditioned: Any
     ) -> None:
         """Append clean frames to the cache.
 
         Args:
             latents: (B, F, C, H, W).
-            conditions: (B, F), of these frames.
+            own: (B, F), numbers of the conditions of these frames.
             following: (B, F), of the frames after each of them. At the start of a video, a model
                 that predicts first frames takes one more: the condition of frame 0.
         """
@@ -96,19 +108,18 @@ class WorldModel(ModelMixin, ConfigMixin):
     def next_frame(
         self,
         newest: Tensor,
-        conditions: Tensor | None,
-        following: Tensor | None,
+        own: Tensor,
+        following: Tensor,
         cache: Cache,
-        timesteps: Tensor,
+        conditioned: Any,
         perturbation: Tensor | None = None,
     ) -> VelocityField:
         """Take in the newest clean frame, and give the velocity field of the frame after it.
 
         Args:
             newest: (B, 1, C, H, W); (B, 0, C, H, W) before the first frame of a video.
-            conditions: (B, 1) or (B, 0), of the newest frame.
+            own: (B, 1) or (B, 0), the number of the newest frame's condition.
             following: (B, 1), of the frame to come.
-            timesteps: (T,) in [0, 1000], of the steps that the field will be asked for.
             perturbation: (B, 1, N, D): the field is then one of 2B frames, the second half under
                 the perturbed context.
         """

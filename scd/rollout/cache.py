@@ -67,8 +67,8 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write a layer's keys and values of the newest frames, attend over all that are held.
 
-        q, k, v are (B, heads, new frames · N, head_dim), k rotated. Several frames at once must
-        fit without sliding.
+        q, k, v are (B, heads, new frames · N, head_dim), k rotated, of the whole batch or of its
+        first samples. Several frames at once must fit without sliding.
         """
         n = self.tokens_per_frame
         end = self.frames + k.shape[2] // n
@@ -78,10 +78,11 @@ class KVCache:
                 f"with a larger window, or let the window slide"
             )
         start = self.window.slot(self.frames) * n
-        self.keys[layer, :, :, start : start + k.shape[2]] = k
-        self.values[layer, :, :, start : start + k.shape[2]] = v
+        batch = len(k)
+        self.keys[layer, :batch, :, start : start + k.shape[2]] = k
+        self.values[layer, :batch, :, start : start + k.shape[2]] = v
         held = min(end, self.window.frames) * n
-        keys, values = self.keys[layer, :, :, :held], self.values[layer, :, :, :held]
+        keys, values = self.keys[layer, :batch, :, :held], self.values[layer, :batch, :, :held]
         return block_causal_attention(q.type_as(keys), keys, values, n).type_as(q)
 
     def advance(self, frames: int) -> None:

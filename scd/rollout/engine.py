@@ -94,10 +94,10 @@ class Rollout:
         tokens = model.tokens_per_frame(height, width)
         branches = 2 if self.guidance == "condition" else 1
         self._cache = KVCache(model, branches * batch, self.window, tokens)
+        self._prepare_conditions()
         actions = None if actions is None else actions.to(model.device)
-        conditions = model.frame_conditions((batch, frames), actions, self._labels)
-        self._newest = context[:, -1:]
-        self._newest_condition = None if conditions is None else conditions[:, -1:]
+        conditions = self._numbers(actions, frames)
+        self._newest, self._newest_condition = context[:, -1:], conditions[:, -1:]
         # All but the newest frame, which may need the action that is yet to come. What the window
         # holds goes in at once, the rest slides in frame by frame.
         start = 1 - model.first_predicted
@@ -125,7 +125,7 @@ class Rollout:
             raise ScdError("step before reset")
         model = self.model
         actions = None if action is None else action.to(model.device)[:, None]
-        condition = model.frame_conditions((self._batch, 1), actions, self._labels)
+        condition = self._numbers(actions, 1)
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
         if noise is None:
             noise = self._randn(self._newest.shape[2:])
@@ -137,7 +137,7 @@ class Rollout:
             self._with_null(self._newest_condition),
             self._with_null(condition),
             self._cache,
-            self._timesteps,
+            self._conditioned,
             perturbation,
         )
         branches = 1 if self.guidance == "none" else 2
@@ -158,30 +158,47 @@ class Rollout:
         for action in actions:
             yield self.step(action)
 
-    def _take_in(self, context: Tensor, conditions: Tensor | None, first: int, last: int) -> None:
+    def _take_in(self, context: Tensor, conditions: Tensor, first: int, last: int) -> None:
         """Append frames first..last-1 of the context to the cache."""
-        own = following = None
-        if conditions is not None:
-            own = conditions[:, first:last]
-            # A learned start comes before frame 0, and then needs the condition of that frame.
-            begin = first + 1 if first or self.model.first_predicted else 0
-            following = conditions[:, begin : last + 1]
+        # A learned start comes before frame 0, and then needs the condition of that frame.
+        begin = first + 1 if first or self.model.first_predicted else 0
         self.model.take_in(
             self._both(context[:, first:last]),
-            self._with_null(own),
-            self._with_null(following),
+            self._with_null(conditions[:, first:last]),
+            self._with_null(conditions[:, begin : last + 1]),
             self._cache,
+            self._conditioned,
         )
+
+    def _prepare_conditions(self) -> None:
+        """Compute once what depends on conditions alone; frames then name theirs by a number."""
+        model, null = self.model, self.model.null_condition
+        if self._labels is None:
+            known = torch.arange(null + 1, device=model.device)
+        else:  # of many classes, only those of this batch
+            known = torch.cat([self._labels, self._labels.new_tensor([null])]).unique()
+        self._number_of = torch.zeros(null + 1, dtype=torch.long, device=model.device)
+        self._number_of[known] = torch.arange(len(known), device=model.device)
+        self._conditioned = model.conditioned(known, self._timesteps)
+
+    def _numbers(self, actions: Tensor | None, frames: int) -> Tensor:
+        """The numbers of the conditions of so many frames, (B, F)."""
+        shape = (self._batch, frames)
+        conditions = self.model.frame_conditions(shape, actions, self._labels)
+        if conditions is None:
+            conditions = torch.zeros(shape, dtype=torch.long, device=self.model.device)
+        return self._number_of[conditions]
 
     # Condition guidance keeps a second history, which has never seen a condition.
 
     def _both(self, latents: Tensor) -> Tensor:
         return torch.cat([latents, latents]) if self.guidance == "condition" else latents
 
-    def _with_null(self, conditions: Tensor | None) -> Tensor | None:
-        if conditions is None or self.guidance != "condition":
-            return conditions
-        return torch.cat([conditions, torch.full_like(conditions, self.model.null_condition)])
+    def _with_null(self, numbers: Tensor) -> Tensor:
+        if self.guidance != "condition":
+            return numbers
+        null = self._number_of[self.model.null_condition]
+        return torch.cat([numbers, null.expand(numbers.shape)])
 
     def _randn(self, shape: tuple[int, ...]) -> Tensor:
         return randn_tensor((self._batch, *shape), self._generator, self.model.device)
