@@ -23,6 +23,8 @@ CHOICES = {
     "optim.schedule": ("constant", "cosine"),
     "train.mixed_precision": ("no", "bf16"),
     "rollout.guidance": ("none", "context", "condition"),
+    "rollout.solver": ("euler", "multistep"),
+    "rollout.spacing": ("reference", "even"),
 }
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 POSITIVE = [
@@ -49,6 +51,7 @@ POSITIVE = [
     "train.save_every",
     "train.keep_checkpoints",
     "rollout.steps",
+    "rollout.shift",
     "eval.new_frames",
     "eval.videos",
     "eval.trajectories",
@@ -68,6 +71,8 @@ NOT_NEGATIVE = [
     "train.sample_every",
     "rollout.guidance_scale",
     "rollout.guidance_noise",
+    "rollout.window",
+    "rollout.window_first",
     "eval.saved_videos",
     "autoencoder.lpips_weight",
     "adversary.weight",
@@ -200,6 +205,21 @@ def check(options: "Options", source: str) -> None:
     require(
         not (dense and options.rollout.guidance == "context"),
         "rollout.guidance=context contradicts model.type=causal_dit, which has no separate context",
+    )
+    rollout = options.rollout
+    interval = rollout.guidance_interval
+    require(
+        len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
+        f"rollout.guidance_interval={interval}: the lowest and the highest noise level, in 0..1",
+    )
+    require(
+        rollout.window_first < max(rollout.window, 1),
+        f"rollout.window_first={rollout.window_first} must lie below rollout.window="
+        f"{rollout.window}",
+    )
+    require(
+        not (dense and rollout.compile),
+        "rollout.compile contradicts model.type=causal_dit: its steps see a growing past",
     )
     require(options.adversary.weight == 0, "adversary.weight: only task autoencoder has one")
     require(

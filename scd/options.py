@@ -130,10 +130,18 @@ class TrainOptions:
 
 @dataclass
 class RolloutOptions:
-    steps: int = 50  # Euler steps a frame
+    steps: int = 50  # a frame
+    solver: str = "euler"  # | multistep (second order, as many network passes)
+    spacing: str = "reference"  # of the noise levels; its last step does next to nothing | even
+    shift: float = 1.0  # of the noise levels: more than 1 takes smaller steps at high noise
     guidance: str = "context"  # | condition | none
     guidance_scale: float = 1.5
     guidance_noise: float = 0.05  # eta of the perturbed context, the negative branch
+    # Noise levels with guidance; the steps from other levels cost half.
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    window: int = 0  # newest frames that a frame can see; 0: all
+    window_first: int = 0  # of the window, for the first frames of the video, which then stay
+    compile: bool = False  # the denoising steps: torch.compile, and on CUDA one graph a frame
 
 
 @dataclass

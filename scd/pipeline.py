@@ -11,6 +11,7 @@ from torch import Tensor
 from scd.errors import ScdError
 from scd.models.autoencoder import LatentCodec, PixelCodec
 from scd.models.world_model import WorldModel
+from scd.options import RolloutOptions
 from scd.rollout import Rollout
 
 
@@ -77,13 +78,10 @@ class SCDPipeline(DiffusionPipeline):
         codec = PixelCodec() if self.vae is None else LatentCodec(self.vae)
         device = self.transformer.device
         video = video.to(device)
-        rollout = Rollout(
-            self.transformer,
-            num_steps=num_inference_steps,
-            max_frames=known + num_frames,
-            guidance=guidance,
-            guidance_scale=guidance_scale,
+        settings = RolloutOptions(
+            num_inference_steps, guidance=guidance, guidance_scale=guidance_scale
         )
+        rollout = Rollout(self.transformer, settings, known + num_frames)
         past = None if actions is None else actions[:, :known]
         rollout.reset(codec.encode(video), past, labels, generator)
         to_come = [None if actions is None else actions[:, known + i] for i in range(num_frames)]

@@ -10,7 +10,7 @@ from scd.flow.objective import FlowObjective
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT, attention
 from scd.models.autoencoder import PixelCodec
-from scd.options import FlowOptions
+from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import Rollout, generate
 
 B, F, C, H, W = 2, 5, 4, 4, 6
@@ -163,7 +163,7 @@ def test_sizes_are_the_published_ones():
 
 def test_refusals(inputs):
     with pytest.raises(ScdError, match="CausalDiT has no separate context"):
-        Rollout(make(), num_steps=2, max_frames=4, guidance="context", guidance_scale=2.0)
+        Rollout(make(), RolloutOptions(2, guidance_scale=2.0), 4)
     nothing = torch.zeros(B, 0, C, H, W)
     for kind in (CausalDiT, SCD):
         with pytest.raises(ScdError, match="at least one context frame"):

@@ -207,7 +207,7 @@ def test_data_prediction_gives_the_velocity(inputs):
     for t in (800.0, 10.0):
         times = torch.full((B, F), t)
         with torch.no_grad():
-            clean = model.decoder(noisy, times, context, None)
+            clean = model.decoder(noisy, context, model.decoder.conditioning(times, None))
             velocity = model.decode(noisy, times, context, None)
         expected = (noisy - clean) / max(t / 1000, 0.05)
         assert torch.allclose(velocity, expected, rtol=1e-5, atol=1e-5)

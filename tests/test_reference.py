@@ -83,8 +83,8 @@ def reference_names(model: SCD) -> dict[str, torch.Tensor]:
         "attention.norm": "attn.norm",
         "modulation_attention": "norm1",
         "modulation_mlp": "norm2",
-        "mlp.0": "mlp.net.0.proj",
-        "mlp.2": "mlp.net.2",
+        "mlp.up": "mlp.net.0.proj",
+        "mlp.down": "mlp.net.2",
         "blocks": "transformer_blocks",
         "fuse": "decoder_input_proj",
     }

@@ -7,13 +7,20 @@ import torch
 
 from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
-from scd.models import encoder
-from scd.rollout import Rollout, cache, generate
+from scd.models import CausalDiT, encoder
+from scd.models.layers import Modulations
+from scd.options import RolloutOptions
+from scd.rollout import Rollout, cache, continue_videos, generate
 from tests.test_model import make_model
 
 B, K, NEW, C, H, W = 2, 4, 3, 4, 4, 6
 STEPS = 4
 TOLERANCE = 5e-5  # absolute, fp32; measured: about 3e-6
+
+
+def plain(steps, **settings):
+    """Settings without guidance."""
+    return RolloutOptions(steps, guidance="none", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +81,12 @@ def test_context_guidance_written_out(model, inputs):
     """The negative branch is the same context with η·ζ added before the modulation."""
     context, noise, actions = inputs
     scale, eta = 2.0, 0.3
-    new = generate(
+    new = continue_videos(
         model,
+        RolloutOptions(STEPS, guidance_scale=scale, guidance_noise=eta),
         context,
-        actions=actions[:, : K + 1],
-        num_frames=1,
-        num_steps=STEPS,
-        guidance="context",
-        guidance_scale=scale,
-        guidance_noise=eta,
+        1,
+        actions[:, : K + 1],
         noise=noise[:, :1],
         generator=torch.Generator().manual_seed(5),
     )
@@ -106,7 +110,7 @@ def test_streaming_equals_batch(model, inputs):
     whole = generate(model, context, actions=actions, num_frames=NEW, num_steps=STEPS, noise=noise)
     for b in range(B):
         one = slice(b, b + 1)
-        rollout = Rollout(model, num_steps=STEPS, max_frames=K + NEW)
+        rollout = Rollout(model, plain(STEPS), K + NEW)
         rollout.reset(context[one], actions[one, :K])
         for i in range(NEW):
             frame = rollout.step(actions[one, K + i], noise[one, i])
@@ -139,7 +143,7 @@ def test_a_sample_does_not_depend_on_its_batch(model, inputs, guidance):
 
 def test_stream_and_reset(model, inputs):
     context, _, actions = inputs
-    rollout = Rollout(model, num_steps=STEPS, max_frames=K + NEW)
+    rollout = Rollout(model, plain(STEPS), K + NEW)
 
     def run():
         rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(1))
@@ -165,20 +169,60 @@ def test_prefill_in_chunks_equals_at_once(model, inputs):
     at_once = cache.KVCache(model, B, cache.Window(K), 6)
     by_frame = cache.KVCache(model, B, cache.Window(K), 6)
     with torch.no_grad():
-        modulations = model.encoder.modulations(torch.arange(4))
-        whole = model.encoder.hidden(context, modulations.rows(actions[:, :K]), at_once)
+        table = model.encoder.modulations(torch.arange(4)).values
+        whole = model.encoder.take_in(context, Modulations(table[actions[:, :K]]), at_once)(None)
         for i in range(K):
             part = slice(i, i + 1)
-            rows = modulations.rows(actions[:, part])
-            single = model.encoder.hidden(context[:, part], rows, by_frame)
+            of_frame = Modulations(table[actions[:, part]])
+            single = model.encoder.take_in(context[:, part], of_frame, by_frame)(None)
             assert (single - whole[:, part]).abs().max() < TOLERANCE
     assert at_once.frames == by_frame.frames == K
     assert (at_once.keys - by_frame.keys).abs().max() < TOLERANCE
 
 
-def test_noise_levels():
-    assert noise_levels(4) == pytest.approx([1, 0.667, 0.334, 0.001, 0], abs=1e-6)
-    assert noise_levels(1) == pytest.approx([1, 0])
+def test_compiled_steps_change_nothing(model, inputs):
+    """The path of tensors that CUDA captures; here the graph is the function itself."""
+    context, noise, actions = inputs
+    frames = []
+    compiled = make_model()
+    compiled.decoder.compile(backend="aot_eager")
+    for candidate, wanted in ((model, False), (compiled, True)):
+        settings = RolloutOptions(STEPS, guidance_scale=1.5, compile=wanted)
+        seed = torch.Generator().manual_seed(2)
+        frames.append(
+            continue_videos(candidate, settings, context, NEW, actions, noise=noise, generator=seed)
+        )
+    assert (frames[0] - frames[1]).abs().max() < TOLERANCE
+    dense = CausalDiT(channels=C, heads=1, layers=1)
+    with pytest.raises(ScdError, match="can be compiled"):
+        Rollout(dense, RolloutOptions(STEPS, guidance="none", compile=True), 8)
+
+
+def test_guidance_only_on_an_interval_of_noise_levels(model, inputs):
+    """Steps from other levels run the positive branch alone."""
+    context, noise, actions = inputs
+
+    def rolled(interval, scale=3.0):
+        batches = []
+        hook = model.decoder.register_forward_pre_hook(
+            lambda _, given: batches.append(len(given[0]))
+        )
+        settings = RolloutOptions(
+            4, guidance="condition", guidance_scale=scale, guidance_interval=interval
+        )
+        new = continue_videos(model, settings, context, 1, actions[:, : K + 1], noise=noise[:, :1])
+        hook.remove()
+        return new, batches
+
+    everywhere, batches = rolled([0.0, 1.0])
+    assert batches == [2 * B] * 4
+    nowhere, batches = rolled([0.9, 0.95])
+    assert batches == [B] * 4
+    unguided, _ = rolled([0.0, 1.0], scale=1.0)
+    assert (nowhere - unguided).abs().max() < TOLERANCE
+    between, batches = rolled([0.3, 0.7])  # levels 1, 0.667, 0.334, 0.001
+    assert batches == [B, 2 * B, 2 * B, B]
+    assert (between - everywhere).abs().max() > 1e-3 < (between - nowhere).abs().max()
 
 
 def test_labels_and_no_condition(inputs):
@@ -219,10 +263,10 @@ def test_refusals(model, inputs):
         generate(model, context, actions=actions, noise=noise[:, 1:], **common)
     with pytest.raises(ScdError, match="guidance is 'foo'"):
         generate(model, context, actions=actions, guidance="foo", **common)
-    plain = make_model(condition="none", num_conditions=0)
+    unconditional = make_model(condition="none", num_conditions=0)
     with pytest.raises(ScdError, match="needs a model with a condition"):
-        generate(plain, context, guidance="condition", guidance_scale=2.0, **common)
-    rollout = Rollout(model, num_steps=1, max_frames=K + 1)
+        generate(unconditional, context, guidance="condition", guidance_scale=2.0, **common)
+    rollout = Rollout(model, plain(1), K + 1)
     with pytest.raises(ScdError, match="before reset"):
         rollout.step()
     rollout.reset(context, actions[:, :K])
@@ -246,20 +290,14 @@ def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
     g = torch.Generator().manual_seed(8)
     video = torch.randn(B, frames + 1, C, H, W, generator=g)
     actions = torch.randint(0, 3, (B, frames + 1), generator=g)
-    rollout = Rollout(model, num_steps=1, max_frames=window, when_full="slide", first_frames=kept)
+    rollout = Rollout(model, plain(1, window=window, window_first=kept))
     start = 1 - model.first_predicted
     seen = []
     for known in range(2, frames + 1):
         rollout.reset(video[:, :known], actions[:, :known])
-        field_inputs = {}
-        decoder_forward = model.decoder.denoise
-        model.decoder.denoise = lambda x, c, *a, f=field_inputs, d=decoder_forward: (
-            f.update(context=c),
-            d(x, c, *a),
-        )[1]
+        hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
         rollout.step(actions[:, known])
-        del model.decoder.denoise
-        seen.append(field_inputs["context"])
+        hook.remove()
 
     index = torch.arange(frames + start)
     shown = index[None] > index[:, None] - (window + start if not kept else window - kept)
@@ -283,10 +321,8 @@ def test_a_stream_without_end(inputs):
     """Constant memory and no drift: 60 frames through a window of 4, two streams side by side."""
     context, _, actions = inputs
     model = make_model()
-    streams = [
-        Rollout(model, num_steps=1, max_frames=4, when_full="slide", first_frames=k) for k in (0, 1)
-    ]
-    alone = Rollout(model, num_steps=1, max_frames=4, when_full="slide")
+    streams = [Rollout(model, plain(1, window=4, window_first=kept)) for kept in (0, 1)]
+    alone = Rollout(model, plain(1, window=4))
     for rollout in (*streams, alone):
         rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(1))
     for _ in range(60):

@@ -21,6 +21,7 @@ from scd.errors import ScdError
 from scd.evaluation.table import Table
 from scd.files import write_json
 from scd.models import SCD, CausalDiT, WorldModel
+from scd.options import RolloutOptions
 from scd.rollout import Rollout
 
 SIDE, CHANNELS, ACTIONS = 8, 32, 4  # latents of a frame: 8x8 of 32 channels, as Minecraft's
@@ -101,13 +102,8 @@ def run_case(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     context = torch.randn(1, case.context, CHANNELS, SIDE, SIDE, device=device)
     actions = torch.randint(ACTIONS, (1, case.context + case.frames + 2))
-    rollout = Rollout(
-        model,
-        num_steps=case.steps,
-        max_frames=case.context + case.frames + 2,
-        guidance=case.guidance,
-        guidance_scale=case.scale,
-    )
+    settings = RolloutOptions(case.steps, guidance=case.guidance, guidance_scale=case.scale)
+    rollout = Rollout(model, settings, case.context + case.frames + 2)
     times = []
     for number in range(case.frames + 2):
         synchronise(device)

@@ -85,14 +85,7 @@ def time_frames(candidates: list[Candidate]) -> None:
     for candidate in candidates:
         o, model = candidate.loaded.options, candidate.loaded.model
         known = max(o.eval.context_frames, model.first_predicted)
-        rollout = Rollout(
-            model,
-            num_steps=o.rollout.steps,
-            max_frames=known + TIMED_FRAMES + 1,
-            guidance=o.rollout.guidance,
-            guidance_scale=o.rollout.guidance_scale,
-            guidance_noise=o.rollout.guidance_noise,
-        )
+        rollout = Rollout(model, o.rollout, known + TIMED_FRAMES + 1)
         side = o.data.frame_size // candidate.loaded.codec.downsampling
         context = torch.randn(1, known, model.config.channels, side, side, device=model.device)
         rollout.reset(context)

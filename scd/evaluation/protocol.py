@@ -16,7 +16,7 @@ from scd.errors import ScdError
 from scd.models.autoencoder import Codec
 from scd.models.world_model import WorldModel
 from scd.options import Options
-from scd.rollout import generate
+from scd.rollout import continue_videos
 from scd.seeding import generator
 
 EVALUATION_STREAM = 3
@@ -100,17 +100,13 @@ def predict_frames(
         batch: see `read_evaluation_batch`.
         numbers: the clips' numbers; with `seed` they decide the noise, whatever the batch.
     """
-    r, o = options.rollout, options.eval
-    new = generate(
+    new = continue_videos(
         model,
-        _context_latents(codec, batch["video"][:, : o.context_frames]),
-        actions=batch.get("actions"),
-        labels=batch.get("label"),
-        num_frames=o.new_frames,
-        num_steps=r.steps,
-        guidance=r.guidance,
-        guidance_scale=r.guidance_scale,
-        guidance_noise=r.guidance_noise,
+        options.rollout,
+        _context_latents(codec, batch["video"][:, : options.eval.context_frames]),
+        options.eval.new_frames,
+        batch.get("actions"),
+        batch.get("label"),
         generator=[generator("cpu", "evaluate", seed, number) for number in numbers],
     )
     return (codec.decode(new) * 255).round() / 255

@@ -1,24 +1,52 @@
-"""From noise to a frame: Euler steps along the velocity, and guidance."""
+"""From noise to a frame: noise levels, solvers of dx/dσ = v(x, σ), and guidance."""
 
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+SPACINGS = ("reference", "even")
+SOLVERS = ("euler", "multistep")
 
-def noise_levels(num_steps: int) -> list[float]:
-    """The T noise levels of a rollout, evenly from 1 down to 0.001, then 0."""
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(num_steps)
+
+def noise_levels(num_steps: int, spacing: str = "reference", shift: float = 1.0) -> list[float]:
+    """The levels between T steps, from 1 to 0: T + 1 of them.
+
+    Args:
+        spacing: `reference`: T levels evenly from 1 down to 0.001, then 0, so that the last of the
+            T steps does next to nothing; `even`: T steps of equal size.
+        shift: s in σ -> s·σ / (1 + (s - 1)·σ); more than 1 takes smaller steps where there is much
+            noise (arXiv 2403.03206, section 5.3.2).
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    if spacing == "even":
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist())
+    else:
+        scheduler.set_timesteps(num_steps)
     return [float(sigma) for sigma in scheduler.sigmas]
 
 
-def euler(velocity: Callable[[Tensor, int], Tensor], noise: Tensor, levels: list[float]) -> Tensor:
-    """Integrate dx/dσ = v(x, σ) from σ = levels[0] to levels[-1]; `velocity` takes step numbers."""
+def integrate(
+    velocity: Callable[[Tensor, int], Tensor], noise: Tensor, levels: list[float], solver: str
+) -> Tensor:
+    """Solve dx/dσ = v(x, σ) from σ = levels[0] to levels[-1]; `velocity` takes step numbers.
+
+    Args:
+        solver: `euler`, of first order, or `multistep`, of second order (Adams and Bashforth's of
+            two steps: it extends the line through this velocity and the last). Either asks for one
+            velocity a step.
+    """
     x = noise
+    last = last_size = None
     for step, (sigma, following) in enumerate(pairwise(levels)):
-        x = x + (following - sigma) * velocity(x, step)
+        v, size = velocity(x, step), following - sigma
+        if solver == "multistep" and last is not None:
+            x = x + size * (v + size / (2 * last_size) * (v - last))
+        else:
+            x = x + size * v
+        last, last_size = v, size
     return x
 
 

@@ -115,8 +115,8 @@ class CausalDiT(WorldModel):
         clean = torch.full(conditions.shape, CLEAN_TIMESTEP, device=conditions.device)
         times = timesteps.expand(len(conditions), -1)  # (R, T)
         return DenseConditioned(
-            self._modulations(clean, conditions),
-            self._modulations(times, conditions[:, None].expand(times.shape)),
+            self._modulations(clean, conditions).values,
+            self._modulations(times, conditions[:, None].expand(times.shape)).values,
             timesteps,
         )
 
@@ -130,7 +130,7 @@ class CausalDiT(WorldModel):
     ) -> None:
         """See `WorldModel.take_in`; a clean frame has its own condition, not the following."""
         if latents.shape[1]:
-            self._predict_cached(latents, conditioned.clean.rows(own), cache)
+            self._predict_cached(latents, Modulations(conditioned.clean[own]), cache)
             cache.advance(latents.shape[1])
 
     def next_frame(
@@ -147,12 +147,12 @@ class CausalDiT(WorldModel):
         The noisy frame's keys and values lie where the clean frame's will be written.
         """
         self.take_in(newest, own, following, cache, conditioned)
-        of_steps = conditioned.steps.rows(following[:, 0])  # (B, T) of them
+        of_steps = conditioned.steps[following[:, 0]]  # (B, T, ...)
         timesteps = conditioned.timesteps
 
         def field(noisy: Tensor, step: int) -> Tensor:
             batch = len(noisy)
-            of_step = of_steps.each(lambda x: x[:batch, step : step + 1])
+            of_step = Modulations(of_steps[:batch, step : step + 1])
             prediction = self._predict_cached(noisy, of_step, cache)
             return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
 
@@ -169,9 +169,7 @@ class CausalDiT(WorldModel):
     ) -> Tensor:
         positions = torch.arange(frames.shape[1], device=frames.device) + cache.frames
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        return self._predict(
-            frames, modulations.blocks, modulations.norm_out, positions, attends
-        )
+        return self._predict(frames, *modulations.by_layer(len(attends)), positions, attends)
 
     def _predict(
         self,
@@ -196,8 +194,8 @@ class CausalDiT(WorldModel):
 
 
 class DenseConditioned(NamedTuple):
-    """See `WorldModel.conditioned`; T timesteps."""
+    """See `WorldModel.conditioned`; values of `Modulations`, T timesteps."""
 
-    clean: Modulations  # (R,) of them
-    steps: Modulations  # (R, T) of them
+    clean: Tensor  # (R, ...)
+    steps: Tensor  # (R, T, ...)
     timesteps: Tensor

@@ -26,7 +26,7 @@ FUSIONS = ("token_concat", "token_concat_with_proj", "concat", "add")
 
 
 class FrameDecoder(nn.Module):
-    """Noisy frame, its noise level, its condition and its context -> the network's prediction.
+    """Noisy frame, its context, its noise level and condition -> the network's prediction.
 
     Args:
         fusion: how context and noisy tokens are joined: along the sequence (`token_concat`), so
@@ -66,63 +66,53 @@ class FrameDecoder(nn.Module):
             identity = torch.eye(width)
             self.fuse.weight.data.copy_(torch.cat([identity, identity], dim=1))
 
-    def forward(
-        self, noisy: Tensor, timesteps: Tensor, context: Tensor, conditions: Tensor | None
-    ) -> Tensor:
+    def forward(self, noisy: Tensor, context: Tensor, e: Tensor | Modulations) -> Tensor:
         """Frames are independent of each other.
 
         Args:
             noisy: (B, F, C, H, W).
-            timesteps: (B, F) in [0, 1000].
             context: (B, F, N, D), of these same frames.
-            conditions: (B, F), of these same frames; None: the null condition.
+            e: (B, F, D), conditioning vectors of these same frames (`conditioning`: of their
+                timesteps and conditions), or (B, F) of what `modulations` made of such vectors.
 
         Returns:
             (B, F, C, H, W): velocity or clean frame, as the model was trained.
         """
-        # Every frame is frame 0 of a sequence of its own: (B·F, 1, N, D).
-        e = self.conditioning(timesteps, conditions).flatten(0, 1).unsqueeze(1)
-        return self._predict(noisy, context, [e] * len(self.blocks), e)
-
-    def modulations(self, timesteps: Tensor, conditions: Tensor) -> Modulations:
-        """For `denoise`: of timesteps under conditions, both (R, T)."""
-        return Modulations.of(self.blocks, self.norm_out, self.conditioning(timesteps, conditions))
-
-    def denoise(self, noisy: Tensor, context: Tensor, modulations: Modulations) -> Tensor:
-        """`forward` for one frame of each sample.
-
-        Args:
-            noisy: (B, 1, C, H, W).
-            context: (B, 1, N, D).
-            modulations: (B, 1) of them.
-        """
-        return self._predict(noisy, context, modulations.blocks, modulations.norm_out)
-
-    def _predict(
-        self,
-        noisy: Tensor,
-        context: Tensor,
-        of_blocks: Sequence[Tensor | BlockModulation],
-        of_norm_out: Tensor | Modulated | None,
-    ) -> Tensor:
         batch, _, _, height, width = noisy.shape
         rows, columns = height // self.patch_size, width // self.patch_size
         tokens = rows * columns
+        # Every frame is frame 0 of a sequence of its own: (B·F, 1, N, D).
         x = self.embed(patchify(noisy, self.patch_size).to(self.embed.weight.dtype)).flatten(0, 1)
         x = self._join(context.flatten(0, 1), x).unsqueeze(1)
         rotary = rotary_positions(torch.zeros(1, device=noisy.device), rows, columns)
         if x.shape[2] == 2 * tokens:
             # Context tokens carry the same row and column as the noisy tokens.
             rotary = Rotary(rotary.cos.repeat(2, 1), rotary.sin.repeat(2, 1))
-        for number, (block, e) in enumerate(zip(self.blocks, of_blocks, strict=True), 1):
+        depth = len(self.blocks)
+        of_blocks: Sequence[Tensor | BlockModulation]
+        of_norm_out: Tensor | Modulated | None
+        if isinstance(e, Tensor):
+            e = e.flatten(0, 1).unsqueeze(1)
+            of_blocks, of_norm_out = [e] * depth, e
+        else:
+            of_blocks, of_norm_out = Modulations(e.values.flatten(0, 1).unsqueeze(1)).by_layer(
+                depth
+            )
+        for number, (block, of_block) in enumerate(zip(self.blocks, of_blocks, strict=True), 1):
             # Of the last block nobody reads the context half.
-            keep = tokens if number == len(self.blocks) else None
+            keep = tokens if number == depth else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, e, rotary, full_attention, keep, use_reentrant=False)
+                x = checkpoint(
+                    block, x, of_block, rotary, full_attention, keep, use_reentrant=False
+                )
             else:
-                x = block(x, e, rotary, full_attention, keep)
+                x = block(x, of_block, rotary, full_attention, keep)
         x = self.unembed(self.norm_out(x, of_norm_out))
         return unpatchify(x.squeeze(1).unflatten(0, (batch, -1)), self.patch_size, height, width)
+
+    def modulations(self, timesteps: Tensor, conditions: Tensor) -> Modulations:
+        """For `forward`: of timesteps under conditions, both (R, T)."""
+        return Modulations.of(self.blocks, self.norm_out, self.conditioning(timesteps, conditions))
 
     def _join(self, context: Tensor, x: Tensor) -> Tensor:
         """Context and noisy tokens, both (B, N, D) -> (B, N or 2N, D)."""

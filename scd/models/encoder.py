@@ -1,6 +1,6 @@
 """The causal encoder: runs once per frame over clean history and writes the script of the next."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -74,21 +74,27 @@ class CausalEncoder(nn.Module):
         return self.norm_out(x, e, perturbation)
 
     def modulations(self, conditions: Tensor) -> Modulations:
-        """For `hidden`: under each of the conditions (R,)."""
+        """For `take_in`: under each of the conditions (R,)."""
         return Modulations.of(
             self.blocks, self.norm_out, self._conditioning(tuple(conditions.shape), conditions)
         )
 
-    def hidden(self, latents: Tensor, modulations: Modulations, cache: Cache) -> Tensor:
-        """`forward` up to the output norm, behind the frames of a cache, to which these are added.
+    def take_in(
+        self, latents: Tensor, modulations: Modulations, cache: Cache
+    ) -> Callable[[Tensor | None], Tensor]:
+        """`forward` behind the frames of a cache, to which these are added.
 
         Args:
             modulations: (B, F) of them, as the conditions of `forward`.
+
+        Returns:
+            perturbation -> contexts, as of `forward`.
         """
+        of_blocks, of_norm_out = modulations.by_layer(len(self.blocks))
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        x = self._run(latents, cache.frames, modulations.blocks, attends)
+        x = self._run(latents, cache.frames, of_blocks, attends)
         cache.advance(x.shape[1])
-        return x
+        return partial(self.norm_out, x, of_norm_out)
 
     def _conditioning(self, shape: tuple[int, ...], conditions: Tensor | None) -> Tensor:
         device = self.embed.weight.device

@@ -5,14 +5,14 @@ Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from scd.models.linear import Linear
 
 HEAD_DIM = 64
 ROTARY_DIMS = (16, 24, 24)  # of frame, row and column; together HEAD_DIM
@@ -93,8 +93,7 @@ class Conditioning(nn.Module):
         return e
 
 
-@dataclass(frozen=True)
-class Modulated:
+class Modulated(NamedTuple):
     """What a layer makes of the conditioning vector: (B, F, 1, D) each, one for all tokens."""
 
     shift: Tensor
@@ -104,15 +103,17 @@ class Modulated:
         """x·(1 + scale) + shift."""
         return torch.addcmul(self.shift, x, 1 + self.scale)
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(*(function(getattr(self, field.name)) for field in fields(self)))
 
-
-@dataclass(frozen=True)
-class Gated(Modulated):
+class Gated(NamedTuple):
     """Of a branch of a block, whose result is multiplied by the gate before it is added."""
 
+    shift: Tensor
+    scale: Tensor
     gate: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x·(1 + scale) + shift."""
+        return torch.addcmul(self.shift, x, 1 + self.scale)
 
 
 class Modulation(nn.Module):
@@ -132,27 +133,19 @@ class Attention(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.norm_q = nn.Parameter(torch.ones(HEAD_DIM))
         self.norm_k = nn.Parameter(torch.ones(HEAD_DIM))
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, keep: int | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D), or (B, keep, D): of the last tokens only."""
-        if keep is None:
-            q, k, v = self._heads(self.qkv(x)).chunk(3, dim=1)
-        else:
-            width = x.shape[-1]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = self._heads(linear(x[:, -keep:], weight[:width], bias[:width]))
-            k, v = self._heads(linear(x, weight[width:], bias[width:])).chunk(2, dim=1)
+        q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, d=HEAD_DIM)
+        if keep is not None:
+            q = q[:, :, -keep:]
         q = rotary.last(q.shape[2]).rotate(_rms_norm(q, self.norm_q))
         k = rotary.rotate(_rms_norm(k, self.norm_k))
         return self.out(rearrange(attend(q, k, v), "b h t d -> b t (h d)"))
-
-    @staticmethod
-    def _heads(x: Tensor) -> Tensor:
-        return rearrange(x, "b t (h d) -> b h t d", d=HEAD_DIM)
 
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -161,14 +154,23 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(mean + NORM_EPS).type_as(x) * weight.type_as(x)
 
 
+class MLP(nn.Module):
+    """D -> 4D, tanh-GELU, -> D."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x, gelu=True))
+
+
 class BlockModulation(NamedTuple):
     """Of the two branches of a block."""
 
     attention: Gated
     mlp: Gated
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> "BlockModulation":
-        return BlockModulation(self.attention.each(function), self.mlp.each(function))
 
 
 class Block(nn.Module):
@@ -180,9 +182,7 @@ class Block(nn.Module):
         self.modulation_attention = Modulation(width)
         self.attention = Attention(width)
         self.modulation_mlp = Modulation(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
-        )
+        self.mlp = MLP(width)
 
     def modulate(self, e: Tensor) -> BlockModulation:
         return BlockModulation(self.modulation_attention(e), self.modulation_mlp(e))
@@ -238,29 +238,30 @@ class OutputNorm(nn.Module):
         return h if modulation is None else modulation(h)
 
 
-@dataclass(frozen=True)
-class Modulations:
-    """What all blocks and the output norm make of conditioning vectors.
+class Modulations(NamedTuple):
+    """What all blocks and the output norm make of conditioning vectors, in one tensor.
 
     A rollout computes them once, for every condition and every step that it can meet. Frame by
     frame and step by step they would read a third of a network's weights for a handful of vectors.
     """
 
-    blocks: list[BlockModulation]
-    norm_out: Modulated | None
+    values: Tensor  # (..., 6·L or 6·L + 2, D), for L blocks
 
     @classmethod
     def of(cls, blocks: Iterable[Any], norm_out: OutputNorm, e: Tensor) -> "Modulations":
-        """e (..., D): every shift, scale and gate is then (..., 1, D)."""
-        return cls([block.modulate(e) for block in blocks], norm_out.modulate(e))
+        """Of conditioning vectors (..., D)."""
+        parts = [part for block in blocks for branch in block.modulate(e) for part in branch]
+        return cls(torch.cat([*parts, *(norm_out.modulate(e) or ())], dim=-2))
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Modulations":
-        norm_out = None if self.norm_out is None else self.norm_out.each(function)
-        return Modulations([block.each(function) for block in self.blocks], norm_out)
-
-    def rows(self, index: Tensor) -> "Modulations":
-        """Of the vectors with the given numbers (the first axis)."""
-        return self.each(lambda x: x[index])
+    def by_layer(self, depth: int) -> tuple[list[BlockModulation], Modulated | None]:
+        """For every block, and for the output norm."""
+        vectors = self.values.unsqueeze(-2).unbind(-3)  # (..., 1, D) each
+        of_blocks = [
+            BlockModulation(Gated(*vectors[i : i + 3]), Gated(*vectors[i + 3 : i + 6]))
+            for i in range(0, 6 * depth, 6)
+        ]
+        rest = vectors[6 * depth :]
+        return of_blocks, Modulated(*rest) if rest else None
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

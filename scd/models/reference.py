@@ -22,8 +22,8 @@ RENAMED = {
     "attn.to_out.0": "attention.out",
     "norm1.linear": "modulation_attention.linear",
     "norm2.linear": "modulation_mlp.linear",
-    "mlp.net.0.proj": "mlp.0",
-    "mlp.net.2": "mlp.2",
+    "mlp.net.0.proj": "mlp.up",
+    "mlp.net.2": "mlp.down",
 }
 
 

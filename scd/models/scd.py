@@ -12,7 +12,7 @@ from scd.errors import ScdError
 from scd.models.decoder import FUSIONS, FrameDecoder
 from scd.models.encoder import CausalEncoder
 from scd.models.layers import HEAD_DIM, Modulations
-from scd.models.world_model import Cache, VelocityField, WorldModel, check_condition
+from scd.models.world_model import Cache, WorldModel, check_condition
 
 
 class SCD(WorldModel):
@@ -127,14 +127,15 @@ class SCD(WorldModel):
         Returns:
             (B, F, C, H, W), in float32.
         """
-        prediction = self.decoder(noisy, timesteps, context, conditions)
-        return self._as_velocity(prediction, noisy, timesteps)
+        e = self.decoder.conditioning(timesteps, conditions)  # (B, F, D)
+        return self._as_velocity(self.decoder(noisy, context, e), noisy, timesteps)
 
     def conditioned(self, conditions: Tensor, timesteps: Tensor) -> "SCDConditioned":
         """See `WorldModel.conditioned`."""
         times = timesteps.expand(len(conditions), -1)  # (R, T)
         of_decoder = self.decoder.modulations(times, conditions[:, None].expand(times.shape))
-        return SCDConditioned(self.encoder.modulations(conditions), of_decoder, timesteps)
+        of_encoder = self.encoder.modulations(conditions)
+        return SCDConditioned(of_encoder.values, of_decoder.values, timesteps)
 
     def take_in(
         self,
@@ -145,7 +146,7 @@ class SCD(WorldModel):
         conditioned: "SCDConditioned",
     ) -> None:
         """See `WorldModel.take_in`; the encoder looks at `following` only."""
-        self.encoder.hidden(latents, conditioned.encoder.rows(following), cache)
+        self.encoder.take_in(latents, Modulations(conditioned.encoder[following]), cache)
 
     def next_frame(
         self,
@@ -155,32 +156,46 @@ class SCD(WorldModel):
         cache: Cache,
         conditioned: "SCDConditioned",
         perturbation: Tensor | None = None,
-    ) -> VelocityField:
+    ) -> "DecoderField":
         """See `WorldModel.next_frame`: the encoder runs here, the decoder at every step after."""
-        modulations = conditioned.encoder.rows(following)
-        hidden = self.encoder.hidden(newest, modulations, cache)
-        context = self.encoder.norm_out(hidden, modulations.norm_out)
-        numbers = following[:, 0]
+        context_under = self.encoder.take_in(
+            newest, Modulations(conditioned.encoder[following]), cache
+        )
+        context, numbers = context_under(None), following[:, 0]
         if perturbation is not None:
-            perturbed = self.encoder.norm_out(
-                hidden, modulations.norm_out, perturbation.type_as(hidden)
-            )
+            perturbed = context_under(perturbation.type_as(context))
             context, numbers = torch.cat([context, perturbed]), numbers.repeat(2)
-        of_steps = conditioned.decoder.rows(numbers)  # (B, T) of them
-        timesteps = conditioned.timesteps
-
-        def field(noisy: Tensor, step: int) -> Tensor:
-            batch = len(noisy)
-            of_step = of_steps.each(lambda x: x[:batch, step : step + 1])
-            prediction = self.decoder.denoise(noisy, context[:batch], of_step)
-            return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
-
-        return field
+        return DecoderField(self, conditioned.timesteps, context, conditioned.decoder[numbers])
 
 
 class SCDConditioned(NamedTuple):
-    """See `WorldModel.conditioned`; T timesteps."""
+    """See `WorldModel.conditioned`; values of `Modulations`, T timesteps."""
 
-    encoder: Modulations  # (R,) of them
-    decoder: Modulations  # (R, T) of them
+    encoder: Tensor  # (R, ...)
+    decoder: Tensor  # (R, T, ...)
     timesteps: Tensor
+
+
+class DecoderField(NamedTuple):
+    """The velocity field of a frame (see `VelocityField`), a function of two tensors."""
+
+    model: SCD
+    timesteps: Tensor  # (T,)
+    context: Tensor  # (B, 1, N, D)
+    modulations: Tensor  # (B, T, ...), values of `Modulations`
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What changes from frame to frame."""
+        return self.context, self.modulations
+
+    def of(self, context: Tensor, modulations: Tensor) -> "DecoderField":
+        """The field of another frame."""
+        return self._replace(context=context, modulations=modulations)
+
+    def __call__(self, noisy: Tensor, step: int) -> Tensor:
+        batch = len(noisy)
+        of_step = Modulations(self.modulations[:batch, step : step + 1])
+        prediction = self.model.decoder(noisy, self.context[:batch], of_step)
+        timesteps = self.timesteps[step].expand(batch, 1)
+        return self.model._as_velocity(prediction, noisy, timesteps)

@@ -1,5 +1,5 @@
 """Generating video: one engine for evaluation, sampling and live use."""
 
-from scd.rollout.engine import Rollout, generate
+from scd.rollout.engine import Rollout, continue_videos, generate
 
-__all__ = ["Rollout", "generate"]
+__all__ = ["Rollout", "continue_videos", "generate"]

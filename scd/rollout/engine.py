@@ -1,15 +1,19 @@
 """The rollout: encode once per frame, denoise T times. Everything that makes frames uses it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.flow.sampler import euler, guide, noise_levels
-from scd.models.world_model import MAX_TIMESTEP, WorldModel
+from scd.flow.sampler import guide, integrate, noise_levels
+from scd.models.linear import PackedWeights
+from scd.models.scd import DecoderField
+from scd.models.world_model import MAX_TIMESTEP, VelocityField, WorldModel
+from scd.options import RolloutOptions
 from scd.rollout.cache import KVCache, Window
+from scd.rollout.graph import graphed
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -17,34 +21,22 @@ Generators = torch.Generator | list[torch.Generator] | None
 class Rollout:
     """Generates frames one after another, like an environment: `reset`, then `step` by `step`.
 
+    Guidance `context`: the negative branch has a perturbed context (one encoder pass; SCD only);
+    `condition`: it has the null action or label everywhere.
+
     Args:
-        num_steps: T, Euler steps a frame.
-        guidance: `context`: the negative branch has a perturbed context (one encoder pass; SCD
-            only); `condition`: it has the null action or label everywhere; `none`.
-        guidance_scale: w in v = v⁻ + w·(v⁺ − v⁻); 1 is no guidance.
-        guidance_noise: η of the perturbed context.
-        max_frames, when_full, first_frames: the past that a frame sees, and what happens beyond
-            it; see `Window`. By default a rollout has at most `max_frames` frames.
+        settings: how a frame is made, and how much of the past it sees.
+        max_frames: of context and new frames together, where `settings.window` is 0.
 
     Raises:
-        ScdError: guidance that the model cannot give; see also `reset` and `step`.
+        ScdError: settings that the model cannot follow; see also `reset` and `step`.
     """
 
-    def __init__(
-        self,
-        model: WorldModel,
-        *,
-        num_steps: int,
-        max_frames: int,
-        guidance: str = "context",
-        guidance_scale: float = 1.0,
-        guidance_noise: float = 0.05,
-        when_full: str = "error",
-        first_frames: int = 0,
-    ):
-        if guidance not in ("none", "context", "condition"):
-            raise ScdError(f"guidance is {guidance!r}, not one of none, context, condition")
-        self.guidance = guidance if guidance_scale != 1.0 else "none"
+    def __init__(self, model: WorldModel, settings: RolloutOptions, max_frames: int = 0):
+        s = settings
+        if s.guidance not in ("none", "context", "condition"):
+            raise ScdError(f"guidance is {s.guidance!r}, not one of none, context, condition")
+        self.guidance = s.guidance if s.guidance_scale != 1.0 else "none"
         if self.guidance == "condition" and model.config.condition == "none":
             raise ScdError("condition guidance needs a model with a condition")
         if self.guidance == "context" and not model.has_context:
@@ -52,15 +44,22 @@ class Rollout:
                 f"{type(model).__name__} has no separate context to perturb: use guidance "
                 f"condition or none"
             )
+        if s.compile and not model.has_context:
+            raise ScdError(f"{type(model).__name__}: only the steps of an SCD can be compiled")
+        if s.compile and model.decoder._compiled_call_impl is None:
+            model.decoder.compile()
         self.model = model
-        self.levels = noise_levels(num_steps)
+        self.settings = settings
+        self.levels = noise_levels(s.steps, s.spacing, s.shift)
         self._timesteps = MAX_TIMESTEP * torch.tensor(self.levels[:-1], device=model.device)
-        self.guidance_scale = guidance_scale
-        self.guidance_noise = guidance_noise
         # A learned start before frame 0 takes a place of its own beside the first frames.
         start = 1 - model.first_predicted
-        kept = first_frames + start if first_frames else 0
-        self.window = Window(max_frames + (start if when_full == "slide" else 0), when_full, kept)
+        if s.window:
+            kept = s.window_first + start if s.window_first else 0
+            self.window = Window(s.window + start, "slide", kept)
+        else:
+            self.window = Window(max_frames, "error")
+        self._graph: Callable[..., Tensor] | None = None
         self._newest: Tensor | None = None
 
     @torch.no_grad()
@@ -87,6 +86,7 @@ class Rollout:
                 "first frames (model.first_frame)"
             )
         model = self.model
+        self._packed = PackedWeights(model)
         context = context.to(model.device)
         self._labels = None if labels is None else labels.to(model.device)
         self._generator = generator
@@ -102,10 +102,11 @@ class Rollout:
         # holds goes in at once, the rest slides in frame by frame.
         start = 1 - model.first_predicted
         known, fits = frames - 1, self.window.frames - start
-        if frames > model.first_predicted:
-            self._take_in(context, conditions, 0, min(known, fits))
-        for frame in range(fits, known):
-            self._take_in(context, conditions, frame, frame + 1)
+        with self._packed.in_use():
+            if frames > model.first_predicted:
+                self._take_in(context, conditions, 0, min(known, fits))
+            for frame in range(fits, known):
+                self._take_in(context, conditions, frame, frame + 1)
 
     @torch.no_grad()
     def step(self, action: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
@@ -131,32 +132,49 @@ class Rollout:
             noise = self._randn(self._newest.shape[2:])
         perturbation = None
         if self.guidance == "context":
-            perturbation = self.guidance_noise * self._randn((tokens, model.width))[:, None]
-        field = model.next_frame(
-            self._both(self._newest),
-            self._with_null(self._newest_condition),
-            self._with_null(condition),
-            self._cache,
-            self._conditioned,
-            perturbation,
-        )
-        branches = 1 if self.guidance == "none" else 2
-
-        def velocity(x: Tensor, step: int) -> Tensor:
-            v = field(x.repeat(branches, 1, 1, 1, 1), step)
-            if branches == 1:
-                return v
-            positive, negative = v.chunk(2)
-            return guide(positive, negative, self.guidance_scale)
-
+            noise_of_context = self._randn((tokens, model.width))[:, None]
+            perturbation = self.settings.guidance_noise * noise_of_context
         start = noise.to(model.device, torch.float32)[:, None]
-        self._newest, self._newest_condition = euler(velocity, start, self.levels), condition
+        with self._packed.in_use():
+            field = model.next_frame(
+                self._both(self._newest),
+                self._with_null(self._newest_condition),
+                self._with_null(condition),
+                self._cache,
+                self._conditioned,
+                perturbation,
+            )
+            self._newest = self._denoise(field, start)
+        self._newest_condition = condition
         return self._newest[:, 0]
 
     def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
         """A frame (B, C, H, W) for every action (B,), as soon as it is done."""
         for action in actions:
             yield self.step(action)
+
+    def _denoise(self, field: VelocityField, noise: Tensor) -> Tensor:
+        """All steps of a frame: from noise (B, 1, C, H, W) to the frame, as the noise."""
+        if not self.settings.compile:
+            return self._integrate(field, noise)
+        assert isinstance(field, DecoderField)
+        if self._graph is None:
+            self._graph = graphed(
+                lambda noise, *tensors: self._integrate(field.of(*tensors), noise),
+                (noise, *field.tensors),
+            )
+        return self._graph(noise, *field.tensors)
+
+    def _integrate(self, field: VelocityField, noise: Tensor) -> Tensor:
+        lowest, highest = self.settings.guidance_interval
+
+        def velocity(x: Tensor, step: int) -> Tensor:
+            if self.guidance == "none" or not lowest <= self.levels[step] <= highest:
+                return field(x, step)
+            positive, negative = field(x.repeat(2, 1, 1, 1, 1), step).chunk(2)
+            return guide(positive, negative, self.settings.guidance_scale)
+
+        return integrate(velocity, noise, self.levels, self.settings.solver)
 
     def _take_in(self, context: Tensor, conditions: Tensor, first: int, last: int) -> None:
         """Append frames first..last-1 of the context to the cache."""
@@ -214,7 +232,24 @@ def generate(
     num_steps: int,
     guidance_scale: float = 1.0,
     guidance: str = "context",
-    guidance_noise: float = 0.05,
+    noise: Tensor | None = None,
+    generator: Generators = None,
+) -> Tensor:
+    """`continue_videos` with the usual settings; see `scd.options.RolloutOptions` for them all."""
+    settings = RolloutOptions(num_steps, guidance=guidance, guidance_scale=guidance_scale)
+    return continue_videos(
+        model, settings, context, num_frames, actions, labels, noise=noise, generator=generator
+    )
+
+
+def continue_videos(
+    model: WorldModel,
+    settings: RolloutOptions,
+    context: Tensor,
+    num_frames: int,
+    actions: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
     noise: Tensor | None = None,
     generator: Generators = None,
 ) -> Tensor:
@@ -240,14 +275,7 @@ def generate(
         )
     if noise is not None and noise.shape[:2] != (context.shape[0], num_frames):
         raise ScdError(f"noise is {tuple(noise.shape)}, expected (batch, {num_frames}, C, H, W)")
-    rollout = Rollout(
-        model,
-        num_steps=num_steps,
-        max_frames=known + num_frames,
-        guidance=guidance,
-        guidance_scale=guidance_scale,
-        guidance_noise=guidance_noise,
-    )
+    rollout = Rollout(model, settings, known + num_frames)
     rollout.reset(context, None if actions is None else actions[:, :known], labels, generator)
     frames = [
         rollout.step(

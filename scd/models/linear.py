@@ -1,0 +1,60 @@
+"""Linear layers whose weights a rollout on the CPU lays out once, as the processor likes them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+# The layout that oneDNN chooses for about this many rows serves 16 to 2000 of them equally well.
+PACKED_FOR_ROWS = 256
+
+_in_use: ContextVar[Mapping[nn.Module, Tensor]] = ContextVar("packed weights", default={})
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, with packed weights inside `PackedWeights.in_use`."""
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """x·Wᵀ + b, and of that, where asked for, the tanh-GELU."""
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            packed = _in_use.get().get(self)
+            if packed is not None and packed.dtype == x.dtype:
+                activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+                return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, *activation)
+        y = super().forward(x)
+        return nn.functional.gelu(y, approximate="tanh") if gelu else y
+
+
+class PackedWeights:
+    """The weights of a model's `Linear` layers as they are now, laid out for oneDNN.
+
+    A plain product lays its weights out anew at every call. On an AMD EPYC, 64 to 256 rows of 1024
+    values take 1.3 to 3 times as long so in float32, and 1.1 to 1.3 times in bfloat16. The packed
+    weights take their size in memory once more. Nothing is packed off the CPU.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._of: dict[nn.Module, Tensor] = {}
+        if not torch.backends.mkldnn.is_available():
+            return
+        for layer in model.modules():
+            if isinstance(layer, Linear) and _packable(layer.weight):
+                weight = layer.weight.detach()
+                self._of[layer] = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within the block, and this thread, the layers multiply by the packed weights."""
+        token = _in_use.set(self._of)
+        try:
+            yield
+        finally:
+            _in_use.reset(token)
+
+
+def _packable(weight: nn.Parameter) -> bool:
+    # A sharded weight is a parameter of another type.
+    plain = type(weight) is nn.Parameter and weight.device.type == "cpu"
+    return plain and weight.dtype in (torch.float32, torch.bfloat16)
