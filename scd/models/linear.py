@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # The layout that oneDNN chooses for about this many rows serves 16 to 2000 of them equally well.
 PACKED_FOR_ROWS = 256
 
-_in_use: ContextVar[Mapping[nn.Module, Tensor]] = ContextVar("packed weights", default={})
+_in_use: ContextVar[Mapping[nn.Module, Tensor] | None] = ContextVar("packed weights", default=None)
 
 
 class Linear(nn.Linear):
@@ -19,7 +19,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x·Wᵀ + b, and of that, where asked for, the tanh-GELU."""
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            packed = _in_use.get().get(self)
+            packed = (_in_use.get() or {}).get(self)
             if packed is not None and packed.dtype == x.dtype:
                 activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
                 return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, *activation)
