@@ -78,9 +78,9 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    from scd.benchmark.streaming import benchmark_streaming
+    from scd.benchmark.run import benchmark as run
 
-    benchmark_streaming(Path(arguments.out), arguments.only)
+    run(Path(arguments.out), arguments.only, arguments.plots)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -178,7 +178,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("benchmark", help="seconds a frame and memory, beside the floor")
     p.add_argument("--only", metavar="TEXT", help="the cases whose name contains it")
-    p.add_argument("--out", default="experiments/benchmark.json", help="(default: %(default)s)")
+    p.add_argument("--plots", action="store_true", help="also cost against context and steps")
+    p.add_argument("--out", default="experiments/benchmark", help="folder (default: %(default)s)")
     p.set_defaults(run=benchmark)
 
     p = commands.add_parser("measure", help="recompute the metrics of saved samples, without model")

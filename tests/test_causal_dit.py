@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from scd.errors import ScdError
 from scd.flow.objective import FlowObjective
@@ -38,11 +39,11 @@ def inputs():
 
 @torch.no_grad()
 def test_dense_equals_a_mask_over_the_whole_sequence(inputs):
-    """[clean ‖ noisy] under one explicit mask, in both of the ways the attention is computed."""
+    """[clean ‖ noisy] under one explicit mask, in all ways the attention is computed."""
     n, first, heads = 3, 1, 2
     clean, frames = F - 1, F - first
     g = torch.Generator().manual_seed(2)
-    q, k, v = torch.randn(3, B, heads, (clean + 2 * frames) * n, 8, generator=g)
+    q, k, v = torch.randn(3, B, heads, (clean + 2 * frames) * n, 16, generator=g)
     owner = torch.tensor([0] * clean + [1] * frames + [2] * frames).repeat_interleave(n)
     frame = torch.tensor([*range(clean), *range(first, F), *range(first, F)]).repeat_interleave(n)
     sees_clean = (owner == 0) & (frame < frame[:, None])
@@ -53,6 +54,11 @@ def test_dense_equals_a_mask_over_the_whole_sequence(inputs):
             patch.setattr(attention, "MASKED_TOKENS", limit)
             found = attention.clean_context_attention(q, k, v, n, clean, first)
         assert (found - expected).abs().max() < 1e-5
+    # What CUDA computes long sequences with.
+    tokens = q.shape[2]
+    admits = attention.clean_context(n, clean, first)
+    blocks = attention.flex_blocks(admits, tokens, tokens, q.device)
+    assert (flex_attention(q, k, v, block_mask=blocks) - expected).abs().max() < 1e-5
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from scd.errors import ScdError
@@ -173,6 +174,20 @@ def test_block_causal_attention_equals_a_dense_mask(monkeypatch, past, masked_to
         strict=True,
     ):
         assert (a - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("past", [0, 3])
+def test_flex_blocks_admit_what_a_dense_mask_admits(past):
+    """What CUDA computes long sequences with; its kernels themselves need CUDA for gradients."""
+    n, frames = 6, 4
+    queries, keys = frames * n, (past + frames) * n
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(2, 3, t, HEAD_DIM, generator=g) for t in (queries, keys, keys))
+    blocks = attention.flex_blocks(
+        attention.block_causal(n, queries, keys), queries, keys, torch.device("cpu")
+    )
+    found = flex_attention(q, k, v, block_mask=blocks)
+    assert (found - block_causal_attention(q, k, v, n)).abs().max() < 1e-5
 
 
 def test_rotary_angles_written_out():

@@ -330,8 +330,8 @@ def test_a_stream_without_end(inputs):
     for _ in range(60):
         single = alone.step(actions[:, 0])
     assert torch.equal(frame, single) and torch.isfinite(frame).all()
-    assert streams[0]._cache.frames == K - 1 + 60
-    assert streams[0]._cache.keys.shape[3] == 4 * 6
+    assert streams[0].cache.frames == K - 1 + 60
+    assert streams[0].cache.keys.shape[3] == 4 * 6
 
 
 def test_windows_that_cannot_be():

@@ -4,8 +4,36 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+
+from scd.models.linear import Linear, PackedWeights
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one device at one type of number."""
+
+    plain_flops: float  # a second, of a large product `a @ b`
+    best_flops: float  # of that, or of the same product with packed weights
+    bytes: float  # a second, read and written by a copy
+
+
+def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
+    """Medians of five runs each."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    layer = Linear(size, size, bias=False, device=device, dtype=dtype)
+    with torch.no_grad(), PackedWeights(layer).in_use():
+        plain, packed = (
+            2 * size**3 / statistics.median(seconds(run, 5, device))
+            for run in (lambda: a @ b, lambda: layer(a))
+        )
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * len(source) / statistics.median(seconds(lambda: target.copy_(source), 5, device))
+    return Machine(plain, max(plain, packed), copied)
 
 
 def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -24,13 +52,6 @@ def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> li
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating point operations a second of a large matrix product: the median of five."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / statistics.median(seconds(lambda: a @ b, 5, device))
 
 
 def peak_bytes(device: torch.device) -> int:

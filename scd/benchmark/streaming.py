@@ -1,130 +1,99 @@
-"""Seconds a frame of a rollout, its first frame with prefill, and its memory.
+"""Times of a rollout: first frame with prefill, frames after it, and their decoding to pixels.
 
-Weights are random: speed does not depend on them. Each case runs in a process of its own, so that
-its peak memory is its own.
+Weights are random: speed does not depend on them.
 """
 
-import json
-import statistics
-import subprocess
-import sys
+import resource
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from scd.benchmark.machine import matrix_rate, peak_bytes, synchronise
-from scd.environment import environment
-from scd.errors import ScdError
-from scd.evaluation.table import Table
-from scd.files import write_json
+from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, EndlessCase, StreamCase
+from scd.benchmark.floor import frame_floor
+from scd.benchmark.machine import measure_machine, peak_bytes, seconds, synchronise
 from scd.models import SCD, CausalDiT, WorldModel
-from scd.options import RolloutOptions
+from scd.models.autoencoder import LatentCodec, build_autoencoder
+from scd.options import AutoencoderOptions, RolloutOptions
 from scd.rollout import Rollout
 
-SIDE, CHANNELS, ACTIONS = 8, 32, 4  # latents of a frame: 8x8 of 32 channels, as Minecraft's
+RES, VIT = "ResBlock", "EfficientViTBlock"
+# Of 128x128 pixels and 8x8 latents, as Minecraft's.
+AUTOENCODER = AutoencoderOptions(
+    encoder_block_types=[RES, RES, RES, VIT, VIT],
+    encoder_channels=[128, 256, 512, 512, 1024],
+    encoder_layers=[0, 4, 8, 2, 2],
+    decoder_block_types=[RES, RES, RES, VIT, VIT],
+    decoder_channels=[128, 256, 512, 512, 1024],
+    decoder_layers=[0, 5, 10, 2, 2],
+    decoder_norm="batch_norm",
+)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One rollout to time.
-
-    Args:
-        encoder_layers: 0: the dense baseline, of `decoder_layers` layers.
-        frames: timed one by one, after a first one that includes the prefill and a second one
-            that warms up.
-    """
-
-    name: str
-    heads: int = 16
-    encoder_layers: int = 8
-    decoder_layers: int = 4
-    context: int = 36
-    steps: int = 10
-    guidance: str = "context"
-    scale: float = 1.5
-    dtype: str = "float32"
-    frames: int = 5
-
-
-CASES = [
-    Case("SCD-M, context 36, 10 steps, guidance 1.5, fp32"),
-    Case("SCD-M, context 36, 10 steps, guidance 1.5, bf16", dtype="bfloat16"),
-    Case("SCD-M, context 144, 10 steps, guidance 1.5, bf16", context=144, dtype="bfloat16"),
-    Case("SCD-M, context 299, 10 steps, guidance 1.5, bf16", context=299, dtype="bfloat16"),
-    Case(
-        "SCD-M, context 144, 50 steps, bf16",
-        context=144,
-        steps=50,
-        guidance="none",
-        dtype="bfloat16",
-        frames=3,
-    ),
-    Case(
-        "Causal DiT-M, context 144, 50 steps, bf16",
-        encoder_layers=0,
-        decoder_layers=12,
-        context=144,
-        steps=50,
-        guidance="none",
-        dtype="bfloat16",
-        frames=3,
-    ),
-]
-
-
-def benchmark_streaming(out: Path, names: str | None = None) -> None:
-    """Run the cases whose name contains `names`; print a table, write JSON.
-
-    Raises:
-        ScdError: no case has such a name, or one of them failed.
-    """
-    cases = [case for case in CASES if names is None or names in case.name]
-    if not cases:
-        raise ScdError(f"no case contains {names!r}; there are {'; '.join(c.name for c in CASES)}")
-    results = []
-    for case in cases:
-        print(f"{case.name} ...", flush=True)
-        results.append(_in_own_process(case))
-    text = _table(results).markdown()
-    write_json(out, {"cases": results, "environment": environment()})
-    print(f"\n{text}\n\nfigures: {out}")
-
-
-def run_case(case: Case) -> dict[str, Any]:
+def run_stream(case: StreamCase, device: torch.device) -> dict[str, Any]:
     """Time one case in this process."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, case.dtype)
-    rate = matrix_rate(dtype, device)
+    machine = measure_machine(dtype, device)
     model = build(case).to(device, dtype).eval()
     torch.manual_seed(0)
-    context = torch.randn(1, case.context, CHANNELS, SIDE, SIDE, device=device)
-    actions = torch.randint(ACTIONS, (1, case.context + case.frames + 2))
-    settings = RolloutOptions(case.steps, guidance=case.guidance, guidance_scale=case.scale)
-    rollout = Rollout(model, settings, case.context + case.frames + 2)
+    count = case.context + case.frames + 2
+    settings = RolloutOptions(
+        case.steps, guidance=case.guidance, compile=device.type == "cuda" and model.has_context
+    )
+    rollout = Rollout(model, settings, max(case.capacity, count))
+    known = case.context if case.prefill else 1
+    context = torch.randn(1, known, CHANNELS, SIDE, SIDE, device=device)
+    actions = torch.randint(ACTIONS, (count, 1))
     times = []
     for number in range(case.frames + 2):
         synchronise(device)
         started = time.perf_counter()
         if number == 0:
-            rollout.reset(context, actions[:, : case.context])
-        rollout.step(actions[:, case.context + number])
+            rollout.reset(context, actions[:known].T)
+            if not case.prefill:
+                _fill(rollout, case.context - 1)
+        rollout.step(actions[number])
         synchronise(device)
         times.append(time.perf_counter() - started)
+    peak = peak_bytes(device)
+    floor = frame_floor(case)
     return {
-        "case": asdict(case),
-        "first_frame_seconds": times[0],
+        "first_frame_seconds": times[0] if case.prefill else None,
         "frame_seconds": times[2:],
-        "matrix_rate": rate,
-        "frame_flops": frame_flops(case),
-        "peak_bytes": peak_bytes(device),
-        "device": str(device),
+        "decode_seconds": _decode_seconds(dtype, device),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "peak_bytes": peak,
+        "flops": floor.flops,
+        "bytes": floor.bytes,
+        "floor_seconds": floor.seconds(machine),
+        "machine": asdict(machine),
     }
 
 
-def build(case: Case) -> WorldModel:
+def run_endless(case: EndlessCase, device: torch.device) -> dict[str, Any]:
+    """Time and memory of the frames of a long stream, tenth by tenth."""
+    model = SCD(channels=8, patch_size=2, heads=4, encoder_layers=4, decoder_layers=2)
+    settings = RolloutOptions(4, guidance="none", window=case.window)
+    rollout = Rollout(model.to(device).eval(), settings)
+    rollout.reset(torch.randn(1, case.window, 8, SIDE, SIDE, device=device))
+    marks, memory = [time.perf_counter()], []
+    for number in range(case.frames):
+        frame = rollout.step()
+        if (number + 1) % (case.frames // 10) == 0:
+            synchronise(device)
+            marks.append(time.perf_counter())
+            memory.append(_memory_now(device))
+    assert torch.isfinite(frame).all()
+    return {
+        "frame_seconds": [(b - a) / (case.frames // 10) for a, b in pairwise(marks)],
+        "bytes_after_each_tenth": memory,
+        "peak_bytes": peak_bytes(device),
+    }
+
+
+def build(case: StreamCase) -> WorldModel:
     shared: dict[str, Any] = {"channels": CHANNELS, "heads": case.heads}
     shared |= {"condition": "action", "num_conditions": ACTIONS}
     torch.manual_seed(0)
@@ -133,45 +102,24 @@ def build(case: Case) -> WorldModel:
     return CausalDiT(layers=case.decoder_layers, **shared)
 
 
-def frame_flops(case: Case) -> int:
-    """Matrix products of one frame, without attention: what cannot be saved at these sizes."""
-    width, tokens = 64 * case.heads, SIDE * SIDE
-    layer = 2 * tokens * 12 * width**2  # of one frame's tokens
-    branches = 1 if case.guidance == "none" else 2
-    if not case.encoder_layers:
-        return layer * case.decoder_layers * (branches * case.steps + 1)
-    # [context ‖ noisy], and of the context half only keys and values in the last layer.
-    decoder = layer * (2 * case.decoder_layers - 10 / 12)
-    return round(layer * case.encoder_layers + branches * case.steps * decoder)
+def _fill(rollout: Rollout, frames: int) -> None:
+    """As if so many frames had been taken in."""
+    cache = rollout.cache
+    cache.keys.normal_()
+    cache.values.normal_()
+    cache.frames = frames
 
 
-def _in_own_process(case: Case) -> dict[str, Any]:
-    code = "import sys, json; from scd.benchmark import streaming as s; "
-    code += "print(json.dumps(s.run_case(s.Case(**json.loads(sys.argv[1])))))"
-    command = [sys.executable, "-c", code, json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise ScdError(f"{case.name}: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+@torch.no_grad()
+def _decode_seconds(dtype: torch.dtype, device: torch.device) -> list[float]:
+    """Of one frame at a time."""
+    codec = LatentCodec(build_autoencoder(AUTOENCODER)).to(device, dtype).eval()
+    latents = torch.randn(1, 1, CHANNELS, SIDE, SIDE, device=device).to(dtype)
+    return seconds(lambda: codec.decode(latents), 5, device)
 
 
-def _table(results: list[dict[str, Any]]) -> Table:
-    heads = ["case", "s/frame", "first frame, s", "floor, s", "of the floor", "GFLOP/s", "peak, GB"]
-    lines = []
-    for result in results:
-        frame = statistics.median(result["frame_seconds"])
-        floor = result["frame_flops"] / result["matrix_rate"]
-        lines.append(
-            [
-                result["case"]["name"],
-                f"{frame:.3f}",
-                f"{result['first_frame_seconds']:.2f}",
-                f"{floor:.3f}",
-                f"{frame / floor:.2f}",
-                f"{result['matrix_rate'] / 1e9:.0f}",
-                f"{result['peak_bytes'] / 1e9:.2f}",
-            ]
-        )
-    note = "Medians, batch 1; floor: the frame's matrix products at the rate of a large one."
-    return Table(heads, lines, 1, [note])
+def _memory_now(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()

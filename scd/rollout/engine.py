@@ -93,7 +93,7 @@ class Rollout:
         self._batch = batch
         tokens = model.tokens_per_frame(height, width)
         branches = 2 if self.guidance == "condition" else 1
-        self._cache = KVCache(model, branches * batch, self.window, tokens)
+        self.cache = KVCache(model, branches * batch, self.window, tokens)
         self._prepare_conditions()
         actions = None if actions is None else actions.to(model.device)
         conditions = self._numbers(actions, frames)
@@ -140,7 +140,7 @@ class Rollout:
                 self._both(self._newest),
                 self._with_null(self._newest_condition),
                 self._with_null(condition),
-                self._cache,
+                self.cache,
                 self._conditioned,
                 perturbation,
             )
@@ -184,7 +184,7 @@ class Rollout:
             self._both(context[:, first:last]),
             self._with_null(conditions[:, first:last]),
             self._with_null(conditions[:, begin : last + 1]),
-            self._cache,
+            self.cache,
             self._conditioned,
         )
 

@@ -1,0 +1,85 @@
+"""What is timed: the cases of the table, and those of the plots."""
+
+from dataclasses import dataclass, replace
+
+SIDE, CHANNELS, ACTIONS = 8, 32, 4  # latents of a frame: 8x8 of 32 channels, as Minecraft's
+
+
+@dataclass(frozen=True)
+class StreamCase:
+    """A rollout of one video.
+
+    Args:
+        encoder_layers: 0: the dense baseline, of `decoder_layers` layers.
+        context: frames before the first new one.
+        capacity: frames that the cache has room for; 0: just those that are needed.
+        prefill: whether the context is encoded. If not, the cache is filled with noise: a frame
+            costs the same, without minutes of prefill.
+        frames: timed one by one, after a first one and a second one that warms up.
+    """
+
+    name: str
+    heads: int = 16
+    encoder_layers: int = 8
+    decoder_layers: int = 4
+    context: int = 36
+    capacity: int = 0
+    prefill: bool = True
+    steps: int = 10
+    guidance: str = "context"
+    dtype: str = "float32"
+    frames: int = 7
+
+
+@dataclass(frozen=True)
+class TrainCase:
+    """Optimiser steps on clips of latents, with K noise draws, in bf16."""
+
+    name: str
+    heads: int = 6
+    encoder_layers: int = 4
+    decoder_layers: int = 2
+    frames: int = 32
+    batch: int = 2
+    draws: int = 2
+    steps: int = 5
+
+
+@dataclass(frozen=True)
+class EndlessCase:
+    """A stream of the Doom model's size, longer than its window."""
+
+    name: str
+    frames: int
+    window: int = 48
+
+
+Case = StreamCase | TrainCase | EndlessCase
+
+_SCD = StreamCase("SCD-M", dtype="bfloat16")
+_DENSE = StreamCase("Causal DiT-M", encoder_layers=0, decoder_layers=12, dtype="bfloat16")
+
+
+def _named(case: StreamCase, **changes: object) -> StreamCase:
+    case = replace(case, **changes)  # type: ignore[arg-type]
+    guided = "" if case.guidance == "none" else ", guidance 1.5"
+    type_ = {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
+    name = f"{case.name}, context {case.context}, {case.steps} steps{guided}, {type_}"
+    return replace(case, name=name)
+
+
+TABLE: list[Case] = [
+    _named(_SCD, dtype="float32"),
+    _named(_SCD),
+    _named(_SCD, context=144, capacity=300, frames=5),
+    _named(_SCD, context=299, prefill=False, frames=5),
+    _named(_SCD, context=144, steps=50, guidance="none", frames=3),
+    _named(_DENSE, context=144, steps=50, guidance="none", frames=3),
+    TrainCase("training, 384 wide, 4+2 layers, 32 frames, batch 2, K = 2, bf16"),
+    EndlessCase("2000 frames through a window of 48, 256 wide, 4+2 layers, 4 steps, fp32", 2000),
+]
+CONTEXTS = [36, 72, 144, 300, 600, 1000]
+STEPS = [1, 2, 5, 10, 20, 50]
+_PLOTTED = {"guidance": "none", "prefill": False, "frames": 3}
+BY_CONTEXT = [_named(model, context=n, **_PLOTTED) for model in (_SCD, _DENSE) for n in CONTEXTS]
+BY_STEPS = [_named(model, steps=n, **_PLOTTED) for model in (_SCD, _DENSE) for n in STEPS]

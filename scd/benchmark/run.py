@@ -1,0 +1,145 @@
+"""`scd benchmark`: every case in a process of its own; a table, plots, and all figures as JSON."""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scd.benchmark import cases
+from scd.benchmark.cases import Case, EndlessCase, StreamCase, TrainCase
+from scd.environment import environment
+from scd.errors import ScdError
+from scd.evaluation.table import Table
+from scd.files import write_json, write_whole
+
+
+def benchmark(folder: Path, only: str | None, plots: bool) -> None:
+    """Run the cases whose name contains `only`; with `plots`, those of the plots too.
+
+    Raises:
+        ScdError: no case has such a name, or one of them failed.
+    """
+    chosen = [case for case in cases.TABLE if only is None or only in case.name]
+    if not chosen:
+        names = "; ".join(case.name for case in cases.TABLE)
+        raise ScdError(f"no case contains {only!r}; there are {names}")
+    results = [_in_own_process(case) for case in chosen]
+    text = "\n\n".join(table.markdown() for table in _tables(chosen, results))
+    figures = {"cases": _paired(chosen, results), "environment": environment()}
+    if plots:
+        from scd.benchmark.plots import draw_scaling
+
+        for name in ("BY_CONTEXT", "BY_STEPS"):
+            plotted: list[StreamCase] = getattr(cases, name)
+            times = [_in_own_process(case) for case in plotted]
+            figures[name.lower()] = _paired(plotted, times)
+        draw_scaling(folder / "scaling.png", figures["by_context"], figures["by_steps"])
+    write_json(folder / "benchmark.json", figures)
+    write_whole(
+        folder / "benchmark.md", lambda aside: aside.write_text(text + "\n", encoding="utf-8")
+    )
+    print(f"\n{text}\n\nfigures: {folder}/benchmark.json, benchmark.md")
+
+
+def run_case(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Run one case in this process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == TrainCase.__name__:
+        from scd.benchmark.training import run_training
+
+        return run_training(TrainCase(**arguments), device)
+    from scd.benchmark.streaming import run_endless, run_stream
+
+    if kind == EndlessCase.__name__:
+        return run_endless(EndlessCase(**arguments), device)
+    return run_stream(StreamCase(**arguments), device)
+
+
+def _in_own_process(case: Case) -> dict[str, Any]:
+    """So that its peak memory is its own."""
+    print(f"{case.name} ...", flush=True)
+    code = "import sys, json; from scd.benchmark.run import run_case; "
+    code += "print(json.dumps(run_case(sys.argv[1], json.loads(sys.argv[2]))))"
+    command = [sys.executable, "-c", code, type(case).__name__, json.dumps(asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise ScdError(f"{case.name}: {last}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _paired(chosen: list[Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"case": asdict(case), **result} for case, result in zip(chosen, results, strict=True)]
+
+
+def _tables(chosen: list[Case], results: list[dict[str, Any]]) -> list[Table]:
+    pairs = list(zip(chosen, results, strict=True))
+    streams = [(case, result) for case, result in pairs if isinstance(case, StreamCase)]
+    trainings = [(case, result) for case, result in pairs if isinstance(case, TrainCase)]
+    endless = [(case, result) for case, result in pairs if isinstance(case, EndlessCase)]
+    tables = []
+    if streams:
+        tables.append(_stream_table(streams))
+    if trainings:
+        heads = ["training step", "s/step", "floor, s", "of the floor", "GFLOP/s", "peak, GB"]
+        lines = []
+        for case, r in trainings:
+            step = statistics.median(r["step_seconds"])
+            lines.append([case.name, f"{step:.2f}", *_against_floor(step, r), _gigabytes(r)])
+        tables.append(Table(heads, lines, 1, []))
+    if endless:
+        heads = ["endless stream", "ms/frame, tenth by tenth", "MB, tenth by tenth"]
+        lines = [
+            [
+                case.name,
+                " ".join(f"{1e3 * x:.1f}" for x in r["frame_seconds"]),
+                " ".join(f"{x / 1e6:.0f}" for x in r["bytes_after_each_tenth"]),
+            ]
+            for case, r in endless
+        ]
+        tables.append(Table(heads, lines, 1, []))
+    return tables
+
+
+def _stream_table(streams: list[tuple[StreamCase, dict[str, Any]]]) -> Table:
+    heads = ["batch 1", "first frame, s", "s/frame p50", "p95", "latent FPS", "pixel FPS"]
+    heads += ["floor, s", "of the floor", "GFLOP/s", "peak, GB"]
+    lines = []
+    for case, r in streams:
+        frame, slow = np.quantile(r["frame_seconds"], [0.5, 0.95])
+        decode = statistics.median(r["decode_seconds"])
+        first = r["first_frame_seconds"]
+        lines.append(
+            [
+                case.name,
+                "–" if first is None else f"{first:.2f}",
+                f"{frame:.3f}",
+                f"{slow:.3f}",
+                f"{1 / frame:.2f}",
+                f"{1 / (frame + decode):.2f}",
+                *_against_floor(frame, r),
+                _gigabytes(r),
+            ]
+        )
+    notes = [
+        "First frame: with the encoding of the context. Pixel FPS: with decoding to 128x128, one "
+        "frame at a time.",
+        "Floor: operations at the best of the two rates under GFLOP/s (a plain product of large "
+        "matrices / one with packed weights), or bytes at the machine's rate of copying.",
+    ]
+    return Table(heads, lines, 1, notes)
+
+
+def _against_floor(taken: float, r: dict[str, Any]) -> list[str]:
+    rates = f"{r['machine']['plain_flops'] / 1e9:.0f} / {r['machine']['best_flops'] / 1e9:.0f}"
+    return [f"{r['floor_seconds']:.3f}", f"{taken / r['floor_seconds']:.2f}", rates]
+
+
+def _gigabytes(r: dict[str, Any]) -> str:
+    return f"{r['peak_bytes'] / 1e9:.2f}"
