@@ -21,6 +21,7 @@ from scd.errors import ScdError
 from scd.files import read_npz
 from scd.options import Options
 
+MAX_ACTION_BYTES = 2**26  # of one clip: days of video
 # Sub-streams of the seed; a stream never shares a number with another.
 ORDER_STREAM, START_STREAM, FRAMING_STREAM = 1, 2, 4  # 3: evaluation
 
@@ -138,7 +139,7 @@ def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
 
 def read_actions(path: Path) -> np.ndarray:
     """The int64 actions of a clip, one a frame: key `actions` of an npz file."""
-    actions = read_npz(path, "actions")
+    actions = read_npz(path, "actions", MAX_ACTION_BYTES)
     if actions.ndim != 1 or actions.dtype.kind not in "iu" or not len(actions):
         raise ScdError(
             f"{path}: actions must be integers, one a frame, not {actions.dtype} {actions.shape}"

@@ -7,6 +7,8 @@ from pathlib import Path
 from scd.errors import ScdError
 from scd.files import read_json, write_json
 
+MAX_PATH_BYTES, MAX_NAME_BYTES = 2048, 255  # no system opens longer ones
+
 
 @dataclass(frozen=True)
 class ClipEntry:
@@ -71,5 +73,8 @@ def _entry(path: Path, number: int, entry: object) -> ClipEntry:
 
 
 def _below_root(path: str) -> bool:
+    if not path.isprintable() or len(path.encode()) > MAX_PATH_BYTES:
+        return False
     parts = Path(path).parts
-    return path.isprintable() and bool(parts) and ".." not in parts and not Path(path).is_absolute()
+    named = all(len(part.encode()) <= MAX_NAME_BYTES for part in parts)
+    return named and bool(parts) and ".." not in parts and not Path(path).is_absolute()
