@@ -56,6 +56,7 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     "seed",
+    "data.max_broken_clips",
     "model.encoder_layers",
     "model.decoder_layers",
     "model.layers",

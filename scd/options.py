@@ -37,6 +37,7 @@ class DataOptions:
     mirror: bool = False  # in training on videos, exchange left and right of every second clip
     frames: int = 16  # frames in a training clip
     frame_stride: int = 1  # take every n-th frame
+    max_broken_clips: int = 0  # of the training list, that are left out; one more ends the run
     fps: float = 8.75  # of the videos that are written
     action_names: list[str] = field(default_factory=list)  # for tables; may stay empty
 
@@ -246,6 +247,8 @@ def _resolve(written: Any, source: str, overrides: list[str]) -> Options:
             merged = OmegaConf.merge(merged, part)
         except OmegaConfBaseException as error:
             raise ScdError(f"{where}: {error.full_key}: {_one_line(error)}") from error
+        except OverflowError as error:
+            raise ScdError(f"{where}: a number is too large ({_one_line(error)})") from error
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:

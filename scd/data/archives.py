@@ -36,7 +36,7 @@ def unpack(archive: Path, folder: Path, staging: Path) -> list[str]:
         raise ScdError(
             f"{archive}: not a whole, uncompressed tar archive ({reason(error)})"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         told = getattr(error, "strerror", None) or reason(error)
         raise ScdError(f"{archive}: cannot be unpacked into {folder} ({told})") from error
     finally:

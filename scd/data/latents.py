@@ -83,7 +83,9 @@ def latent_header(path: Path) -> LatentHeader | None:
         return None
 
 
-def check_latents(paths: list[Path], made_by: str, frame_shape: tuple[int, ...]) -> dict[Path, int]:
+def check_latents(
+    paths: list[Path], made_by: str, frame_shape: tuple[int, ...], max_broken: int = 0
+) -> dict[Path, int]:
     """Refuse latents that another autoencoder made, or that do not fit a model.
 
     They would train without a word and decode to noise. Headers only; of published `.pt` files,
@@ -91,6 +93,7 @@ def check_latents(paths: list[Path], made_by: str, frame_shape: tuple[int, ...])
 
     Args:
         frame_shape: (C, h, w).
+        max_broken: files that may be missing or damaged.
 
     Returns:
         The number of frames in each file whose header was read.
@@ -100,12 +103,16 @@ def check_latents(paths: list[Path], made_by: str, frame_shape: tuple[int, ...])
     """
     own = [path for path in paths if path.suffix != ".pt"]
     published = [path for path in paths if path.suffix == ".pt"][:1]
-    frames = {}
+    frames: dict[Path, int] = {}
+    broken = 0
     # Waiting for the disk, most of all a distant one, takes longer than the work.
     with ThreadPoolExecutor(16) as pool:
         for path, header in zip(
             own + published, pool.map(latent_header, own + published), strict=True
         ):
+            if header is None and broken < max_broken:
+                broken += 1
+                continue
             frames[path] = _checked(path, header, made_by, frame_shape).shape[0]
     return frames
 

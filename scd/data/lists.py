@@ -72,9 +72,16 @@ def _entry(path: Path, number: int, entry: object) -> ClipEntry:
     return clip
 
 
+def can_be_path(text: str) -> bool:
+    """Whether the operating system could open a file of this name."""
+    return (
+        text.isprintable()
+        and len(text.encode()) <= MAX_PATH_BYTES
+        and all(len(part.encode()) <= MAX_NAME_BYTES for part in Path(text).parts)
+    )
+
+
 def _below_root(path: str) -> bool:
-    if not path.isprintable() or len(path.encode()) > MAX_PATH_BYTES:
-        return False
     parts = Path(path).parts
-    named = all(len(part.encode()) <= MAX_NAME_BYTES for part in parts)
-    return named and bool(parts) and ".." not in parts and not Path(path).is_absolute()
+    inside = bool(parts) and ".." not in parts and not Path(path).is_absolute()
+    return inside and can_be_path(path)

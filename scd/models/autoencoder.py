@@ -201,15 +201,15 @@ def load_codec(path: str | None) -> Codec:
 def _check_announced(config: dict[str, Any], folder: Path) -> None:
     """Refuse a config that announces what no weight file has, or numbers that cannot be used.
 
-    Sizes are compared by diffusers, without memory; what remains are numbers of layers, which
-    would be built one by one.
+    Diffusers compares shapes, but only once the memory for them is taken.
     """
     header = folder / "diffusion_pytorch_model.safetensors"
     try:
         with safe_open(str(header), framework="pt") as file:
-            tensors = len(file.keys())
+            sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
     except Exception as error:  # missing and damaged files raise many kinds
         raise ScdError(f"{folder}: not a readable autoencoder ({reason(error)})") from error
+    tensors = len(sizes)
     where = f"{folder}/config.json"
     for key in [key for key in config if "layers" in key]:
         counts = config[key] if isinstance(config[key], list) else [config[key]]
@@ -222,6 +222,14 @@ def _check_announced(config: dict[str, Any], folder: Path) -> None:
     for key in ("in_channels", "out_channels"):
         if config.get(key, 3) != 3:
             raise ScdError(f"{where}: {key} is {str(config[key])[:60]}, but videos have 3")
+    try:
+        with torch.device("meta"):
+            announced = KINDS[config["_class_name"]].from_config(config)
+    except Exception as error:  # diffusers raises many kinds for options that contradict
+        raise ScdError(f"{where}: announces a network that cannot be ({reason(error)})") from error
+    wanted = sum(tensor.numel() for tensor in announced.state_dict().values())
+    if wanted > sum(sizes):
+        raise ScdError(f"{where}: announces {wanted} weights, but {header.name} has {sum(sizes)}")
 
 
 def _is_number(value: object) -> bool:
