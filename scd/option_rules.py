@@ -99,6 +99,8 @@ def check(options: "Options", source: str) -> None:
         values = get(key) if isinstance(get(key), list) else [get(key)]
         floats = [value for value in values if isinstance(value, float)]
         require(all(map(math.isfinite, floats)), f"{key} must be finite, not {get(key)}")
+        texts = [value for value in values if isinstance(value, str)]
+        require(not any("\0" in text for text in texts), f"{key} has a zero byte: {values!r}")
     for key in POSITIVE:
         require(get(key) > 0, f"{key} must be above 0, not {get(key)}")
     for key in NOT_NEGATIVE:

@@ -10,9 +10,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 
 from scd.cli import main
-from scd.data.clips import ClipFolder, StepSampler, TrainingClips
-from scd.data.lists import read_list, write_list
+from scd.data.clips import ClipFolder, StepSampler, TrainingClips, clip_folder
+from scd.data.encode import check_training_latents
+from scd.data.lists import ClipEntry, read_list, write_list
 from scd.errors import ScdError
+from scd.models.autoencoder import load_codec
 from scd.options import Options, load_options
 from tests.test_training import assert_same_state, train
 
@@ -129,11 +131,21 @@ def test_broken_latents_are_left_out(root: Path, tiny_autoencoder_path: str) -> 
         shutil.copy(root / "train/00000.mp4", root / f"train/broken{number}.mp4")
     settings = [*SMALL, f"data.root={root}", f"output_root={root.parent}", "name=latents"]
     settings += [f"autoencoder.path={tiny_autoencoder_path}", "model.patch_size=2"]
-    settings += ["data.source=latents"]
+    settings += ["data.source=latents", "model.condition=none", "model.num_conditions=0"]
+    settings += ["eval.swapped_actions=[]"]
     assert main(["encode", "--opt", TINY, *settings]) == 0
     latents = root / str(read_list(root / "train.json")[4].latent_path)
     latents.write_bytes(latents.read_bytes()[:-9])
-    assert main(["train", "--opt", TINY, *settings]) == 1
-    assert main(["train", "--opt", TINY, *settings, "data.max_broken_clips=1"]) == 0
-    told = (root.parent / "latents/broken-clips.jsonl").read_text()
-    assert told.count("\n") == 1 and "broken4.mp4.safetensors: not a readable latent" in told
+    options = load_options(TINY, settings)
+    folder, codec = clip_folder(options, "train.json", "latents"), load_codec(tiny_autoencoder_path)
+    with pytest.raises(ScdError, match=r"broken4\.mp4\.safetensors: missing or damaged latents"):
+        check_training_latents(folder, codec, options)
+    options.data.max_broken_clips = 1
+    check_training_latents(folder, codec, options)
+    clips = TrainingClips(folder, 4, 1, 0, max_broken=1)
+    broken = [int(clips[sample]["broken"]) for sample in range(6)]
+    assert sorted(broken) == [-1] * 5 + [4]
+    assert "broken4.mp4.safetensors: not a readable latent file" in clips.problem(0, 4)
+    torch.save(torch.zeros(40, 8, 4, 4), latents.with_suffix(".pt"))  # of another size, unchecked
+    folder.entries[4] = ClipEntry(latent_path=str(latents.relative_to(root).with_suffix(".pt")))
+    assert "frames are 8x4x4, but those of other clips 8x8x8" in clips.problem(0, 4)

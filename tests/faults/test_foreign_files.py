@@ -50,7 +50,7 @@ ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "options/scd_doom_tiny.yml"
 SMALL = ["model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1", "name=fuzz"]
 SMALL += ["autoencoder.path=null", "data.source=video", "model.patch_size=16"]
-SHORT_TRIALS, FULL_TRIALS = 60, 400
+SHORT_TRIALS, FULL_TRIALS = 40, 1000
 MAKERS: dict[str, Callable[[Path], Kind]] = {}
 
 

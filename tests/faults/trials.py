@@ -19,7 +19,8 @@ FULL = os.environ.get("SCD_FAULTS") == "full"
 LONGEST_SECONDS = 10.0  # of one trial
 MOST_GROWTH = 300 * 2**20  # bytes of memory that one trial may add to its process
 ADDRESSES = 8 * 2**30  # of address space, beyond what the process has: a crash instead of a freeze
-WANTING = ("alloc", "memory")  # a refusal for want of memory came too late
+# A refusal for want of memory came too late.
+WANTING = ("t allocate", "not allocate", "out of memory", "unable to allocate")
 
 
 @dataclass
