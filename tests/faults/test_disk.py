@@ -32,6 +32,9 @@ from scd.options import load_options
 from scd.training.checkpoint import TrainingState, latest_checkpoint, save_checkpoint
 from scd.training.resume import run_identity
 from scd.training.run_folder import RunLog, read_log
+from tests.faults.test_foreign_files import options_json
+from tests.faults.test_sizes import announcing
+from tests.faults.trials import FULL
 
 TINY = str(Path(__file__).parent.parent.parent / "options/scd_doom_tiny.yml")
 SMALL = ["data.source=video", "data.frames=4", "autoencoder.path=null", "model.patch_size=16"]
@@ -177,21 +180,39 @@ def error_of(capfd: pytest.CaptureFixture, *arguments: str) -> str:
     return line
 
 
+@pytest.mark.parametrize("disk", ["small disk", "limited files"][: 1 + FULL], indirect=True)
 def test_commands_on_a_full_disk(
-    disk: Disk, doom_root: Path, tiny_autoencoder_path: str, capfd: pytest.CaptureFixture
+    disk: Disk,
+    doom_root: Path,
+    tiny_autoencoder_path: str,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("SCD_CACHE", str(disk.folder / "no weights of metrics"))
     data = shutil.copytree(doom_root, disk.folder / "data")
     settings = [*SMALL, f"data.root={data}", f"output_root={disk.folder}"]
     encoder = [f"autoencoder.path={tiny_autoencoder_path}", "model.patch_size=2"]
     record = ["record", "--train-episodes", "1", "--val-episodes", "1", "--frames", "8"]
+    checkpoint = announcing(disk.folder, json.loads(options_json()))
+    evaluate = ["evaluate", str(checkpoint), *settings, "eval.videos=1", "eval.context_frames=2"]
+    evaluate += ["eval.new_frames=2", "eval.swapped_actions=[]", "rollout.steps=1"]
+    evaluate += ["data.frame_size=64", "data.val_list=train.json"]
     before = tree(disk.folder)
     with disk.full():
+        assert "run/evaluation/" in error_of(capfd, *evaluate)
         if disk.full is not files_limited:  # the simulator would not even start
             assert "new/" in error_of(capfd, *record, "--root", str(disk.folder / "new"))
         assert "latents/" in error_of(capfd, "encode", "--opt", TINY, *settings, *encoder)
         assert "run/" in error_of(capfd, "train", "--opt", TINY, *settings)
     assert tree(disk.folder) == before
     # With room again, all of them work.
+    assert main(evaluate) == 0
+    before = tree(disk.folder)
+    for path in (disk.folder / "run/evaluation").rglob("measured/*/*"):
+        path.unlink()  # to be measured again, from the saved samples
+    with disk.full():
+        assert "run/evaluation/" in error_of(capfd, *evaluate)
+    assert main(evaluate) == 0 and tree(disk.folder).keys() == before.keys()
     assert main(["encode", "--opt", TINY, *settings, *encoder]) == 0
     assert main([*record, "--root", str(disk.folder / "new")]) == 0
 

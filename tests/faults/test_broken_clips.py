@@ -16,9 +16,11 @@ from scd.data.lists import ClipEntry, read_list, write_list
 from scd.errors import ScdError
 from scd.models.autoencoder import load_codec
 from scd.options import Options, load_options
+from tests.faults.trials import FULL
+from tests.test_processes import assert_close, on_two, state_of
 from tests.test_training import assert_same_state, train
 
-TINY = str(Path(__file__).parent.parent / "options/scd_doom_tiny.yml")
+TINY = str(Path(__file__).parent.parent.parent / "options/scd_doom_tiny.yml")
 SMALL = ["data.source=video", "data.frames=4", "autoencoder.path=null", "model.patch_size=16"]
 SMALL += ["model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1", "train.steps=4"]
 SMALL += ["train.batch_size=2", "train.save_every=2", "train.workers=0", "train.compile=false"]
@@ -111,6 +113,19 @@ def test_broken_clips_are_left_out_counted_and_told_once(
     resumed = train(two)
     assert_same_state(straight, resumed)
     assert (resumed.parent / "broken-clips.jsonl").read_text() == text
+
+
+@pytest.mark.skipif(not FULL, reason="launches processes: only with SCD_FAULTS=full")
+def test_two_processes_leave_out_and_count_what_one_does(root: Path) -> None:
+    one = train(options_of(root, "one", "data.max_broken_clips=2")).parent
+    places = [f"data.root={root}", f"output_root={root.parent}", "name=two"]
+    for workers in (0, 1):
+        more = ["data.max_broken_clips=2", "train.batch_size=1", f"train.workers={workers}"]
+        on_two("plain", [*SMALL, *places, *more])
+        assert_close(state_of(root.parent / "two"), state_of(one))
+        told = (root.parent / "two/broken-clips.jsonl").read_text()
+        assert told == (one / "broken-clips.jsonl").read_text()
+        shutil.rmtree(root.parent / "two")
 
 
 def test_beyond_the_limit_the_run_stops_and_names_them(root: Path) -> None:
