@@ -180,7 +180,7 @@ def load_codec(path: str | None) -> Codec:
         )
     config = read_json(Path(path) / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ScdError(
             f"{path}/config.json: _class_name is {name!r}, not one of {', '.join(KINDS)}"
         )
@@ -201,7 +201,8 @@ def load_codec(path: str | None) -> Codec:
 def _check_announced(config: dict[str, Any], folder: Path) -> None:
     """Refuse a config that announces what no weight file has, or numbers that cannot be used.
 
-    Diffusers compares shapes, but only once the memory for them is taken.
+    Diffusers compares shapes, but only once the memory for them is taken, and what contradicts in
+    other ways would be found by the first picture. Here both are tried without memory.
     """
     header = folder / "diffusion_pytorch_model.safetensors"
     try:
@@ -223,8 +224,12 @@ def _check_announced(config: dict[str, Any], folder: Path) -> None:
         if config.get(key, 3) != 3:
             raise ScdError(f"{where}: {key} is {str(config[key])[:60]}, but videos have 3")
     try:
-        with torch.device("meta"):
-            announced = KINDS[config["_class_name"]].from_config(config)
+        with torch.device("meta"), torch.no_grad():
+            announced = KINDS[config["_class_name"]].from_config(config).eval()
+            side = 4 * downsampling(announced)
+            latents = unscaled_latents(announced, torch.zeros(1, 3, side, side))
+            if announced.decode(latents).sample.shape[-2:] != (side, side):
+                raise ValueError(f"{side} pixels come back as another size")
     except Exception as error:  # diffusers raises many kinds for options that contradict
         raise ScdError(f"{where}: announces a network that cannot be ({reason(error)})") from error
     wanted = sum(tensor.numel() for tensor in announced.state_dict().values())

@@ -40,7 +40,7 @@ class Learner:
         if moments is not None:
             # Rates, betas and weight decay are those of the options; only the moments are state.
             groups = prepared.state_dict()["param_groups"]
-            _refuse_other_moments(moments, prepared)
+            _refuse_other_moments(moments, prepared, step)
             state = sharded_optimizer_state(moments, prepared)
             prepared.load_state_dict({**state, "param_groups": groups})
             for group in prepared.param_groups:
@@ -66,7 +66,9 @@ class Learner:
         self.schedule.step()
 
 
-def _refuse_other_moments(moments: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def _refuse_other_moments(
+    moments: dict[str, Any], optimizer: torch.optim.Optimizer, step: int
+) -> None:
     """Raises ScdError for a saved state that is not one of AdamW on these parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     wanted = {"step", "exp_avg", "exp_avg_sq"}
@@ -74,8 +76,9 @@ def _refuse_other_moments(moments: dict[str, Any], optimizer: torch.optim.Optimi
         fits = all(
             index in range(len(parameters))
             and values.keys() == wanted
-            and all(value.is_floating_point() for value in values.values())
+            and all(v.is_floating_point() and v.isfinite().all() for v in values.values())
             and values["step"].ndim == 0
+            and 0 <= float(values["step"]) <= step
             and values["exp_avg"].shape == values["exp_avg_sq"].shape == parameters[index].shape
             for index, values in moments["state"].items()
         )
