@@ -91,16 +91,13 @@ class SampleFolder:
             self.videos: int = self.manifest["protocol"]["videos"]
             self.context_frames: int = self.manifest["protocol"]["context_frames"]
             self.frames: int = self.context_frames + self.manifest["protocol"]["new_frames"]
-            sets = [set_ for row in self.rows.values() for set_ in row]
+            fits = all(map(_is_row, self.rows.values())) and "checkpoint" in self.manifest
         except (KeyError, TypeError, AttributeError) as error:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples ({error})") from error
-        numbers = (self.videos, self.frames, self.context_frames)
-        if (
-            not all(type(number) is int and 0 <= number <= MOST for number in numbers)
-            or not self.videos
-            or not all(isinstance(set_, str) and can_be_path(set_) for set_ in sets)
-        ):
-            raise ScdError(f"{path / MANIFEST}: not a manifest of samples: {str(numbers)[:99]}")
+        numbers = (self.videos, self.context_frames, self.frames)
+        fits = fits and all(type(number) is int and 0 <= number <= MOST for number in numbers)
+        if not fits or not self.videos or not self.context_frames < self.frames:
+            raise ScdError(f"{path / MANIFEST}: not a manifest of samples, or a damaged one")
 
     @staticmethod
     def describe(
@@ -177,6 +174,15 @@ class SampleFolder:
             if any(values[n].shape != measured[0][n].shape for n in names):
                 raise ScdError(f"{path}: other shapes than those of {paths[0].name}; remove it")
         return {name: torch.stack([values[name] for values in measured]) for name in names}
+
+
+def _is_row(sets: object) -> bool:
+    """Whether these are names of folders, and of none outside."""
+    return (
+        isinstance(sets, list)
+        and bool(sets)
+        and all(isinstance(s, str) and can_be_path(s) and s == Path(s).name != ".." for s in sets)
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,9 @@ from scd.data.npz_video import NpzVideo
 from scd.data.published import adopt_lists
 from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
+from scd.evaluation.measure import FEATURES
 from scd.evaluation.samples import SampleFolder
+from scd.evaluation.table import summarise, table
 from scd.files import sha256
 from scd.models.autoencoder import load_codec
 from scd.models.load import load_checkpoint_for_use
@@ -313,16 +316,19 @@ def samples(folder: Path) -> Kind:
     SampleFolder.describe(folder, {"format": 1}, {"model": ["model-seed-0"]}, protocol, {})
     saved = SampleFolder(folder)
     for number in range(2):
+        features = {FEATURES: torch.rand(5)}
         saved.write_clip("model-seed-0", number, torch.rand(12, 3, 32, 32))
-        saved.write_measurement("model-seed-0", number, {"psnr": torch.rand(8)}, {})
+        saved.write_measurement("model-seed-0", number, {"psnr": torch.rand(8), **features}, {})
+        saved.write_measurement("real", number, features, {})
 
     def read(folder: Path) -> None:
         saved = SampleFolder(folder)
-        for sets in saved.rows.values():
-            for set_ in sets:
-                saved.read_clip(set_, 0)
-                saved.is_measured(set_, 0, {})
-                saved.read_measurements(set_)
+        for set_ in {set_ for sets in saved.rows.values() for set_ in sets}:
+            assert folder in saved.measurement_path(set_, 0).parents
+            assert ".." not in saved.measurement_path(set_, 0).parts
+            saved.read_clip(set_, 0)
+            saved.is_measured(set_, 0, {})
+        table(summarise(saved, SimpleNamespace(missing={}, hashes={}))).markdown()  # type: ignore[arg-type]
 
     return Kind("saved samples", folder_bytes(folder), read)
 
