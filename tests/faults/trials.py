@@ -1,5 +1,6 @@
 """Try damaged files in a forked process: what hangs, swells or crashes is counted, not suffered."""
 
+import faulthandler
 import json
 import os
 import resource
@@ -83,6 +84,7 @@ def _child(kind: Kind, folder: Path, numbers: range, sink: int) -> None:
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(nothing, descriptor)
+        faulthandler.disable()  # pytest's: a crash is counted, its stack would be noise
         torch.set_num_threads(1)  # a forked process has no pool of threads
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + ADDRESSES
