@@ -201,6 +201,10 @@ def main(argv: list[str] | None = None) -> int:
     except ScdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # of a disk or a system, where no module has told it better
+        told = ScdError(f"{error.filename or arguments.run.__name__}: {error.strerror or error}")
+        print(f"error: {told}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

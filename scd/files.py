@@ -14,6 +14,7 @@ import numpy as np
 
 from scd.errors import ScdError, reason
 
+MAX_JSON_BYTES = 2**28  # a list of a million clips
 MAX_ARRAY_BYTES = 2**30  # of one array in an npz file; a DMLab clip has 3.7 MB
 
 
@@ -50,10 +51,14 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        ScdError: the file is missing, unreadable or not JSON.
+        ScdError: the file is missing, unreadable, not JSON or larger than `MAX_JSON_BYTES`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES // 2**20} MiB")
+        return json.loads(data.decode("utf-8"))
     except FileNotFoundError as error:
         raise ScdError(f"{path}: no such file") from error
     except OSError as error:
@@ -72,24 +77,26 @@ def npz_keys(path: Path) -> set[str]:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
-def npz_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
+def npz_header(
+    path: Path, key: str, most: int = MAX_ARRAY_BYTES
+) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type of one array of an npz file, without reading the array.
 
     Raises:
         ScdError: the file is missing, damaged, has no such key or announces an array of more than
-            `MAX_ARRAY_BYTES`: a few compressed bytes may stand for any amount of memory.
+            `most` bytes: a few compressed bytes may stand for any amount of memory.
     """
     with _npz_member(path, key) as member:
-        return _array_header(path, key, member)
+        return _array_header(path, key, member, most)
 
 
-def read_npz(path: Path, key: str) -> np.ndarray:
+def read_npz(path: Path, key: str, most: int = MAX_ARRAY_BYTES) -> np.ndarray:
     """One array of an npz file; pickled objects are refused.
 
     Raises:
         ScdError: see `npz_header`.
     """
-    npz_header(path, key)
+    npz_header(path, key, most)
     with _npz_member(path, key) as member:
         return np.lib.format.read_array(member, allow_pickle=False)
 
@@ -115,7 +122,9 @@ def _npz_member(path: Path, key: str) -> Iterator[IO[bytes]]:
             raise ScdError(f"{path}: no npz file with a key {key!r} ({reason(error)})") from error
 
 
-def _array_header(path: Path, key: str, member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+def _array_header(
+    path: Path, key: str, member: IO[bytes], most: int
+) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(member)
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -123,10 +132,10 @@ def _array_header(path: Path, key: str, member: IO[bytes]) -> tuple[tuple[int, .
     }
     shape, _, dtype = read[version](member)
     size = math.prod(shape) * dtype.itemsize
-    if size > MAX_ARRAY_BYTES:
+    if min(shape, default=0) < 0 or size > most:
         raise ScdError(
             f"{path}: {key!r} has {size / 2**30:.1f} GiB, more than the "
-            f"{MAX_ARRAY_BYTES // 2**30} GiB that are read at once"
+            f"{most / 2**30:g} GiB that are read at once"
         )
     return shape, dtype
 

@@ -59,6 +59,7 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     "seed",
+    "data.max_broken_clips",
     "model.encoder_layers",
     "model.decoder_layers",
     "model.layers",
@@ -103,6 +104,8 @@ def check(options: "Options", source: str) -> None:
         values = get(key) if isinstance(get(key), list) else [get(key)]
         floats = [value for value in values if isinstance(value, float)]
         require(all(map(math.isfinite, floats)), f"{key} must be finite, not {get(key)}")
+        texts = [value for value in values if isinstance(value, str)]
+        require(not any("\0" in text for text in texts), f"{key} has a zero byte: {values!r}")
     for key in POSITIVE:
         require(get(key) > 0, f"{key} must be above 0, not {get(key)}")
     for key in NOT_NEGATIVE:

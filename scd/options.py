@@ -9,7 +9,7 @@ import json
 import reprlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -17,6 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from scd.errors import ScdError, reason
 from scd.option_rules import check, known_keys
+
+MAX_BYTES = 2**16  # of an options file; those of this project have about 2 KiB
+Bytes = TypeVar("Bytes", str, bytes)
 
 
 @dataclass
@@ -34,6 +37,7 @@ class DataOptions:
     mirror: bool = False  # in training on videos, exchange left and right of every second clip
     frames: int = 16  # frames in a training clip
     frame_stride: int = 1  # take every n-th frame
+    max_broken_clips: int = 0  # of the training list, that are left out; one more ends the run
     fps: float = 8.75  # of the videos that are written
     action_names: list[str] = field(default_factory=list)  # for tables; may stay empty
 
@@ -187,7 +191,8 @@ def load_options(path: str | Path, overrides: list[str] | None = None) -> Option
     """
     path = Path(path)
     try:
-        written = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        with open(path, "rb") as file:
+            written = yaml.load(_bounded(file.read(MAX_BYTES + 1)).decode("utf-8"), _Loader)
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -200,10 +205,16 @@ def load_options(path: str | Path, overrides: list[str] | None = None) -> Option
 def options_from_json(text: str, source: str, overrides: list[str] | None = None) -> Options:
     """Options as a checkpoint carries them, checked like a file's."""
     try:
-        written = json.loads(text)
+        written = json.loads(_bounded(text))
     except (ValueError, RecursionError) as error:
         raise ScdError(f"{source}: unreadable options ({_one_line(error)})") from error
     return _resolve(written, source, overrides or [])
+
+
+def _bounded(text: Bytes) -> Bytes:
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"larger than {MAX_BYTES // 2**10} KiB")
+    return text
 
 
 def options_to_dict(options: Options) -> dict[str, Any]:
@@ -244,6 +255,8 @@ def _resolve(written: Any, source: str, overrides: list[str]) -> Options:
             merged = OmegaConf.merge(merged, part)
         except OmegaConfBaseException as error:
             raise ScdError(f"{where}: {error.full_key}: {_one_line(error)}") from error
+        except OverflowError as error:
+            raise ScdError(f"{where}: a number is too large ({_one_line(error)})") from error
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -285,6 +298,9 @@ def _check_shape(part: dict, section: type, where: str, prefix: str = "") -> Non
             continue
         wants_list = get_origin(types[key]) is list
         items = value if wants_list and isinstance(value, list) else [value]
+        if any(isinstance(item, str) and "${" in item for item in items):
+            # To OmegaConf a reference: to another option, or to the reader's environment.
+            raise ScdError(f"{where}: {name} is plain data, which ${{...}} is not")
         if wants_list != isinstance(value, list) or any(isinstance(i, list | dict) for i in items):
             wanted = "a list" if wants_list else "a single value"
             raise ScdError(f"{where}: {name} takes {wanted}, not {reprlib.repr(value)}")

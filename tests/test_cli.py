@@ -65,6 +65,16 @@ def test_missing_checkpoints_are_one_line(capfd: pytest.CaptureFixture) -> None:
     assert "ema.safetensors" in error_of(capfd, "evaluate", "ema.safetensors", "--opt", TINY)
 
 
+def test_names_that_no_system_opens_are_one_line(capfd: pytest.CaptureFixture) -> None:
+    long = "x" * 300
+    assert "name too long" in error_of(capfd, "evaluate", f"{long}.safetensors")
+    for key in ("autoencoder.path", "data.root"):
+        message = error_of(capfd, "train", "--opt", TINY, *PIXELS, f"{key}={long}")
+        assert long in message and "name too long" in message
+        message = error_of(capfd, "train", "--opt", TINY, *PIXELS, f'{key}="a\\0b"')
+        assert f"{key} has a zero byte" in message
+
+
 def test_overrides_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple] = []
     monkeypatch.setattr("scd.evaluation.run.evaluate_checkpoint", lambda *a: seen.append(a))

@@ -36,7 +36,7 @@ def unpack(archive: Path, folder: Path, staging: Path) -> list[str]:
         raise ScdError(
             f"{archive}: not a whole, uncompressed tar archive ({reason(error)})"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         told = getattr(error, "strerror", None) or reason(error)
         raise ScdError(f"{archive}: cannot be unpacked into {folder} ({told})") from error
     finally:
@@ -92,8 +92,8 @@ def _problem(member: tarfile.TarInfo, reserved: str) -> str | None:
         return f"is a link (to {member.linkname!r})"
     if not (member.isfile() or member.isdir()) or member.issparse():
         return "is a device or another special file"
-    if member.size > MAX_MEMBER_BYTES:
-        return f"is larger than {MAX_MEMBER_BYTES // 2**30} GiB"
+    if not 0 <= member.size <= MAX_MEMBER_BYTES:
+        return f"is larger than {MAX_MEMBER_BYTES // 2**30} GiB, or of negative size"
     return check_name(member.name, reserved)
 
 

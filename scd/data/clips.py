@@ -4,7 +4,7 @@ A training clip is a pure function of (seed, sample number): neither the number 
 the history of the run has a say in it. Sample numbers count clips over all processes and steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from scd.errors import ScdError
 from scd.files import read_npz
 from scd.options import Options
 
+MAX_ACTION_BYTES = 2**26  # of one clip: days of video
 # Sub-streams of the seed; a stream never shares a number with another.
 ORDER_STREAM, START_STREAM, FRAMING_STREAM = 1, 2, 4  # 3: evaluation
 
@@ -54,7 +55,8 @@ class ClipFolder:
         self.condition = condition
         self.num_conditions = num_conditions
         self.framing = framing
-        self._frame_shape: torch.Size | None = None  # of the first clip read; the others share it
+        # That all clips share; where nobody else knows it, that of the first clip read.
+        self.frame_shape: tuple[int, ...] | None = None
         needed = ["video_path" if source == "video" else "latent_path"]
         needed += {"none": [], "action": ["actions_in"], "label": ["label"]}[condition]
         for number, entry in enumerate(self.entries):
@@ -97,9 +99,9 @@ class ClipFolder:
             if self.framing is not None:
                 video = self.framing(video, path, framing_rng)
             key, values = "video", video.float() / 255
-        self._frame_shape = self._frame_shape or values.shape[1:]
-        if values.shape[1:] != self._frame_shape:
-            shape, others = ("x".join(map(str, s)) for s in (values.shape[1:], self._frame_shape))
+        self.frame_shape = self.frame_shape or tuple(values.shape[1:])
+        if values.shape[1:] != self.frame_shape:
+            shape, others = ("x".join(map(str, s)) for s in (values.shape[1:], self.frame_shape))
             raise ScdError(f"{path}: frames are {shape}, but those of other clips {others}")
         clip = {key: values}
         if self.condition == "action":
@@ -138,7 +140,7 @@ def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
 
 def read_actions(path: Path) -> np.ndarray:
     """The int64 actions of a clip, one a frame: key `actions` of an npz file."""
-    actions = read_npz(path, "actions")
+    actions = read_npz(path, "actions", MAX_ACTION_BYTES)
     if actions.ndim != 1 or actions.dtype.kind not in "iu" or not len(actions):
         raise ScdError(
             f"{path}: actions must be integers, one a frame, not {actions.dtype} {actions.shape}"
@@ -161,13 +163,23 @@ class TrainingClips(Dataset):
     """Random clips: every epoch visits each entry once in a new order, at a new start frame.
 
     Where videos are cropped or mirrored, that is drawn anew too.
+
+    Args:
+        max_broken: 0: a clip that cannot be read is an error. Above: the next one of the epoch's
+            order that can be read stands in for it, and `broken` (max_broken,) tells the numbers of
+            those passed over, padded with -1. So a sample depends on the files alone, not on what
+            else was found broken; the whole number is for the caller to count
+            (`scd.training.broken_clips`).
     """
 
-    def __init__(self, folder: ClipFolder, frames: int, stride: int, seed: int):
+    def __init__(
+        self, folder: ClipFolder, frames: int, stride: int, seed: int, max_broken: int = 0
+    ):
         self.folder = folder
         self.frames = frames
         self.stride = stride
         self.seed = seed
+        self.max_broken = max_broken
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
@@ -175,13 +187,41 @@ class TrainingClips(Dataset):
         if self._epoch is None or self._epoch[0] != epoch:
             order = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
             self._epoch = epoch, order.permutation(len(self.folder))
+        broken: dict[int, str] = {}
+        for following in range(min(self.max_broken + 1, len(self.folder))):
+            number = int(self._epoch[1][(position + following) % len(self.folder)])
+            try:
+                clip = {"sample": torch.tensor(sample), **self._read(sample, number)}
+            except ScdError as error:
+                if not self.max_broken:
+                    raise
+                broken[number] = str(error)
+                continue
+            if self.max_broken:
+                clip["broken"] = torch.tensor([*broken, *[-1] * (self.max_broken - len(broken))])
+            return clip
+        raise too_many_broken(broken.values(), self.max_broken)
+
+    def problem(self, sample: int, number: int) -> str:
+        """Why an entry was passed over for a sample, found by reading it once more."""
+        try:
+            self._read(sample, number)
+        except ScdError as error:
+            return str(error)
+        return f"{self.folder.list_path}: entry {number} could not be read for a while"
+
+    def _read(self, sample: int, number: int) -> dict[str, Tensor]:
         start, framing = (
             np.random.default_rng([self.seed, stream, sample])
             for stream in (START_STREAM, FRAMING_STREAM)
         )
-        number = int(self._epoch[1][position])
-        clip = self.folder.read(number, self.frames, self.stride, start, framing)
-        return {"sample": torch.tensor(sample), **clip}
+        return self.folder.read(number, self.frames, self.stride, start, framing)
+
+
+def too_many_broken(problems: Collection[str], limit: int) -> ScdError:
+    return ScdError(
+        f"{len(problems)} broken clips, but data.max_broken_clips is {limit}: {'; '.join(problems)}"
+    )
 
 
 class StepSampler(Sampler[list[int]]):

@@ -106,7 +106,9 @@ def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -
         ScdError: see `scd.data.latents.check_latents`.
     """
     paths = [folder.root / str(entry.latent_path) for entry in folder.entries]
-    check_latents(paths, encoding_name(options), latent_shape(codec, options))
+    folder.frame_shape = latent_shape(codec, options)
+    broken = options.data.max_broken_clips
+    check_latents(paths, encoding_name(options), folder.frame_shape, broken)
 
 
 def latent_shape(codec: Codec, options: Options) -> tuple[int, int, int]:

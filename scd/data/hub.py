@@ -207,6 +207,8 @@ class _Notes:
         self.data: dict[str, Any] = {"complete": None, "files": {}}
         if path.is_file():
             self.data = read_json(path)
+            if not _are_notes(self.data):
+                raise ScdError(f"{path}: damaged: delete it, and everything is fetched again")
 
     @property
     def complete(self) -> bool:
@@ -235,6 +237,20 @@ class _Notes:
 
     def lists(self) -> list[str]:
         return [name for note in self.data["files"].values() for name in note["lists"]]
+
+
+def _are_notes(data: Any) -> bool:
+    try:
+        return (data["complete"] is None or isinstance(data["complete"], str)) and all(
+            isinstance(note["identity"], str)
+            and all(type(count) is int for count in note["counts"].values())
+            and all(
+                isinstance(name, str) and check_name(name, STATE) is None for name in note["lists"]
+            )
+            for note in data["files"].values()
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 @contextmanager

@@ -4,7 +4,6 @@ Own files are safetensors with the key `latents`; the `.pt` tensors of published
 too, as plain tensors only.
 """
 
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,9 @@ from torch import Tensor
 
 from scd.errors import ScdError, reason
 from scd.files import write_whole
+from scd.tensor_files import is_plain, read_pt
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_latents(path: Path) -> Tensor:
@@ -26,20 +28,21 @@ def read_latents(path: Path) -> Tensor:
     """
     if not path.is_file():
         raise ScdError(f"{path}: no such latent file")
-    try:
-        if path.suffix == ".pt":
-            latents = torch.load(path, map_location="cpu", weights_only=True)
-        else:
+    if path.suffix == ".pt":
+        latents = read_pt(path)
+    else:
+        try:
             with safe_open(str(path), framework="pt") as file:
                 latents = file.get_tensor("latents")
-    except pickle.UnpicklingError as error:
-        raise ScdError(f"{path}: refused: not a plain tensor, or damaged") from error
-    except Exception as error:  # damaged files raise many kinds
-        raise ScdError(f"{path}: not a readable latent file ({reason(error)})") from error
-    if not isinstance(latents, Tensor) or latents.ndim != 4 or not latents.is_floating_point():
+        except Exception as error:  # damaged files raise many kinds
+            raise ScdError(f"{path}: not a readable latent file ({reason(error)})") from error
+    if (
+        not is_plain(latents)
+        or latents.ndim != 4
+        or not latents.numel()
+        or latents.dtype not in FLOATS
+    ):
         raise ScdError(f"{path}: expected one floating-point tensor (frames, C, h, w)")
-    if latents.layout != torch.strided or latents.device.type != "cpu":
-        raise ScdError(f"{path}: expected a dense tensor, not {latents.layout}, {latents.device}")
     if not torch.isfinite(latents).all():
         raise ScdError(f"{path}: latents are not finite")
     return latents.detach()
@@ -80,7 +83,9 @@ def latent_header(path: Path) -> LatentHeader | None:
         return None
 
 
-def check_latents(paths: list[Path], made_by: str, frame_shape: tuple[int, ...]) -> dict[Path, int]:
+def check_latents(
+    paths: list[Path], made_by: str, frame_shape: tuple[int, ...], max_broken: int = 0
+) -> dict[Path, int]:
     """Refuse latents that another autoencoder made, or that do not fit a model.
 
     They would train without a word and decode to noise. Headers only; of published `.pt` files,
@@ -88,6 +93,7 @@ def check_latents(paths: list[Path], made_by: str, frame_shape: tuple[int, ...])
 
     Args:
         frame_shape: (C, h, w).
+        max_broken: files that may be missing or damaged.
 
     Returns:
         The number of frames in each file whose header was read.
@@ -97,12 +103,16 @@ def check_latents(paths: list[Path], made_by: str, frame_shape: tuple[int, ...])
     """
     own = [path for path in paths if path.suffix != ".pt"]
     published = [path for path in paths if path.suffix == ".pt"][:1]
-    frames = {}
+    frames: dict[Path, int] = {}
+    broken = 0
     # Waiting for the disk, most of all a distant one, takes longer than the work.
     with ThreadPoolExecutor(16) as pool:
         for path, header in zip(
             own + published, pool.map(latent_header, own + published), strict=True
         ):
+            if header is None and broken < max_broken:
+                broken += 1
+                continue
             frames[path] = _checked(path, header, made_by, frame_shape).shape[0]
     return frames
 

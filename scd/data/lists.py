@@ -7,6 +7,8 @@ from pathlib import Path
 from scd.errors import ScdError
 from scd.files import read_json, write_json
 
+MAX_PATH_BYTES, MAX_NAME_BYTES = 2048, 255  # no system opens longer ones
+
 
 @dataclass(frozen=True)
 class ClipEntry:
@@ -70,6 +72,16 @@ def _entry(path: Path, number: int, entry: object) -> ClipEntry:
     return clip
 
 
+def can_be_path(text: str) -> bool:
+    """Whether the operating system could open a file of this name."""
+    return (
+        text.isprintable()
+        and len(text.encode()) <= MAX_PATH_BYTES
+        and all(len(part.encode()) <= MAX_NAME_BYTES for part in Path(text).parts)
+    )
+
+
 def _below_root(path: str) -> bool:
     parts = Path(path).parts
-    return path.isprintable() and bool(parts) and ".." not in parts and not Path(path).is_absolute()
+    inside = bool(parts) and ".." not in parts and not Path(path).is_absolute()
+    return inside and can_be_path(path)

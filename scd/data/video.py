@@ -11,7 +11,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from scd.errors import ScdError, reason
-from scd.files import write_whole
+from scd.files import MAX_ARRAY_BYTES, write_whole
 
 # Closing a reader waits for its decoder threads. A forked process (a data loading worker) has none
 # of them, so there the readers it inherited are never closed: it would hang or abort.
@@ -92,7 +92,17 @@ class VideoFile:
                 f"{self.path}: {len(self)} frames, but frame {int(indices.max())} was asked for"
             )
         try:
-            return self._reader.get_batch(list(map(int, indices))).asnumpy()
+            # The first one tells the size, before memory is taken for all of them.
+            first = self._reader.get_batch([int(indices[0])]).asnumpy()
+            if first.nbytes * len(indices) > MAX_ARRAY_BYTES:
+                raise ScdError(
+                    f"{self.path}: {len(indices)} frames of {first.shape[1]}x{first.shape[2]} "
+                    f"pixels are more than the {MAX_ARRAY_BYTES // 2**30} GiB that are read at once"
+                )
+            if len(indices) == 1:
+                return first
+            others = self._reader.get_batch(list(map(int, indices[1:]))).asnumpy()
+            return np.concatenate([first, others])
         except (decord.DECORDError, RuntimeError) as error:
             if "The size must exactly match" in str(error):
                 raise ScdError(

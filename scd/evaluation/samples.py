@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scd.data.clips import ClipFolder
+from scd.data.lists import can_be_path
 from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
 from scd.evaluation.pictures import to_bytes
@@ -33,6 +34,7 @@ from scd.options import Options
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MOST = 10**6  # videos, or frames of a video: more is a damaged manifest
 # Options of these sections decide what is generated; those without influence on it are left out.
 _SECTIONS = ("model", "flow", "rollout", "eval")
 _WITHOUT_INFLUENCE = {"eval": ("batch_size", "saved_videos")}
@@ -89,8 +91,13 @@ class SampleFolder:
             self.videos: int = self.manifest["protocol"]["videos"]
             self.context_frames: int = self.manifest["protocol"]["context_frames"]
             self.frames: int = self.context_frames + self.manifest["protocol"]["new_frames"]
-        except (KeyError, TypeError) as error:
+            fits = all(map(_is_row, self.rows.values())) and "checkpoint" in self.manifest
+        except (KeyError, TypeError, AttributeError) as error:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples ({error})") from error
+        numbers = (self.videos, self.context_frames, self.frames)
+        fits = fits and all(type(number) is int and 0 <= number <= MOST for number in numbers)
+        if not fits or not self.videos or not self.context_frames < self.frames:
+            raise ScdError(f"{path / MANIFEST}: not a manifest of samples, or a damaged one")
 
     @staticmethod
     def describe(
@@ -163,7 +170,19 @@ class SampleFolder:
         for path, values in zip(paths, measured, strict=True):
             if values.keys() != names:
                 raise ScdError(f"{path}: other metrics than those of {paths[0].name}; remove it")
+        for path, values in zip(paths, measured, strict=True):
+            if any(values[n].shape != measured[0][n].shape for n in names):
+                raise ScdError(f"{path}: other shapes than those of {paths[0].name}; remove it")
         return {name: torch.stack([values[name] for values in measured]) for name in names}
+
+
+def _is_row(sets: object) -> bool:
+    """Whether these are names of folders, and of none outside."""
+    return (
+        isinstance(sets, list)
+        and bool(sets)
+        and all(isinstance(s, str) and can_be_path(s) and s == Path(s).name != ".." for s in sets)
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scd.errors import ScdError, reason
 from scd.evaluation.fvd import frechet_distance
 from scd.evaluation.measure import FEATURES
 from scd.evaluation.measures import Measures
@@ -70,12 +71,19 @@ def summarise(samples: SampleFolder, measures: Measures) -> Evaluation:
     """Read all measurements and make the rows of the table.
 
     Raises:
-        ScdError: a measurement is missing.
+        ScdError: a measurement is missing, or some are of another kind than the others.
     """
     real = samples.read_measurements(REAL_SET).get(FEATURES)
     rows = {}
     for name, sets in samples.rows.items():
-        rows[name] = row([samples.read_measurements(set_) for set_ in sets], real)
+        measured = [samples.read_measurements(set_) for set_ in sets]
+        try:
+            rows[name] = row(measured, real)
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise ScdError(
+                f"{samples.path}: measurements of {name} do not fit the others "
+                f"({reason(error)}); remove {samples.path / 'measured'}"
+            ) from error
     manifest = samples.manifest
     return Evaluation(
         manifest["checkpoint"], manifest["protocol"], rows, measures.missing, measures.hashes

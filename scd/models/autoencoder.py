@@ -4,18 +4,20 @@ Three kinds of latents: pixels as they are, those of a deep-compression autoenco
 2410.10733), and those of a variational one (diffusers' `AutoencoderKL`), whose mode is taken.
 """
 
+import math
 import shutil
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from einops import rearrange
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
 from scd.files import read_json, sha256
-from scd.models.weights import load_matching, read_state_dict
+from scd.models.weights import SHOWN_DIFFERENCES, load_matching, read_state_dict
 from scd.options import AutoencoderOptions
 
 CHUNK_FRAMES = 64  # frames in one pass of the autoencoder; bounds its memory
@@ -178,19 +180,65 @@ def load_codec(path: str | None) -> Codec:
         )
     config = read_json(Path(path) / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ScdError(
             f"{path}/config.json: _class_name is {name!r}, not one of {', '.join(KINDS)}"
         )
+    _check_announced(config, Path(path))
     try:
         autoencoder, found = KINDS[name].from_pretrained(
             path, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # diffusers raises many kinds for damaged folders
         raise ScdError(f"{path}: not a readable autoencoder ({reason(error)})") from error
-    if found["missing_keys"]:  # diffusers would leave them random
-        raise ScdError(f"{path}: the autoencoder's weights lack {sorted(found['missing_keys'])[0]}")
+    for kind, told in (("missing_keys", "lack"), ("unexpected_keys", "have too much:")):
+        if names := sorted(found[kind]):  # diffusers would leave them random, or out
+            shown = ", ".join(names[:SHOWN_DIFFERENCES])
+            raise ScdError(f"{path}: the autoencoder's {len(names)} weights {told} {shown}")
     return LatentCodec(autoencoder.eval().requires_grad_(False))
+
+
+def _check_announced(config: dict[str, Any], folder: Path) -> None:
+    """Refuse a config that announces what no weight file has, or numbers that cannot be used.
+
+    Diffusers compares shapes, but only once the memory for them is taken, and what contradicts in
+    other ways would be found by the first picture. Here both are tried without memory.
+    """
+    header = folder / "diffusion_pytorch_model.safetensors"
+    try:
+        with safe_open(str(header), framework="pt") as file:
+            sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    except Exception as error:  # missing and damaged files raise many kinds
+        raise ScdError(f"{folder}: not a readable autoencoder ({reason(error)})") from error
+    tensors = len(sizes)
+    where = f"{folder}/config.json"
+    for key in [key for key in config if "layers" in key]:
+        counts = config[key] if isinstance(config[key], list) else [config[key]]
+        if not all(isinstance(count, int) and 0 <= count <= tensors for count in counts):
+            raise ScdError(f"{where}: {key} is {str(counts)[:60]}, for {tensors} tensors")
+    for key, lowest in (("scaling_factor", 1e-6), ("shift_factor", -1e6)):
+        value = config.get(key)
+        if value is not None and not (_is_number(value) and lowest <= value <= 1e6):
+            raise ScdError(f"{where}: {key} is {str(value)[:60]}")
+    for key in ("in_channels", "out_channels"):
+        if config.get(key, 3) != 3:
+            raise ScdError(f"{where}: {key} is {str(config[key])[:60]}, but videos have 3")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            announced = KINDS[config["_class_name"]].from_config(config).eval()
+            side = 4 * downsampling(announced)
+            latents = unscaled_latents(announced, torch.zeros(1, 3, side, side))
+            if announced.decode(latents).sample.shape[-2:] != (side, side):
+                raise ValueError(f"{side} pixels come back as another size")
+    except Exception as error:  # diffusers raises many kinds for options that contradict
+        raise ScdError(f"{where}: announces a network that cannot be ({reason(error)})") from error
+    wanted = sum(tensor.numel() for tensor in announced.state_dict().values())
+    if wanted > 2 * sum(sizes):  # what is missing of fewer is told by name
+        raise ScdError(f"{where}: announces {wanted} weights, but {header.name} has {sum(sizes)}")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def autoencoder_hash(path: str) -> str:

@@ -1,20 +1,24 @@
 """From a weights file to a model that is ready to use."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 from scd.errors import ScdError
-from scd.files import sha256
+from scd.files import read_json, sha256
 from scd.models.autoencoder import Codec, load_codec
 from scd.models.build import build_world_model
 from scd.models.reference import load_reference_checkpoint
-from scd.models.weights import load_matching, read_metadata, read_weights
+from scd.models.weights import build_to_fit, read_metadata, read_weights
 from scd.models.world_model import WorldModel
-from scd.options import Options, load_options, options_from_json
+from scd.options import ModelOptions, Options, load_options, options_from_json
+from scd.tensor_files import is_torch_archive
 
 REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no options
+# What makes the same tensors another model. Of the autoencoder only the place may change.
+FIXED = [f"model.{field.name}" for field in fields(ModelOptions)]
+FIXED += ["flow.prediction", "flow.sigma_min"]
 
 
 @dataclass
@@ -40,21 +44,23 @@ def load_checkpoint_for_use(
         ScdError: the file is missing, damaged, no world model, or does not fit the options.
     """
     options = options_for_use(path, options_path, overrides)
-    tensors, metadata = read_weights(path) if path.suffix == ".safetensors" else (None, {})
+    metadata = _metadata(path)
+    source = {"path": str(path), "sha256": _whole(path), "step": _step(metadata, path)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    codec = load_codec(options.autoencoder.path).to(device)
-    if tensors is not None and "options" in metadata:
-        model = build_world_model(options, codec)
-        load_matching(model, tensors, str(path))
+    model: WorldModel
+    if "options" in metadata:
+        tensors, _ = read_weights(path)
+        codec = load_codec(options.autoencoder.path)
+        m = options.model
+        layers = m.encoder_layers + m.decoder_layers + m.layers
+        if layers > len(tensors):
+            raise ScdError(f"{path}: {layers} layers in its options, but {len(tensors)} tensors")
+        model = build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
     else:
         model = load_reference_checkpoint(path, options.model.patch_size, options.model.fusion)
+        codec = load_codec(options.autoencoder.path)
         _check_reference(model, codec, options, path)
-    source: dict[str, str | int | None] = {
-        "path": str(path),
-        "sha256": sha256(path),
-        "step": int(metadata["step"]) if "step" in metadata else None,
-    }
-    return LoadedModel(model.to(device).eval(), codec, options, source)
+    return LoadedModel(model.to(device).eval(), codec.to(device), options, source)
 
 
 def options_for_use(
@@ -65,24 +71,75 @@ def options_for_use(
     Raises:
         ScdError: the file is missing or damaged, no world model, or the options cannot work.
     """
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
+    metadata = _metadata(path)
+    own = options_from_json(metadata["options"], str(path)) if "options" in metadata else None
     if options_path is not None:
         options = load_options(options_path, overrides)
-    elif "options" in metadata:
+    elif own is not None:
         options = options_from_json(metadata["options"], str(path), overrides)
     else:
         options = load_options(REFERENCE_OPTIONS, overrides)
-    if options.task != "world_model":
-        raise ScdError(f"{path}: holds an {options.task}, not a world model")
+    for found in (own or options, options):
+        if found.task != "world_model":
+            raise ScdError(f"{path}: holds an {found.task}, not a world model")
+    if own is not None:
+        _refuse_other_model(own, options, path)
     return options
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Of a safetensors file; a file of `torch.save` has none, anything else is no checkpoint."""
+    if path.suffix == ".safetensors":
+        return read_metadata(path)
+    if path.is_file() and not is_torch_archive(path):
+        raise ScdError(
+            f"{path}: no checkpoint, neither safetensors nor tensors of torch.save (or damaged)"
+        )
+    if not path.is_file():
+        raise ScdError(f"{path}: no such weights file")
+    return {}
+
+
+def _step(metadata: dict[str, str], path: Path) -> int | None:
+    step = metadata.get("step")
+    if step is not None and not (step.isascii() and step.isdecimal() and len(step) < 19):
+        raise ScdError(f"{path}: its step is {step[:40]!r}, no number")
+    return None if step is None else int(step)
+
+
+def _whole(path: Path) -> str:
+    """The file's SHA-256, which must be the one in the manifest where the file lies beside one."""
+    digest = sha256(path)
+    manifest = path.with_name("manifest.json")
+    described = read_json(manifest) if manifest.is_file() else None
+    files = described.get("files") if isinstance(described, dict) else None
+    if isinstance(files, dict) and digest not in str(files.get(path.name, digest)):
+        raise ScdError(f"{path}: damaged, it is not the file that manifest.json describes")
+    return digest
+
+
+def _refuse_other_model(own: Options, options: Options, path: Path) -> None:
+    """Options given beside those of a checkpoint may change its use, but not what it is."""
+    differences = []
+    for key in FIXED:
+        section, _, name = key.partition(".")
+        was, is_ = (getattr(getattr(o, section), name) for o in (own, options))
+        if was != is_:
+            differences.append(f"{key} is {was} in the checkpoint, {is_} in the options")
+    if differences:
+        raise ScdError(f"{path}: does not fit the options: {'; '.join(differences)}")
 
 
 def _check_reference(model: WorldModel, codec: Codec, options: Options, path: Path) -> None:
     """Sizes come from the tensors, codec and data from the options: they must tell one story."""
-    for key, found, wanted in (
-        ("channels (model.patch_size)", model.config.channels, codec.channels),
-        ("model.condition", model.config.condition, options.model.condition),
-        ("model.num_conditions", model.config.num_conditions, options.model.num_conditions),
-    ):
-        if found != wanted:
-            raise ScdError(f"{path}: {key} is {found} in the checkpoint, {wanted} in the options")
+    differences = [
+        f"{key} is {found} in the checkpoint, {wanted} in the options"
+        for key, found, wanted in (
+            ("channels (model.patch_size)", model.config.channels, codec.channels),
+            ("model.condition", model.config.condition, options.model.condition),
+            ("model.num_conditions", model.config.num_conditions, options.model.num_conditions),
+        )
+        if found != wanted
+    ]
+    if differences:
+        raise ScdError(f"{path}: does not fit the options: {'; '.join(differences)}")

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd.errors import ScdError
+from scd.errors import ScdError, reason
 from scd.models.layers import HEAD_DIM
 from scd.models.scd import SCD
-from scd.models.weights import load_matching, read_state_dict
+from scd.models.weights import build_to_fit, read_state_dict
 
 RENAMED = {
     "x_embedder": "embed",
@@ -44,11 +44,11 @@ def load_reference_checkpoint(
     name = "state dict" if isinstance(source, dict) else str(source)
     tensors = dict(source) if isinstance(source, dict) else read_state_dict(Path(source))
     try:
-        model = SCD(**_configuration(tensors, patch_size, fusion))
-    except (KeyError, ValueError) as error:
-        raise ScdError(f"{name}: not a reference SCD checkpoint ({error})") from error
-    load_matching(model, _convert(tensors, fusion), name)
-    return model.eval()
+        configuration = _configuration(tensors, patch_size, fusion)
+        converted = _convert(tensors, fusion)
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        raise ScdError(f"{name}: not a reference SCD checkpoint ({reason(error)})") from error
+    return build_to_fit(lambda: SCD(**configuration), converted, name).eval()
 
 
 def _configuration(tensors: dict[str, Tensor], patch_size: int, fusion: str) -> dict:
@@ -79,6 +79,8 @@ def _layers(tensors: dict[str, Tensor], part: str) -> int:
     numbers = [int(match[1]) for match in map(pattern.match, tensors) if match]
     if not numbers:
         raise ValueError(f"no {part}.transformer_blocks")
+    if max(numbers) >= len(tensors):
+        raise ValueError(f"{part}.transformer_blocks.{max(numbers)}, but few tensors")
     return max(numbers) + 1
 
 

@@ -1,13 +1,19 @@
 """Reading weight files, and loading them only where they fit."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from scd.errors import ScdError
+from scd.errors import ScdError, reason
+from scd.tensor_files import is_plain, read_pt
+
+SHOWN_DIFFERENCES = 20  # in one message
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -46,34 +52,64 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         return read_weights(path)[0]
-    if not path.is_file():
-        raise ScdError(f"{path}: no such weights file")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # refused pickles, damaged archives: many kinds
-        raise ScdError(f"{path}: refused: not plain tensors ({type(error).__name__})") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    tensors = read_pt(path)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and is_plain(tensor) for name, tensor in tensors.items()
+    ):
         raise ScdError(f"{path}: expected a flat state dict of tensors")
     return tensors
 
 
-def load_matching(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+def build_to_fit(build: Callable[[], Network], tensors: dict[str, Tensor], source: str) -> Network:
+    """Build a network and load weights into it, only if names and shapes agree entirely.
+
+    What a foreign file announces is held against its tensors before memory is taken for it: the
+    network is first built without any.
+
+    Raises:
+        ScdError: listing the differences.
+    """
+    try:
+        with torch.device("meta"):
+            announced = build()
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ScdError(f"{source}: announces a network that cannot be ({reason(error)})") from error
+    _refuse_differences(announced, tensors, source)
+    network = build()
+    load_matching(network, tensors, source)
+    return network
+
+
+def load_matching(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Load weights only if names and shapes agree entirely.
 
     Raises:
-        ScdError: listing the first differences.
+        ScdError: listing the differences.
     """
-    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    _refuse_differences(module, tensors, source)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:  # number formats that cannot be converted
+        raise ScdError(f"{source}: does not fit the model ({reason(error)})") from error
+
+
+def _refuse_differences(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    wanted = {name: _told(tensor) for name, tensor in module.state_dict().items()}
+    found = {name: _told(tensor) for name, tensor in tensors.items()}
     differences = [
         f"{name} is {found.get(name, 'absent')}, the model's {wanted.get(name, 'absent')}"
         for name in sorted(wanted.keys() | found.keys())
         if wanted.get(name) != found.get(name)
     ]
     if differences:
-        shown = "; ".join(differences[:5])
+        shown = "; ".join(differences[:SHOWN_DIFFERENCES])
+        more = len(differences) - SHOWN_DIFFERENCES
         raise ScdError(
             f"{source}: does not fit the model in {len(differences)} tensors: {shown}"
-            + ("; ..." if len(differences) > 5 else "")
+            + (f"; and {more} more" if more > 0 else "")
         )
-    module.load_state_dict(tensors)
+
+
+def _told(tensor: Tensor) -> str:
+    """Shape, and what no weight is converted to or from."""
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' {tensor.dtype}'}"

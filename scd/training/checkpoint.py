@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.files import read_json, sha256, write_json
+from scd.tensor_files import read_pt
 
 FORMAT = 1
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
@@ -98,12 +99,8 @@ def load_checkpoint(path: Path) -> TrainingState:
             run=manifest["run"],
             model=load_file(path / FILES[0]),
             ema=load_file(path / FILES[1]),
-            optimizer=torch.load(path / FILES[2], map_location="cpu", weights_only=True),
-            adversary=(
-                torch.load(path / ADVERSARY, map_location="cpu", weights_only=True)
-                if ADVERSARY in manifest["files"]
-                else None
-            ),
+            optimizer=read_pt(path / FILES[2]),
+            adversary=read_pt(path / ADVERSARY) if ADVERSARY in manifest["files"] else None,
         )
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ScdError(f"{path}: the checkpoint cannot be read ({error})") from error
@@ -118,9 +115,16 @@ def _damage(path: Path) -> str | None:
         manifest = read_json(path / "manifest.json")
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
-        for name in {*FILES, *manifest["files"]}:
+        run = manifest["run"]
+        if not isinstance(run["options"], dict) or type(run["clips_per_step"]) is not int:
+            return "its manifest is damaged"
+        if path.name != f"step-{manifest['step']:08d}":
+            return f"its manifest is that of step {manifest['step']}"
+        if not {*FILES} <= {*manifest["files"]} <= {*FILES, ADVERSARY}:
+            return "its manifest names other files"
+        for name in manifest["files"]:
             if sha256(path / name) != manifest["files"][name]:
                 return f"{name} is damaged"
-    except (ScdError, OSError, KeyError, TypeError) as error:
+    except (ScdError, OSError, KeyError, TypeError, ValueError) as error:
         return f"incomplete ({error})"
     return None

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from scd.errors import ScdError
 from scd.options import Options
 from scd.training.sharding import sharded_optimizer_state, whole
 
@@ -37,10 +38,13 @@ class Learner:
         """
         self.optimizer = prepared
         if moments is not None:
-            rates = [group["lr"] for group in prepared.param_groups]
-            prepared.load_state_dict(sharded_optimizer_state(moments, prepared))
-            for group, rate in zip(prepared.param_groups, rates, strict=True):
-                group["initial_lr"] = rate  # the schedule is a function of options and step alone
+            # Rates, betas and weight decay are those of the options; only the moments are state.
+            groups = prepared.state_dict()["param_groups"]
+            _refuse_other_moments(moments, prepared, step)
+            state = sharded_optimizer_state(moments, prepared)
+            prepared.load_state_dict({**state, "param_groups": groups})
+            for group in prepared.param_groups:
+                group["initial_lr"] = group["lr"]  # the schedule goes on from there
         o = self.options.optim
         # Left out of accelerate's hands, which would advance it once for every process.
         self.schedule = get_scheduler(
@@ -60,3 +64,28 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+
+
+def _refuse_other_moments(
+    moments: dict[str, Any], optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Raises ScdError for a saved state that is not one of AdamW on these parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    wanted = {"step", "exp_avg", "exp_avg_sq"}
+    try:
+        fits = all(
+            index in range(len(parameters))
+            and values.keys() == wanted
+            and all(v.is_floating_point() and v.isfinite().all() for v in values.values())
+            and values["step"].ndim == 0
+            and 0 <= float(values["step"]) <= step
+            and values["exp_avg"].shape == values["exp_avg_sq"].shape == parameters[index].shape
+            for index, values in moments["state"].items()
+        )
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise ScdError(
+            "the optimiser's state in the newest checkpoint does not fit the network: move that "
+            "checkpoint away to go on from the one before"
+        )

@@ -8,6 +8,7 @@ from scd.options import Options, options_to_dict
 # Where things lie, how fast and how long, what is measured: the run stays the same experiment.
 FREE = (
     *("name", "output_root", "data.root", "data.fps", "data.action_names", "data.val_list"),
+    "data.max_broken_clips",
     *("optim.", "rollout.", "eval.", "train."),
 )
 

@@ -51,13 +51,15 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a run's log; a last line cut off by a kill is left out."""
+    """The entries of a run's log; damaged lines, as a last one cut off by a kill, are left out."""
     entries = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:
             continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            entries.append(entry)
     return entries
 
 

@@ -20,6 +20,7 @@ from scd.data.clips import StepSampler, TrainingClips
 from scd.errors import ScdError
 from scd.models.weights import load_matching
 from scd.options import Options, options_to_dict
+from scd.training.broken_clips import BrokenClips
 from scd.training.checkpoint import (
     TrainingState,
     latest_checkpoint,
@@ -52,6 +53,11 @@ class Trainer:
             self.adversary = Learner(task.adversary, [group], options)
         task.objective.to(accelerator.device)
         state = self._newest_state()
+        data = options.data
+        self.clips = TrainingClips(
+            task.training_data, data.frames, data.frame_stride, options.seed, data.max_broken_clips
+        )
+        self.broken_clips = BrokenClips(options.output, self.clips, self.step)
         learners = self._learners()
         # Together, because FSDP2 gives the optimisers other parameters.
         optimizers = (learner.optimizer for learner in learners)
@@ -154,7 +160,8 @@ class Trainer:
         accumulation = self.options.train.gradient_accumulation
         totals: dict[str, Tensor] = {}
         for micro_step in range(accumulation):
-            batch = {k: v.to(self.accelerator.device) for k, v in next(batches).items()}
+            batch = self.broken_clips.taken_from(next(batches), self.step + 1)
+            batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
             # DDP reduces gradients once a step, with the last batch.
             last = micro_step == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
@@ -185,12 +192,6 @@ class Trainer:
 
     def _loader(self) -> DataLoader:
         t = self.options.train
-        clips = TrainingClips(
-            self.task.training_data,
-            self.options.data.frames,
-            self.options.data.frame_stride,
-            self.options.seed,
-        )
         sampler = StepSampler(
             t.batch_size,
             self.accelerator.process_index,
@@ -199,7 +200,7 @@ class Trainer:
             t.steps * t.gradient_accumulation,
         )
         return DataLoader(
-            clips,
+            self.clips,
             batch_sampler=sampler,
             num_workers=t.workers,
             pin_memory=self.accelerator.device.type == "cuda",

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Every fault in its long form: thousands of damaged files, full disks, killed runs, long rollouts.
+# Arguments go to pytest, such as -k foreign.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+SCD_VENV=1 EXTRAS=dev bash scripts/setup_env.sh
+SCD_FAULTS=full .venv/bin/python -m pytest tests/faults -s "$@"
