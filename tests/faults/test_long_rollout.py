@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from scd.flow.sampler import noise_levels
-from scd.models.layers import ROTARY_DIMS, ROTARY_THETA, rotary_positions
+from scd.models.layers import ROTARY_DIMS, ROTARY_THETA, Modulations, rotary_positions
 from scd.models.scd import SCD
+from scd.options import RolloutOptions
 from scd.rollout import Rollout
 from tests.faults.trials import FULL
 from tests.test_model import make_model
@@ -29,11 +30,10 @@ MOST_GROWTH = 4 * 2**20  # bytes of memory over the last five sixths of the fram
 class Stream:
     """A rollout through a sliding window, its noise and its actions drawn from a seed."""
 
-    def __init__(self, model: SCD, seed: int, **options: object):
+    def __init__(self, model: SCD, seed: int, guidance_scale: float = 1.0, **options: int):
         self.generator = torch.Generator().manual_seed(seed)
-        self.rollout = Rollout(
-            model, num_steps=STEPS, max_frames=WINDOW, when_full="slide", **options
-        )  # type: ignore[arg-type]
+        settings = RolloutOptions(STEPS, guidance_scale=guidance_scale, window=WINDOW, **options)
+        self.rollout = Rollout(model, settings)
         self.seen: list[tuple[Tensor, Tensor]] = []  # the newest frames and their actions
         context, actions = torch.randn(B, 2, C, H, W, generator=self.generator), self._draw(2)
         self.rollout.reset(context, actions, generator=self.generator)
@@ -79,7 +79,9 @@ def uncached(stream: Stream, number: int, exact: SCD) -> Tensor:
     frames, actions = (torch.stack(part, dim=1) for part in zip(*stream.seen, strict=True))
     history = frames[:, :-1].double()
     band = Band(number - history.shape[1], (H // 2) * (W // 2))
-    context = exact.encoder(history, actions[:, 1:], cache=band)[:, -1:]
+    table = exact.encoder.modulations(torch.arange(exact.null_condition + 1)).values
+    modulations = Modulations(table[actions[:, 1:]])
+    context = exact.encoder.take_in(history, modulations, band)(None)[:, -1:]
     x = stream.noise[:, None].double()
     for sigma, following in pairwise(noise_levels(STEPS)):
         t = torch.full((B, 1), sigma * 1000, dtype=torch.float64)
@@ -118,11 +120,10 @@ def test_two_streams_do_not_disturb_each_other() -> None:
     """Side by side, with different seeds and actions, each is to the bit what it is alone."""
     model = make_model()
     count = min(FRAMES // 4, 1000)
-    guided = {"guidance": "context", "guidance_scale": 1.5}
-    both = [Stream(model, 1), Stream(model, 2, first_frames=1, **guided)]
+    both = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, window_first=1)]
     for _ in range(count):
         side_by_side = [stream.step() for stream in both]
-    alone = [Stream(model, 1), Stream(model, 2, first_frames=1, **guided)]
+    alone = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, window_first=1)]
     for stream, expected in zip(alone, side_by_side, strict=True):
         for _ in range(count):
             frame = stream.step()
