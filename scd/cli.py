@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scd.errors import ScdError
+from scd.errors import ScdError, Stopped
 
 
 def record(arguments: argparse.Namespace) -> None:
@@ -200,6 +200,8 @@ def main(argv: list[str] | None = None) -> int:
     except ScdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped:  # which the run has told
+        return Stopped.EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -64,10 +64,10 @@ def train(options: Options, stop_after: int | None = None) -> Path:
     if stop_after is not None:
         plain = trainer._train_step
 
-        def step_or_die(batches):
+        def step_or_die(*arguments):
             if trainer.step == stop_after:
                 raise KeyboardInterrupt
-            return plain(batches)
+            return plain(*arguments)
 
         trainer._train_step = step_or_die
         with pytest.raises(KeyboardInterrupt):
@@ -234,7 +234,7 @@ def test_another_experiment_is_not_continued(options):
     assert latest_checkpoint(folder).name == "step-00000007"
 
 
-def test_not_a_number_stops_before_the_step(options):
+def test_not_a_number_is_not_applied(options):
     o = options("name=nan")
     accelerator = make_accelerator(o)
     task = run.build_task(o, accelerator)
@@ -242,7 +242,7 @@ def test_not_a_number_stops_before_the_step(options):
     before = {k: v.clone() for k, v in task.network.state_dict().items()}
     forward = task.objective.forward
     task.objective.forward = lambda batch: {"loss": forward(batch)["loss"] * float("nan")}
-    with pytest.raises(ScdError, match="step 1: the loss or its gradient is not finite"):
+    with pytest.raises(ScdError, match="step 3: 3 steps in a row .* no weights were changed"):
         trainer.run()
     for name, tensor in task.network.state_dict().items():
         assert torch.equal(tensor, before[name])

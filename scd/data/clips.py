@@ -170,17 +170,20 @@ class TrainingClips(Dataset):
         self.seed = seed
         self._epoch: tuple[int, np.ndarray] | None = None
 
-    def __getitem__(self, sample: int) -> dict[str, Tensor]:
+    def number(self, sample: int) -> int:
+        """Which of the folder's entries a sample is cut from."""
         epoch, position = divmod(sample, len(self.folder))
         if self._epoch is None or self._epoch[0] != epoch:
             order = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
             self._epoch = epoch, order.permutation(len(self.folder))
+        return int(self._epoch[1][position])
+
+    def __getitem__(self, sample: int) -> dict[str, Tensor]:
         start, framing = (
             np.random.default_rng([self.seed, stream, sample])
             for stream in (START_STREAM, FRAMING_STREAM)
         )
-        number = int(self._epoch[1][position])
-        clip = self.folder.read(number, self.frames, self.stride, start, framing)
+        clip = self.folder.read(self.number(sample), self.frames, self.stride, start, framing)
         return {"sample": torch.tensor(sample), **clip}
 
 

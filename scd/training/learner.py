@@ -37,10 +37,12 @@ class Learner:
         """
         self.optimizer = prepared
         if moments is not None:
-            rates = [group["lr"] for group in prepared.param_groups]
-            prepared.load_state_dict(sharded_optimizer_state(moments, prepared))
-            for group, rate in zip(prepared.param_groups, rates, strict=True):
-                group["initial_lr"] = rate  # the schedule is a function of options and step alone
+            # Rates, betas and weight decay are those of the options; only the moments are state.
+            groups = prepared.state_dict()["param_groups"]
+            state = sharded_optimizer_state(moments, prepared)
+            prepared.load_state_dict({**state, "param_groups": groups})
+            for group in prepared.param_groups:
+                group["initial_lr"] = group["lr"]  # the schedule goes on from there
         o = self.options.optim
         # Left out of accelerate's hands, which would advance it once for every process.
         self.schedule = get_scheduler(
@@ -56,7 +58,9 @@ class Learner:
         limit = self.options.optim.max_grad_norm
         return whole(accelerator.clip_grad_norm_(self.network.parameters(), limit))
 
-    def step(self) -> None:
-        self.optimizer.step()
+    def step(self, apply: bool) -> None:
+        """Go on to the next step; `apply` this one's gradients, or drop them."""
+        if apply:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
