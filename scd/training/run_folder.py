@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from scd.environment import environment
 from scd.errors import ScdError
 from scd.files import write_json, write_whole
-from scd.options import Options
+from scd.options import Options, options_to_dict
+from scd.training.resume import flat_options
 
 
 def write_run_files(output: Path, options: Options, accelerator: Accelerator) -> None:
@@ -22,6 +23,12 @@ def write_run_files(output: Path, options: Options, accelerator: Accelerator) ->
     write_json(
         output / "environment.json", {**environment(), "processes": accelerator.num_processes}
     )
+
+
+def for_trackers(options: Options) -> dict[str, str | int | float | bool]:
+    """Options as the trackers want them: dotted names and plain values."""
+    flat = flat_options(options_to_dict(options))
+    return {k: v if isinstance(v, int | float | bool) else str(v) for k, v in flat.items()}
 
 
 class RunLog:

@@ -9,23 +9,21 @@ from itertools import zip_longest
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from scd.data.clips import StepSampler, TrainingClips
+from scd.data.clips import TrainingClips
 from scd.errors import ScdError, Stopped
 from scd.files import write_whole_folder
 from scd.models.weights import load_matching
-from scd.options import Options, options_to_dict
+from scd.options import Options
 from scd.processes import together
 from scd.training.average import Average
+from scd.training.batches import batches_from
 from scd.training.checkpoint import (
     TrainingState,
-    latest_checkpoint,
     load_checkpoint,
-    remove_leftovers,
     save_checkpoint,
     set_aside_newer,
 )
@@ -39,10 +37,10 @@ from scd.training.faults import (
 from scd.training.heartbeat import Heartbeat
 from scd.training.learner import Learner
 from scd.training.meter import Meter
-from scd.training.resume import flat_options, refuse_other_run, run_identity
-from scd.training.run_folder import RunLog, write_run_files
+from scd.training.resume import newest_checkpoint, refuse_other_run, run_identity
+from scd.training.run_folder import RunLog, for_trackers, write_run_files
 from scd.training.sharding import whole_on_cpu
-from scd.training.signals import StopRequest, leave_signals_to_the_trainer, stop_request
+from scd.training.signals import StopRequest, stop_request
 from scd.training.tasks import Task
 
 
@@ -103,7 +101,7 @@ class Trainer:
         options, t = self.options, self.options.train
         if self.main:
             write_run_files(options.output, options, self.accelerator)
-        self.accelerator.init_trackers(options.name, config=_for_trackers(options))
+        self.accelerator.init_trackers(options.name, config=for_trackers(options))
         meter = Meter(run_identity(options, self.accelerator.num_processes)["clips_per_step"])
         bar = tqdm(
             total=t.steps,
@@ -115,7 +113,7 @@ class Trainer:
         )
         with bar, stop_request() as request:
             self._validate_if_killed_before()
-            batches = iter(self._loader())
+            batches = iter(batches_from(self.step, self.clips, t, self.accelerator))
             while self.step < t.steps:
                 self.heartbeat.beat("training", self.step)
                 values, bad, stop = self._train_step(batches, meter, request)
@@ -129,7 +127,8 @@ class Trainer:
                     refuse_unequal_weights(self.task.network, self.step)
                 if self.step % t.save_every == 0 or last or stop:
                     self.save()
-                    self.log.draw()
+                    if not last:
+                        self.log.draw()
                 if stop:
                     told = request.signal.name if request.signal else "a signal to another process"
                     raise Stopped(
@@ -139,6 +138,7 @@ class Trainer:
                 if self._validation_is_due():
                     self._validate()
         self.heartbeat.beat("exporting", self.step)
+        self.log.draw()  # with the last entries, even if a kill came between save and picture
         network = self.average.as_network()
         if self.main:
             write_whole_folder(
@@ -262,37 +262,13 @@ class Trainer:
         self.accelerator.log({f"val/{k}": v for k, v in metrics.items()}, step=self.step)
         self.accelerator.wait_for_everyone()
 
-    def _loader(self) -> DataLoader:
-        t = self.options.train
-        sampler = StepSampler(
-            t.batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.step * t.gradient_accumulation,
-            t.steps * t.gradient_accumulation,
-        )
-        return DataLoader(
-            self.clips,
-            batch_sampler=sampler,
-            num_workers=t.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            prefetch_factor=4 if t.workers else None,
-            worker_init_fn=leave_signals_to_the_trainer,
-        )
-
     def _newest_state(self) -> TrainingState | None:
         """The newest checkpoint, its weights loaded into the networks.
 
         Raises:
             ScdError: no checkpoint is whole, or the newest belongs to another experiment.
         """
-        folder = self.options.output / "checkpoints"
-        path = None
-        with together():  # one process looks, so that all begin from the same
-            if self.main:
-                remove_leftovers(folder)
-                path = latest_checkpoint(folder)
-        [path] = broadcast_object_list([path])
+        path = newest_checkpoint(self.options.output / "checkpoints", self.main)
         if path is None:
             return None
         state = load_checkpoint(path)
@@ -320,9 +296,3 @@ def make_accelerator(options: Options) -> Accelerator:
         # The others wait while the main process validates, which takes longer than the default.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
-
-
-def _for_trackers(options: Options) -> dict[str, str | int | float | bool]:
-    """Options as the trackers want them: dotted names and plain values."""
-    flat = flat_options(options_to_dict(options))
-    return {k: v if isinstance(v, int | float | bool) else str(v) for k, v in flat.items()}
