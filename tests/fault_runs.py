@@ -29,8 +29,8 @@ PREPARED = "tests.fault_imports"
 class Fault:
     """What goes wrong in a run, at `step`, on process `rank`.
 
-    `kind`: `kill` (before file operation `at` from the beginning of the save of `step` on),
-    `cut` (in the middle of writing any file, after `at` bytes, in that save), `signal` (number
+    `kind`: `kill` (before file operation `at` from the beginning of the save of `step` on; of the
+    run, if `step` is 0), `cut` (in the middle of writing any file, after `at` bytes, in that save), `signal` (number
     `at`, sent to itself `times` times while the step is computed), `nan` (the loss), `drift` (other
     weights than the other processes), `wait` (for ever; the file `waiting` tells).
     """
@@ -143,6 +143,9 @@ def _inject(folder: Path, name: str, faults: list[Fault]) -> None:
     # matplotlib takes longer than everything else of such a run
     run_folder.draw_loss_curve = lambda log, picture: picture.write_bytes(b"")
     saved = os.open(folder / f"{name}.saved", os.O_WRONLY | os.O_CREAT)
+    for fault in faults:
+        if fault.kind == "kill" and fault.step == 0:
+            _kill_at_operation(folder, fault.at)
     plain_save, plain_step = trainer.save_checkpoint, trainer.Trainer._train_step
 
     def save_checkpoint(where, state, keep):

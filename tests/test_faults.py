@@ -1,7 +1,6 @@
 """Runs that are killed, told to stop, fed with NaN or drift apart: see scd/training/README.md.
 
-In its short form a part of the whole test suite. In full, with every figure printed:
-SCD_FAULTS=full python -m pytest tests/test_faults.py -s
+In its short form a part of the whole test suite; in full, with figures: scripts/test_faults.sh.
 """
 
 import json
@@ -103,16 +102,17 @@ def survives(runs: Runs, half: Path, straight: Path, fault: Fault, died_of: int)
 # Killed anywhere
 
 
-def test_killed_before_any_file_operation_of_a_save(runs, half, straight):
-    """And of all that comes after the save until the run's end: pruning, log, export."""
+def test_killed_before_any_file_operation(runs, half, straight):
+    """Of a save and what follows it: pruning, log, export. In full, of the whole resumed run."""
+    step = 0 if FULL else 4
     shutil.copytree(half, runs.folder / "counted")
-    assert runs.run("name=counted", "train.keep_checkpoints=1", faults=[Fault("kill", 4)]) == 0
+    assert runs.run("name=counted", "train.keep_checkpoints=1", faults=[Fault("kill", step)]) == 0
     count = runs.operations()
     assert count > 40
     chosen = range(1, count + 1) if FULL else range(9, count + 1, count // 4)
     told(
         f"killed before file operation 1 … {count}",
-        [survives(runs, half, straight, Fault("kill", 4, n), KILLED) for n in chosen],
+        [survives(runs, half, straight, Fault("kill", step, n), KILLED) for n in chosen],
     )
 
 
