@@ -30,9 +30,10 @@ class Fault:
     """What goes wrong in a run, at `step`, on process `rank`.
 
     `kind`: `kill` (before file operation `at` from the beginning of the save of `step` on; of the
-    run, if `step` is 0), `cut` (in the middle of writing any file, after `at` bytes, in that save), `signal` (number
-    `at`, sent to itself `times` times while the step is computed), `nan` (the loss), `drift` (other
-    weights than the other processes), `wait` (for ever; the file `waiting` tells).
+    run, if `step` is 0), `cut` (in the middle of writing any file, after `at` bytes, in that save),
+    `signal` (number `at`, sent to itself `times` times while the step is computed), `nan` (the
+    loss, for `times` steps), `drift` (other weights than the other processes), `wait` (for ever;
+    the file `waiting` tells).
     """
 
     kind: str
@@ -124,6 +125,7 @@ def _train(
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # its data workers are its own children
     if processes > 1:
         os.environ |= {
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},

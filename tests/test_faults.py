@@ -19,6 +19,7 @@ from scd.training.checkpoint import TrainingState, latest_checkpoint, load_check
 from tests.fault_runs import Fault, Runs
 
 FULL = os.environ.get("SCD_FAULTS") == "full"
+QUARTERS = 4  # in full, that many tests of some minutes
 KILLED = -signal.SIGKILL
 STOPPED = 75
 
@@ -102,16 +103,17 @@ def survives(runs: Runs, half: Path, straight: Path, fault: Fault, died_of: int)
 # Killed anywhere
 
 
-def test_killed_before_any_file_operation(runs, half, straight):
+@pytest.mark.parametrize("part", range(QUARTERS) if FULL else [0])
+def test_killed_before_any_file_operation(runs, half, straight, part):
     """Of a save and what follows it: pruning, log, export. In full, of the whole resumed run."""
-    step = 0 if FULL else 4
-    shutil.copytree(half, runs.folder / "counted")
-    assert runs.run("name=counted", "train.keep_checkpoints=1", faults=[Fault("kill", step)]) == 0
+    step, name = (0, f"counted-{part}") if FULL else (4, "counted")
+    shutil.copytree(half, runs.folder / name)
+    assert runs.run(f"name={name}", "train.keep_checkpoints=1", faults=[Fault("kill", step)]) == 0
     count = runs.operations()
     assert count > 40
-    chosen = range(1, count + 1) if FULL else range(9, count + 1, count // 4)
+    chosen = range(1 + part, count + 1, QUARTERS) if FULL else range(9, count + 1, count // 4)
     told(
-        f"killed before file operation 1 … {count}",
+        f"killed before file operation {chosen[0]}, {chosen[1]} … {chosen[-1]} of {count}",
         [survives(runs, half, straight, Fault("kill", step, n), KILLED) for n in chosen],
     )
 

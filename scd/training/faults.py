@@ -114,7 +114,7 @@ def refuse_unequal_weights(network: nn.Module, step: int) -> None:
     for parameter in network.parameters():
         if isinstance(parameter, DTensor):
             raise ScdError("train.check_weights_every: sharded weights differ by design; set it 0")
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     found = gather_object([digest.hexdigest()])
     others = [str(number) for number, value in enumerate(found) if value != found[0]]
     if others:

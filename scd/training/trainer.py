@@ -73,7 +73,8 @@ class Trainer:
         # Together, because FSDP2 gives the optimisers other parameters.
         optimizers = (learner.optimizer for learner in learners)
         self.objective, *prepared = accelerator.prepare(task.objective, *optimizers)
-        self.average = Average(task.network, options.optim.ema_decay, state and state.ema)
+        mean = None if state is None else state.ema
+        self.average = Average(task.network, options.optim.ema_decay, mean)
         saved = () if state is None else (state.optimizer, (state.adversary or {}).get("optimizer"))
         for learner, optimizer, moments in zip_longest(learners, prepared, saved[: len(learners)]):
             learner.start(optimizer, self.step, moments)
@@ -130,6 +131,7 @@ class Trainer:
                     if not last:
                         self.log.draw()
                 if stop:
+                    self.accelerator.end_training()
                     told = request.signal.name if request.signal else "a signal to another process"
                     raise Stopped(
                         f"{options.output}: stopped by {told}, saved at step {self.step} of "
