@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from scd.errors import ScdError
+from scd.errors import ScdError, Stopped
 
 
 def record(arguments: argparse.Namespace) -> None:
@@ -201,6 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     except ScdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except Stopped:  # which the run has told
+        return Stopped.EXIT_CODE
     except OSError as error:  # of a disk or a system, where no module has told it better
         told = ScdError(f"{error.filename or arguments.run.__name__}: {error.strerror or error}")
         print(f"error: {told}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,16 @@ def environment() -> dict[str, Any]:
     return {
         "packages": versions,
         "python": platform.python_version(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "device": torch.cuda.get_device_name()
         if cuda
         else f"CPU, {torch.get_num_threads()} threads",
     }
 
 
-def _git_commit() -> str | None:
+@cache
+def git_commit() -> str | None:
+    """The commit of this code, `-dirty` where files differ from it; None outside a git checkout."""
     try:
         here = Path(__file__).parent
         run = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -1,4 +1,4 @@
-"""The one exception type this project raises for mistakes a user can fix."""
+"""The one exception type this project raises for mistakes a user can fix, and one that is none."""
 
 
 class ScdError(Exception):
@@ -9,6 +9,12 @@ class ScdError(Exception):
         if message.startswith("Caught ScdError in "):
             message = message.rpartition("ScdError: ")[2]
         super().__init__(" ".join(message.split("\n")).strip())
+
+
+class Stopped(Exception):
+    """A run was told to stop, has saved its state and leaves; started again, it goes on."""
+
+    EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 def reason(error: BaseException) -> str:

@@ -1,9 +1,12 @@
 """Reading files or saying why not, writing them whole or not at all, and their hashes."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from scd.errors import ScdError, reason
 
@@ -21,6 +25,8 @@ MAX_ARRAY_BYTES = 2**30  # of one array in an npz file; a DMLab clip has 3.7 MB
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, flush it to disk, then put it in place at once.
 
+    The folder is flushed as well: a file that was written is there after a power cut.
+
     Whatever `write` raises, the old file stays and nothing half-written is left.
 
     Raises:
@@ -30,9 +36,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        flush(aside)
         os.replace(aside, path)
+        flush(path.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise ScdError(f"{path}: cannot be written ({error.filename} is not a folder)") from error
     except OSError as error:
@@ -40,6 +46,57 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def write_whole_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `path`, flush it, then put it in place of an older one.
+
+    Killed at the worst moment, it leaves no folder at `path`, but never half of one.
+
+    Raises:
+        ScdError: the disk is full, the parent read-only, or the like.
+    """
+    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        for left in (aside, old):  # of a dead process with the same number
+            shutil.rmtree(left, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write(aside)
+        for part in [*aside.rglob("*"), aside]:
+            flush(part)
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        problem = getattr(error, "strerror", None) or reason(error)
+        raise ScdError(f"{path}: cannot be written ({problem})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what processes that were killed in `write_whole` or `write_whole_folder` left.
+
+    For a folder that no other process writes to.
+    """
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.\d+\.\w+", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        # Some file systems have nothing to flush of a folder, and say so.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(number)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -50,6 +50,7 @@ POSITIVE = [
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
+    "train.max_bad_steps",
     "rollout.steps",
     "rollout.shift",
     "eval.new_frames",
@@ -70,6 +71,7 @@ NOT_NEGATIVE = [
     "optim.warmup_steps",
     "train.workers",
     "train.sample_every",
+    "train.check_weights_every",
     "rollout.guidance_scale",
     "rollout.guidance_noise",
     "rollout.window",
@@ -112,6 +114,8 @@ def check(options: "Options", source: str) -> None:
         require(get(key) >= 0, f"{key} must not be negative, but is {get(key)}")
     for key in FRACTIONS:
         require(0 <= get(key) <= 1, f"{key} must lie between 0 and 1, not {get(key)}")
+    skip = options.optim.skip_grad_norm
+    require(skip is None or skip > 0, f"optim.skip_grad_norm must be above 0, not {skip}")
     for tracker in options.train.trackers:
         known = ", ".join(TRACKERS)
         require(tracker in TRACKERS, f"train.trackers: unknown {tracker!r}; known: {known}")

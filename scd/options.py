@@ -113,6 +113,7 @@ class OptimOptions:
     schedule: str = "constant"  # | cosine (to zero at the last step); both after the warm-up
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
+    skip_grad_norm: float | None = None  # steps above are not applied; null: unless not finite
     ema_decay: float = 0.9999
 
 
@@ -129,6 +130,8 @@ class TrainOptions:
     sample_every: int = 0  # steps between samples and metrics on the validation set; 0: never
     save_every: int = 1000
     keep_checkpoints: int = 2
+    max_bad_steps: int = 3  # so many in a row that are not applied end the run
+    check_weights_every: int = 0  # steps between comparisons over all processes; 0: never
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb
 
 

@@ -18,24 +18,28 @@ find_python() {
 
 # Launch a scd command on all visible GPUs (NUM_GPUS and PORT override), or on the CPU: one process,
 # or NUM_PROCS. ACCELERATE_CONFIG names a file of scripts/accelerate/ instead (see scripts/README.md).
+# Takes the script's place, so that a scheduler's signals and the exit code go straight through.
 launch() {
     local python gpus port=${PORT:-29500}
+    # torchrun, also under accelerate: pass on SIGUSR1 as well, and let a large checkpoint be saved.
+    export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+    export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
     python=$(find_python)
     gpus=${NUM_GPUS:-$("$python" -c "import torch; print(torch.cuda.device_count())")}
     if [ -n "${ACCELERATE_CONFIG:-}" ]; then
-        "$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" \
+        exec "$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" \
             --num_processes "${NUM_PROCS:-$((gpus * ${NUM_NODES:-1}))}" \
             --num_machines "${NUM_NODES:-1}" --machine_rank "${NODE_RANK:-0}" \
             --main_process_ip "${MAIN_HOST:-127.0.0.1}" --main_process_port "$port" \
             --module scd.cli "$@"
     elif [ "$gpus" -gt 1 ]; then
-        "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" \
+        exec "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" \
             --num_machines 1 --mixed_precision no --dynamo_backend no \
             --main_process_port "$port" --module scd.cli "$@"
     elif [ "$gpus" -eq 0 ] && [ "${NUM_PROCS:-1}" -gt 1 ]; then
-        "$python" -m torch.distributed.run --nproc_per_node "$NUM_PROCS" --master_port "$port" \
+        exec "$python" -m torch.distributed.run --nproc_per_node "$NUM_PROCS" --master_port "$port" \
             --module scd.cli "$@"
     else
-        "$python" -m scd.cli "$@"
+        exec "$python" -m scd.cli "$@"
     fi
 }

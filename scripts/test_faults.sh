@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every fault in its long form: thousands of damaged files, full disks, killed runs, long rollouts.
-# Arguments go to pytest, such as -k foreign.
+# Every fault in its long form, with figures: thousands of damaged files, full disks, killed runs, long
+# rollouts. Arguments go to pytest, such as -k killed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCD_VENV=1 EXTRAS=dev bash scripts/setup_env.sh

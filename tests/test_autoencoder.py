@@ -29,9 +29,9 @@ from scd.training.adversarial import (
     generator_hinge,
     last_layer,
 )
+from scd.training.average import averaged_tensors
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.reconstruction import ReconstructionLoss
-from scd.training.trainer import averaged_tensors
 from tests.test_model import make_model
 from tests.test_training import ROOT, assert_same_state, train
 

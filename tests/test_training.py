@@ -1,21 +1,28 @@
 """Training: exact resume, data order, accumulation, EMA, checkpoints, what a run leaves behind."""
 
+import errno
 import json
+import os
+import random
 import shutil
+import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 from scd.data.encode import encode_dataset
+from scd.environment import git_commit
 from scd.errors import ScdError
+from scd.files import sha256, write_json
 from scd.models.autoencoder import LatentCodec, load_codec
 from scd.models.load import load_checkpoint_for_use
 from scd.options import Options, load_options
 from scd.pipeline import SCDPipeline
-from scd.training import checkpoint, run
+from scd.training import checkpoint, heartbeat, lock, run
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.trainer import Trainer, make_accelerator
 
@@ -64,10 +71,10 @@ def train(options: Options, stop_after: int | None = None) -> Path:
     if stop_after is not None:
         plain = trainer._train_step
 
-        def step_or_die(batches):
+        def step_or_die(*arguments):
             if trainer.step == stop_after:
                 raise KeyboardInterrupt
-            return plain(batches)
+            return plain(*arguments)
 
         trainer._train_step = step_or_die
         with pytest.raises(KeyboardInterrupt):
@@ -234,7 +241,7 @@ def test_another_experiment_is_not_continued(options):
     assert latest_checkpoint(folder).name == "step-00000007"
 
 
-def test_not_a_number_stops_before_the_step(options):
+def test_not_a_number_is_not_applied(options):
     o = options("name=nan")
     accelerator = make_accelerator(o)
     task = run.build_task(o, accelerator)
@@ -242,7 +249,7 @@ def test_not_a_number_stops_before_the_step(options):
     before = {k: v.clone() for k, v in task.network.state_dict().items()}
     forward = task.objective.forward
     task.objective.forward = lambda batch: {"loss": forward(batch)["loss"] * float("nan")}
-    with pytest.raises(ScdError, match="step 1: the loss or its gradient is not finite"):
+    with pytest.raises(ScdError, match=r"step 3: 3 steps in a row .* no weights were changed"):
         trainer.run()
     for name, tensor in task.network.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -295,3 +302,170 @@ def test_autoencoder_trains_and_loads(doom_root, tmp_path):
     latents = codec.encode(torch.rand(1, 2, 3, 64, 64))
     assert latents.shape == (1, 2, 8, 8, 8)
     assert codec.autoencoder.config.scaling_factor != 1.0
+
+
+# What a checkpoint promises
+
+
+def test_manifest_names_every_file(options):
+    folder = train(options("name=manifest", "train.steps=2")) / "step-00000002"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {path.name: path for path in folder.iterdir() if path.name != "manifest.json"}
+    assert manifest["files"].keys() == files.keys()
+    for name, path in files.items():
+        assert manifest["files"][name] == {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    assert (manifest["format"], manifest["step"]) == (2, 2)
+    assert manifest["run"]["options"]["train"]["steps"] == 2
+    assert manifest["git_commit"] == git_commit()
+
+
+def test_a_save_that_reads_back_differently_does_not_count(options, monkeypatch):
+    folder = train(options("name=flipped"))
+    state = load_checkpoint(latest_checkpoint(folder))
+    state.step = 8
+    plain = checkpoint._write
+
+    def flip_a_bit(path, content, metadata):
+        plain(path, content, metadata)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(checkpoint, "_write", flip_a_bit)
+    with pytest.raises(ScdError, match=r"step-00000008.*model.safetensors is not what was written"):
+        checkpoint.save_checkpoint(folder, state, 1)
+    assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
+
+
+def test_what_killed_saves_left_is_cleared_and_the_damaged_set_aside(options, capsys):
+    o = options("name=mess", "train.keep_checkpoints=1", "train.save_every=3")
+    whole = options("name=tidy", "train.keep_checkpoints=1", "train.save_every=3")
+    train(whole)
+    folder = train(o, stop_after=4)
+    for name in (".step-00000006.1", f".step-00000006.{os.getpid()}"):
+        (folder / name).mkdir()
+    shutil.copytree(folder / "step-00000003", folder / "step-00000006")
+    (folder / "step-00000006/ema.safetensors").write_bytes(b"")
+    train(o)
+    assert "step-00000006: passed over, ema.safetensors is damaged (0 bytes" in (
+        capsys.readouterr().out
+    )
+    assert {p.name for p in folder.iterdir()} == {"step-00000006", "passed-over-step-00000006"}
+    assert_same_state(whole.output / "checkpoints", folder)
+
+
+def test_without_a_whole_checkpoint_nothing_is_started_anew(options):
+    folder = train(options("name=lost"))
+    for path in folder.glob("*/manifest.json"):
+        path.write_text("{")
+    with pytest.raises(ScdError, match=r"lost/checkpoints: none of the 2 checkpoints is whole"):
+        train(options("name=lost"))
+
+
+# What resuming promises
+
+
+def test_global_generators_have_no_say(options, monkeypatch):
+    """Noise and order are functions of (seed, step, sample): no generator needs to be saved."""
+    folders = []
+    for name, seed in (("one", 1), ("other", 2)):
+        plain = Trainer._train_step
+
+        def scrambled(self, *arguments, plain=plain, seed=seed):
+            for seeded in (torch.manual_seed, np.random.seed, random.seed):
+                seeded(1000 * seed + self.step)
+            before = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+            out = plain(self, *arguments)
+            assert torch.equal(before[0], torch.get_rng_state())
+            assert (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
+            return out
+
+        monkeypatch.setattr(Trainer, "_train_step", scrambled)
+        folders.append(train(options(f"name={name}", "train.steps=3")))
+        monkeypatch.setattr(Trainer, "_train_step", plain)
+    assert_same_state(*folders)
+
+
+def test_changed_optimiser_options_count_after_resuming(options):
+    train(options("name=betas", "train.steps=2"))
+    changed = ["optim.betas=[0.5,0.6]", "optim.weight_decay=0.1", "optim.lr=1e-5"]
+    folder = train(options("name=betas", "train.steps=3", *changed))
+    group = load_checkpoint(folder / "step-00000003").optimizer["param_groups"][0]
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.1)
+    assert group["initial_lr"] == 1e-5
+
+
+def test_a_validation_that_a_kill_prevented_is_made_up_for(options, monkeypatch):
+    o = options("name=unmeasured", "train.sample_every=2")
+    accelerator = make_accelerator(o)
+    task = run.build_task(o, accelerator)
+    done = []
+
+    def validate(network, folder):
+        if len(done) == 1:
+            done.append("died")
+            raise KeyboardInterrupt
+        done.append(folder.name)
+        return {"psnr": 1.0}
+
+    monkeypatch.setattr(task, "validate", validate)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(o, task, accelerator).run()
+    Trainer(o, task, accelerator).run()
+    assert done == ["step-00000002", "died", "step-00000004", "step-00000006"]
+    entries = [json.loads(line) for line in (o.output / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "validation" in e] == [2, 4, 6]
+    Trainer(o, task, accelerator).run()
+    assert len(done) == 4
+
+
+# What is seen from outside
+
+
+def test_log_entries_and_heartbeat(options, monkeypatch):
+    beats = []
+    monkeypatch.setattr(
+        heartbeat, "write_json", lambda path, value: (beats.append(value), write_json(path, value))
+    )
+    monkeypatch.setattr(heartbeat, "SECONDS", 0.0)
+    o = options("name=watched", "train.steps=2")
+    run.run_experiment(o)
+    states = [beat["state"] for beat in beats]
+    assert states == ["starting", "training", "training", "saving", "exporting", "finished"]
+    assert [beat["step"] for beat in beats] == [None, 0, 1, 2, 2, 2]
+    assert json.loads((o.output / "heartbeat.json").read_text()) == beats[-1]
+    assert beats[-1]["pid"] == os.getpid() and beats[-1]["host"] == socket.gethostname()
+    entry = json.loads((o.output / "log.jsonl").read_text().splitlines()[-1])
+    assert entry.keys() >= {"step", "loss", "grad_norm", "lr"}
+    assert 0 < entry["data_wait"] < 1 and entry["memory_gib"] > 0.1
+    assert entry["clips_per_second"] == pytest.approx(2 / entry["seconds"])
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", no_locks)
+    with lock.only_run_in(tmp_path / "run"):
+        pass
+    assert "no locks ([Errno 37] No locks available): nothing keeps" in capsys.readouterr().out
+
+
+def test_a_bad_step_leaves_running_statistics_alone(doom_root, tmp_path):
+    """Batch norms take them from the forward pass, before anybody knows that the step is bad."""
+    small = ["autoencoder.encoder_channels=[8,8,8,8]", "autoencoder.decoder_channels=[8,8,8,8]"]
+    small += ["autoencoder.decoder_norm=batch_norm", "autoencoder.lpips_weight=0", "eval.videos=2"]
+    small += ["train.steps=1", "train.batch_size=2", "train.workers=0", "optim.skip_grad_norm=1e-9"]
+    o = load_options(
+        ROOT / "options/dcae_doom.yml",
+        [f"data.root={doom_root}", f"output_root={tmp_path}", "data.frame_stride=9", *small],
+    )
+    accelerator = make_accelerator(o)
+    task = run.build_task(o, accelerator)
+    before = {name: value.clone() for name, value in task.network.state_dict().items()}
+    assert any(name.endswith("running_mean") for name in before)
+    trainer = Trainer(o, task, accelerator)
+    trainer.run()
+    assert trainer.bad_steps.in_a_row == 1
+    for name, value in task.network.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -31,7 +31,7 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
         raise ScdError(f"no case contains {only!r}; there are {names}")
     results = [_in_own_process(case) for case in chosen]
     text = "\n\n".join(table.markdown() for table in _tables(chosen, results))
-    figures = {"cases": _paired(chosen, results), "environment": environment()}
+    figures: dict[str, Any] = {"cases": _paired(chosen, results), "environment": environment()}
     if plots:
         from scd.benchmark.plots import draw_scaling
 

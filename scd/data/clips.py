@@ -182,14 +182,17 @@ class TrainingClips(Dataset):
         self.max_broken = max_broken
         self._epoch: tuple[int, np.ndarray] | None = None
 
+    def number(self, sample: int) -> int:
+        """Which of the folder's entries a sample is cut from."""
+        epoch, position = divmod(sample, len(self.folder))
+        return int(self._order(epoch)[position])
+
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
         epoch, position = divmod(sample, len(self.folder))
-        if self._epoch is None or self._epoch[0] != epoch:
-            order = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
-            self._epoch = epoch, order.permutation(len(self.folder))
+        order = self._order(epoch)
         broken: dict[int, str] = {}
         for following in range(min(self.max_broken + 1, len(self.folder))):
-            number = int(self._epoch[1][(position + following) % len(self.folder)])
+            number = int(order[(position + following) % len(self.folder)])
             try:
                 clip = {"sample": torch.tensor(sample), **self._read(sample, number)}
             except ScdError as error:
@@ -209,6 +212,12 @@ class TrainingClips(Dataset):
         except ScdError as error:
             return str(error)
         return f"{self.folder.list_path}: entry {number} could not be read for a while"
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng([self.seed, ORDER_STREAM, epoch])
+            self._epoch = epoch, order.permutation(len(self.folder))
+        return self._epoch[1]
 
     def _read(self, sample: int, number: int) -> dict[str, Tensor]:
         start, framing = (

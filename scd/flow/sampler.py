@@ -39,7 +39,8 @@ def integrate(
             velocity a step.
     """
     x = noise
-    last = last_size = None
+    last: Tensor | None = None
+    last_size = 0.0
     for step, (sigma, following) in enumerate(pairwise(levels)):
         v, size = velocity(x, step), following - sigma
         if solver == "multistep" and last is not None:

@@ -161,4 +161,4 @@ def _compiled_flex() -> Callable[..., Tensor]:
 def _flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
     # Inside a compiled model it is compiled with it.
     flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    return flex(q, k, v, block_mask=blocks)
+    return flex(q, k, v, block_mask=blocks)  # type: ignore[operator]

@@ -150,7 +150,7 @@ class CausalDiT(WorldModel):
         of_steps = conditioned.steps[following[:, 0]]  # (B, T, ...)
         timesteps = conditioned.timesteps
 
-        def field(noisy: Tensor, step: int) -> Tensor:
+        def field(noisy: Tensor, step: int, /) -> Tensor:
             batch = len(noisy)
             of_step = Modulations(of_steps[:batch, step : step + 1])
             prediction = self._predict_cached(noisy, of_step, cache)

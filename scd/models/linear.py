@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Linear(nn.Linear):
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             packed = (_in_use.get() or {}).get(self)
             if packed is not None and packed.dtype == x.dtype:
-                activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+                activation: Any = ("gelu", [], "tanh") if gelu else ("none", [], "")
                 return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, *activation)
         y = super().forward(x)
         return nn.functional.gelu(y, approximate="tanh") if gelu else y
@@ -54,7 +55,7 @@ class PackedWeights:
             _in_use.reset(token)
 
 
-def _packable(weight: nn.Parameter) -> bool:
+def _packable(weight: Tensor) -> bool:
     # A sharded weight is a parameter of another type.
     plain = type(weight) is nn.Parameter and weight.device.type == "cpu"
     return plain and weight.dtype in (torch.float32, torch.bfloat16)

@@ -193,7 +193,7 @@ class DecoderField(NamedTuple):
         """The field of another frame."""
         return self._replace(context=context, modulations=modulations)
 
-    def __call__(self, noisy: Tensor, step: int) -> Tensor:
+    def __call__(self, noisy: Tensor, step: int, /) -> Tensor:
         batch = len(noisy)
         of_step = Modulations(self.modulations[:batch, step : step + 1])
         prediction = self.model.decoder(noisy, self.context[:batch], of_step)

@@ -1,7 +1,6 @@
 """What every world model here is: to the training objective, to the rollout and to diffusers."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +13,16 @@ from scd.models.layers import HEAD_DIM
 MAX_TIMESTEP = 1000.0
 CLEAN_TIMESTEP = -1.0
 
-VelocityField = Callable[[Tensor, int], Tensor]
-"""Noisy frames (B, 1, C, H, W) and the number of a step -> velocities, as the frames.
 
-It may be asked for the first frames of its batch only."""
+class VelocityField(Protocol):
+    """Of one frame of each sample."""
+
+    def __call__(self, noisy: Tensor, step: int, /) -> Tensor:
+        """Noisy frames (B, 1, C, H, W) and the number of a step -> velocities, as the frames.
+
+        It may be asked for the first samples of its batch only.
+        """
+        ...
 
 
 class Cache(Protocol):

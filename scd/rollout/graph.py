@@ -1,6 +1,7 @@
 """One CUDA graph instead of thousands of launches."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,5 +14,5 @@ def graphed(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Call
     """
     if inputs[0].device.type != "cuda":
         return function
-    captured = torch.cuda.make_graphed_callables(function, inputs)
+    captured: Any = torch.cuda.make_graphed_callables(function, inputs)
     return lambda *tensors: captured(*tensors).clone()  # the next call writes its result there

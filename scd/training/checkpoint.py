@@ -4,6 +4,9 @@
 `adversary.pt`, and `manifest.json`.
 Weights carry the experiment's options in their metadata, so one file is enough to use a model.
 Nothing else is state: data order and noise are functions of the step (`scd.seeding`).
+
+A name that begins with a dot is a folder on its way in or out. Only the holder of the experiment's
+lock writes here (`scd.training.lock`), so what it finds under such a name was left by a dead run.
 """
 
 import json
@@ -18,13 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scd.errors import ScdError
-from scd.files import read_json, sha256, write_json
+from scd.environment import git_commit
+from scd.errors import ScdError, reason
+from scd.files import flush, read_json, sha256, write_json
 from scd.tensor_files import read_pt
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
 ADVERSARY = "adversary.pt"
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -37,82 +42,172 @@ class TrainingState:
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     adversary: dict[str, Any] | None = None  # its `model` and `optimizer`
+    bad_steps: int = 0  # the last steps, one after the other, that were not applied
 
 
 def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
-    """Write a checkpoint beside the others, put it in place, then remove the oldest beyond `keep`.
+    """Write a checkpoint aside, flush and check it, put it in place, then drop the oldest.
+
+    Checked means: read back from disk, every tensor is to the bit the one in memory.
+
+    Args:
+        keep: how many checkpoints stay, this one included.
 
     Raises:
-        ScdError: the disk is full or the folder read-only; earlier checkpoints are untouched.
+        ScdError: the disk is full, the folder read-only, or what was read back differs; earlier
+            checkpoints are untouched.
     """
     target = folder / f"step-{state.step:08d}"
     aside = folder / f".{target.name}.{os.getpid()}"
+    contents: dict[str, Any] = dict(
+        zip(FILES, (state.model, state.ema, state.optimizer), strict=True)
+    )
+    if state.adversary is not None:
+        contents[ADVERSARY] = state.adversary
+    metadata = {"options": json.dumps(state.run["options"]), "step": str(state.step)}
     try:
+        shutil.rmtree(aside, ignore_errors=True)  # of a dead process with the same number
         aside.mkdir(parents=True)
-        metadata = {"options": json.dumps(state.run["options"]), "step": str(state.step)}
-        save_file(state.model, aside / FILES[0], metadata)
-        save_file(state.ema, aside / FILES[1], metadata)
-        torch.save(state.optimizer, aside / FILES[2])
-        names: tuple[str, ...] = FILES
-        if state.adversary is not None:
-            torch.save(state.adversary, aside / ADVERSARY)
-            names += (ADVERSARY,)
+        for name, content in contents.items():
+            _write(aside / name, content, metadata)
         manifest = {
             "format": FORMAT,
             "step": state.step,
+            "git_commit": git_commit(),
             "run": state.run,
-            "files": {name: sha256(aside / name) for name in names},
+            "bad_steps": state.bad_steps,
+            "files": {name: _fingerprint(aside / name) for name in contents},
         }
-        write_json(aside / "manifest.json", manifest)
-        for name in names:
-            with open(aside / name, "rb") as file:
-                os.fsync(file.fileno())
-        if target.exists():
-            shutil.rmtree(target)
+        write_json(aside / MANIFEST, manifest)  # last: it flushes the names of all files
+        for name, content in contents.items():
+            if not _reads_back(aside / name, content):
+                raise OSError(f"{name} is not what was written")
         os.replace(aside, target)
+        flush(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ScdError(f"{target}: the checkpoint cannot be written ({error})") from error
+        raise ScdError(f"{target}: the checkpoint cannot be written ({reason(error)})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     older = [path for path in _checkpoints(folder) if path.name < target.name]
     for old in older[: max(len(older) - (keep - 1), 0)]:
-        shutil.rmtree(old)
+        _remove(old)
     return target
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; one line on stdout for each that is passed over."""
-    for path in reversed(_checkpoints(folder)):
+    """The newest whole checkpoint; one line on stdout for each that is passed over.
+
+    Raises:
+        ScdError: there are checkpoints, but none is whole: starting anew is for the user to decide.
+    """
+    found = _checkpoints(folder)
+    for path in reversed(found):
         problem = _damage(path)
         if problem is None:
             return path
         print(f"{path}: passed over, {problem}")
+    if found:
+        raise ScdError(
+            f"{folder}: none of the {len(found)} checkpoints is whole; move them away to start anew"
+        )
     return None
 
 
 def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint that `latest_checkpoint` found whole."""
     try:
-        manifest = read_json(path / "manifest.json")
+        manifest = read_json(path / MANIFEST)
         return TrainingState(
             step=int(manifest["step"]),
             run=manifest["run"],
-            model=load_file(path / FILES[0]),
-            ema=load_file(path / FILES[1]),
-            optimizer=read_pt(path / FILES[2]),
-            adversary=read_pt(path / ADVERSARY) if ADVERSARY in manifest["files"] else None,
+            model=_read(path / FILES[0]),
+            ema=_read(path / FILES[1]),
+            optimizer=_read(path / FILES[2]),
+            adversary=_read(path / ADVERSARY) if ADVERSARY in manifest["files"] else None,
+            bad_steps=int(manifest["bad_steps"]),
         )
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise ScdError(f"{path}: the checkpoint cannot be read ({error})") from error
+
+
+def set_aside_newer(path: Path) -> None:
+    """Rename the checkpoints newer than `path`, which were passed over, to `passed-over-step-…`.
+
+    So they neither count as kept nor stand in the way of those that the run writes next.
+    """
+    for newer in _checkpoints(path.parent):
+        if newer.name > path.name:
+            aside = newer.with_name(f"passed-over-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+            print(f"{newer}: now {aside.name}, to look at or to delete")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed runs left half written or half deleted."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-????????") if path.is_dir())
 
 
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; killed half way, what is left no longer looks like one."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _write(path: Path, content: dict[str, Any], metadata: dict[str, str]) -> None:
+    if path.suffix == ".safetensors":
+        save_file(content, path, metadata)
+    else:
+        torch.save(content, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return read_pt(path)
+
+
+def _reads_back(path: Path, content: dict[str, Any]) -> bool:
+    try:
+        return _same(_read(path), content)
+    except Exception:  # damaged files raise many kinds
+        return False
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, read from the disk rather than from memory."""
+    flush(path)
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two nested states are equal; tensors to the bit."""
+    if isinstance(one, Tensor):
+        if not isinstance(other, Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, other)))
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(_same(value, other[key]) for key, value in one.items())
+        )
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one == other
+
+
 def _damage(path: Path) -> str | None:
     try:
-        manifest = read_json(path / "manifest.json")
+        manifest = read_json(path / MANIFEST)
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']} is not {FORMAT}"
         run = manifest["run"]
@@ -122,8 +217,11 @@ def _damage(path: Path) -> str | None:
             return f"its manifest is that of step {manifest['step']}"
         if not {*FILES} <= {*manifest["files"]} <= {*FILES, ADVERSARY}:
             return "its manifest names other files"
-        for name in manifest["files"]:
-            if sha256(path / name) != manifest["files"][name]:
+        for name, wanted in manifest["files"].items():
+            size = (path / name).stat().st_size
+            if size != wanted["bytes"]:
+                return f"{name} is damaged ({size} bytes instead of {wanted['bytes']})"
+            if sha256(path / name) != wanted["sha256"]:
                 return f"{name} is damaged"
     except (ScdError, OSError, KeyError, TypeError, ValueError) as error:
         return f"incomplete ({error})"

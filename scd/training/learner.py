@@ -60,8 +60,10 @@ class Learner:
         limit = self.options.optim.max_grad_norm
         return whole(accelerator.clip_grad_norm_(self.network.parameters(), limit))
 
-    def step(self) -> None:
-        self.optimizer.step()
+    def step(self, apply: bool) -> None:
+        """Go on to the next step; `apply` this one's gradients, or drop them."""
+        if apply:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
 

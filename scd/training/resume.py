@@ -1,9 +1,14 @@
-"""What may change between the two halves of a run, and what may not."""
+"""Where a run goes on: what may have changed since its first half, and what may not."""
 
+from pathlib import Path
 from typing import Any
+
+from accelerate.utils import broadcast_object_list
 
 from scd.errors import ScdError
 from scd.options import Options, options_to_dict
+from scd.processes import together
+from scd.training.checkpoint import latest_checkpoint, remove_leftovers
 
 # Where things lie, how fast and how long, what is measured: the run stays the same experiment.
 FREE = (
@@ -11,6 +16,20 @@ FREE = (
     "data.max_broken_clips",
     *("optim.", "rollout.", "eval.", "train."),
 )
+
+
+def newest_checkpoint(folder: Path, main: bool) -> Path | None:
+    """The newest whole checkpoint, the same on every process: the main one alone looks.
+
+    Raises:
+        ScdError: see `latest_checkpoint`.
+    """
+    path = None
+    with together():
+        if main:
+            remove_leftovers(folder)
+            path = latest_checkpoint(folder)
+    return broadcast_object_list([path])[0]
 
 
 def run_identity(options: Options, processes: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoints: options, environment, log and loss curve."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from omegaconf import OmegaConf
 from scd.environment import environment
 from scd.errors import ScdError
 from scd.files import write_json, write_whole
-from scd.options import Options
+from scd.options import Options, options_to_dict
+from scd.training.resume import flat_options
 
 
 def write_run_files(output: Path, options: Options, accelerator: Accelerator) -> None:
@@ -23,14 +25,25 @@ def write_run_files(output: Path, options: Options, accelerator: Accelerator) ->
     )
 
 
+def for_trackers(options: Options) -> dict[str, str | int | float | bool]:
+    """Options as the trackers want them: dotted names and plain values."""
+    flat = flat_options(options_to_dict(options))
+    return {k: v if isinstance(v, int | float | bool) else str(v) for k, v in flat.items()}
+
+
 class RunLog:
-    """`log.jsonl`, one JSON object a line, and `loss.png`.
+    """Entries with a `step`, one JSON object a line; numbers that are not finite become null.
 
     A continued run drops what an interrupted one had logged beyond the checkpoint.
+
+    Args:
+        path: `log.jsonl`, or another of its kind.
+        step: of the checkpoint.
+        enabled: on the main process.
     """
 
-    def __init__(self, output: Path, step: int, enabled: bool):
-        self.path = output / "log.jsonl"
+    def __init__(self, path: Path, step: int, enabled: bool):
+        self.path = path
         self.enabled = enabled
         if enabled and self.path.exists():
             kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
@@ -39,13 +52,24 @@ class RunLog:
 
     def write(self, entry: dict[str, Any]) -> None:
         if self.enabled:
+            known = {
+                key: None if isinstance(value, float) and not math.isfinite(value) else value
+                for key, value in entry.items()
+            }
             try:
                 with open(self.path, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
+                    file.write(json.dumps(known) + "\n")
             except OSError as error:
                 raise ScdError(f"{self.path}: cannot be written ({error})") from error
 
+    def validated(self, step: int) -> bool:
+        """Whether there is a validation of this step."""
+        if not self.path.exists():
+            return False
+        return any(e["step"] == step and "validation" in e for e in read_log(self.path))
+
     def draw(self) -> None:
+        """Write `loss.png` beside the log."""
         if self.enabled and self.path.exists():
             draw_loss_curve(self.path, self.path.with_name("loss.png"))
 
@@ -70,7 +94,7 @@ def draw_loss_curve(log: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    entries = [entry for entry in read_log(log) if "loss" in entry]
+    entries = [entry for entry in read_log(log) if entry.get("loss") is not None]
     if not entries:
         return
     steps, losses = zip(*((entry["step"], entry["loss"]) for entry in entries), strict=True)

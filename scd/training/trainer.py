@@ -1,36 +1,47 @@
 """The training loop, for any task, on any number of processes that accelerate was launched with."""
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from itertools import zip_longest
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 
-from scd.data.clips import StepSampler, TrainingClips
-from scd.errors import ScdError
+from scd.data.clips import TrainingClips
+from scd.errors import ScdError, Stopped
+from scd.files import write_whole_folder
 from scd.models.weights import load_matching
-from scd.options import Options, options_to_dict
+from scd.options import Options
+from scd.processes import together
+from scd.training.average import Average
+from scd.training.batches import batches_from
 from scd.training.broken_clips import BrokenClips
 from scd.training.checkpoint import (
     TrainingState,
-    latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    set_aside_newer,
 )
+from scd.training.faults import (
+    BadSteps,
+    RunningStatistics,
+    agree,
+    is_bad,
+    refuse_unequal_weights,
+)
+from scd.training.heartbeat import Heartbeat
 from scd.training.learner import Learner
-from scd.training.resume import flat_options, refuse_other_run, run_identity
-from scd.training.run_folder import RunLog, write_run_files
-from scd.training.sharding import sharded_like, whole_on_cpu
+from scd.training.meter import Meter
+from scd.training.resume import newest_checkpoint, refuse_other_run, run_identity
+from scd.training.run_folder import RunLog, for_trackers, write_run_files
+from scd.training.sharding import whole_on_cpu
+from scd.training.signals import StopRequest, stop_request
 from scd.training.tasks import Task
 
 
@@ -38,14 +49,20 @@ class Trainer:
     """Trains a task to `options.train.steps` steps, from the newest checkpoint if there is one.
 
     Results under `options.output`: `checkpoints/`, `samples/`, `log.jsonl`, `loss.png`,
-    `options.yml`, `environment.json` and at the end `exported/`.
+    `options.yml`, `environment.json`, `heartbeat.json`, where steps could not be applied
+    `bad-steps.jsonl`, and at the end `exported/`.
+
+    Raises:
+        ScdError: see `_newest_state`.
     """
 
     def __init__(self, options: Options, task: Task, accelerator: Accelerator):
         self.options = options
         self.task = task
         self.accelerator = accelerator
+        self.main = accelerator.is_main_process
         self.step = 0
+        self.saved_step = 0
         self.learner = Learner(task.network, task.parameter_groups(), options)
         self.adversary: Learner | None = None
         if task.adversary is not None:
@@ -62,105 +79,139 @@ class Trainer:
         # Together, because FSDP2 gives the optimisers other parameters.
         optimizers = (learner.optimizer for learner in learners)
         self.objective, *prepared = accelerator.prepare(task.objective, *optimizers)
-        # Its decay starts low and rises to `ema_decay`, so that short runs are not held back.
-        averaged = averaged_tensors(task.network)
-        self.ema = EMAModel(averaged.values(), decay=options.optim.ema_decay)
-        if state is not None:
-            self.ema.shadow_params = [
-                sharded_like(state.ema[name].to(tensor.device), tensor)
-                for name, tensor in averaged.items()
-            ]
-            self.ema.optimization_step = state.step
+        mean = None if state is None else state.ema
+        self.average = Average(task.network, options.optim.ema_decay, mean)
         saved = () if state is None else (state.optimizer, (state.adversary or {}).get("optimizer"))
         for learner, optimizer, moments in zip_longest(learners, prepared, saved[: len(learners)]):
             learner.start(optimizer, self.step, moments)
+        output = options.output
+        self.heartbeat = Heartbeat(output, self.main)
+        self.log = RunLog(output / "log.jsonl", self.step, self.main)
+        bad_log = RunLog(output / "bad-steps.jsonl", self.step, self.main)
+        self.bad_steps = BadSteps(bad_log, self.clips, state.bad_steps if state else 0)
+        self.statistics = RunningStatistics([learner.network for learner in learners])
         if options.train.compile:
             for part in task.network.children():  # such as encoder and decoder
                 part.compile()
 
     def run(self) -> None:
-        options, output = self.options, self.options.output
-        if self.accelerator.is_main_process:
-            write_run_files(output, options, self.accelerator)
-        log = RunLog(output, self.step, enabled=self.accelerator.is_main_process)
-        self.accelerator.init_trackers(options.name, config=_for_trackers(options))
-        batches = iter(self._loader())
+        """Train to the end.
+
+        Raises:
+            Stopped: a signal asked for it; the state is saved.
+            ScdError: too many steps in a row could not be applied, processes hold different
+                weights, or a file cannot be read or written.
+        """
+        options, t = self.options, self.options.train
+        if self.main:
+            write_run_files(options.output, options, self.accelerator)
+        self.accelerator.init_trackers(options.name, config=for_trackers(options))
+        meter = Meter(run_identity(options, self.accelerator.num_processes)["clips_per_step"])
         bar = tqdm(
-            total=options.train.steps,
+            total=t.steps,
             initial=self.step,
             desc=options.name,
-            disable=not self.accelerator.is_main_process,
+            disable=not self.main,
             dynamic_ncols=True,
             mininterval=1.0,
         )
-        while self.step < options.train.steps:
-            started = time.perf_counter()
-            values = self._train_step(batches)
-            bar.update()
-            if self.step % options.train.log_every == 0 or self.step == options.train.steps:
-                entry = {
-                    name: float(self.accelerator.reduce(value.float(), "mean"))
-                    for name, value in values.items()
-                }
-                entry["lr"] = self.learner.schedule.get_last_lr()[0]
-                entry["seconds"] = time.perf_counter() - started
-                bar.set_postfix(loss=f"{entry['loss']:.4f}")
-                log.write({"step": self.step, **entry})
-                self.accelerator.log({f"train/{k}": v for k, v in entry.items()}, step=self.step)
-            last = self.step == options.train.steps
-            if self.step % options.train.save_every == 0 or last:
-                self.save()
-                log.draw()
-            every = options.train.sample_every
-            if every and (self.step % every == 0 or last):
-                self._validate(log)
-        bar.close()
-        network = self.averaged_network()
-        if self.accelerator.is_main_process:
-            self.task.export(network, output / "exported")
+        with bar, stop_request() as request:
+            self._validate_if_killed_before()
+            batches = iter(batches_from(self.step, self.clips, t, self.accelerator))
+            while self.step < t.steps:
+                self.heartbeat.beat("training", self.step)
+                values, bad, stop = self._train_step(batches, meter, request)
+                bar.update()
+                last = self.step == t.steps
+                if self.step % t.log_every == 0 or last:
+                    self._write_log(values, bad, meter, bar)
+                if self.bad_steps.in_a_row >= t.max_bad_steps:
+                    self._give_up()
+                if t.check_weights_every and self.step % t.check_weights_every == 0:
+                    refuse_unequal_weights(self.task.network, self.step)
+                if self.step % t.save_every == 0 or last or stop:
+                    self.save()
+                    if not last:
+                        self.log.draw()
+                if stop:
+                    self.accelerator.end_training()
+                    told = request.signal.name if request.signal else "a signal to another process"
+                    raise Stopped(
+                        f"{options.output}: stopped by {told}, saved at step {self.step} of "
+                        f"{t.steps}; started again, it goes on"
+                    )
+                if self._validation_is_due():
+                    self._validate()
+        self.heartbeat.beat("exporting", self.step)
+        self.log.draw()  # with the last entries, even if a kill came between save and picture
+        network = self.average.as_network()
+        if self.main:
+            write_whole_folder(
+                options.output / "exported", lambda aside: self.task.export(network, aside)
+            )
         self.accelerator.end_training()
 
-    def save(self) -> Path | None:
-        """Write a checkpoint (main process only)."""
-        self.accelerator.wait_for_everyone()
+    def save(self) -> None:
+        """Write a checkpoint; every process leaves when it is there, or raises."""
+        self._write_checkpoint(self._state())
+
+    def _state(self) -> TrainingState:
         state = TrainingState(
             self.step,
             run_identity(self.options, self.accelerator.num_processes),
             model=whole_on_cpu(self.task.network.state_dict()),
-            ema=self._averaged_state(),
+            ema=self.average.state(),
             optimizer=whole_on_cpu(self.learner.optimizer.state_dict()),
+            bad_steps=self.bad_steps.in_a_row,
         )
         if self.adversary is not None:
             state.adversary = {
                 "model": whole_on_cpu(self.adversary.network.state_dict()),
                 "optimizer": whole_on_cpu(self.adversary.optimizer.state_dict()),
             }
-        if not self.accelerator.is_main_process:
-            return None
+        return state
+
+    def _write_checkpoint(self, state: TrainingState) -> None:
+        self.heartbeat.beat("saving", self.step)
         folder = self.options.output / "checkpoints"
-        return save_checkpoint(folder, state, self.options.train.keep_checkpoints)
+        with together():
+            if self.main:
+                save_checkpoint(folder, state, self.options.train.keep_checkpoints)
+        self.saved_step = state.step
 
-    def averaged_network(self) -> nn.Module:
-        """A copy of the network with its averaged weights, whole on every process."""
-        network = self.task.network
-        copy = type(network).from_config(network.config)  # type: ignore[attr-defined]
-        copy.load_state_dict(self._averaged_state())
-        return copy.to(self.accelerator.device).eval()
-
-    def _averaged_state(self) -> dict[str, Tensor]:
-        network = self.task.network
-        averages = zip(averaged_tensors(network), self.ema.shadow_params, strict=True)
-        return whole_on_cpu({**network.state_dict(), **dict(averages)})
+    def _give_up(self) -> None:
+        """Save the last good state, unless it is saved already, and tell why the run ends."""
+        in_a_row = self.bad_steps.in_a_row
+        good = self.step - in_a_row
+        if good > self.saved_step:
+            self._write_checkpoint(replace(self._state(), step=good, bad_steps=0))
+        kept = f"the weights of step {good} are saved" if good else "no weights were changed"
+        raise ScdError(
+            f"step {self.step}: {in_a_row} steps in a row could not be applied, the last with "
+            f"{self.bad_steps.report} (all in {self.bad_steps.log.path}); {kept}; lower optim.lr "
+            f"or look at these clips, then run again"
+        )
 
     def _learners(self) -> list[Learner]:
         return [self.learner] if self.adversary is None else [self.learner, self.adversary]
 
-    def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """One optimiser step, of an adversary too, over `gradient_accumulation` batches."""
+    def _train_step(
+        self, batches: Iterator[dict[str, Tensor]], meter: Meter, request: StopRequest
+    ) -> tuple[dict[str, Tensor], bool, bool]:
+        """One optimiser step, of an adversary too, over `gradient_accumulation` batches.
+
+        Returns:
+            What to log; whether the step was bad, and so not applied; whether to stop. The last
+            two are the same on every process.
+        """
+        began = time.perf_counter()
         accumulation = self.options.train.gradient_accumulation
         totals: dict[str, Tensor] = {}
+        seen: list[tuple[Tensor, Tensor]] = []
+        self.statistics.keep()
         for micro_step in range(accumulation):
-            batch = self.broken_clips.taken_from(next(batches), self.step + 1)
+            batch = self.broken_clips.taken_from(meter.next_batch(batches), self.step + 1)
+            samples = batch["sample"]
             batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
             # DDP reduces gradients once a step, with the last batch.
             last = micro_step == accumulation - 1
@@ -169,47 +220,60 @@ class Trainer:
                 self.accelerator.backward(values["loss"] / accumulation)
             for name, value in values.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulation
+            seen.append((samples, values["loss"].detach()))
         norms = [learner.clip(self.accelerator) for learner in self._learners()]
         totals |= zip(("grad_norm", "adversary_grad_norm"), norms, strict=False)
-        if not all(math.isfinite(float(norm)) for norm in norms):
-            raise ScdError(
-                f"step {self.step + 1}: the loss or its gradient is not finite (loss "
-                f"{float(totals['loss'])}); lower optim.lr or look at the data, then run again: "
-                f"the newest checkpoint is whole"
-            )
+        judged = is_bad(totals["loss"], norms, self.options.optim.skip_grad_norm)
+        bad, stop = agree(self.accelerator, judged, request.signal is not None)
         for learner in self._learners():
-            learner.step()
-        self.ema.step(averaged_tensors(self.task.network).values())
+            learner.step(apply=not bad)
         self.step += 1
-        return totals
+        if bad:
+            self.statistics.restore()
+            self.bad_steps.add(self.step, seen, norms[0])
+        else:
+            self.average.add(self.step)
+            self.bad_steps.in_a_row = 0
+        meter.add_step(time.perf_counter() - began)
+        return totals, bad, stop
 
-    def _validate(self, log: RunLog) -> None:
+    def _write_log(self, values: dict[str, Tensor], bad: bool, meter: Meter, bar: tqdm) -> None:
+        entry = {
+            name: float(self.accelerator.reduce(value.float(), "mean"))
+            for name, value in values.items()
+        }
+        entry["lr"] = self.learner.schedule.get_last_lr()[0]
+        entry |= meter.entry(self.accelerator.device)
+        bar.set_postfix(loss=f"{entry['loss']:.4f}")
+        self.log.write({"step": self.step, **entry, **({"applied": False} if bad else {})})
+        self.accelerator.log({f"train/{k}": v for k, v in entry.items()}, step=self.step)
+
+    def _validation_is_due(self) -> bool:
+        every, steps = self.options.train.sample_every, self.options.train.steps
+        return every > 0 and self.step > 0 and (self.step % every == 0 or self.step == steps)
+
+    def _validate_if_killed_before(self) -> None:
+        """Make up for a validation between whose checkpoint and whose end the run was stopped."""
+        missing = self.main and self._validation_is_due() and not self.log.validated(self.step)
+        if agree(self.accelerator, missing)[0]:
+            self._validate()
+
+    def _validate(self) -> None:
+        self.heartbeat.beat("validating", self.step)
         folder = self.options.output / f"samples/step-{self.step:08d}"
-        metrics = self.task.validate(self.averaged_network(), folder)
-        log.write({"step": self.step, "validation": metrics})
+        network = self.average.as_network().to(self.accelerator.device)
+        metrics = self.task.validate(network, folder)
+        self.log.write({"step": self.step, "validation": metrics})
         self.accelerator.log({f"val/{k}": v for k, v in metrics.items()}, step=self.step)
         self.accelerator.wait_for_everyone()
 
-    def _loader(self) -> DataLoader:
-        t = self.options.train
-        sampler = StepSampler(
-            t.batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.step * t.gradient_accumulation,
-            t.steps * t.gradient_accumulation,
-        )
-        return DataLoader(
-            self.clips,
-            batch_sampler=sampler,
-            num_workers=t.workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            prefetch_factor=4 if t.workers else None,
-        )
-
     def _newest_state(self) -> TrainingState | None:
-        """The newest checkpoint, its weights loaded into the networks."""
-        path = latest_checkpoint(self.options.output / "checkpoints")
+        """The newest checkpoint, its weights loaded into the networks.
+
+        Raises:
+            ScdError: no checkpoint is whole, or the newest belongs to another experiment.
+        """
+        path = newest_checkpoint(self.options.output / "checkpoints", self.main)
         if path is None:
             return None
         state = load_checkpoint(path)
@@ -220,8 +284,9 @@ class Trainer:
         if self.adversary is not None:
             assert state.adversary is not None  # the run is the same, so it had one
             load_matching(self.adversary.network, state.adversary["model"], f"{path} (adversary)")
-        self.step = state.step
-        if self.accelerator.is_main_process:
+        self.step = self.saved_step = state.step
+        if self.main:
+            set_aside_newer(path)
             print(f"continuing {self.options.name} from step {self.step} ({path})")
         return state
 
@@ -236,23 +301,3 @@ def make_accelerator(options: Options) -> Accelerator:
         # The others wait while the main process validates, which takes longer than the default.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
-
-
-def averaged_tensors(network: nn.Module) -> dict[str, nn.Parameter]:
-    """What the mean over steps is taken of: parameters, and the running statistics of batch norms.
-
-    Those come as parameters that share their memory: `EMAModel` averages what takes a gradient and
-    copies the rest. Copied statistics would be those of the newest weights, not of the mean.
-    """
-    running = {
-        name: nn.Parameter(buffer)
-        for name, buffer in network.named_buffers()
-        if name.endswith(("running_mean", "running_var"))
-    }
-    return {**dict(network.named_parameters()), **running}
-
-
-def _for_trackers(options: Options) -> dict[str, str | int | float | bool]:
-    """Options as the trackers want them: dotted names and plain values."""
-    flat = flat_options(options_to_dict(options))
-    return {k: v if isinstance(v, int | float | bool) else str(v) for k, v in flat.items()}

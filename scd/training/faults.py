@@ -1,0 +1,125 @@
+"""Steps that must not be applied, and processes that have drifted apart."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from scd.data.clips import TrainingClips
+from scd.errors import ScdError
+from scd.training.run_folder import RunLog
+
+SHOWN = 8  # clips in a message; all are in the file
+
+
+def is_bad(loss: Tensor, norms: Sequence[Tensor], limit: float | None) -> Tensor:
+    """Whether a step must not be applied (bool, still on the device).
+
+    So it is if the loss or a gradient's norm is not finite, or the network's norm, the first, is
+    above `limit` (`optim.skip_grad_norm`; None: any finite one will do).
+    """
+    values = torch.stack([loss.float(), *(norm.float() for norm in norms)])
+    bad = ~torch.isfinite(values).all()
+    return bad if limit is None else bad | (norms[0] > limit)
+
+
+def agree(accelerator: Accelerator, *facts: Tensor | bool) -> list[bool]:
+    """Each fact: does it hold in any process? The one point of a step that waits for the device."""
+    device = accelerator.device
+    found = torch.stack([torch.as_tensor(fact, device=device).float() for fact in facts])
+    if accelerator.num_processes > 1:
+        found = accelerator.reduce(found, "sum")
+    return [value > 0 for value in found.tolist()]
+
+
+class BadSteps:
+    """Counts the steps in a row that were not applied, and writes their clips to
+    `bad-steps.jsonl`.
+
+    Args:
+        in_a_row: before the step that the run begins or goes on with.
+    """
+
+    def __init__(self, log: RunLog, clips: TrainingClips, in_a_row: int):
+        self.log = log
+        self.clips = clips
+        self.in_a_row = in_a_row
+        self.report = ""
+
+    def add(self, step: int, batches: list[tuple[Tensor, Tensor]], norm: Tensor) -> None:
+        """Note a bad step; collective.
+
+        Args:
+            batches: sample numbers (B,) and loss () of each batch of this process.
+            norm: of the network's gradient.
+        """
+        self.in_a_row += 1
+        mine = [
+            {"loss": str(float(loss)), "clips": [self._clip(int(n)) for n in samples]}
+            for samples, loss in batches
+        ]
+        everywhere: list[dict[str, Any]] = gather_object(mine)
+        entry = {"step": step, "in_a_row": self.in_a_row, "grad_norm": str(float(norm))}
+        self.log.write({**entry, "batches": everywhere})
+        losses = ", ".join(batch["loss"] for batch in everywhere)
+        names = [clip["name"] for batch in everywhere for clip in batch["clips"]]
+        more = ", …" if len(names) > SHOWN else ""
+        self.report = (
+            f"loss {losses}, gradient norm {entry['grad_norm']}, clips "
+            f"{', '.join(names[:SHOWN])}{more}"
+        )
+        if self.log.enabled:
+            print(f"step {step} was not applied: {self.report}")
+
+    def _clip(self, sample: int) -> dict[str, Any]:
+        entry = self.clips.folder.entries[self.clips.number(sample)]
+        source = self.clips.folder.source
+        name = entry.video_path if source == "video" else entry.latent_path
+        return {"sample": sample, "name": name}
+
+
+class RunningStatistics:
+    """Keeps batch norms' statistics, which a forward pass changes, to undo a bad step's."""
+
+    def __init__(self, networks: Sequence[nn.Module]):
+        self.buffers = [
+            buffer
+            for network in networks
+            for name, buffer in network.named_buffers()
+            if name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        ]
+        self.kept: list[Tensor] = []
+
+    def keep(self) -> None:
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    def restore(self) -> None:
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(kept)
+
+
+def refuse_unequal_weights(network: nn.Module, step: int) -> None:
+    """Compare a hash of all parameters over the processes; collective.
+
+    Raises:
+        ScdError: naming the processes whose weights differ from the first one's; or the weights
+            are sharded, so that every process holds others.
+    """
+    digest = hashlib.sha256()
+    for parameter in network.parameters():
+        if isinstance(parameter, DTensor):
+            raise ScdError("train.check_weights_every: sharded weights differ by design; set it 0")
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    found = gather_object([digest.hexdigest()])
+    others = [str(number) for number, value in enumerate(found) if value != found[0]]
+    if others:
+        raise ScdError(
+            f"step {step}: process {', '.join(others)} holds other weights than process 0; the "
+            f"newest checkpoint is process 0's and may be the last good one: look for a faulty "
+            f"device or a parameter left out of the gradient reduction"
+        )

@@ -1,0 +1,9 @@
+"""What the fork server of tests/fault_runs.py imports once for all runs."""
+
+import tests.fault_runs  # noqa: F401
+from scd import cli, pipeline  # noqa: F401
+from scd.data import npz_video  # noqa: F401
+from scd.environment import git_commit
+from scd.training import autoencoder_task, run, world_model_task  # noqa: F401
+
+git_commit()  # kept
