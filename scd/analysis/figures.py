@@ -88,7 +88,14 @@ def feature_pictures(
         len(names) + 1,
         columns + 1,
         figsize=(0.72 * (columns + 1) + 1.2, 0.74 * (len(names) + 1) + 0.6),
-        gridspec_kw={"wspace": 0.06, "hspace": 0.06, "left": 0.11, "right": 0.995, "top": 0.9},
+        gridspec_kw={
+            "wspace": 0.06,
+            "hspace": 0.06,
+            "left": 0.1,
+            "right": 0.995,
+            "top": 0.92,
+            "bottom": 0.01,
+        },
     )
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -104,7 +111,8 @@ def feature_pictures(
     for row, name in enumerate(["estimate", *names]):
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(
-        "The clean frame as each denoising step sees it, and the features' three main directions",
+        "The clean frame as each denoising step (1 = pure noise) sees it, and the features' three "
+        "main directions as colours (one basis a layer)",
         fontsize=10,
     )
     return figure
@@ -268,8 +276,9 @@ def training_lines(
     if untouched is not None:
         axis.axhline(untouched, color="grey", linestyle=":", linewidth=1, label="the dense model")
     axis.set(xlabel="training steps", ylabel="validation loss", yscale="log", title=title)
+    axis.set_xticks(steps)
     axis.grid(alpha=0.25, which="both")
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 

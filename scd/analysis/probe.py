@@ -49,7 +49,7 @@ def probe_checkpoint(
     """
     for name, value, least in (
         ("clips", clips, 2),
-        ("steps", steps, 2),
+        ("steps", steps, 3),
         ("fine-tune", fine_tune, 0),
     ):
         if value < least:
@@ -87,8 +87,8 @@ def _sections(bench: Bench) -> list[Section]:
 
     def suggest() -> Section:
         redundancy, blind = found["redundancy"], found["frame_diagonal"]
-        to_last = redundancy.numbers["similarity"][:, :, -1]
-        return suggest_split(bench, to_last, blind.numbers["blind_layers"])
+        to_end = redundancy.numbers["similarity"][:, :-2, -2]
+        return suggest_split(bench, to_end, blind.numbers["blind_layers"])
 
     last: tuple[Callable[[], Section], int] = (suggest, suggestion_count(bench))
     if separate:

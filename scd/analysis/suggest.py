@@ -21,28 +21,24 @@ from scd.models.build import build_world_model
 from scd.options import Options
 
 
-def suggested_split(layers: int, to_last: Tensor, blind: int) -> tuple[Split, str]:
+def suggested_split(layers: int, to_end: Tensor, blind: int) -> tuple[Split, str]:
     """The plain split that the probes speak for, and why.
 
     Args:
-        to_last: (1 + layers, T), similarity of features to the last step.
+        to_end: (1 + layers, steps), similarity of features to the end of the denoising.
         blind: how many of the last layers may lose sight of the past.
     """
-    means = to_last[1:, :-1].mean(dim=1)
+    means = to_end[1:].mean(dim=1)
     steady = max((i + 1 for i in range(layers) if means[i] >= STEADY), default=0)
     wanted = layers - steady
     decoder = min(max(min(wanted, blind), 1), layers - 1)
+    deepest = f"layer {steady} is the deepest" if steady else "there is none"
     why = (
-        "The decoder gets the layers whose features still change over the steps, but no more than "
-        "can do without the past. "
+        f"The decoder gets the layers whose features still change over the steps, but no more than "
+        f"can do without the past. Of layers with a mean similarity of {STEADY} to the last step "
+        f"but one, {deepest}; the last {blind} layers stay within {100 * TOLERANCE:.0f} % of the "
+        f"loss without the past."
     )
-    why += (
-        f"Layer {steady} is the deepest with a mean similarity to the last step of {STEADY} or "
-        f"more; "
-        if steady
-        else f"No layer has a mean similarity to the last step of {STEADY}; "
-    )
-    why += f"the last {blind} stay within {100 * TOLERANCE:.0f} % of the loss without the past."
     if wanted > blind:
         why += (
             " So there are layers that change at every step and also need the past: this model is "
@@ -61,12 +57,12 @@ class Start:
     split: Split | None = None
 
 
-def suggest_split(bench: Bench, to_last: Tensor, blind: int) -> Section:
+def suggest_split(bench: Bench, to_end: Tensor, blind: int) -> Section:
     """The suggestion measured: sizes, seconds a frame, and the first training steps."""
     dense, codec = bench.model, bench.loaded.codec
     assert isinstance(dense, CausalDiT)
     layers = len(dense.blocks)
-    plain, why = suggested_split(layers, to_last, blind)
+    plain, why = suggested_split(layers, to_end, blind)
     ends = min(plain.decoder_layers, layers // 2)
     starts = []
     for split in (plain, Split(layers - ends, 2 * ends, "first-and-last")):
@@ -113,9 +109,10 @@ def suggest_split(bench: Bench, to_last: Tensor, blind: int) -> Section:
         "suggestion",
         "A split of this model",
         finding,
-        f"The rule: as many decoder layers as have features below a similarity of {STEADY} to the "
-        f"last step, at most those that lose {100 * TOLERANCE:.0f} % without the past, at least "
-        f"one; first-and-last only if its loss is {100 * TOLERANCE:.0f} % lower. To make it: "
+        f"The rule: as many decoder layers as have features below a mean similarity of {STEADY} "
+        f"to the last step but one (the noise level of the last is one that training hardly "
+        f"meets), at most those that lose {100 * TOLERANCE:.0f} % without the past, at least one; "
+        f"first-and-last only if its loss is {100 * TOLERANCE:.0f} % lower. To make it: "
         f"`{command}`. All begin at the training's full learning rate after a short warm-up, on "
         f"the same clips. Time: batch 1, in latents, median.",
         {
