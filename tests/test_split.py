@@ -74,7 +74,7 @@ def test_every_tensor_comes_from_its_layer(options, dense, split, sources):
 
 @torch.no_grad()
 def test_without_attention_the_split_computes_what_the_dense_model_does(options, dense):
-    """Then nothing of history reaches a frame, and all layers in the decoder are the dense model."""
+    """Nothing of history reaches a frame then, and a decoder of all layers is the dense model."""
     for block in dense.blocks:
         block.attention.out.weight.data.zero_()
         block.attention.out.bias.data.zero_()

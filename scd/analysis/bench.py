@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scd.analysis.clips import ProbeClips
+from scd.analysis.figures import Panels
 from scd.analysis.quality import Around, FrameJudge, Frames, increase, loss_by_level, paired
 from scd.evaluation.table import Table
 from scd.models import WorldModel
@@ -64,11 +65,9 @@ class Bench:
         self.bar.update()
         return variant
 
-    def difference(self, variant: Variant, metric: str) -> tuple[float, float] | None:
+    def difference(self, variant: Variant, metric: str) -> tuple[float, float]:
         """Of a frame metric to the untouched model, with its standard error over clips."""
-        if variant.frames is None or metric not in variant.frames.metrics:
-            return None
-        assert self.untouched.frames is not None
+        assert variant.frames is not None and self.untouched.frames is not None
         return paired(variant.frames.metrics[metric], self.untouched.frames.metrics[metric])
 
     def loss_increase(self, variant: Variant) -> float:
@@ -82,6 +81,18 @@ class Bench:
         base = self.untouched.loss.mean(dim=0)
         losses = [variant.loss.mean(dim=0) for variant in variants if variant.loss is not None]
         return np.stack([100 * (loss / base - 1).numpy() for loss in losses])
+
+    def frame_panels(self, lines: dict[str, list[Variant | None]]) -> Panels:
+        """For `figures.differences`: a panel for each metric of the frames."""
+        assert self.untouched.frames is not None
+        return {
+            f"{label}, difference": {
+                name: [None if v is None else self.difference(v, metric) for v in line]
+                for name, line in lines.items()
+            }
+            for metric, (label, _) in METRICS.items()
+            if metric in self.untouched.frames.metrics
+        }
 
     def table(self, variants: Sequence[Variant]) -> Table:
         """A line for each: increase of the loss, difference of the frames' metrics, FVD."""
@@ -102,11 +113,9 @@ class Bench:
                 "–" if variant.loss is None else f"{100 * self.loss_increase(variant):+.1f} %"
             )
             for metric in metrics:
-                found = self.difference(variant, metric)
+                mean, error = self.difference(variant, metric)
                 digits = METRICS[metric][1]
-                line.append(
-                    "–" if found is None else f"{found[0]:+.{digits}f} ± {found[1]:.{digits}f}"
-                )
+                line.append(f"{mean:+.{digits}f} ± {error:.{digits}f}")
             lines.append(line)
         if untouched.frames.fvd is not None:
             heads.append(f"FVD (n={len(self.clips)})")

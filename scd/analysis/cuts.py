@@ -31,47 +31,37 @@ def full_steps(steps: int) -> list[int]:
 
 
 def skip_layers(bench: Bench) -> Section:
+    """Blocks skipped after the first steps of a frame."""
     model = bench.model
-    part = "decoder blocks" if isinstance(model, SCD) else "layers"
+    part = "decoder block" if isinstance(model, SCD) else "layer"
     whole = full_steps(bench.steps)
-    variants: dict[tuple[tuple[int, int], int], Variant] = {}
-    for block_range in skip_ranges(len(step_blocks(model))):
+    lines: dict[str, list[Variant | None]] = {}
+    for first, last in skip_ranges(len(step_blocks(model))):
+        which = f"{part} {last}" if last == first + 1 else f"{part}s {first + 1}–{last}"
+        lines[which] = []
         for full in whole:
-            name = (
-                f"{part} {block_range[0] + 1}–{block_range[1]} after {full} of {bench.steps} steps"
-            )
-            with layers_skipped(model, *block_range, full):
-                variants[block_range, full] = bench.measure(name, model, loss=False)
-    ranges = list(dict.fromkeys(block_range for block_range, _ in variants))
-    panels = {}
-    for metric, label in (("psnr", "PSNR, difference in dB"), ("lpips", "LPIPS, difference")):
-        lines = {
-            f"{part} {first + 1}–{last}": [
-                bench.difference(variants[(first, last), full], metric) for full in whole
-            ]
-            for first, last in ranges
-        }
-        if all(point is not None for line in lines.values() for point in line):
-            panels[label] = lines
-    costs = [bench.difference(variants[(r, whole[0])], "psnr") for r in ranges]
-    found = ", ".join(
-        f"{part} {first + 1}–{last}: {cost[0]:+.2f} ± {cost[1]:.2f} dB"
-        for (first, last), cost in zip(ranges, costs, strict=True)
-        if cost is not None
-    )
+            with layers_skipped(model, first, last, full):
+                name = f"{which} after {full} of {bench.steps} steps"
+                lines[which].append(bench.measure(name, model, loss=False))
+    variants = [variant for line in lines.values() for variant in line if variant is not None]
+    costs = {v.name: bench.difference(v, "psnr") for v in variants[:: len(whole)]}
+    told = ", ".join(f"{name}: {cost[0]:+.2f} ± {cost[1]:.2f} dB" for name, cost in costs.items())
     return Section(
         "skipped",
         "Skipping layers after the first steps",
-        f"PSNR when blocks are skipped after {whole[0]} of {bench.steps} steps: {found}.",
+        f"What skipping costs in PSNR: {told}.",
         "After the first s steps of a frame the blocks of a range add to their tokens what they "
         "added at step s. A larger s leaves more to the untouched model.",
         {
             "skipped": figures.differences(
-                whole, panels, "whole steps before skipping", "Skipped layers against none skipped"
+                whole,
+                bench.frame_panels(lines),
+                "whole steps before skipping",
+                f"Skipped layers against none skipped (n = {len(bench.clips)})",
             )
         },
-        bench.table(list(variants.values())),
-        {"variants": [bench.numbers(variant) for variant in variants.values()]},
+        bench.table(variants),
+        {"variants": [bench.numbers(variant) for variant in variants]},
     )
 
 
@@ -102,23 +92,17 @@ def blind_layers(bench: Bench) -> Section:
                 bench.bar.update()
             tuned[k] = bench.measure(f"last {k}, {bench.fine_tune} steps on", trained)
     positions = [0, *ks]
-    lines = {"as it is": {0: bench.untouched, **variants}}
+    lines = {"as it is": [{0: bench.untouched, **variants}.get(k) for k in positions]}
     if tuned:
-        lines[f"after {bench.fine_tune} steps of fine-tuning"] = tuned
-    panels = {
+        name = f"after {bench.fine_tune} steps of fine-tuning"
+        lines[name] = [tuned.get(k) for k in positions]
+    panels: figures.Panels = {
         "loss, increase in %": {
-            name: [
-                (100 * bench.loss_increase(line[k]), 0.0) if k in line else None for k in positions
-            ]
+            name: [None if v is None else (100 * bench.loss_increase(v), 0.0) for v in line]
             for name, line in lines.items()
-        }
+        },
+        **bench.frame_panels(lines),
     }
-    for metric, label in (("psnr", "PSNR, difference in dB"), ("lpips", "LPIPS, difference")):
-        if bench.difference(bench.untouched, metric) is not None:
-            panels[label] = {
-                name: [bench.difference(line[k], metric) if k in line else None for k in positions]
-                for name, line in lines.items()
-            }
     blind = blind_depth(bench, variants)
     part = "encoder layers" if isinstance(model, SCD) else "layers"
     all_of_them = 100 * bench.loss_increase(variants[layers])

@@ -14,6 +14,10 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 AMOUNTS = "cividis"
+
+Panels = dict[str, dict[str, list[tuple[float, float] | None]]]
+"""Panel -> line -> (mean, standard error) at each position, or None where a line has no point."""
+
 plt.rcParams.update(
     {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
 )
@@ -134,12 +138,9 @@ def attention_on_past(
     for head in range(by_head.shape[1]):
         axes[0].plot(layers, by_head[:, head], ".", color=COLOURS[0], alpha=0.4, markersize=5)
     uniform = past / (past + 1)
-    axes[0].axhline(uniform, color="grey", linestyle=":", linewidth=1)
-    axes[0].annotate(
-        "uniform attention", (layers[0], uniform), color="grey", fontsize=8, va="bottom"
-    )
+    axes[0].axhline(uniform, color="grey", linestyle=":", linewidth=1, label="uniform attention")
     axes[0].set(xlabel="layer", ylabel="attention on past frames", ylim=(0, 1), xticks=layers)
-    axes[0].set_title("by layer (dots: heads)")
+    axes[0].set_title("by layer (dots: heads of the first)")
     axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     if steps:
         shown = axes[1].imshow(
@@ -163,7 +164,8 @@ def attention_on_past(
             origin="lower",
             extent=(0.5, by_head.shape[1] + 0.5, 0.5, len(layers) + 0.5),
         )
-        axes[1].set(xlabel="head", ylabel="layer", yticks=layers)
+        heads = np.arange(1, by_head.shape[1] + 1)
+        axes[1].set(xlabel="head", ylabel="layer", xticks=heads, yticks=layers)
         axes[1].set_title("on past frames, by head")
     figure.colorbar(shown, ax=axes[1], label="share of attention")
     distances = np.arange(past + 1)[::-1]
@@ -173,7 +175,7 @@ def attention_on_past(
         axes[2].plot(distances, row, color=colour, marker=".", label=name)
     axes[2].axhline(1 / (past + 1), color="grey", linestyle=":", linewidth=1)
     axes[2].set(xlabel="frames back (0 = its own tokens)", ylabel="share of attention")
-    axes[2].set_title("by distance (dotted: uniform)")
+    axes[2].set_title("first new frame, by distance")
     axes[2].legend(frameon=False, fontsize=7, ncols=2)
     figure.suptitle(f"Where the new frame's attention goes (n = {n} clips)")
     return figure
@@ -199,16 +201,8 @@ def attention_on_context(mass: Tensor, n: int) -> Figure:
     return figure
 
 
-def differences(
-    positions: Sequence[float],
-    panels: dict[str, dict[str, list[tuple[float, float] | None]]],
-    xlabel: str,
-    title: str,
-) -> Figure:
-    """Panels of lines over the same positions, with error bars: panel -> line -> (mean, error).
-
-    None: that line has no such point.
-    """
+def differences(positions: Sequence[float], panels: Panels, xlabel: str, title: str) -> Figure:
+    """Panels of lines over the same positions, with error bars."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.1 * len(panels), 3.7), layout="constrained", squeeze=False
     )
