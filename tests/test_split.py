@@ -94,9 +94,6 @@ def test_refused_splits(options, dense):
     ):
         with pytest.raises(ScdError, match=message):
             split_model(dense, PixelCodec(), split_options(options(), split), split)
-    added = options("model.fusion=add")
-    with pytest.raises(ScdError, match="only token_concat"):
-        split_model(dense, PixelCodec(), split_options(added, Split(2, 2)), Split(2, 2))
 
 
 def train(options: Options) -> int:

@@ -22,7 +22,7 @@ from scd.analysis.suggest import suggest_split, suggestion_count
 from scd.environment import environment
 from scd.errors import ScdError
 from scd.evaluation.compare import layers_text
-from scd.models import SCD
+from scd.models import SCD, CausalDiT
 from scd.models.load import load_checkpoint_for_use
 from scd.options import options_to_dict
 
@@ -56,6 +56,8 @@ def probe_checkpoint(
             raise ScdError(f"--{name} {value}: must be {least} or more")
     loaded = load_checkpoint_for_use(path, options_path, overrides)
     options, step = loaded.options, loaded.source["step"]
+    if isinstance(loaded.model, CausalDiT) and len(loaded.model.blocks) < 2:
+        raise ScdError(f"{path}: a dense model of one layer has nothing to separate")
     read = read_probe_clips(loaded, clips, NEW_FRAMES)
     with tqdm(desc="probe", dynamic_ncols=True) as bar:
         bench = Bench(loaded, read, steps, fine_tune, bar)

@@ -76,10 +76,14 @@ class Split:
 
 
 def split_options(options: Options, split: Split) -> Options:
-    """The dense model's experiment, with an SCD of these layers."""
+    """The dense model's experiment, with an SCD of these layers.
+
+    Its layers attended to their history, so the context comes as tokens.
+    """
     model = replace(
         options.model,
         type="scd",
+        fusion="token_concat",
         layers=0,
         encoder_layers=split.encoder_layers,
         decoder_layers=split.decoder_layers,
@@ -94,14 +98,9 @@ def split_model(dense: CausalDiT, codec: Codec, options: Options, split: Split) 
         options: see `split_options`.
 
     Raises:
-        ScdError: see `Split.decoder_sources`; or a fusion that brings layers of its own.
+        ScdError: see `Split.decoder_sources`.
     """
     sources = split.decoder_sources(len(dense.blocks))
-    if options.model.fusion != "token_concat":
-        raise ScdError(
-            f"model.fusion={options.model.fusion}: a dense model attends to its history, so only "
-            f"token_concat can start from it"
-        )
     torch.manual_seed(options.seed)
     model = build_world_model(options, codec).to(dense.device)
     assert isinstance(model, SCD)
