@@ -105,10 +105,12 @@ def blind_layers(bench: Bench) -> Section:
     }
     blind = blind_depth(bench, variants)
     part = "encoder layers" if isinstance(model, SCD) else "layers"
-    all_of_them = 100 * bench.loss_increase(variants[layers])
+    told = f"the last {blind}" if blind else "none"
     finding = (
-        f"The last {blind} of {layers} {part} can be cut off from the past at a loss at most "
-        f"{100 * TOLERANCE:.0f} % higher; all {layers}: {all_of_them:+.1f} %."
+        f"Of {layers} {part}, {told} can be cut off from the past at a loss at "
+        f"most {100 * TOLERANCE:.0f} % higher; the last one: "
+        f"{100 * bench.loss_increase(variants[1]):+.1f} %, all {layers}: "
+        f"{100 * bench.loss_increase(variants[layers]):+.1f} %."
     )
     if tuned:
         control = bench.loss_increase(tuned[0])

@@ -102,23 +102,25 @@ def _told_features(found: Redundancy, names: list[str], separate: bool) -> str:
     the similarity to the step before it is told as well.
     """
     steady = [(found.similarity[1:, :end, end] > STEADY).float().mean(dim=1) for end in (-1, -2)]
-    best = int(steady[0].argmax()), int(steady[1].argmax())
-    shares = [f"{100 * float(share[i]):.0f} %" for share, i in zip(steady, best, strict=True)]
+    shares = []
+    for share in steady:
+        best = int(share.argmax())
+        held = f"{names[best + 1]} at {100 * float(share[best]):.0f} % of the steps before"
+        shares.append(held if float(share[best]) else "no block at any step")
     pairs = found.similarity[1:].mean(dim=(1, 2)).tolist()
     told = ", ".join(f"{name} {value:.2f}" for name, value in zip(names[1:], pairs, strict=True))
     if separate:
         begin = "What the decoder repeats at every step: "
     else:
-        verdict = "holds" if float(steady[0][best[0]]) >= STEADY_SHARE else "does not hold"
+        verdict = "holds" if float(steady[0].max()) >= STEADY_SHARE else "does not hold"
         begin = (
             f"The paper's first finding (a middle layer above {STEADY} at {100 * STEADY_SHARE:.0f} "
             f"% of the steps) {verdict} here: "
         )
     return (
-        f"{begin}{names[best[0] + 1]} keeps a similarity above {STEADY} to the last step at "
-        f"{shares[0]} of the earlier steps, more than any other block; to the last step but one, "
-        f"{names[best[1] + 1]} at {shares[1]}. Mean similarity of two steps: {told}; of two "
-        f"different clips at one step: {float(found.floor[1:].mean()):.2f}."
+        f"{begin}a similarity above {STEADY} to the last step has {shares[0]}, to the last but one "
+        f"{shares[1]}. Mean similarity of two steps: {told}; "
+        f"of two different clips at one step: {float(found.floor[1:].mean()):.2f}."
     )
 
 

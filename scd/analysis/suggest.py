@@ -33,11 +33,12 @@ def suggested_split(layers: int, to_end: Tensor, blind: int) -> tuple[Split, str
     wanted = layers - steady
     decoder = min(max(min(wanted, blind), 1), layers - 1)
     deepest = f"layer {steady} is the deepest" if steady else "there is none"
+    sightless = f"the last {blind} layers stay" if blind else "not even the last layer stays"
     why = (
         f"The decoder gets the layers whose features still change over the steps, but no more than "
         f"can do without the past. Of layers with a mean similarity of {STEADY} to the last step "
-        f"but one, {deepest}; the last {blind} layers stay within {100 * TOLERANCE:.0f} % of the "
-        f"loss without the past."
+        f"but one, {deepest}; {sightless} within {100 * TOLERANCE:.0f} % of the loss without "
+        f"the past."
     )
     if wanted > blind:
         why += (
