@@ -83,6 +83,21 @@ def benchmark(arguments: argparse.Namespace) -> None:
     run(Path(arguments.out), arguments.only, arguments.plots)
 
 
+def probe(arguments: argparse.Namespace) -> None:
+    from scd.analysis.probe import probe_checkpoint
+
+    a = arguments
+    probe_checkpoint(Path(a.checkpoint), a.opt, a.overrides, a.clips, a.steps, a.fine_tune)
+
+
+def split(arguments: argparse.Namespace) -> None:
+    from scd.analysis.split import Split, split_checkpoint
+
+    a = arguments
+    wanted = Split(a.encoder_layers, a.decoder_layers, a.decoder_from)
+    split_checkpoint(Path(a.checkpoint), wanted, Path(a.out), a.overrides)
+
+
 def measure(arguments: argparse.Namespace) -> None:
     from scd.evaluation.run import measure_folder
 
@@ -181,6 +196,31 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--plots", action="store_true", help="also cost against context and steps")
     p.add_argument("--out", default="experiments/benchmark", help="folder (default: %(default)s)")
     p.set_defaults(run=benchmark)
+
+    p = commands.add_parser("probe", help="see what a model's layers repeat, attend to and need")
+    p.add_argument("checkpoint", help="ema.safetensors of this project, or the reference's ema.pth")
+    p.add_argument("--opt", help="options file instead of the options in the checkpoint")
+    p.add_argument("--clips", type=int, default=16, help="validation clips (default: 16)")
+    p.add_argument("--steps", type=int, default=16, help="denoising steps a frame (default: 16)")
+    p.add_argument(
+        "--fine-tune", type=int, default=20, help="training steps a variant (default: 20; 0: none)"
+    )
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.set_defaults(run=probe)
+
+    p = commands.add_parser("split", help="start an SCD from a dense model's layers")
+    p.add_argument("checkpoint", help="ema.safetensors of a causal_dit")
+    p.add_argument("--encoder-layers", type=int, required=True, help="its first layers")
+    p.add_argument("--decoder-layers", type=int, required=True)
+    p.add_argument(
+        "--decoder-from",
+        choices=["last", "first-and-last"],
+        default="last",
+        help="its last layers, or half of them from either end (default: %(default)s)",
+    )
+    p.add_argument("--out", required=True, help="folder for model.safetensors and options.yml")
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.set_defaults(run=split)
 
     p = commands.add_parser("measure", help="recompute the metrics of saved samples, without model")
     p.add_argument("folder", help="such as experiments/<name>/evaluation/step-00000400-1f2e3d4c")

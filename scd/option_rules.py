@@ -159,6 +159,10 @@ def check(options: "Options", source: str) -> None:
         not (data.mirror and data.source == "latents"),
         "data.mirror needs data.source=video: latents are encoded once, as they are",
     )
+    require(
+        options.init_from is None or options.task == "world_model",
+        "init_from: only task world_model starts from given weights",
+    )
     if options.task == "autoencoder":
         a = options.autoencoder
         require(data.source == "video", "task autoencoder needs data.source=video")

@@ -170,6 +170,7 @@ class Options:
     name: str = MISSING
     task: str = MISSING  # world_model | autoencoder
     seed: int = 0
+    init_from: str | None = None  # safetensors to start training from, as `scd split` writes them
     data: DataOptions = field(default_factory=DataOptions)
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
     adversary: AdversaryOptions = field(default_factory=AdversaryOptions)

@@ -21,6 +21,7 @@ from scd.evaluation.run import evaluation_folder
 from scd.evaluation.table import COLUMNS, Table
 from scd.files import read_json, write_json, write_whole
 from scd.models.load import LoadedModel, load_checkpoint_for_use
+from scd.options import Options
 from scd.rollout import Rollout
 
 TIMED_FRAMES = 9  # of each model, after one that warms up
@@ -40,9 +41,14 @@ class Candidate:
 
     @property
     def sizes(self) -> str:
-        m = self.loaded.options.model
-        layers = f"{m.encoder_layers}+{m.decoder_layers}" if m.type == "scd" else str(m.layers)
-        return f"{m.type} {64 * m.heads} wide, {layers} layers"
+        return layers_text(self.loaded.options)
+
+
+def layers_text(options: Options) -> str:
+    """Kind, width and layers of a model."""
+    m = options.model
+    layers = f"{m.encoder_layers}+{m.decoder_layers}" if m.type == "scd" else str(m.layers)
+    return f"{m.type} {64 * m.heads} wide, {layers} layers"
 
 
 def compare_checkpoints(paths: list[Path], folder: Path) -> None:

@@ -6,14 +6,15 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from scd.errors import ScdError
+from scd.files import sha256
 from scd.options import Options, options_to_dict
 from scd.processes import together
 from scd.training.checkpoint import latest_checkpoint, remove_leftovers
 
 # Where things lie, how fast and how long, what is measured: the run stays the same experiment.
 FREE = (
-    *("name", "output_root", "data.root", "data.fps", "data.action_names", "data.val_list"),
-    "data.max_broken_clips",
+    *("name", "output_root", "init_from", "data.max_broken_clips"),
+    *("data.root", "data.fps", "data.action_names", "data.val_list"),
     *("optim.", "rollout.", "eval.", "train."),
 )
 
@@ -33,10 +34,20 @@ def newest_checkpoint(folder: Path, main: bool) -> Path | None:
 
 
 def run_identity(options: Options, processes: int) -> dict[str, Any]:
-    """What a checkpoint keeps of its run: every option, and the clips of a step."""
+    """What a checkpoint keeps of its run: every option, the clips of a step, the weights it began
+    with.
+
+    Raises:
+        ScdError: those weights are not there.
+    """
     train = options.train
     clips = processes * train.batch_size * train.gradient_accumulation
-    return {"options": options_to_dict(options), "clips_per_step": clips}
+    start = None
+    if options.init_from is not None:
+        if not Path(options.init_from).is_file():
+            raise ScdError(f"init_from={options.init_from}: no such weights file")
+        start = sha256(Path(options.init_from))
+    return {"options": options_to_dict(options), "clips_per_step": clips, "init_from": start}
 
 
 def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str) -> None:
@@ -59,6 +70,8 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
             f"clips a step (processes x train.batch_size x train.gradient_accumulation) were "
             f"{was}, are {is_}"
         )
+    if saved.get("init_from") != now["init_from"]:  # the file's hash; it may have been moved
+        changes.append("the weights at init_from are others")
     if changes:
         raise ScdError(
             f"{checkpoint} belongs to another run: {'; '.join(changes)}. Set this back to go on, "

@@ -13,6 +13,7 @@ from scd.evaluation.run import evaluate_in_passing
 from scd.flow.objective import FlowObjective
 from scd.models.autoencoder import load_codec
 from scd.models.build import build_world_model
+from scd.models.weights import load_matching, read_weights
 from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.pipeline import SCDPipeline
@@ -31,6 +32,8 @@ class WorldModelTask:
         self.codec = load_codec(options.autoencoder.path).to(device)
         torch.manual_seed(options.seed)
         self.network = build_world_model(options, self.codec)
+        if options.init_from is not None:
+            load_matching(self.network, read_weights(Path(options.init_from))[0], options.init_from)
         self.network.set_gradient_checkpointing(options.train.gradient_checkpointing)
         self.objective = FlowObjective(self.network, self.codec, options.flow, options.seed)
         self.training_data = clip_folder(options, options.data.train_list, options.data.source)

@@ -1,0 +1,111 @@
+"""How good a model is under a surgery: its loss by noise level, and its first new frames.
+
+Clips, noise and levels are always the same, so that two models are compared pair by pair.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scd.analysis.clips import ProbeClips, roll_out
+from scd.evaluation.fvd import SHORTEST, frechet_distance
+from scd.evaluation.measures import Measures
+from scd.models import WorldModel
+from scd.models.autoencoder import Codec
+from scd.models.world_model import MAX_TIMESTEP
+from scd.seeding import generator
+
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ
+FVD_CLIPS = 64  # below, FVD hardly tells a bad model from real video
+
+
+Around = Callable[[ProbeClips], AbstractContextManager]
+"""What a model is put under while it works on some of the clips."""
+
+
+@torch.no_grad()
+def loss_by_level(
+    model: WorldModel, clips: ProbeClips, seed: int, around: Around = nullcontext
+) -> Tensor:
+    """Mean squared error of the velocity ε − x under teacher forcing, (n, levels).
+
+    Of every frame that can be predicted; the same ε at all levels.
+    """
+    first = model.first_predicted
+    levels = torch.tensor(LEVELS, device=model.device).clamp(min=model.config.sigma_min)
+    losses = []
+    for clip in clips.parts(1):
+        clean = clip.latents[:, None, first:]
+        key = ("probe loss", seed, clip.first)
+        noise = torch.randn(clean.shape, generator=generator("cpu", *key)).to(model.device)
+        # The levels are draws of one clip, which share a pass over its clean frames.
+        sigma = levels[None, :, None, None, None, None]
+        noisy = sigma * noise + (1 - sigma) * clean
+        times = (MAX_TIMESTEP * levels)[None, :, None].expand(noisy.shape[:3])
+        with around(clip):
+            velocity = model(clip.latents, noisy, times, clip.conditions(model))
+        error = (velocity - (noise - clean)).square()
+        losses.append(error.mean(dim=(0, 2, 3, 4, 5)))
+    return torch.stack(losses).cpu()
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Metric -> (n, new frames), of a rollout; FVD of the whole clips."""
+
+    metrics: dict[str, Tensor]
+    fvd: float | None
+
+
+class FrameJudge:
+    """Measures new frames against the real ones, and FVD where there are clips enough.
+
+    Raises:
+        ScdError: see `Measures`.
+    """
+
+    def __init__(self, codec: Codec, clips: ProbeClips, steps: int, seed: int):
+        self.codec = codec
+        self.clips = clips
+        self.steps = steps
+        self.seed = seed
+        self.measures = Measures()
+        enough = len(clips) >= FVD_CLIPS and clips.latents.shape[1] >= SHORTEST
+        # None also where its weights are not there.
+        self._real = self.measures.features(clips.video) if enough else None
+
+    @torch.no_grad()
+    def __call__(self, model: WorldModel, around: Around = nullcontext) -> Frames:
+        known = self.clips.known
+        found: list[dict[str, Tensor]] = []
+        features: list[Tensor] = []
+        for part in self.clips.parts():
+            with around(part):
+                latents = roll_out(model, part, self.steps, self.seed)
+            new = (self.codec.decode(latents) * 255).round() / 255
+            found.append(self.measures.frames(new, part.video[:, known:]))
+            of_clips = None
+            if self._real is not None:
+                of_clips = self.measures.features(torch.cat([part.video[:, :known], new], dim=1))
+            if of_clips is not None:
+                features.append(of_clips)
+        metrics = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        fvd = None if self._real is None else frechet_distance(self._real, torch.cat(features))
+        return Frames(metrics, fvd)
+
+
+def paired(values: Tensor, others: Tensor) -> tuple[float, float]:
+    """Mean difference of the clips' means, (n, …) each, and its standard error over clips."""
+    difference = (values - others).flatten(1).double().mean(dim=1)
+    return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
+
+
+def increase(loss: Tensor, untouched: Tensor) -> float:
+    """By which share the mean over clips and levels is larger: (n, levels) each.
+
+    The mean of each level's ratio: else the level with the largest loss would decide alone.
+    """
+    return float((loss.mean(dim=0) / untouched.mean(dim=0)).mean() - 1)

@@ -1,0 +1,338 @@
+"""The probes, on models whose similarities and attention masses are known, and as one command."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scd.analysis import attention_mass as masses
+from scd.analysis.attention_mass import attention_mass, frame_mass
+from scd.analysis.clips import ProbeClips, roll_out
+from scd.analysis.context import CHANGES, context_given, contexts
+from scd.analysis.hooks import all_blocks, past_blocks, step_blocks
+from scd.analysis.quality import LEVELS, increase, loss_by_level, paired
+from scd.analysis.redundancy import principal_pictures, redundancy, watch_steps
+from scd.analysis.suggest import suggested_split
+from scd.analysis.surgery import frame_diagonal, layers_skipped, left_out
+from scd.cli import main
+from scd.flow.noise import FlowDraws
+from scd.flow.objective import FlowObjective
+from scd.models import SCD, CausalDiT
+from scd.models.autoencoder import PixelCodec
+from scd.options import FlowOptions
+
+B, K, NEW, C, H, W = 2, 3, 2, 4, 4, 6
+N, STEPS = 6, 3  # tokens of a frame (patch 2)
+
+
+def make(kind=CausalDiT, **config):
+    layers = {"layers": 3} if kind is CausalDiT else {"encoder_layers": 2, "decoder_layers": 3}
+    defaults = {"channels": C, "patch_size": 2, "heads": 1, "condition": "action"}
+    torch.manual_seed(0)
+    model = kind(**{**defaults, "num_conditions": 3, **layers, **config})
+    for parameter in model.parameters():  # nothing starts at zero, so everything has a say
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def clips():
+    g = torch.Generator().manual_seed(1)
+    latents = torch.randn(B, K + NEW, C, H, W, generator=g)
+    return ProbeClips(latents, latents, torch.randint(0, 3, (B, K + NEW), generator=g), None, K)
+
+
+def same(one, other, tolerance=0.0):
+    return one.shape == other.shape and (one - other).abs().max() <= tolerance
+
+
+# What a frame's attention is worth
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * N, 10_000])
+def test_mass_equals_that_of_the_whole_matrix(monkeypatch, at_once):
+    monkeypatch.setattr(masses, "KEYS_AT_ONCE", at_once)
+    g = torch.Generator().manual_seed(2)
+    frames, past = 3, 2
+    keys = torch.randn(B, 2, (past + frames) * N, 8, generator=g)
+    q = 3 * torch.randn(B, 2, frames * N, 8, generator=g)
+    of_key = torch.arange(past + frames).repeat_interleave(N)
+    hidden = of_key > of_key[past * N :, None]
+    matrix = (q @ keys.mT / 8**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+    expected = matrix.unflatten(2, (frames, N)).unflatten(4, (past + frames, N)).sum(-1).mean(3)
+    assert same(frame_mass(q, keys, N), expected, 1e-6)
+
+
+@pytest.mark.parametrize("kind", [CausalDiT, SCD])
+def test_uniform_attention_has_the_mass_of_the_frames_seen(clips, kind):
+    """Queries of zero: every visible frame gets the same, in every pass, layer and head."""
+    model = make(kind, heads=2)
+    for block in all_blocks(model).values():
+        block.attention.norm_q.data.zero_()
+    found = attention_mass(model, clips, STEPS, 0)
+    passes, layers = (1, 2) if kind is SCD else (STEPS, 3)
+    for new, mass in enumerate(found.past):
+        # The encoder runs over clean frames; a dense model's new frame also sees itself.
+        seen = K + new + (kind is CausalDiT)
+        assert mass.shape == (passes, layers, 2, seen)
+        assert same(mass, torch.full_like(mass, 1 / seen), 1e-6)
+    if kind is SCD:
+        assert found.context.shape == (STEPS, 3, 2)
+        assert same(found.context, torch.full_like(found.context, 0.5), 1e-6)
+
+
+def test_mass_does_not_depend_on_how_clips_are_batched(clips):
+    model = make(SCD)
+    whole = attention_mass(model, clips, STEPS, 0)
+    alone = [attention_mass(model, part, STEPS, 0) for part in clips.parts(1)]
+    for new in range(NEW):
+        mean = (alone[0].past[new] + alone[1].past[new]) / 2
+        assert same(whole.past[new], mean, 1e-5)
+        assert (whole.past[new].sum(-1) - 1).abs().max() < 1e-5
+
+
+# Features over the steps
+
+
+def test_known_similarities(clips):
+    """Block 1 adds what is the same at all steps, block 2 turns a token by 90° after step 1."""
+    steps, tokens, width = 3, 5, 4
+    east, north = torch.eye(width)[:2]
+    turned = torch.stack([east, north, north])
+    features = torch.stack([east.expand(3, -1), turned], dim=1)  # (T, 2, D)
+    features = features[:, :, None, None].expand(steps, 2, B, tokens, width)
+    found = redundancy(features.contiguous() * 7)
+    assert same(found.similarity[0], torch.ones(3, 3))
+    assert same(found.similarity[1], torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 1, 1]]))
+    assert same(found.to_last[1], torch.tensor([0.0, 1, 1]))
+    assert same(found.floor, torch.ones(2))  # both clips are the same
+    assert found.error.max() == 0
+    # Off the mean (1/3, 2/3): (2/3, -2/3) once and (-1/3, 1/3) twice point in opposite directions.
+    assert same(found.centred[1], torch.tensor([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]]), 1e-5)
+    pictures = principal_pictures(features.contiguous(), 0)
+    assert pictures.shape == (2, steps, tokens, 3)
+    assert (pictures[1, 0, :, 0] - pictures[1, 1, :, 0]).abs().min() > 0.99
+
+
+@pytest.mark.parametrize("kind", [CausalDiT, SCD])
+def test_blocks_without_gates_repeat_the_embedding(clips, kind):
+    """An embedding blind to the noise: features are exactly the same at every step."""
+    model = make(kind)
+    for block in step_blocks(model):
+        for modulation in (block.modulation_attention, block.modulation_mlp):
+            modulation.linear.weight.data.zero_()
+            modulation.linear.bias.data.zero_()
+    (model.decoder if kind is SCD else model).embed.weight.data.zero_()
+    watched = watch_steps(model, clips, STEPS, 0)
+    assert watched.features.shape == (STEPS, len(step_blocks(model)) + 1, B, N, 64)
+    assert same(watched.features, watched.features[:1, :1].expand_as(watched.features))
+    found = redundancy(watched.features)
+    assert same(found.similarity, torch.ones_like(found.similarity), 1e-6)
+
+
+@pytest.mark.parametrize("kind", [CausalDiT, SCD])
+def test_the_last_estimate_is_the_frame(clips, kind):
+    """x − σ·v at the last step is the frame itself; clips in parts give the same features."""
+    model = make(kind)
+    whole = watch_steps(model, clips, STEPS, 0)
+    assert same(whole.estimates[-1], roll_out(model, clips.cut(1), STEPS, 0)[:, 0], 1e-5)
+    for number, part in enumerate(clips.parts(1)):
+        alone = watch_steps(model, part, STEPS, 0)
+        assert same(alone.features[:, :, 0], whole.features[:, :, number], 1e-4)
+
+
+# Surgeries
+
+
+@pytest.mark.parametrize("kind", [CausalDiT, SCD])
+def test_skipping_reuses_what_the_last_full_step_added(clips, kind):
+    model = make(kind)
+    plain = watch_steps(model, clips, STEPS, 0).features
+    with layers_skipped(model, 1, 3, full_steps=1):
+        found = watch_steps(model, clips, STEPS, 0).features
+    added = found[:, 1:] - found[:, :-1]
+    for block in range(len(step_blocks(model))):
+        repeated = same(added[1:, block], added[:1, block].expand(STEPS - 1, -1, -1, -1), 1e-5)
+        assert repeated == (block in (1, 2)), block
+    assert same(found[0], plain[0])
+    with layers_skipped(model, 0, 3, full_steps=STEPS):
+        assert same(watch_steps(model, clips, STEPS, 0).features, plain)
+    assert "next_frame" not in vars(model)  # nothing is left behind
+    assert same(watch_steps(model, clips, STEPS, 0).features, plain)
+
+
+@pytest.mark.parametrize("kind", [CausalDiT, SCD])
+def test_frame_diagonal_layers_do_not_see_the_past(clips, kind):
+    """With all layers cut off a rollout is that from the last frame (SCD) or from none."""
+    model = make(kind)
+    blocks = past_blocks(model)
+    plain = roll_out(model, clips, STEPS, 0)
+    other = replace(clips, latents=torch.cat([clips.latents[:, :1] + 1, clips.latents[:, 1:]], 1))
+    assert not same(roll_out(model, other, STEPS, 0), plain)
+    with frame_diagonal(blocks, N):
+        blind = roll_out(model, clips, STEPS, 0)
+        assert same(roll_out(model, other, STEPS, 0), blind)
+        # Teacher-forced and in a rollout the same: the first new frame's velocity at pure noise.
+        frames = clips.latents[:, : K + 1].clone()
+        frames[:, K] = clips.noise(0)[:, 0]
+        times = torch.full((B, K + 1), 1000.0)
+        forced = model.velocity(frames, frames, times, clips.actions[:, : K + 1])[:, -1]
+        watched = watch_steps(model, clips, STEPS, 0).estimates[0]
+        assert same(frames[:, K] - forced, watched, 1e-4)
+    assert not same(blind, plain)
+    with frame_diagonal([], N):
+        assert same(roll_out(model, clips, STEPS, 0), plain)
+
+
+@pytest.mark.parametrize("kind", [CausalDiT, SCD])
+def test_left_out_layers_do_not_matter(clips, kind):
+    model = make(kind)
+    names = list(all_blocks(model))
+    for number, block in enumerate(all_blocks(model).values()):
+        with left_out(block):
+            before = loss_by_level(model, clips, 0)
+            kept = block.attention.out.bias.data.clone()
+            block.attention.out.bias.data += 1
+            assert same(loss_by_level(model, clips, 0), before), names[number]
+            block.attention.out.bias.data.copy_(kept)
+        assert not same(loss_by_level(model, clips, 0), before), names[number]
+
+
+# Measuring
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+@pytest.mark.parametrize("kind", [CausalDiT, SCD])
+def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind, prediction):
+    model = make(kind, prediction=prediction)
+    found = loss_by_level(model, clips, 0)
+    assert found.shape == (B, len(LEVELS))
+    noise = []
+    monkeypatch.setattr(
+        torch, "randn", lambda *a, plain=torch.randn, **k: noise.append(plain(*a, **k)) or noise[-1]
+    )
+    assert same(loss_by_level(model, clips, 0), found)
+    monkeypatch.undo()
+    objective = FlowObjective(model, PixelCodec(), FlowOptions(context_noise=0.0), 0)
+    shape = (B, 1, K + NEW)
+    for number, level in enumerate(LEVELS[:-1]):
+        draws = FlowDraws(
+            level=torch.full(shape, level).logit(),
+            noise=torch.cat([torch.zeros(B, 1, 1, C, H, W), torch.cat(noise)], dim=2),
+            context_noise=torch.zeros(B, K + NEW, N, model.width),
+            drop_condition=torch.zeros(B, dtype=torch.bool),
+            clean_frame=torch.zeros(B, K + NEW, dtype=torch.bool),
+        )
+        with torch.no_grad():
+            expected = objective.loss(clips.latents, clips.conditions(model), draws)
+        assert abs(float(found[:, number].mean() / expected) - 1) < 1e-4, level
+
+
+def test_pairs():
+    mean, error = paired(torch.tensor([[1.0, 3.0], [4.0, 4.0]]), torch.zeros(2, 2))
+    assert (mean, error) == (3.0, 1.0)
+    assert increase(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]])) == 0.5
+
+
+def test_changed_contexts(clips):
+    """The right context changes nothing, another does; each change is what its name says."""
+    model, one = make(SCD), clips.cut(1)
+    right = contexts(model, one)
+    assert right.shape == (B, K, N, 64)
+    loss, frame = loss_by_level(model, one, 0), roll_out(model, one, STEPS, 0)
+    with context_given(model, right, one)(one):
+        assert same(roll_out(model, one, STEPS, 0), frame, 1e-5)
+    assert same(loss_by_level(model, one, 0, context_given(model, right, one)), loss, 1e-6)
+    for name, change in CHANGES.items():
+        around = context_given(model, change(right), one)
+        assert not same(loss_by_level(model, one, 0, around), loss, 1e-6), name
+        with around(one):
+            assert not same(roll_out(model, one, STEPS, 0), frame, 1e-4), name
+    assert same(CHANGES["one frame late"](right)[:, 1:], right[:, :-1])
+    assert same(CHANGES["of another clip"](right)[0], right[1])
+    shuffled = CHANGES["tokens shuffled"](right)
+    assert same(shuffled.sum(2), right.sum(2), 1e-4)
+
+
+# The suggestion
+
+
+def test_the_rule_of_the_suggestion():
+    def suggest(steady, blind, layers=6):
+        to_end = torch.full((1 + layers, 4), 0.5)
+        to_end[1 : 1 + steady] = 0.97
+        split, why = suggested_split(layers, to_end, blind)
+        return split.encoder_layers, split.decoder_layers, "not separable" in why
+
+    assert suggest(steady=4, blind=3) == (4, 2, False)  # changing layers, all without the past
+    assert suggest(steady=2, blind=3) == (3, 3, True)
+    assert suggest(steady=0, blind=0) == (5, 1, True)
+    assert suggest(steady=0, blind=6) == (1, 5, False)
+    assert suggest(steady=6, blind=6) == (5, 1, False)
+
+
+# The command
+
+
+@pytest.fixture
+def trained(doom_root, tmp_path):
+    """A checkpoint of a tiny model after one step."""
+
+    def train(kind):
+        layers = {
+            "causal_dit": ["model.type=causal_dit", "model.layers=2"],
+            "scd": ["model.encoder_layers=1", "model.decoder_layers=1"],
+        }[kind]
+        zero = [f"model.{k}=0" for k in ("encoder_layers", "decoder_layers")] * (kind != "scd")
+        overrides = [
+            *zero, *layers, f"name={kind}", f"data.root={doom_root}", "data.source=video",
+            "data.frames=4", "autoencoder.path=null", "model.patch_size=32", "model.heads=1",
+            "train.steps=1", "train.batch_size=2", "train.workers=0", "train.mixed_precision=no",
+            "eval.context_frames=3", f"output_root={tmp_path}",
+        ]  # fmt: skip
+        assert main(["train", "--opt", "options/scd_doom_tiny.yml", *overrides]) == 0
+        return tmp_path / kind / "checkpoints/step-00000001/ema.safetensors"
+
+    return train
+
+
+@pytest.mark.parametrize("kind", ["causal_dit", "scd"])
+def test_probe_writes_a_report(trained, kind, capsys):
+    checkpoint = trained(kind)
+    command = ["probe", str(checkpoint), "--clips", "2", "--steps", "3", "--fine-tune", "2"]
+    assert main(command) == 0
+    folder = checkpoint.parents[2] / "probe/step-00000001"
+    page, found = (
+        (folder / "index.html").read_text(),
+        json.loads((folder / "probe.json").read_text()),
+    )
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert all(f'<img src="{name}"' in page for name in pictures)
+    expected = {"similarity", "similarity_to_last", "features", "attention", "frame_diagonal"}
+    expected |= {"skipped", "left_out", *(["split"] if kind == "causal_dit" else [])}
+    expected |= {"context", "attention_context"} if kind == "scd" else set()
+    assert pictures == {f"{name}.png" for name in expected}
+    assert found["checkpoint"]["step"] == 1
+    variants = found["frame_diagonal"]["variants"]
+    assert len(variants) == (2 if kind == "causal_dit" else 1)
+    assert all(len(variant["loss_by_level"]) == len(LEVELS) for variant in variants)
+    assert found["frame_diagonal"]["fine_tuned"]
+    if kind == "causal_dit":
+        rows = found["suggestion"]["rows"]
+        assert [[step for step, _ in row["loss_by_step"]] for row in rows[1:]] == [[0, 1, 2]] * 3
+        assert all(row["seconds_per_frame"] > 0 for row in rows)
+    assert str(folder / "index.html") in capsys.readouterr().out
+
+
+def test_refusals(trained, capsys):
+    checkpoint = str(trained("scd"))
+
+    def refused(*arguments):
+        assert main([*arguments]) == 1
+        return capsys.readouterr().err
+
+    assert "--steps 2: must be 3 or more" in refused("probe", checkpoint, "--steps", "2")
+    assert "eval.context_frames=1" in refused("probe", checkpoint, "eval.context_frames=1")
+    sizes = ["--encoder-layers", "1", "--decoder-layers", "1", "--out", "nowhere"]
+    assert "only a dense model" in refused("split", checkpoint, *sizes)
