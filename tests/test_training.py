@@ -347,9 +347,7 @@ def test_what_killed_saves_left_is_cleared_and_the_damaged_set_aside(options, ca
     shutil.copytree(folder / "step-00000003", folder / "step-00000006")
     (folder / "step-00000006/ema.safetensors").write_bytes(b"")
     train(o)
-    assert "step-00000006: passed over, its manifest is that of step 3" in (
-        capsys.readouterr().out
-    )
+    assert "step-00000006: passed over, its manifest is that of step 3" in (capsys.readouterr().out)
     assert {p.name for p in folder.iterdir()} == {"step-00000006", "passed-over-step-00000006"}
     assert_same_state(whole.output / "checkpoints", folder)
 

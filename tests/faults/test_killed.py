@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from scd.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
-from tests.fault_runs import Fault, Runs
+from tests.faults.runs import Fault, Runs
 
 FULL = os.environ.get("SCD_FAULTS") == "full"
 QUARTERS = 4  # in full, that many tests of some minutes

@@ -22,7 +22,7 @@ from scd.options import Options, load_options
 from scd.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
-PREPARED = "tests.fault_imports"
+PREPARED = "tests.faults.imports"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""What the fork server of tests/fault_runs.py imports once for all runs."""
+"""What the fork server of tests/faults.runs.py imports once for all runs."""
 
-import tests.fault_runs  # noqa: F401
+import tests.faults.runs  # noqa: F401
 from scd import cli, pipeline  # noqa: F401
 from scd.data import npz_video  # noqa: F401
 from scd.environment import git_commit
