@@ -1,4 +1,4 @@
-"""What the fork server of tests/faults.runs.py imports once for all runs."""
+"""What the fork server of tests/faults/runs.py imports once for all runs."""
 
 import tests.faults.runs  # noqa: F401
 from scd import cli, pipeline  # noqa: F401

@@ -21,7 +21,7 @@ from scd.data.lists import ClipEntry, write_list
 from scd.options import Options, load_options
 from scd.training.trainer import Trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PREPARED = "tests.faults.imports"
 
 
