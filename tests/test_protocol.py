@@ -18,13 +18,16 @@ from scd.cli import main
 from scd.data.clips import clip_folder
 from scd.data.video import VideoFile
 from scd.errors import ScdError
-from scd.evaluation import generate, protocol, weights
+from scd.evaluation import generate, measure, protocol, weights
 from scd.evaluation.compare import compare_checkpoints
 from scd.evaluation.frame_metrics import psnr
 from scd.evaluation.protocol import (
     MODEL,
     OTHER,
+    OTHER_SET,
+    REAL_SET,
     REPEAT,
+    REPEAT_SET,
     read_evaluation_batch,
     swap_new_actions,
 )
@@ -236,11 +239,11 @@ def test_videos_from_nothing(options, model, data, no_weights, tmp_path, monkeyp
     """Without context there is nothing to repeat, and no real frame to compare with."""
     seen = []
 
-    def fake(model, context, *, num_frames, **_):
+    def fake(model, settings, context, num_frames, *_, **__):
         seen.append(tuple(context.shape))
         return torch.zeros(len(context), num_frames, *context.shape[2:])
 
-    monkeypatch.setattr(protocol, "generate", fake)
+    monkeypatch.setattr(protocol, "continue_videos", fake)
     options.eval.context_frames = 0
     found = evaluate(model, PixelCodec(), data, options, tmp_path, UNSAVED)
     assert set(seen) == {(2, 0, 3, 64, 64), (1, 0, 3, 64, 64)}
@@ -382,6 +385,25 @@ def test_sweep(options, checkpoint, no_weights, capsys):
     # A mistake in the last value is told before the first evaluation.
     assert main(["evaluate", str(checkpoint), "--sweep", "rollout.guidance=none,non"]) == 1
     assert "did you mean 'none'" in capsys.readouterr().err
+
+
+def test_what_no_model_made_is_measured_once(checkpoint, no_weights, monkeypatch, capsys):
+    """Real clips and repeated frames are the same under other settings of the rollout."""
+    measured = []
+    plain = measure._measure
+
+    def watched(samples, measures, set_, numbers):
+        measured.append(set_)
+        return plain(samples, measures, set_, numbers)
+
+    monkeypatch.setattr(measure, "_measure", watched)
+    command = ["evaluate", str(checkpoint), *FEW, "eval.context_frames=2"]
+    assert main([*command, "rollout.steps=1"]) == 0
+    first = set(measured)
+    measured.clear()
+    assert main([*command, "rollout.steps=2"]) == 0
+    assert {REAL_SET, REPEAT_SET} <= first
+    assert measured and not set(measured) & {REAL_SET, OTHER_SET, REPEAT_SET}
 
 
 def test_sweep_texts():

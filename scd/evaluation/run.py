@@ -18,7 +18,7 @@ from scd.evaluation.report import (
     write_report,
     write_samples,
 )
-from scd.evaluation.samples import SampleFolder, identity, identity_name
+from scd.evaluation.samples import EVALUATIONS, SampleFolder, identity, identity_name
 from scd.evaluation.sweep import sweep_combinations
 from scd.evaluation.table import Evaluation, summarise, table
 from scd.evaluation.tracking import track_table
@@ -146,7 +146,7 @@ def evaluation_folder(options: Options, checkpoint: dict[str, Any], data: ClipFo
     """Where the samples of just this checkpoint, protocol, rollout and data belong."""
     step, hash_ = checkpoint["step"], identity_name(identity(checkpoint["sha256"], options, data))
     stem = Path(checkpoint["path"]).stem if step is None else f"step-{step:08d}"
-    return options.output / "evaluation" / f"{stem}-{hash_}"
+    return options.output / EVALUATIONS / f"{stem}-{hash_}"
 
 
 def _protocol(options: Options, made_of: dict[str, Any]) -> dict[str, Any]:

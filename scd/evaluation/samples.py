@@ -33,6 +33,7 @@ from scd.models.autoencoder import autoencoder_hash
 from scd.options import Options
 
 MANIFEST = "manifest.json"
+EVALUATIONS = "evaluation"  # the folder of an experiment's sample folders
 FORMAT = 1
 MOST = 10**6  # videos, or frames of a video: more is a damaged manifest
 # Options of these sections decide what is generated; those without influence on it are left out.
@@ -51,7 +52,8 @@ def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[s
         }
         for section in _SECTIONS
     }
-    sections["data"] = {"frame_stride": options.data.frame_stride}
+    framing = ("frame_stride", "frame_size", "resize_shorter")
+    sections["data"] = {key: getattr(options.data, key) for key in framing}
     return {
         "format": FORMAT,
         "checkpoint": checkpoint_hash,
@@ -98,6 +100,13 @@ class SampleFolder:
         fits = fits and all(type(number) is int and 0 <= number <= MOST for number in numbers)
         if not fits or not self.videos or not self.context_frames < self.frames:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples, or a damaged one")
+
+    @property
+    def clips(self) -> tuple:
+        """What decides which real clips these are, and how they are cut."""
+        made_of = self.manifest["identity"]
+        data = made_of["data"], json.dumps(made_of["options"]["data"], sort_keys=True)
+        return *data, self.videos, self.context_frames, self.frames
 
     @staticmethod
     def describe(
@@ -174,6 +183,22 @@ class SampleFolder:
             if any(values[n].shape != measured[0][n].shape for n in names):
                 raise ScdError(f"{path}: other shapes than those of {paths[0].name}; remove it")
         return {name: torch.stack([values[name] for values in measured]) for name in names}
+
+
+def siblings(samples: SampleFolder) -> list[SampleFolder]:
+    """Other evaluations of the experiment, of the same real clips cut in the same way."""
+    found: list[SampleFolder] = []
+    if samples.path.parent.name != EVALUATIONS:
+        return found
+    for path in sorted(samples.path.parent.iterdir()):
+        try:
+            other = SampleFolder(path)
+            same = path != samples.path and other.clips == samples.clips
+        except (ScdError, KeyError, TypeError):  # not a folder of samples, or a damaged one
+            continue
+        if same:
+            found.append(other)
+    return found
 
 
 def _is_row(sets: object) -> bool:

@@ -29,7 +29,7 @@ def only_run_in(output: Path) -> Iterator[None]:
     path = output / NAME
     try:
         output.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as it is locked
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open as long as it is locked
     except OSError as error:
         raise ScdError(f"{output}: cannot be written ({error.strerror or error})") from error
     with file:
@@ -45,10 +45,13 @@ def only_run_in(output: Path) -> Iterator[None]:
                 f"{path}: this file system has no locks ({reason(error)}): "
                 f"nothing keeps a second run out"
             )
-        file.truncate(0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": now}, file)
-        file.flush()
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now}
+        try:
+            file.truncate(0)
+            file.write(json.dumps(holder).encode())
+        except OSError as error:
+            raise ScdError(f"{path}: cannot be written ({error.strerror or error})") from error
         yield
 
 
