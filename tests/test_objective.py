@@ -69,7 +69,7 @@ def test_a_perfect_prediction_has_no_loss(clips, prediction):
     made = objective(make_model(channels=C, prediction=prediction), noise_draws=2)
     draws = draws_of(made, latents)
 
-    def perfect(noisy, timesteps, context, conditions):
+    def perfect(noisy, context, e):
         clean = latents[:, 1:].repeat_interleave(2, dim=0)
         noise = draws.noise[:, :, 1:].flatten(0, 1)
         return clean if prediction == "data" else noise - clean

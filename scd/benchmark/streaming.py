@@ -54,12 +54,15 @@ def run_stream(case: StreamCase, device: torch.device) -> dict[str, Any]:
             rollout.reset(context, actions[:known].T)
             if not case.prefill:
                 _fill(rollout, case.context - 1)
+            synchronise(device)
+            prefill = time.perf_counter() - started
         rollout.step(actions[number])
         synchronise(device)
         times.append(time.perf_counter() - started)
     peak = peak_bytes(device)
     floor = frame_floor(case)
     return {
+        "prefill_seconds": prefill if case.prefill else None,
         "first_frame_seconds": times[0] if case.prefill else None,
         "frame_seconds": times[2:],
         "decode_seconds": _decode_seconds(dtype, device),
