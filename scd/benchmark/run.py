@@ -108,7 +108,15 @@ def _tables(chosen: list[Case], results: list[dict[str, Any]]) -> list[Table]:
 
 
 def _stream_table(streams: list[tuple[StreamCase, dict[str, Any]]]) -> Table:
-    heads = ["batch 1", "prefill, s", "first frame, s", "s/frame p50", "p95", "latent FPS", "pixel FPS"]
+    heads = [
+        "batch 1",
+        "prefill, s",
+        "first frame, s",
+        "s/frame p50",
+        "p95",
+        "latent FPS",
+        "pixel FPS",
+    ]
     heads += ["floor, s", "of the floor", "GFLOP/s", "peak, GB"]
     lines = []
     for case, r in streams:

@@ -28,7 +28,7 @@ def run_training(case: TrainCase, device: torch.device) -> dict[str, Any]:
     ).to(device)
     # Its latents are given: the pixel codec scales nothing.
     objective = FlowObjective(model, PixelCodec(), FlowOptions(noise_draws=case.draws), seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     average = EMAModel(model.parameters())
     shape = (case.batch, case.frames)
     batch = {

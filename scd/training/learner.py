@@ -24,7 +24,10 @@ class Learner:
         self.network = network
         self.options = options
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay
+            groups,
+            betas=(o.betas[0], o.betas[1]),
+            weight_decay=o.weight_decay,
+            fused=True,  # one pass over the weights
         )
 
     def start(
