@@ -51,7 +51,8 @@ def test_the_floor_is_operations_or_bytes():
 def test_table_json_and_plots(tmp_path, monkeypatch):
     machine = {"plain_flops": 2e11, "best_flops": 3e11, "bytes": 1e10}
     figures = {"peak_bytes": 10**9, "floor_seconds": 0.5, "machine": machine}
-    stream = {"prefill_seconds": 1.5, "first_frame_seconds": 2.0, "frame_seconds": [1.0, 1.1, 3.0]} | figures
+    starts = {"prefill_seconds": 1.5, "first_frame_seconds": 2.0}
+    stream = starts | {"frame_seconds": [1.0, 1.1, 3.0]} | figures
     results = {
         "StreamCase": stream | {"decode_seconds": [0.1, 0.15, 0.2]},
         "TrainCase": {"step_seconds": [1.0, 2.0, 3.0]} | figures,
