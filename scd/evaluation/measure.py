@@ -8,7 +8,6 @@ from scd.evaluation.fvd import FRAMES_AT_ONCE, SHORTEST
 from scd.evaluation.measures import Measures
 from scd.evaluation.protocol import OTHER_SET, REAL_SET, REPEAT_SET
 from scd.evaluation.samples import SampleFolder, batches, siblings
-from scd.files import write_whole
 from scd.processes import processes, share, together
 
 FEATURES = "i3d"  # of a whole clip, for FVD; the other entries of a measurement are one a frame
@@ -79,9 +78,7 @@ def _take_over(samples: SampleFolder, measures: Measures) -> None:
                 if not samples.is_measured(set_, number, measures.hashes) and other.is_measured(
                     set_, number, measures.hashes
                 ):
-                    measured = other.measurement_path(set_, number).read_bytes()
-                    path = samples.measurement_path(set_, number)
-                    write_whole(path, lambda aside, content=measured: aside.write_bytes(content))
+                    samples.copy_measurement(other, set_, number)
 
 
 def _measure(

@@ -157,6 +157,11 @@ class SampleFolder:
         path = self.measurement_path(set_, number)
         write_whole(path, lambda aside: aside.write_bytes(whole))
 
+    def copy_measurement(self, other: "SampleFolder", set_: str, number: int) -> None:
+        whole = other.measurement_path(set_, number).read_bytes()
+        path = self.measurement_path(set_, number)
+        write_whole(path, lambda aside: aside.write_bytes(whole))
+
     def is_measured(self, set_: str, number: int, weights: dict[str, str]) -> bool:
         """Whether a clip's metrics are there, computed with just these weights."""
         path = self.measurement_path(set_, number)
