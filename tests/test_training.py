@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -467,3 +468,17 @@ def test_a_bad_step_leaves_running_statistics_alone(doom_root, tmp_path):
     assert trainer.bad_steps.in_a_row == 1
     for name, value in task.network.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_an_error_leaves_no_data_workers(options, monkeypatch):
+    """They ignore SIGTERM; a traceback that is kept must not keep them."""
+
+    def fail(*_):
+        raise RuntimeError("in the middle of a step")
+
+    monkeypatch.setattr(Trainer, "_train_step", fail)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(RuntimeError, match="middle") as kept:
+        train(options("train.workers=2"))
+    assert kept.tb is not None
+    assert set(multiprocessing.active_children()) == before

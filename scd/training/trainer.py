@@ -115,9 +115,9 @@ class Trainer:
             dynamic_ncols=True,
             mininterval=1.0,
         )
-        with bar, stop_request() as request:
+        to_come = batches_from(self.step, self.clips, t, self.accelerator)
+        with bar, stop_request() as request, to_come as batches:
             self._validate_if_killed_before()
-            batches = iter(batches_from(self.step, self.clips, t, self.accelerator))
             while self.step < t.steps:
                 self.heartbeat.beat("training", self.step)
                 values, bad, stop = self._train_step(batches, meter, request)
