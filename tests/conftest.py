@@ -1,9 +1,11 @@
 """What several tests need: a small recording of Doom and an untrained autoencoder."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from scd.doom.record import record_dataset
 from scd.models.autoencoder import build_autoencoder
@@ -29,3 +31,16 @@ def tiny_autoencoder_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("autoencoder")
     build_autoencoder(AutoencoderOptions(latent_channels=8, **sides)).save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """For tests that launch in this process: they neither find nor leave a launch's state."""
+    _forget_the_launch()
+    yield
+    _forget_the_launch()
+
+
+def _forget_the_launch() -> None:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()

@@ -21,19 +21,15 @@ from scd.flow.objective import FlowObjective
 from scd.models import SCD, CausalDiT
 from scd.models.autoencoder import PixelCodec
 from scd.options import FlowOptions
+from tests.test_causal_dit import make as make_model
 
 B, K, NEW, C, H, W = 2, 3, 2, 4, 4, 6
 N, STEPS = 6, 3  # tokens of a frame (patch 2)
 
 
 def make(kind=CausalDiT, **config):
-    layers = {"layers": 3} if kind is CausalDiT else {"encoder_layers": 2, "decoder_layers": 3}
-    defaults = {"channels": C, "patch_size": 2, "heads": 1, "condition": "action"}
-    torch.manual_seed(0)
-    model = kind(**{**defaults, "num_conditions": 3, **layers, **config})
-    for parameter in model.parameters():  # nothing starts at zero, so everything has a say
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+    deeper = {} if kind is CausalDiT else {"decoder_layers": 3}
+    return make_model(kind, **{**deeper, **config})
 
 
 @pytest.fixture(scope="module")

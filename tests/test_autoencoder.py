@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
@@ -38,11 +37,7 @@ from tests.test_training import ROOT, assert_same_state, train
 WORLD_MODEL = ["task=world_model", "model.encoder_layers=1", "model.decoder_layers=1"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd.errors import ScdError
@@ -24,11 +23,7 @@ SMALL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def narrow(a: AutoencoderOptions) -> list[str]:

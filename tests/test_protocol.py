@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import save_file
 
 from scd.cli import main
@@ -46,11 +45,7 @@ CPU = torch.device("cpu")
 UNSAVED = {"path": None, "sha256": None, "step": None}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def make_options(doom_root, output_root):

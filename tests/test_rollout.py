@@ -263,6 +263,9 @@ def test_refusals(model, inputs):
         generate(model, context, actions=actions, noise=noise[:, 1:], **common)
     with pytest.raises(ScdError, match="guidance is 'foo'"):
         generate(model, context, actions=actions, guidance="foo", **common)
+    for wrong in ({"solver": "heun"}, {"spacing": "evn"}):  # not Euler without a word
+        with pytest.raises(ScdError, match="not one of"):
+            Rollout(model, RolloutOptions(STEPS, **wrong), K)
     unconditional = make_model(condition="none", num_conditions=0)
     with pytest.raises(ScdError, match="needs a model with a condition"):
         generate(unconditional, context, guidance="condition", guidance_scale=2.0, **common)

@@ -88,16 +88,19 @@ def feature_pictures(
         side: rows and columns of tokens.
     """
     columns = pictures.shape[1]
+    # Inches: pictures of one size, room for the names beside them and the title above.
+    width, height = 0.72 * (columns + 1) + 1.0, 0.74 * (len(names) + 1) + 0.9
+    width = max(width, 5.5)
     figure, axes = plt.subplots(
         len(names) + 1,
         columns + 1,
-        figsize=(0.72 * (columns + 1) + 1.2, 0.74 * (len(names) + 1) + 0.6),
+        figsize=(width, height),
         gridspec_kw={
             "wspace": 0.06,
             "hspace": 0.06,
-            "left": 0.1,
+            "left": 0.95 / width,
             "right": 0.995,
-            "top": 0.92,
+            "top": 1 - 0.8 / height,
             "bottom": 0.01,
         },
     )
@@ -115,8 +118,8 @@ def feature_pictures(
     for row, name in enumerate(["estimate", *names]):
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(
-        "The clean frame as each denoising step (1 = pure noise) sees it, and the features' three "
-        "main directions as colours (one basis a layer)",
+        "The clean frame as each denoising step (1 = pure noise) sees it,\n"
+        "and the features' three main directions as colours (one basis a layer)",
         fontsize=10,
     )
     return figure

@@ -7,9 +7,6 @@ import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-SPACINGS = ("reference", "even")
-SOLVERS = ("euler", "multistep")
-
 
 def noise_levels(num_steps: int, spacing: str = "reference", shift: float = 1.0) -> list[float]:
     """The levels between T steps, from 1 to 0: T + 1 of them.

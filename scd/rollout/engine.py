@@ -11,6 +11,7 @@ from scd.flow.sampler import guide, integrate, noise_levels
 from scd.models.linear import PackedWeights
 from scd.models.scd import DecoderField
 from scd.models.world_model import MAX_TIMESTEP, VelocityField, WorldModel
+from scd.option_rules import CHOICES
 from scd.options import RolloutOptions
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.graph import graphed
@@ -34,8 +35,10 @@ class Rollout:
 
     def __init__(self, model: WorldModel, settings: RolloutOptions, max_frames: int = 0):
         s = settings
-        if s.guidance not in ("none", "context", "condition"):
-            raise ScdError(f"guidance is {s.guidance!r}, not one of none, context, condition")
+        for key in ("guidance", "solver", "spacing"):
+            value, choices = getattr(s, key), CHOICES[f"rollout.{key}"]
+            if value not in choices:
+                raise ScdError(f"{key} is {value!r}, not one of {', '.join(choices)}")
         self.guidance = s.guidance if s.guidance_scale != 1.0 else "none"
         if self.guidance == "condition" and model.config.condition == "none":
             raise ScdError("condition guidance needs a model with a condition")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 
 from scd.cli import main
@@ -27,11 +26,7 @@ SMALL += ["train.batch_size=2", "train.save_every=2", "train.workers=0", "train.
 SMALL += ["train.mixed_precision=no", "train.sample_every=0"]
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture

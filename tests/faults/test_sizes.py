@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import save_file
 
 from scd.cli import main
@@ -26,12 +25,7 @@ from scd.options import load_options, options_from_json
 from tests.faults.test_foreign_files import SMALL, TINY, options_json, tiny_model
 from tests.faults.trials import Kind, try_damage
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def swollen_member(path: Path, value: object, name: str, size: int) -> None:
