@@ -80,6 +80,6 @@ TABLE: list[Case] = [
 ]
 CONTEXTS = [36, 72, 144, 300, 600, 1000]
 STEPS = [1, 2, 5, 10, 20, 50]
-_PLOTTED = {"guidance": "none", "prefill": False, "frames": 3}
+_PLOTTED = {"guidance": "none", "prefill": False, "frames": 2}
 BY_CONTEXT = [_named(model, context=n, **_PLOTTED) for model in (_SCD, _DENSE) for n in CONTEXTS]
 BY_STEPS = [_named(model, steps=n, **_PLOTTED) for model in (_SCD, _DENSE) for n in STEPS]

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scd.models.linear import Linear
 
@@ -164,7 +165,14 @@ class MLP(nn.Module):
         self.down = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x, gelu=True))
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.down(self.up(x, gelu=True))
+        # The GELU's result, four times as wide as x, is not kept for the backward pass but made
+        # again there. A compiled model decides on that by itself.
+        return checkpoint(self._narrow, self.up(x), use_reentrant=False, preserve_rng_state=False)
+
+    def _narrow(self, h: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(h, approximate="tanh"))
 
 
 class BlockModulation(NamedTuple):
