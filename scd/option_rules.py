@@ -80,7 +80,13 @@ NOT_NEGATIVE = [
     "autoencoder.lpips_weight",
     "adversary.weight",
 ]
-FRACTIONS = ["flow.clean_fraction", "flow.condition_dropout", "optim.ema_decay"]
+FRACTIONS = [
+    "flow.clean_fraction",
+    "flow.history_noise",
+    "flow.own_history",
+    "flow.condition_dropout",
+    "optim.ema_decay",
+]
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -217,6 +223,11 @@ def check(options: "Options", source: str) -> None:
         not (dense and options.rollout.guidance == "context"),
         "rollout.guidance=context contradicts model.type=causal_dit, which has no separate context",
     )
+    for key in ("flow.history_noise", "flow.own_history"):
+        require(
+            get(key) == 0 or options.flow.encoder_input == "clean",
+            f"{key}={get(key)} needs flow.encoder_input=clean, not {options.flow.encoder_input}",
+        )
     rollout = options.rollout
     interval = rollout.guidance_interval
     require(

@@ -96,6 +96,11 @@ class FlowOptions:
     sigma_min: float = 0.05  # for prediction data: lower bound of the divisor of the velocity
     encoder_input: str = "clean"  # | noisy | mixed (a share of `clean_fraction` frames is clean)
     clean_fraction: float = 0.1
+    # Against drift, for encoder_input clean: noise in the history's frames, of a level drawn for
+    # each clip between 0 and this (arXiv 2408.14837), and the share of clips whose history is the
+    # model's own prediction of each frame, made in a few steps.
+    history_noise: float = 0.0
+    own_history: float = 0.0
     noise_draws: int = 2  # K: noise draws of each frame on one encoder pass
     context_noise: float = 0.05  # eta of the context perturbation
     condition_dropout: float = 0.1

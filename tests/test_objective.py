@@ -6,7 +6,8 @@ import torch
 from scd.flow.noise import draw_noise
 from scd.flow.objective import FlowObjective
 from scd.models.autoencoder import PixelCodec
-from scd.options import FlowOptions
+from scd.options import FlowOptions, RolloutOptions
+from scd.rollout import continue_videos
 from tests.test_model import make_model
 
 B, F, C, H, W = 3, 4, 3, 4, 4
@@ -117,6 +118,66 @@ def test_encoder_input(clips):
     assert 0 < clean.sum() < clean.numel()
     assert torch.equal((seen["mixed"] == history).flatten(2).all(-1), clean)
     assert torch.equal(seen["mixed"][~clean], seen["noisy"][~clean])
+
+
+def history_of(made: FlowObjective, latents, actions, draws):
+    """What the encoder is shown when the loss is computed, last of all."""
+    seen = []
+    forward = made.model.encoder.forward
+    made.model.encoder.forward = lambda x, *rest: (seen.append(x), forward(x, *rest))[1]
+    made.loss(latents, actions, draws)
+    made.model.encoder.forward = forward
+    return seen[-1]
+
+
+@torch.no_grad()
+def test_noise_in_the_history(clips):
+    """One level a clip, drawn below the option's; the target stays the clean frame."""
+    latents, actions = clips
+    made = objective(history_noise=0.5)
+    draws = draws_of(made, latents)
+    assert (0 < draws.history_level).all()
+    assert (draws.history_level < 0.5).all()
+    assert len(set(draws.history_level.tolist())) == B
+    level = draws.history_level[:, None, None, None, None]
+    expected = level * draws.noise[:, 0] + (1 - level) * latents
+    assert torch.equal(history_of(made, latents, actions, draws), expected[:, :-1])
+    silent = draws._replace(history_level=torch.zeros(B))
+    assert torch.equal(
+        made.loss(latents, actions, silent), objective(made.model).loss(latents, actions, silent)
+    )
+
+
+@torch.no_grad()
+def test_own_history(clips):
+    """Frame j of the history is what two steps of a rollout make of frame j (within 1e-5)."""
+    latents, actions = clips
+    made = objective(own_history=1.0, condition_dropout=0.0)
+    draws = draws_of(made, latents)
+    history = history_of(made, latents, actions, draws)
+    assert torch.equal(history[:, 0], latents[:, 0])
+    settings = RolloutOptions(2, solver="multistep", spacing="even", guidance="none")
+    for j in range(1, F - 1):
+        own = continue_videos(
+            made.model,
+            settings,
+            latents[:, :j],
+            1,
+            actions[:, : j + 1],
+            noise=draws.noise[:, 0, j : j + 1],
+        )
+        assert torch.allclose(history[:, j], own[:, 0], atol=1e-5)
+    some = draws._replace(own_history=torch.tensor([True, False, True]))
+    mixed = history_of(made, latents, actions, some)
+    assert torch.equal(mixed[1], latents[1, :-1])
+    assert torch.equal(mixed[2], history[2])
+
+
+def test_no_gradient_flows_through_the_own_history(clips):
+    latents, actions = clips
+    made = objective(own_history=1.0)
+    seen = history_of(made, latents, actions, draws_of(made, latents))
+    assert not seen.requires_grad
 
 
 @torch.no_grad()

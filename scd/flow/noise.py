@@ -16,6 +16,8 @@ class FlowDraws(NamedTuple):
     context_noise: Tensor  # (B, F, N, D), ζ
     drop_condition: Tensor  # (B,), bool
     clean_frame: Tensor  # (B, F), bool: frames the mixed encoder input leaves clean
+    history_level: Tensor  # (B,), of the noise in the history
+    own_history: Tensor  # (B,), bool: clips with a history of the model's own frames
 
 
 def draw_noise(
@@ -46,4 +48,6 @@ def draw_noise(
         context_noise=normal("context", frames, *context_shape),
         drop_condition=uniform("drop", 1)[:, 0] < options.condition_dropout,
         clean_frame=uniform("clean", frames) < options.clean_fraction,
+        history_level=options.history_noise * uniform("history", 1)[:, 0],
+        own_history=uniform("own", 1)[:, 0] < options.own_history,
     )

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from scd.flow.noise import FlowDraws, draw_noise
+from scd.flow.sampler import integrate, noise_levels
 from scd.models.autoencoder import Codec
 from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.options import FlowOptions
+
+OWN_HISTORY_STEPS = 2  # of the model's own frames: in more, they would cost more than the step itself
 
 
 class NoisyFrames(NamedTuple):
@@ -67,7 +70,7 @@ class FlowObjective(nn.Module):
         if self.model.has_context:
             perturbation = self.options.context_noise * draws.context_noise[:, first:]
         velocity = self.model(
-            self._history(latents, frames, draws),
+            self._history(latents, frames, conditions, draws),
             frames.noisy[:, :, first:],
             frames.sigmas[:, :, first:] * MAX_TIMESTEP,
             conditions,
@@ -87,10 +90,41 @@ class FlowObjective(nn.Module):
             noisy, (noisy - clean) / sigma.clamp(min=self.model.config.sigma_min), sigmas
         )
 
-    def _history(self, latents: Tensor, frames: NoisyFrames, draws: FlowDraws) -> Tensor:
-        if self.options.encoder_input == "clean":
-            return latents
-        noisy = frames.noisy[:, 0]
-        if self.options.encoder_input == "noisy":
-            return noisy
-        return torch.where(draws.clean_frame[:, :, None, None, None], latents, noisy)
+    def _history(
+        self, latents: Tensor, frames: NoisyFrames, conditions: Tensor | None, draws: FlowDraws
+    ) -> Tensor:
+        """The frames before each frame, as the model is shown them."""
+        options = self.options
+        if options.encoder_input == "noisy":
+            return frames.noisy[:, 0]
+        if options.encoder_input == "mixed":
+            return torch.where(_of_frames(draws.clean_frame), latents, frames.noisy[:, 0])
+        history = latents
+        if options.own_history:
+            own = self._own_frames(latents, conditions, draws)
+            history = torch.where(_of_frames(draws.own_history[:, None]), own, latents)
+        if options.history_noise:
+            # A frame is predicted from other noise than that of its history.
+            level = _of_frames(draws.history_level[:, None])
+            history = level * draws.noise[:, 0] + (1 - level) * history
+        return history
+
+    @torch.no_grad()
+    def _own_frames(
+        self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws
+    ) -> Tensor:
+        """What the model makes of every frame after the true ones before it, all frames at once."""
+        first = self.model.first_predicted
+        levels = noise_levels(OWN_HISTORY_STEPS, "even")
+
+        def velocity(x: Tensor, step: int) -> Tensor:
+            timesteps = torch.full(x.shape[:2], levels[step] * MAX_TIMESTEP, device=x.device)
+            return self.model(latents, x[:, None], timesteps[:, None], conditions)[:, 0]
+
+        own = integrate(velocity, draws.noise[:, 0, first:], levels, "multistep")
+        return torch.cat([latents[:, :first], own], dim=1)
+
+
+def _of_frames(values: Tensor) -> Tensor:
+    """(B, F) -> (B, F, 1, 1, 1)."""
+    return values[:, :, None, None, None]
