@@ -33,11 +33,30 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
         mask: (queries, keys), True where attention is allowed.
     """
     if q.device.type != "cpu" or k.shape[2] > PLAIN_KEYS:
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            return _head_by_head(q, k, v, mask)
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1) @ v
+
+
+def _head_by_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same as products of two matrices, of one head each, for bfloat16 on the CPU.
+
+    oneDNN makes them 1.6 to 1.9 times as fast as the fused kernel (64 queries, 2,000 to 19,000
+    keys, AMD EPYC), which products of three axes are not. In float32 there is nothing to gain, and
+    a backward pass would have to keep the weights of every key.
+    """
+    q = q * q.shape[-1] ** -0.5
+    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=v.dtype)
+    for one, keys, values, result in zip(*(x.flatten(0, 1) for x in (q, k, v, out)), strict=True):
+        scores = one @ keys.T
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        torch.mm(scores.softmax(dim=-1), values, out=result)
+    return out
 
 
 def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
