@@ -98,6 +98,15 @@ def split(arguments: argparse.Namespace) -> None:
     split_checkpoint(Path(a.checkpoint), wanted, Path(a.out), a.overrides)
 
 
+def export(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from scd.export import export_checkpoint
+
+    a = arguments
+    export_checkpoint(Path(a.checkpoint), Path(a.out), getattr(torch, a.dtype), a.overrides)
+
+
 def measure(arguments: argparse.Namespace) -> None:
     from scd.evaluation.run import measure_folder
 
@@ -221,6 +230,18 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder for model.safetensors and options.yml")
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=split)
+
+    p = commands.add_parser("export", help="write a checkpoint as a pipeline with a model card")
+    p.add_argument("checkpoint", help="ema.safetensors of this project, or the reference's ema.pth")
+    p.add_argument("--out", required=True, help="folder; the last part names the model")
+    p.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the weights (default: %(default)s)",
+    )
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.set_defaults(run=export)
 
     p = commands.add_parser("measure", help="recompute the metrics of saved samples, without model")
     p.add_argument("folder", help="such as experiments/<name>/evaluation/step-00000400-1f2e3d4c")

@@ -230,6 +230,11 @@ def options_to_dict(options: Options) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(options))  # type: ignore[return-value]
 
 
+def options_to_yaml(options: Options) -> str:
+    """An options file with every value written out."""
+    return OmegaConf.to_yaml(OmegaConf.structured(options))
+
+
 class _Loader(yaml.SafeLoader):
     """YAML whose plain scalars stay text, but for null: the option's type says what they are.
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from scd.models.autoencoder import Codec
 from scd.models.build import build_world_model
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.models.weights import load_matching
-from scd.options import Options, options_to_dict
+from scd.options import Options, options_to_dict, options_to_yaml
 
 FRESH = ("encoder.norm_out.", "encoder.start")  # has no counterpart in a dense model
 
@@ -133,7 +132,7 @@ def split_checkpoint(
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     write_whole(weights, lambda aside: save_file(tensors, aside, metadata))
-    text = OmegaConf.to_yaml(OmegaConf.structured(replace(options, init_from=str(weights))))
+    text = options_to_yaml(replace(options, init_from=str(weights)))
     write_whole(out / "options.yml", lambda aside: aside.write_text(text, encoding="utf-8"))
     print(f"weights: {weights}\ntrain:   ./scripts/train.sh {out / 'options.yml'}")
 

@@ -14,7 +14,9 @@ from scd.models.autoencoder import Codec
 from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.options import FlowOptions
 
-OWN_HISTORY_STEPS = 2  # of the model's own frames: in more, they would cost more than the step itself
+OWN_HISTORY_STEPS = (
+    2  # of the model's own frames: in more, they would cost more than the step itself
+)
 
 
 class NoisyFrames(NamedTuple):
@@ -110,9 +112,7 @@ class FlowObjective(nn.Module):
         return history
 
     @torch.no_grad()
-    def _own_frames(
-        self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws
-    ) -> Tensor:
+    def _own_frames(self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws) -> Tensor:
         """What the model makes of every frame after the true ones before it, all frames at once."""
         first = self.model.first_predicted
         levels = noise_levels(OWN_HISTORY_STEPS, "even")

@@ -7,19 +7,18 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from omegaconf import OmegaConf
 
 from scd.environment import environment
 from scd.errors import ScdError
 from scd.files import write_json, write_whole
-from scd.options import Options, options_to_dict
+from scd.options import Options, options_to_dict, options_to_yaml
 from scd.training.resume import flat_options
 
 
 def write_run_files(output: Path, options: Options, accelerator: Accelerator) -> None:
     """`options.yml` (resolved) and `environment.json`."""
-    text = OmegaConf.to_yaml(OmegaConf.structured(options))
-    write_whole(output / "options.yml", lambda aside: aside.write_text(text))
+    text = options_to_yaml(options)
+    write_whole(output / "options.yml", lambda aside: aside.write_text(text, encoding="utf-8"))
     write_json(
         output / "environment.json", {**environment(), "processes": accelerator.num_processes}
     )

@@ -1,0 +1,98 @@
+"""A checkpoint as a folder for others."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from scd.cli import main
+from scd.files import sha256
+from scd.models.autoencoder import load_codec
+from scd.models.build import build_world_model
+from scd.options import load_options, options_to_dict
+from scd.pipeline import SCDPipeline
+
+
+@pytest.fixture
+def experiment(tmp_path, doom_root, tiny_autoencoder_path):
+    """A checkpoint of step 20 with its log and two evaluations, one of them of other weights."""
+    shutil.copytree(tiny_autoencoder_path, tmp_path / "models" / "autoencoder")
+    options = load_options(
+        "options/scd_doom_tiny.yml",
+        [f"data.root={doom_root}", f"autoencoder.path={tmp_path}/models/autoencoder",
+         "model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1", "train.steps=30"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_world_model(options, load_codec(options.autoencoder.path))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path / "experiments" / "scd_doom_tiny"
+    checkpoint = folder / "checkpoints" / "step-00000020" / "ema.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    metadata = {"options": json.dumps(options_to_dict(options)), "step": "20"}
+    save_file(model.state_dict(), checkpoint, metadata)
+    entries = [(10, 3600.0), (20, 1800.0), (30, 9999.0)]
+    log = [json.dumps({"step": step, "loss": 1.0, "seconds": s / 10}) for step, s in entries]
+    (folder / "log.jsonl").write_text("\n".join(log) + "\n")
+    for name, digest in (("one", sha256(checkpoint)), ("two", "0" * 64)):
+        found = folder / "evaluation" / name
+        found.mkdir(parents=True)
+        protocol = {"videos": 3, "data": "val.json", "context_frames": 36, "new_frames": 64}
+        protocol |= {"rollout_steps": 4, "rollout_window": 47}
+        metrics = {"checkpoint": {"sha256": digest}, "protocol": protocol}
+        (found / "metrics.json").write_text(json.dumps(metrics))
+        (found / "metrics.md").write_text(f"| table of {name} |\n")
+    return model.eval(), checkpoint
+
+
+def test_it_is_the_checkpoint(experiment, tmp_path, capsys):
+    model, checkpoint = experiment
+    out = tmp_path / "elsewhere" / "doom"
+    assert main(["export", str(checkpoint), "--out", str(out), "rollout.steps=3"]) == 0
+    pipeline = SCDPipeline.from_pretrained(out)
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), pipeline.transformer.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+    assert load_options(out / "options.yml").rollout.steps == 3
+    video = torch.rand(1, 2, 3, 64, 64)
+    frames = pipeline(video, num_frames=1, num_inference_steps=1, guidance_scale=1.0).frames
+    assert frames.shape == (1, 3, 3, 64, 64)
+    main(["export", str(checkpoint), "--out", str(out)])  # again: it takes the old one's place
+    assert load_options(out / "options.yml").rollout.steps == 4
+
+
+def test_half_precision_beside_its_autoencoder(experiment, tmp_path):
+    model, checkpoint = experiment
+    out = tmp_path / "models" / "doom"
+    assert main(["export", str(checkpoint), "--out", str(out), "--dtype", "bfloat16"]) == 0
+    weights = out / "vae" / "diffusion_pytorch_model.safetensors"
+    assert weights.is_symlink()
+    assert weights.resolve() == tmp_path / "models" / "autoencoder" / weights.name
+    pipeline = SCDPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    for name, tensor in pipeline.transformer.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].bfloat16().float()), name
+    assert pipeline.vae is not None
+
+
+def test_the_card_says_what_it_is(experiment, tmp_path):
+    _, checkpoint = experiment
+    out = tmp_path / "doom"
+    main(["export", str(checkpoint), "--out", str(out)])
+    card = (out / "README.md").read_text()
+    assert "step 20 of 30, batch 4, 1.5 hours" in card
+    assert "3 videos of" in card and "36 → 64 frames" in card
+    assert "table of one" in card and "table of two" not in card
+    assert sha256(checkpoint) in card
+
+
+def test_a_folder_of_something_else_stays(experiment, tmp_path, capsys):
+    _, checkpoint = experiment
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "mine")]) == 1
+    assert "holds no pipeline" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
