@@ -62,6 +62,8 @@ class Rollout:
             self.window = Window(s.window + start, "slide", kept)
         else:
             self.window = Window(max_frames, "error")
+        # Called between the two parts of a step, for whoever times the encoder and the denoising.
+        self.on_encoded: Callable[[], object] = lambda: None
         self._graph: Callable[..., Tensor] | None = None
         self._newest: Tensor | None = None
 
@@ -147,6 +149,7 @@ class Rollout:
                 self._conditioned,
                 perturbation,
             )
+            self.on_encoded()
             self._newest = self._denoise(field, start)
         self._newest_condition = condition
         return self._newest[:, 0]
