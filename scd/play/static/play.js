@@ -1,26 +1,228 @@
-// A stand-in: arrow keys walk, any key ends the pause.
-const socket = new WebSocket(`ws://${location.host}/ws${location.search}`);
-socket.binaryType = "arraybuffer";
-const keys = { ArrowLeft: 1, ArrowRight: 2, ArrowUp: 3 };
+// The page: what comes from the server goes to its parts, what the player does goes to the server.
+
+import { Connection } from "./connection.js";
+import { Controls, moveOf } from "./controls.js";
+import { Memory } from "./memory.js";
+import { Notice } from "./notice.js";
+import { Panel } from "./panel.js";
+import { paint, readPicture } from "./picture.js";
+import { Recorder } from "./recorder.js";
+import { Stats } from "./stats.js";
+import { Timeline } from "./timeline.js";
+import { Worlds } from "./worlds.js";
+
+const $ = (id) => document.getElementById(id);
+const SAID_FOR = 6000; // ms
+
+let hello = null;
+let state = null;
+let newest = 0; // frame
+let picture = null; // the newest one, until it is on the screen
 let seq = 0;
-const send = (message) => socket.send(JSON.stringify(message));
-socket.onmessage = ({ data }) => {
-  if (typeof data === "string") {
-    document.querySelector("#line").textContent = data;
-    return;
+let hidden = false; // paused because nobody can see the page
+let earlier = null; // what a session was like that is gone
+let wasLost = false;
+
+const memory = new Memory();
+const worlds = new Worlds($("worlds"));
+const stats = new Stats($("stats"));
+const timeline = new Timeline($("timeline"), memory, (frame) => connection.command({ type: "rewind", frame }));
+const recorder = new Recorder($("record"), say);
+const controls = new Controls($("pad"), { changed: held, pressed: (name) => actions[name]() });
+const panel = new Panel({
+  start: (choice) => connection.command({ type: "start", ...choice }),
+  settings: (changes) => connection.command({ type: "settings", ...changes }),
+});
+const notice = new Notice($("notice"), () => connection.open());
+const connection = new Connection({ status: onStatus, hello: onHello, state: onState, picture: onPicture });
+
+// ---- from the server
+
+function onStatus(status) {
+  document.body.dataset.phase = status.phase;
+  if (status.phase === "lost" && hello) wasLost = true;
+  if (status.phase === "ended") wasLost = false;
+  if (status.phase !== "open") stats.begin(state?.fps ?? 10);
+  notice.show(status);
+}
+
+function onHello(message) {
+  if (!message.resumed) {
+    earlier = state;
+    memory.clear();
+    recorder.drop();
   }
-  const view = new DataView(data);
-  const [height, width] = [view.getUint16(4, true), view.getUint16(6, true)];
-  const rgb = new Uint8Array(data, 24 + 16, 3 * height * width);
-  const image = new ImageData(width, height);
-  for (let i = 0; i < height * width; i++) {
-    image.data.set([rgb[3 * i], rgb[3 * i + 1], rgb[3 * i + 2], 255], 4 * i);
+  hello = message;
+  controls.actions = message.actions;
+  panel.offer(message);
+  if (wasLost) say(message.resumed ? "Connected again: going on where you were." : "Connected again, in a new session: the server had forgotten the old one.");
+  wasLost = false;
+}
+
+function onState(message, command, refused) {
+  state = message;
+  newest = message.frame;
+  if (refused) say(`Not done: ${refused}`);
+  else memory.follow(message, command);
+  if (command.type === "start" && !refused) recorder.drop();
+  if (command.type === "hello") {
+    comeBack();
+    input();
   }
-  document.querySelector("#picture").getContext("2d").putImageData(image, 0, 0);
-  send({ type: "seen", serial: view.getUint32(12, true) });
+  if (command.type !== "keep") stats.begin(message.fps);
+  worlds.names = message.worlds;
+  panel.follow(message);
+  recorder.follow(newest);
+  followLine();
+  showBranches();
+  showPause();
+}
+
+// A new session after an old one: the same start, worlds and settings.
+function comeBack() {
+  if (earlier && hello.starts.includes(earlier.start) && earlier.worlds.every((name) => hello.worlds.includes(name))) {
+    connection.command({ type: "start", start: earlier.start, worlds: earlier.worlds });
+    connection.command({ type: "settings", ...earlier.settings, fps: earlier.fps });
+  }
+  earlier = null;
+}
+
+function onPicture(buffer) {
+  const drawing = picture !== null;
+  picture = readPicture(buffer);
+  newest = picture.frame;
+  memory.add(picture.frame, picture.worlds[0].image);
+  if (!picture.again && controls.curve) input(); // the other of the two held keys
+  if (!drawing) requestAnimationFrame(show);
+}
+
+function show() {
+  const shown = picture;
+  picture = null;
+  worlds.show(shown, hello.worlds);
+  connection.send({ type: "seen", serial: shown.serial });
+  if (!shown.again) stats.shown(shown, hello.worlds);
+  recorder.follow(newest);
+  followLine();
+  showInvitation();
+}
+
+// ---- to the server
+
+function input() {
+  seq += 1;
+  connection.send({ type: "input", action: controls.next(), seq });
+}
+
+function held() {
+  if (!state) return;
+  if (atStart() && controls.holding) actions.pause();
+  input();
+  if (!state.paused) stats.pressed(seq);
+}
+
+const actions = {
+  pause: () => connection.command({ type: "pause", paused: !state?.paused }),
+  step: () => {
+    if (state && !state.paused) connection.command({ type: "pause", paused: true });
+    else connection.send({ type: "step" });
+  },
+  rewind: () => state && connection.command({ type: "rewind", frame: Math.max(firstFrame(), newest - Math.round(state.fps)) }),
+  branch: () => {
+    connection.command({ type: "keep" });
+    say("Kept: return to this moment below the strip.");
+  },
+  record: () => state && recorder.toggle(connection.session),
+  full: () => (document.fullscreenElement ? document.exitFullscreen() : $("stage").requestFullscreen()),
+  help: () => $("keys").showModal(),
 };
-onkeydown = (event) => {
-  send({ type: "pause", paused: false });
-  if (event.key in keys && !event.repeat) send({ type: "input", action: keys[event.key], seq: ++seq });
-};
-onkeyup = () => send({ type: "input", action: 0, seq: ++seq });
+for (const [id, act] of Object.entries(actions)) $(id).addEventListener("click", act);
+
+const KEYS = { " ": "pause", ".": "step", Backspace: "rewind", b: "branch", r: "record", f: "full", "?": "help" };
+
+addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
+  const sliding = event.target.matches("input:not([type=checkbox]), [role=slider]");
+  if (event.key === "Escape") $("stage").focus();
+  else if (sliding && !event.code.startsWith("Key")) return;
+  else if (moveOf(event)) controls.press(event);
+  else if (event.repeat) return;
+  else if (event.key === " " && event.target.matches("button, input")) return;
+  else if (/^[1-9]$/.test(event.key)) panel.startAt(event.key - 1);
+  else if (event.key === "v") panel.toggleBeside();
+  else if (KEYS[event.key]) actions[KEYS[event.key]]();
+  else return;
+  event.preventDefault();
+});
+
+// What the mouse has done is over: keys walk again.
+addEventListener("click", (event) => {
+  if (event.detail && event.target.closest("main button, [type=range], [type=checkbox], #timeline")) {
+    $("stage").focus({ preventScroll: true });
+  }
+});
+
+$("smooth").addEventListener("change", ({ target }) => (worlds.smooth = target.checked));
+
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden && state && !state.paused) {
+    hidden = true;
+    connection.command({ type: "pause", paused: true });
+  } else if (!document.hidden && hidden) {
+    hidden = false;
+    connection.command({ type: "pause", paused: false });
+  }
+});
+
+// ---- on the page
+
+function firstFrame() {
+  return Math.max(state.oldest, state.given - 1);
+}
+
+function atStart() {
+  return state.paused && newest === state.given - 1;
+}
+
+function followLine() {
+  timeline.follow(firstFrame(), newest, state.moments.map(({ shared }) => shared));
+}
+
+function showPause() {
+  const name = state.paused ? "play" : "pause";
+  $("pause").setAttribute("aria-label", state.paused ? "Play" : "Pause");
+  $("pause").querySelector("use").setAttribute("href", `#icon-${name}`);
+  document.body.classList.toggle("paused", state.paused);
+  showInvitation();
+}
+
+function showInvitation() {
+  $("invitation").hidden = !atStart();
+}
+
+function showBranches() {
+  $("branches").replaceChildren(...state.moments.map(({ moment, frame, kept }) => {
+    const button = Object.assign(document.createElement("button"), { type: "button" });
+    const canvas = document.createElement("canvas");
+    const image = memory.near(frame, memory.branches.get(moment));
+    if (image) paint(canvas, image);
+    const label = document.createElement("span");
+    label.textContent = frame;
+    button.title = `${kept ? "Kept" : "Left"} at frame ${frame}: return there`;
+    button.setAttribute("aria-label", button.title);
+    button.dataset.moment = moment;
+    button.classList.toggle("kept", kept);
+    button.append(canvas, label);
+    button.addEventListener("click", () => connection.command({ type: "return", moment }));
+    return button;
+  }));
+}
+
+let saying = 0;
+function say(text) {
+  clearTimeout(saying);
+  $("status").textContent = text;
+  saying = setTimeout(() => ($("status").textContent = ""), SAID_FOR);
+}
+
+connection.open();
