@@ -190,12 +190,14 @@ class Page:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_autoencoder_path) -> Path:
-    """A pretrained folder; weights are random everywhere, as fresh ones would give still pictures."""
+    """A pretrained folder. Random everywhere: fresh weights would give still pictures."""
     folder = tmp_path_factory.mktemp("pretrained")
     options = load_options(
         ROOT / "options/scd_doom_tiny.yml",
-        ["model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1", "rollout.window=8"]
-        + ["rollout.steps=2", "autoencoder.latent_channels=8"],
+        [
+            *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
+            *("rollout.window=8", "rollout.steps=2", "autoencoder.latent_channels=8"),
+        ],
     )
     codec = load_codec(tiny_autoencoder_path)
     torch.manual_seed(0)

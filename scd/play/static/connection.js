@@ -66,6 +66,11 @@ export class Connection {
     this.#next();
   }
 
+  /** Whether commands are to be sent yet. */
+  get waiting() {
+    return this.#waiting.length > 0;
+  }
+
   #next() {
     if (this.#asked || !this.#waiting.length) return;
     this.#asked = this.#waiting.shift();

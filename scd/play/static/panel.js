@@ -13,7 +13,7 @@ export class Panel {
   constructor({ start, settings }) {
     this.startWith = start;
     const $ = (id) => document.getElementById(id);
-    [this.starts, this.beside, this.seed, this.dice] = ["starts", "beside", "seed", "dice"].map($);
+    [this.starts, this.beside, this.seed] = ["starts", "beside", "seed"].map($);
     this.sliders = { steps: $("steps"), guidance_scale: $("guidance"), fps: $("fps") };
     for (const [name, slider] of Object.entries(this.sliders)) {
       slider.addEventListener("input", () => {
@@ -27,7 +27,7 @@ export class Panel {
       this.seed.value = seed;
       settings({ seed });
     });
-    this.dice.addEventListener("click", () => {
+    $("dice").addEventListener("click", () => {
       this.seed.value = Math.floor(Math.random() * 10000);
       settings({ seed: Number(this.seed.value) });
     });
@@ -42,6 +42,10 @@ export class Panel {
     this.starts.replaceChildren(...starts.map((name, i) => this.#startButton(name, i)));
     const chips = [...worlds, ...Object.keys(missing)].map((name) => this.#chip(name, missing[name]));
     this.beside.replaceChildren(...chips);
+    const reasons = Object.entries(missing).map(([name, why]) => `${titleOf(name)} is not here: ${why}.`);
+    document.getElementById("beside-hint").textContent = [
+      "The same keys in each. A change begins the clip anew.", ...reasons,
+    ].join(" ");
   }
 
   /** What is the case now. */
@@ -55,7 +59,7 @@ export class Panel {
       chip.setAttribute("aria-pressed", state.worlds.includes(chip.dataset.world));
     }
     for (const [name, slider] of Object.entries(this.sliders)) {
-      if (!slider.matches(":active")) slider.value = state.settings[name] ?? state[name];
+      slider.value = state.settings[name] ?? state[name];
       this.#say(name);
     }
     if (document.activeElement !== this.seed) this.seed.value = state.settings.seed;
@@ -94,7 +98,6 @@ export class Panel {
     const chip = Object.assign(document.createElement("button"), { type: "button", textContent: titleOf(name) });
     chip.dataset.world = name;
     chip.disabled = missing !== undefined;
-    if (missing) chip.title = `not here: ${missing}`;
     chip.addEventListener("click", () => {
       const without = this.#worlds.filter((world) => world !== name);
       const worlds = without.length < this.#worlds.length ? without : [...this.#worlds, name];

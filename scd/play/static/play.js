@@ -42,7 +42,8 @@ function onStatus(status) {
   document.body.dataset.phase = status.phase;
   if (status.phase === "lost" && hello) wasLost = true;
   if (status.phase === "ended") wasLost = false;
-  if (status.phase !== "open") stats.begin(state?.fps ?? 10);
+  picture = null; // its serial means nothing to another connection
+  stats.begin(state?.fps ?? 10);
   notice.show(status);
 }
 
@@ -71,7 +72,7 @@ function onState(message, command, refused) {
   }
   if (command.type !== "keep") stats.begin(message.fps);
   worlds.names = message.worlds;
-  panel.follow(message);
+  if (!connection.waiting) panel.follow(message); // else a slider has moved on
   recorder.follow(newest);
   followLine();
   showBranches();
@@ -98,6 +99,7 @@ function onPicture(buffer) {
 
 function show() {
   const shown = picture;
+  if (!shown) return;
   picture = null;
   worlds.show(shown, hello.worlds);
   connection.send({ type: "seen", serial: shown.serial });
@@ -133,7 +135,7 @@ const actions = {
     say("Kept: return to this moment below the strip.");
   },
   record: () => state && recorder.toggle(connection.session),
-  full: () => (document.fullscreenElement ? document.exitFullscreen() : $("stage").requestFullscreen()),
+  full: () => (document.fullscreenElement ? document.exitFullscreen() : document.documentElement.requestFullscreen()),
   help: () => $("keys").showModal(),
 };
 for (const [id, act] of Object.entries(actions)) $(id).addEventListener("click", act);
@@ -142,6 +144,7 @@ const KEYS = { " ": "pause", ".": "step", Backspace: "rewind", b: "branch", r: "
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const sliding = event.target.matches("input:not([type=checkbox]), [role=slider]");
   if (event.key === "Escape") $("stage").focus();
   else if (sliding && !event.code.startsWith("Key")) return;
@@ -149,8 +152,8 @@ addEventListener("keydown", (event) => {
   else if (event.repeat) return;
   else if (event.key === " " && event.target.matches("button, input")) return;
   else if (/^[1-9]$/.test(event.key)) panel.startAt(event.key - 1);
-  else if (event.key === "v") panel.toggleBeside();
-  else if (KEYS[event.key]) actions[KEYS[event.key]]();
+  else if (key === "v") panel.toggleBeside();
+  else if (KEYS[key]) actions[KEYS[key]]();
   else return;
   event.preventDefault();
 });
@@ -225,4 +228,6 @@ function say(text) {
   saying = setTimeout(() => ($("status").textContent = ""), SAID_FOR);
 }
 
+$("full").hidden = !document.fullscreenEnabled;
+worlds.names = ["model"];
 connection.open();
