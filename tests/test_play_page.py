@@ -273,7 +273,7 @@ def test_figures(page):
     page.wait_for_text("#rate", r"^\d+\.\d$")
     page.release("w")
     assert int(page.wait_for_text("#latency", r"^\d+(?= ms$)")) > 0
-    page.wait_for_text("#latency95", r"95 %: \d+")
+    page.wait_for_text("#latency95", r"p95 \d+")
     row = page.wait(lambda: page.all("#times [data-world=model] .stack"), "times of the parts")[0]
     said = row.get_attribute("aria-label")
     times = re.fullmatch(r"encoder (\S+) ms, denoising (\S+) ms, decoding (\S+) ms", said)

@@ -68,7 +68,7 @@ export class Stats {
     const sorted = this.#latencies.map(({ ms }) => ms).sort((a, b) => a - b);
     const quantile = (q) => sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))];
     latency.textContent = sorted.length ? `${Math.round(quantile(0.5))} ms` : "–";
-    latency95.textContent = sorted.length ? `95 %: ${Math.round(quantile(0.95))}` : "";
+    latency95.textContent = sorted.length ? `p95 ${Math.round(quantile(0.95))}` : "";
 
     const settled = now - this.#since > 1000 * SECONDS;
     slow.hidden = !(settled && fps !== null && fps < SLOW * this.#target);
