@@ -436,12 +436,10 @@ def test_another_page_and_busy(page, server):
             while True:
                 other.recv(SECONDS)
     page.step()
+    page.js("sessionStorage.clear()")
     page.driver.get("about:blank")
     with connect(f"{address}?session={session}") as other:
         assert json.loads(other.recv(SECONDS))["resumed"]
-        page.driver.get(server.url)
-        page.js("sessionStorage.clear()")
-        page.driver.get("about:blank")
         page.driver.get(server.url)
         page.wait_for_text("#notice-title", "The only place is taken")
         page.wait_for_text("#notice-text", "You are next")

@@ -158,10 +158,10 @@ addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-// What the mouse has done is over: keys walk again.
+// After a click with the mouse (detail > 0) keys walk again, rather than press the same button.
 addEventListener("click", (event) => {
-  if (event.detail && event.target.closest("main button, [type=range], [type=checkbox], #timeline")) {
-    $("stage").focus({ preventScroll: true });
+  if (event.detail && event.target.closest("button, [type=range], [type=checkbox], #timeline")) {
+    document.activeElement.blur();
   }
 });
 
