@@ -5,9 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup_env.sh
 source scripts/common.sh
-model=assets/pretrained/scd_doom
 baseline=assets/pretrained/causal_dit_doom
-if [ $# -eq 0 ] && [ -d $baseline ]; then
-    set -- --baseline $baseline
+if [ -d $baseline ]; then
+    set -- --baseline $baseline "$@"
 fi
 exec "$(find_python)" -m scd.cli play "$@"

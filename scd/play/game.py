@@ -1,4 +1,4 @@
-"""One player's worlds and their history. Every call may take long: none belongs on an event loop."""
+"""One player's worlds and their history. Any call may take long: none is for an event loop."""
 
 from contextlib import suppress
 from dataclasses import asdict, replace

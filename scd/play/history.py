@@ -76,8 +76,9 @@ class History:
             self.line = self.line[: number - self.oldest + 1]
 
     def keep(self) -> None:
-        """Make the newest frame a moment."""
-        self._add(kept=True)
+        """Make the newest frame a moment, which stays when one returns to it."""
+        if not any(moment.kept and moment.line[-1] is self.newest for moment in self.moments):
+            self._add(kept=True)
 
     def return_to(self, number: int) -> None:
         """Go to the end of a moment's line; what is left becomes a moment.

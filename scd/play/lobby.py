@@ -42,8 +42,7 @@ class Lobby:
         resumed = session is not None
         if session is None:
             session = await self._new_session(socket)
-        if session.id in self._leaving:
-            self._leaving.pop(session.id).cancel()
+        self._stop_leaving(session)
         ended = True
         try:
             await socket.send_json(session.hello(resumed))
@@ -58,8 +57,9 @@ class Lobby:
             if ended:
                 self._end(session)
             elif not session.connected:
+                self._stop_leaving(session)
                 loop = asyncio.get_running_loop()
-                handle = loop.call_later(session.limits.away, self._end, session)
+                handle = loop.call_later(session.limits.away, self._end_if_away, session)
                 self._leaving[session.id] = handle
 
     async def close(self) -> None:
@@ -104,9 +104,16 @@ class Lobby:
         self._moved.set()
         self._moved = asyncio.Event()
 
-    def _end(self, session: Session) -> None:
+    def _stop_leaving(self, session: Session) -> None:
         if handle := self._leaving.pop(session.id, None):
             handle.cancel()
+
+    def _end_if_away(self, session: Session) -> None:
+        if not session.connected:
+            self._end(session)
+
+    def _end(self, session: Session) -> None:
+        self._stop_leaving(session)
         if self.sessions.pop(session.id, None) is not None:
             task = asyncio.get_running_loop().create_task(session.close())
             self._closing.add(task)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NoReturn
@@ -59,7 +60,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "keep": {},
     "return": {"moment": "number"},
 }
-_KINDS = {
+_KINDS: dict[str, Callable[[Any], bool]] = {
     "number": lambda v: type(v) is int and 0 <= v <= MAX_NUMBER,
     "real": lambda v: type(v) in (int, float) and abs(v) <= MAX_NUMBER,
     "flag": lambda v: type(v) is bool,

@@ -6,6 +6,7 @@ A world goes on from a past that its caller keeps, so that it can be put back to
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -38,6 +39,9 @@ class Times(NamedTuple):
     decoding: float = 0.0  # the autoencoder: latents to pixels
 
 
+NO_TIMES = Times()
+
+
 @dataclass(frozen=True)
 class View:
     """What a world showed of one frame, and what it needs to go on from there.
@@ -50,7 +54,7 @@ class View:
 
     picture: np.ndarray
     latents: Tensor | None = None
-    times: Times = Times()
+    times: Times = NO_TIMES
     over: bool = False
 
 
@@ -130,7 +134,7 @@ class ModelWorld:
         pixels = self.pretrained.codec.decode(latents[:, None])[0, 0]
         picture = (pixels * 255).round().byte().movedim(0, -1).contiguous().cpu().numpy()
         marks = (begun, self._encoded_at, denoised, self._now())
-        times = Times(*(1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)))
+        times = Times(*(1e3 * (b - a) for a, b in pairwise(marks)))
         return View(picture, latents[0], times)
 
     def close(self) -> None:
@@ -174,7 +178,10 @@ class RealWorld:
     def step(self, action: int, number: int) -> View:
         """See `World`."""
         if not self._newest.over:
-            picture = self._simulator.step(action)
+            try:
+                picture = self._simulator.step(action)
+            except Exception:  # ViZDoom is another process, which may die; it raises many kinds
+                picture = None
             if picture is None:
                 self._newest = replace(self._newest, over=True)
             else:
