@@ -8,11 +8,11 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,38 +63,35 @@ window.WebSocket = class extends WebSocket {
 
 
 class Server:
-    """`scd play` as a process of its own; started again, it has the same port."""
+    """`scd play` as a process of its own; started again, it has the same address."""
 
     def __init__(self, folder: Path):
         self._command = [sys.executable, "-m", "scd.cli", "play", "--sessions", "1"]
         self._command += ["--model", str(folder), "--baseline", str(folder)]
-        self._process: subprocess.Popen[str] | None = None
-        self.port = 0
+        self._port = 0
         self.start()
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [*self._command, "--port", str(self.port)],
+            [*self._command, "--port", str(self._port)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert self._process.stdout is not None
+
+    @cached_property
+    def url(self) -> str:
+        """As the server says, once it is ready."""
         told = self._process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)/", told)
         assert found, f"the server said {told!r}"
-        self.port = int(found[1])
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
+        self._port = int(found[1])
+        return found[0]
 
     def kill(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.communicate()
-            self._process = None
+        self._process.kill()
+        self._process.communicate()
 
 
 class Page:
@@ -223,7 +220,8 @@ def downloads(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def driver(downloads) -> Iterator[Any]:
+def driver(downloads, server) -> Iterator[Any]:
+    """A browser; it starts while the server does."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
@@ -449,10 +447,11 @@ def test_another_page_and_busy(page, server):
 
 
 def test_killed_server_comes_back(page, server):
-    page.all("#starts button")[2].click()
-    chosen = page.wait(
-        lambda: page.find("#starts [aria-pressed=true]").get_attribute("data-start"), "a start"
-    )
+    there = "return document.querySelector('#starts [aria-pressed=true]')?.dataset.start"
+    button = page.all("#starts button")[2]
+    chosen = button.get_attribute("data-start")
+    button.click()
+    page.wait(lambda: page.js(there) == chosen, "another start")
     page.step()
     server.kill()
     page.wait_for_text("#notice-title", "cannot be reached")
@@ -460,7 +459,6 @@ def test_killed_server_comes_back(page, server):
     server.start()
     page.wait(lambda: not page.find("#notice").is_displayed(), "the server again")
     page.wait_for_frame(BEGIN)
-    there = "return document.querySelector('#starts [aria-pressed=true]').dataset.start"
     page.wait(lambda: page.js(there) == chosen, "the same start as before")
     page.step()
 

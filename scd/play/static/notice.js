@@ -57,7 +57,7 @@ export class Notice {
 
   #count(seconds) {
     const tell = () => {
-      this.part("countdown").textContent = seconds > 0 ? `again in ${seconds} s` : "";
+      this.part("countdown").textContent = seconds > 0 ? `Again in ${seconds} s.` : "";
       seconds -= 1;
     };
     tell();

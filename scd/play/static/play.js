@@ -40,6 +40,7 @@ const connection = new Connection({ status: onStatus, hello: onHello, state: onS
 
 function onStatus(status) {
   document.body.dataset.phase = status.phase;
+  for (const id of ["bar", "time", "panel"]) $(id).inert = status.phase !== "open";
   if (status.phase === "lost" && hello) wasLost = true;
   if (status.phase === "ended") wasLost = false;
   picture = null; // its serial means nothing to another connection
@@ -54,6 +55,7 @@ function onHello(message) {
     recorder.drop();
   }
   hello = message;
+  document.body.classList.add("greeted");
   controls.actions = message.actions;
   panel.offer(message);
   if (wasLost) say(message.resumed ? "Connected again: going on where you were." : "Connected again, in a new session: the server had forgotten the old one.");
