@@ -366,6 +366,39 @@ def test_settings_stay_with_the_session(page, server):
     page.wait_for_text("output[for=steps]", f"^{before}$")
 
 
+def test_gamepad(page):
+    page.js("""
+    window.gamepad = {
+      connected: true, axes: [0, 0, 0, 0], buttons: [...Array(16)].map(() => ({pressed: false})),
+    };
+    navigator.getGamepads = () => [gamepad];
+    dispatchEvent(new Event("gamepadconnected"));
+    gamepad.axes[1] = -1;
+    """)
+    page.wait(lambda: set(page.actions(3)) == {FORWARD}, "walking")
+    page.js("gamepad.axes[1] = 0; gamepad.buttons[14].pressed = true")
+    page.wait(lambda: set(page.actions(3)) == {LEFT}, "turning")
+    page.js("gamepad.buttons[14].pressed = false; gamepad.buttons[9].pressed = true")
+    page.wait(lambda: page.paused, "the pause")
+    page.js("gamepad.connected = false")
+
+
+def test_tab_reaches_everything(page):
+    wanted = {"pause", "rewind", "step", "branch", "record", "timeline", "steps", "guidance"}
+    wanted |= {"fps", "seed", "dice", "smooth", "help", "stage", "start", "world"}
+    reached = set()
+    for _ in range(40):
+        page.press(Keys.TAB)
+        reached |= set(
+            page.js(
+                "const e = document.activeElement; return [e.id, ...Object.keys(e.dataset),"
+                " getComputedStyle(e).outlineStyle]"
+            )
+        )
+    assert wanted <= reached
+    assert page.paused and page.frame == BEGIN
+
+
 def test_keys_are_explained(page):
     page.press("?")
     assert page.find("#keys").is_displayed()

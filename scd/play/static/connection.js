@@ -1,6 +1,6 @@
 // The websocket: it opens again by itself after a break, and sends commands one at a time.
 
-const WAITS = [0.5, 1, 2, 4, 8]; // seconds before each new try
+const WAITS = [0.5, 1, 2, 4]; // seconds before each new try
 const WAIT_WHEN_FULL = 10;
 const TAKEN_OVER = 4409;
 const FULL = 4503;

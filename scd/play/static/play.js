@@ -149,10 +149,10 @@ addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const sliding = event.target.matches("input:not([type=checkbox]), [role=slider]");
   if (event.key === "Escape") $("stage").focus();
-  else if (sliding && !event.code.startsWith("Key")) return;
+  else if (sliding && key !== " " && !event.code.startsWith("Key")) return;
   else if (moveOf(event)) controls.press(event);
   else if (event.repeat) return;
-  else if (event.key === " " && event.target.matches("button, input")) return;
+  else if (event.key === " " && event.target.matches("button, [type=checkbox]")) return;
   else if (/^[1-9]$/.test(event.key)) panel.startAt(event.key - 1);
   else if (key === "v") panel.toggleBeside();
   else if (KEYS[key]) actions[KEYS[key]]();
