@@ -100,11 +100,17 @@ def split(arguments: argparse.Namespace) -> None:
 
 def play(arguments: argparse.Namespace) -> None:
     from scd.play.offer import load_offer
-    from scd.play.server import Address, serve
 
     a = arguments
     offer = load_offer(a.model, a.baseline, a.starts, a.overrides)
-    serve(offer, Address(a.host, a.port, a.token), a.sessions)
+    if a.measure:
+        from scd.play.measure import measure
+
+        measure(offer, a.measure)
+    else:
+        from scd.play.server import Address, serve
+
+        serve(offer, Address(a.host, a.port, a.token), a.sessions)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -246,6 +252,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     p.add_argument("--token", help="ask for it; made up for a host that others can reach")
     p.add_argument("--sessions", type=int, default=2, help="players at a time (default: 2)")
+    p.add_argument(
+        "--measure", type=int, metavar="FRAMES", help="play so many by itself and tell how fast"
+    )
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=play)
 

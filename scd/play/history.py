@@ -36,8 +36,8 @@ class Moment:
 
 
 class History:
-    """Frames are shared between lines. Beyond `MAX_FRAMES` the oldest moment is given up, and
-    without one the oldest frames of the line."""
+    """Frames are shared between lines. Beyond `MAX_FRAMES` the oldest frames are given up, in all
+    lines; and the oldest moment, where moments hold more than half of the frames for themselves."""
 
     def __init__(self, start: Sequence[Frame]):
         self.line = list(start)
@@ -110,10 +110,13 @@ class History:
             self._frames = len({id(frame) for line in lines for frame in line})
             if self._frames <= MAX_FRAMES:
                 return
-            if self.moments:
+            if self._frames - len(self.line) > MAX_FRAMES // 2:
                 del self.moments[0]
-            else:
-                del self.line[:GIVEN_UP]
+                continue
+            del self.line[:GIVEN_UP]
+            for moment in self.moments:
+                del moment.line[: max(self.oldest - moment.line[0].number, 0)]
+            self.moments = [moment for moment in self.moments if moment.line]
 
     def _leave(self) -> None:
         if not any(moment.line[-1] is self.newest for moment in self.moments):

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -213,11 +214,9 @@ class _Connection:
                     continue
                 wait = min(wait, self._due - now)
             self._news.clear()
-            if not self._commands:
-                try:
-                    await asyncio.wait_for(self._news.wait(), wait)
-                except TimeoutError:
-                    continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._news.wait()
 
     async def _step(self, now: float) -> None:
         # A frame that is late does not make those after it hurry.
@@ -281,6 +280,7 @@ class _Connection:
             sending.close()
             raise WebSocketDisconnect(1006)
         try:
-            await asyncio.wait_for(sending, self.session.limits.stalled)
+            async with asyncio.timeout(self.session.limits.stalled):
+                await sending
         except TimeoutError:
             raise Closed(Close.STALLED, "pictures cannot be sent") from None
