@@ -2,7 +2,7 @@
 
 import { Connection } from "./connection.js";
 import { Controls, moveOf } from "./controls.js";
-import { Memory } from "./memory.js";
+import { LONGEST, Memory } from "./memory.js";
 import { Notice } from "./notice.js";
 import { Panel } from "./panel.js";
 import { paint, readPicture } from "./picture.js";
@@ -182,7 +182,7 @@ document.addEventListener("visibilitychange", () => {
 // ---- on the page
 
 function firstFrame() {
-  return Math.max(state.oldest, state.given - 1);
+  return Math.max(state.oldest, state.given - 1, newest - LONGEST + 1);
 }
 
 function atStart() {
