@@ -183,11 +183,9 @@ class Page:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny_autoencoder_path) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("pretrained")
-    model, baseline = (
-        pretrained_folder(root / kind, tiny_autoencoder_path, kind)
-        for kind in ("scd", "causal_dit")
-    )
-    server = Server(model, baseline)
+    kinds = ("scd", "causal_dit")
+    folders = [pretrained_folder(root / kind, tiny_autoencoder_path, kind) for kind in kinds]
+    server = Server(*folders)
     yield server
     server.kill()
 
