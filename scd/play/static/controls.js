@@ -1,7 +1,7 @@
 // What is held: keys, the pad on the page, a gamepad; and the action that it means for a frame.
 
 const KEYS = {
-  ArrowLeft: "left", KeyA: "left", ArrowRight: "right", KeyD: "right", ArrowUp: "forward", KeyW: "forward",
+  ArrowLeft: "left", ArrowRight: "right", ArrowUp: "forward", KeyA: "left", KeyD: "right", KeyW: "forward",
 };
 const NAMES = { left: "turn left", right: "turn right", forward: "forward" };
 const STICK = 0.4; // of its way
@@ -21,7 +21,9 @@ export class Controls {
     this.pad = pad;
     this.changed = changed;
     this.pressed = pressed;
-    for (const kind of ["pointerdown", "pointermove"]) pad.addEventListener(kind, (e) => this.#point(e));
+    for (const kind of ["pointerdown", "pointermove"]) {
+      pad.addEventListener(kind, (event) => this.#point(event));
+    }
     for (const kind of ["pointerup", "pointercancel", "lostpointercapture"]) {
       pad.addEventListener(kind, (event) => this.#set(`pointer ${event.pointerId}`, null));
     }

@@ -1,7 +1,9 @@
 // Plain words about the server: busy, gone, or a session that has ended.
 
-const place = (before) =>
-  before === 0 ? "You are next" : before === 1 ? "One player waits before you" : `${before} players wait before you`;
+function place(before) {
+  if (before === 0) return "You are next";
+  return before === 1 ? "One player waits before you" : `${before} players wait before you`;
+}
 
 const ENDED = {
   4401: ["A token is missing", "Open the whole address that the server printed."],
@@ -13,13 +15,17 @@ const ENDED = {
 function words(status) {
   switch (status.phase) {
     case "busy": {
-      const taken = status.places === 1 ? "The only place is taken" : `All ${status.places} places are taken`;
-      return [taken, `${place(status.before)}; play begins by itself when one is free.`];
+      const all = status.places === 1 ? "The only place is" : `All ${status.places} places are`;
+      return [`${all} taken`, `${place(status.before)}; play begins by itself when one is free.`];
     }
     case "full":
-      return ["Very busy", "All places are taken, and many players wait. This page tries again by itself."];
+      return ["Very busy", "Many players wait for a place. This page tries again by itself."];
     case "lost":
-      return ["The server cannot be reached", "This page tries again by itself, and goes on where you were.", "Try now"];
+      return [
+        "The server cannot be reached",
+        "This page tries again by itself, and goes on where you were.",
+        "Try now",
+      ];
     case "ended": {
       const [title, text, button] = ENDED[status.code] ?? [
         "The server ended this session", `It says: ${status.reason || `code ${status.code}`}.`,

@@ -42,7 +42,9 @@ export class Panel {
     this.starts.replaceChildren(...starts.map((name, i) => this.#startButton(name, i)));
     const chips = [...worlds, ...Object.keys(missing)].map((name) => this.#chip(name, missing[name]));
     this.beside.replaceChildren(...chips);
-    const reasons = Object.entries(missing).map(([name, why]) => `${titleOf(name)} is not here: ${why}.`);
+    const reasons = Object.entries(missing).map(
+      ([name, why]) => `${titleOf(name)} is not here: ${why}.`,
+    );
     document.getElementById("beside-hint").textContent = [
       "The same keys in each. A change begins the clip anew.", ...reasons,
     ].join(" ");
@@ -78,7 +80,8 @@ export class Panel {
 
   #say(name) {
     const { value, nextElementSibling: output } = this.sliders[name];
-    output.textContent = name !== "guidance_scale" ? value : Number(value) === 1 ? "off" : Number(value).toFixed(1);
+    const guidance = Number(value) === 1 ? "off" : Number(value).toFixed(1);
+    output.textContent = name === "guidance_scale" ? guidance : value;
   }
 
   #startButton(name, place) {
@@ -95,7 +98,8 @@ export class Panel {
   }
 
   #chip(name, missing) {
-    const chip = Object.assign(document.createElement("button"), { type: "button", textContent: titleOf(name) });
+    const chip = document.createElement("button");
+    Object.assign(chip, { type: "button", textContent: titleOf(name) });
     chip.dataset.world = name;
     chip.disabled = missing !== undefined;
     chip.addEventListener("click", () => {

@@ -1,7 +1,9 @@
 // The page: what comes from the server goes to its parts, what the player does goes to the server.
 
+import { Branches } from "./branches.js";
 import { Connection } from "./connection.js";
-import { Controls, moveOf } from "./controls.js";
+import { Controls } from "./controls.js";
+import { listen } from "./keys.js";
 import { LONGEST, Memory } from "./memory.js";
 import { Notice } from "./notice.js";
 import { Panel } from "./panel.js";
@@ -13,6 +15,8 @@ import { Worlds } from "./worlds.js";
 
 const $ = (id) => document.getElementById(id);
 const SAID_FOR = 6000; // ms
+const BACK = "Connected again: going on where you were.";
+const ANEW = "Connected again, in a new session: the server had forgotten the old one.";
 
 let hello = null;
 let state = null;
@@ -26,7 +30,8 @@ let wasLost = false;
 const memory = new Memory();
 const worlds = new Worlds($("worlds"));
 const stats = new Stats($("stats"));
-const timeline = new Timeline($("timeline"), memory, (frame) => connection.command({ type: "rewind", frame }));
+const timeline = new Timeline($("timeline"), memory, rewind);
+const branches = new Branches($("branches"), memory, (moment) => connection.command({ type: "return", moment }));
 const recorder = new Recorder($("record"), say);
 const controls = new Controls($("pad"), { changed: held, pressed: (name) => actions[name]() });
 const panel = new Panel({
@@ -34,7 +39,9 @@ const panel = new Panel({
   settings: (changes) => connection.command({ type: "settings", ...changes }),
 });
 const notice = new Notice($("notice"), () => connection.open());
-const connection = new Connection({ status: onStatus, hello: onHello, state: onState, picture: onPicture });
+const connection = new Connection({
+  status: onStatus, hello: onHello, state: onState, picture: onPicture,
+});
 
 // ---- from the server
 
@@ -58,7 +65,7 @@ function onHello(message) {
   document.body.classList.add("greeted");
   controls.actions = message.actions;
   panel.offer(message);
-  if (wasLost) say(message.resumed ? "Connected again: going on where you were." : "Connected again, in a new session: the server had forgotten the old one.");
+  if (wasLost) say(message.resumed ? BACK : ANEW);
   wasLost = false;
 }
 
@@ -77,13 +84,14 @@ function onState(message, command, refused) {
   if (!connection.waiting) panel.follow(message); // else a slider has moved on
   recorder.follow(newest);
   followLine();
-  showBranches();
+  branches.follow(message.moments);
   showPause();
 }
 
 // A new session after an old one: the same start, worlds and settings.
 function comeBack() {
-  if (earlier && hello.starts.includes(earlier.start) && earlier.worlds.every((name) => hello.worlds.includes(name))) {
+  const there = (name) => hello.worlds.includes(name);
+  if (earlier && hello.starts.includes(earlier.start) && earlier.worlds.every(there)) {
     connection.command({ type: "start", start: earlier.start, worlds: earlier.worlds });
     connection.command({ type: "settings", ...earlier.settings, fps: earlier.fps });
   }
@@ -125,47 +133,36 @@ function held() {
   if (!state.paused) stats.pressed(seq);
 }
 
+function rewind(frame) {
+  connection.command({ type: "rewind", frame });
+}
+
 const actions = {
   pause: () => connection.command({ type: "pause", paused: !state?.paused }),
   step: () => {
     if (state && !state.paused) connection.command({ type: "pause", paused: true });
     else connection.send({ type: "step" });
   },
-  rewind: () => state && connection.command({ type: "rewind", frame: Math.max(firstFrame(), newest - Math.round(state.fps)) }),
+  rewind: () => state && rewind(Math.max(firstFrame(), newest - Math.round(state.fps))),
   branch: () => {
     connection.command({ type: "keep" });
     say("Kept: return to this moment below the strip.");
   },
   record: () => state && recorder.toggle(connection.session),
-  full: () => (document.fullscreenElement ? document.exitFullscreen() : document.documentElement.requestFullscreen()),
+  full: () => {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else document.documentElement.requestFullscreen();
+  },
   help: () => $("keys").showModal(),
 };
 for (const [id, act] of Object.entries(actions)) $(id).addEventListener("click", act);
 
-const KEYS = { " ": "pause", ".": "step", Backspace: "rewind", b: "branch", r: "record", f: "full", "?": "help" };
-
-addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || $("keys").open) return;
-  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
-  const sliding = event.target.matches("input:not([type=checkbox]), [role=slider]");
-  if (event.key === "Escape") $("stage").focus();
-  else if (sliding && key !== " " && !event.code.startsWith("Key")) return;
-  else if (moveOf(event)) controls.press(event);
-  else if (event.repeat) return;
-  else if (event.key === " " && event.target.matches("button, [type=checkbox]")) return;
-  else if (/^[1-9]$/.test(event.key)) panel.startAt(event.key - 1);
-  else if (key === "v") panel.toggleBeside();
-  else if (KEYS[key]) actions[KEYS[key]]();
-  else return;
-  event.preventDefault();
-});
-
-// After a click with the mouse (detail > 0) keys walk again, rather than press the same button.
-addEventListener("click", (event) => {
-  if (event.detail && event.target.closest("button, [type=range], [type=checkbox], #timeline")) {
-    document.activeElement.blur();
-  }
-});
+listen(
+  controls,
+  { ...actions, beside: () => panel.toggleBeside() },
+  (place) => panel.startAt(place),
+  () => $("keys").open,
+);
 
 $("smooth").addEventListener("change", ({ target }) => (worlds.smooth = target.checked));
 
@@ -203,24 +200,6 @@ function showPause() {
 
 function showInvitation() {
   $("invitation").hidden = !atStart();
-}
-
-function showBranches() {
-  $("branches").replaceChildren(...state.moments.map(({ moment, frame, kept }) => {
-    const button = Object.assign(document.createElement("button"), { type: "button" });
-    const canvas = document.createElement("canvas");
-    const image = memory.near(frame, memory.branches.get(moment));
-    if (image) paint(canvas, image);
-    const label = document.createElement("span");
-    label.textContent = frame;
-    button.title = `${kept ? "Kept" : "Left"} at frame ${frame}: return there`;
-    button.setAttribute("aria-label", button.title);
-    button.dataset.moment = moment;
-    button.classList.toggle("kept", kept);
-    button.append(canvas, label);
-    button.addEventListener("click", () => connection.command({ type: "return", moment }));
-    return button;
-  }));
 }
 
 let saying = 0;

@@ -41,7 +41,8 @@ export class Recorder {
     try {
       const answer = await fetch(address("/recording.mp4", { session, ...range }));
       if (!answer.ok) throw new Error(await answer.text());
-      const name = /filename="?([^";]+)/.exec(answer.headers.get("Content-Disposition") ?? "")?.[1] ?? "scd.mp4";
+      const told = answer.headers.get("Content-Disposition") ?? "";
+      const name = /filename="?([^";]+)/.exec(told)?.[1] ?? "scd.mp4";
       const link = document.createElement("a");
       link.href = URL.createObjectURL(await answer.blob());
       link.download = name;

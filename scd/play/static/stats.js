@@ -17,9 +17,8 @@ export class Stats {
 
   constructor(box) {
     this.box = box;
-    this.part = Object.fromEntries(
-      ["rate", "latency", "latency95", "spark", "times", "slow"].map((id) => [id, box.querySelector(`#${id}`)]),
-    );
+    const ids = ["rate", "latency", "latency95", "spark", "times", "slow"];
+    this.part = Object.fromEntries(ids.map((id) => [id, box.querySelector(`#${id}`)]));
   }
 
   /** A new pace, pause or resumption: what was measured before does not count for it. */
@@ -63,7 +62,8 @@ export class Stats {
 
     const first = this.#frames[0];
     const last = this.#frames.at(-1);
-    const fps = first && last !== first ? (1000 * (this.#frames.length - 1)) / (last.at - first.at) : null;
+    const several = this.#frames.length > 1;
+    const fps = several ? (1000 * (this.#frames.length - 1)) / (last.at - first.at) : null;
     rate.textContent = fps === null ? "–" : fps.toFixed(1);
     const sorted = this.#latencies.map(({ ms }) => ms).sort((a, b) => a - b);
     const quantile = (q) => sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))];
@@ -140,7 +140,9 @@ export class Stats {
     const ms = document.createElement("span");
     ms.className = "ms";
     for (const [box, tag] of [[stack, "i"], [ms, "b"]]) {
-      for (const part of PARTS) box.append(Object.assign(document.createElement(tag), { className: part }));
+      for (const part of PARTS) {
+        box.append(Object.assign(document.createElement(tag), { className: part }));
+      }
     }
     row.append(label, ms, stack);
     return row;
