@@ -3,7 +3,8 @@
 import { moveOf } from "./controls.js";
 
 const NAMES = {
-  " ": "pause", ".": "step", Backspace: "rewind", b: "branch", r: "record", v: "beside", f: "full", "?": "help",
+  " ": "pause", ".": "step", Backspace: "rewind", b: "branch", r: "record", v: "beside",
+  f: "full", "?": "help",
 };
 
 /** Calls `actions[name]()`, or `start(place)` for a digit. Nothing while `silent()`. */

@@ -31,7 +31,7 @@ const memory = new Memory();
 const worlds = new Worlds($("worlds"));
 const stats = new Stats($("stats"));
 const timeline = new Timeline($("timeline"), memory, rewind);
-const branches = new Branches($("branches"), memory, (moment) => connection.command({ type: "return", moment }));
+const branches = new Branches($("branches"), memory, returnTo);
 const recorder = new Recorder($("record"), say);
 const controls = new Controls($("pad"), { changed: held, pressed: (name) => actions[name]() });
 const panel = new Panel({
@@ -135,6 +135,10 @@ function held() {
 
 function rewind(frame) {
   connection.command({ type: "rewind", frame });
+}
+
+function returnTo(moment) {
+  connection.command({ type: "return", moment });
 }
 
 const actions = {
