@@ -5,11 +5,13 @@ import json
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+from starlette.websockets import WebSocketState
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -17,10 +19,12 @@ from scd import cli
 from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.play import measure as measuring
+from scd.play.limits import Limits
 from scd.play.measure import measure, served
+from scd.play.messages import Close, Closed
 from scd.play.offer import Offer
-from scd.play.server import Address, listen
-from scd.play.session import Limits
+from scd.play.server import Address, listen, serve
+from scd.play.session import Session
 from tests.play import Player, playing, small_offer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -312,6 +316,27 @@ def test_a_full_line(offer, monkeypatch):
     run(test, offer, places=1)
 
 
+def test_pictures_that_cannot_be_sent(offer):
+    """A connection that takes nothing more, though the player says that pictures are seen."""
+
+    class Stuck:
+        application_state = WebSocketState.CONNECTED
+
+        async def receive(self) -> None:
+            await asyncio.Event().wait()
+
+        send_json = send_bytes = lambda self, value: asyncio.Event().wait()
+
+    async def test() -> None:
+        with ThreadPoolExecutor(1) as worker:
+            session = await Session.open(offer, worker, Limits(stalled=0.1))
+            with pytest.raises(Closed) as why:
+                await asyncio.wait_for(session.play(Stuck()), 5)
+            assert why.value.code is Close.STALLED
+
+    asyncio.run(test())
+
+
 @pytest.mark.parametrize("how", ["leaves", "dies"])
 def test_a_player_comes_back(offer, how):
     async def test(place: str) -> None:
@@ -453,6 +478,13 @@ def test_the_command_tells_what_is_missing(tmp_path: Path, capsys):
     assert cli.main(["play", "--model", str(tmp_path / "none")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "no such folder" in error and error.count("\n") == 1
+
+
+def test_numbers_that_cannot_be(offer):
+    with pytest.raises(ScdError, match="0 sessions, but at least one player"):
+        serve(offer, Address(port=0), places=0)
+    with pytest.raises(ScdError, match="at least one frame"):
+        measure(offer, -1)
 
 
 # Recording and measuring

@@ -14,11 +14,12 @@ import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
 
 from scd.environment import environment
+from scd.errors import ScdError
 from scd.evaluation.table import Table
+from scd.play.limits import Limits
 from scd.play.messages import HEADER, WORLD_HEADER
 from scd.play.offer import Offer
 from scd.play.server import Address, config, listen, make_app
-from scd.play.session import Limits
 
 WARM_UP = 5  # frames
 PRESSES = 20
@@ -32,7 +33,12 @@ def measure(offer: Offer, frames: int) -> dict[str, Any]:
 
     Pictures a second: as many as can be made. Key to picture: at the usual pace, from sending a key
     at a random moment to the arrival of the first picture that obeys it.
+
+    Raises:
+        ScdError: there is no frame to measure.
     """
+    if frames < 1:
+        raise ScdError(f"play: --measure {frames}, but at least one frame is needed")
     choices = [[name] for name in offer.worlds]
     choices += [offer.worlds] if len(choices) > 1 else []
     results = [asyncio.run(_play(offer, worlds, frames)) for worlds in choices]

@@ -23,6 +23,12 @@ class Pretrained:
     options: Options
 
     @property
+    def about(self) -> dict[str, str | int]:
+        """What the page tells about it."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {"kind": type(self.model).__name__, "parameters": parameters}
+
+    @property
     def guidance(self) -> str:
         """The kind of guidance that a scale above 1 turns on."""
         if self.options.rollout.guidance != "none":
@@ -49,8 +55,8 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
         )
     options = load_options(folder / "options.yml", overrides)
     _check_playable(options, folder)
-    vae = folder / "vae"
-    codec = load_codec(str(vae) if vae.is_dir() else None)
+    in_pixels = options.autoencoder.path is None
+    codec = load_codec(None if in_pixels else str(folder / "vae"))
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors, _ = read_weights(path)
     model = build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))

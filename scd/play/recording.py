@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from starlette.background import BackgroundTask
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from scd.data.video import write_video
 from scd.play.history import Frame
@@ -46,20 +45,15 @@ async def record_mp4(
     if recordings.locked():
         return PlainTextResponse("other recordings are being made: try again in a moment", 503)
     async with recordings:
-        path = await asyncio.to_thread(_write, frames, session.fps)
+        data = await asyncio.to_thread(_mp4, frames, session.fps)
     name = f"{session.game.start.name}-{frames[0].number}-{frames[-1].number}.mp4"
-    return FileResponse(
-        path, media_type="video/mp4", filename=name, background=BackgroundTask(path.unlink)
-    )
+    attached = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(data, media_type="video/mp4", headers=attached)
 
 
-def _write(frames: list[Frame], fps: float) -> Path:
+def _mp4(frames: list[Frame], fps: float) -> bytes:
     video = np.stack([np.hstack([view.picture for view in frame.views]) for frame in frames])
-    with tempfile.NamedTemporaryFile(suffix=".mp4", delete=False) as file:
-        path = Path(file.name)
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "line.mp4"
         write_video(path, video, fps, enlarge=ENLARGED)
-    except BaseException:
-        path.unlink()
-        raise
-    return path
+        return path.read_bytes()

@@ -22,13 +22,15 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from scd.errors import ScdError
 from scd.play.door import Door
+from scd.play.limits import Limits
 from scd.play.lobby import Lobby
 from scd.play.messages import MAX_BYTES, Close, Closed
 from scd.play.offer import Offer
 from scd.play.recording import MAX_RECORDINGS, record_mp4, start_png
-from scd.play.session import Limits, Session
+from scd.play.session import Session
 
 STATIC = Path(__file__).parent / "static"
+MAX_CONNECTIONS = 100
 log = logging.getLogger(__name__)
 
 
@@ -134,8 +136,10 @@ def serve(offer: Offer, address: Address, places: int) -> None:
     """Serve until Ctrl-C.
 
     Raises:
-        ScdError: the address cannot be had.
+        ScdError: the address cannot be had, or there is no place for a player.
     """
+    if places < 1:
+        raise ScdError(f"play: {places} sessions, but at least one player needs a place")
     token = address.token or (None if address.local else secrets.token_urlsafe(16))
     listening = listen(address)
     app = make_app(offer, places=places, token=token, local=address.local)
@@ -167,5 +171,6 @@ def config(app: Starlette) -> uvicorn.Config:
         ws_per_message_deflate=False,
         access_log=False,  # its lines would hold tokens
         log_level="warning",
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=3,
     )

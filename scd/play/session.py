@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -20,25 +19,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from scd.errors import ScdError
 from scd.play.game import Game
 from scd.play.history import Frame
+from scd.play.limits import Allowance, Limits
 from scd.play.messages import AGAIN, GIVEN, PROTOCOL, Close, Closed, Message, pack, parse
 from scd.play.offer import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Offer
 
 Result = TypeVar("Result")
-MAX_WAITING_COMMANDS = 16
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a session; seconds where nothing else is said."""
-
-    idle: float = 300.0  # without input from the player
-    away: float = 60.0  # a cut-off player can come back
-    stalled: float = 20.0  # a picture that cannot be sent
-    unseen: int = 3  # pictures under way; no further one is made before one of them was seen
-    messages: float = 200.0  # a second
-    min_fps: float = 1.0
-    max_fps: float = 60.0
-    fps: float = 10.0  # at the beginning
 
 
 class Session:
@@ -70,6 +55,7 @@ class Session:
         if self._connection is not None:
             self._connection.close(Closed(Close.TAKEN_OVER, "another page has taken over"))
         connection = self._connection = _Connection(self, socket)
+        self.last_input = time.monotonic()  # coming back is one
         try:
             await connection.run()
         finally:
@@ -100,6 +86,7 @@ class Session:
             "session": self.id,
             "resumed": resumed,
             "worlds": offer.worlds,
+            "about": {name: model.about for name, model in offer.models.items()},
             "missing": offer.missing,
             "starts": [start.name for start in offer.starts],
             "actions": offer.actions,
@@ -128,8 +115,7 @@ class _Connection:
         self._held = self._tapped = self._seq = 0
         self._serial = self._seen = 0
         self._due = 0.0
-        self._allowance = session.limits.messages
-        self._allowance_at = time.monotonic()
+        self._allowance = Allowance(session.limits.messages)
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def close(self, why: Closed) -> None:
@@ -156,7 +142,9 @@ class _Connection:
             received = await self.socket.receive()
             if received["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(received.get("code") or 1005, received.get("reason"))
-            self._count()
+            if not self._allowance.take():
+                rate = self._allowance.rate
+                raise Closed(Close.TOO_MANY_MESSAGES, f"more than {rate:g} messages a second")
             text = received.get("text")
             if text is None:
                 raise Closed(Close.BAD_MESSAGE, "messages are text")
@@ -180,21 +168,13 @@ class _Connection:
         elif message.type == "step":
             self._single_steps = 1
         else:
-            if len(self._commands) >= MAX_WAITING_COMMANDS:
+            if len(self._commands) >= self.session.limits.commands:
                 raise Closed(Close.TOO_MANY_MESSAGES, "too many commands at once")
             last = self._commands[-1] if self._commands else None
             if last is not None and last.type == message.type == "settings":
                 self._commands[-1] = Message("settings", last.fields | fields)  # a dragged slider
             else:
                 self._commands.append(message)
-
-    def _count(self) -> None:
-        """A bucket of one second's messages, which fills up again at that rate."""
-        now, rate = time.monotonic(), self.session.limits.messages
-        self._allowance = min(rate, self._allowance + rate * (now - self._allowance_at)) - 1
-        self._allowance_at = now
-        if self._allowance < 0:
-            raise Closed(Close.TOO_MANY_MESSAGES, f"more than {rate:g} messages a second")
 
     async def _play(self) -> None:
         await self._tell_state()
