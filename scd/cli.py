@@ -107,6 +107,21 @@ def export(arguments: argparse.Namespace) -> None:
     export_checkpoint(Path(a.checkpoint), Path(a.out), getattr(torch, a.dtype), a.overrides)
 
 
+def play(arguments: argparse.Namespace) -> None:
+    from scd.play.offer import load_offer
+
+    a = arguments
+    offer = load_offer(a.model, a.baseline, a.starts, a.overrides)
+    if a.measure:
+        from scd.play.measure import measure
+
+        measure(offer, a.measure)
+    else:
+        from scd.play.server import Address, serve
+
+        serve(offer, Address(a.host, a.port, a.token), a.sessions)
+
+
 def measure(arguments: argparse.Namespace) -> None:
     from scd.evaluation.run import measure_folder
 
@@ -242,6 +257,27 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=export)
+
+    p = commands.add_parser("play", help="serve a world to walk in, for a browser")
+    p.add_argument(
+        "--model",
+        type=Path,
+        default=Path("assets/pretrained/scd_doom"),
+        help="folder of a pretrained model (default: %(default)s)",
+    )
+    p.add_argument("--baseline", type=Path, metavar="DIR", help="another, shown beside it")
+    p.add_argument(
+        "--starts", type=Path, default=Path("assets/starts"), help="folder (default: %(default)s)"
+    )
+    p.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    p.add_argument("--token", help="ask for it; made up for a host that others can reach")
+    p.add_argument("--sessions", type=int, default=2, help="players at a time (default: 2)")
+    p.add_argument(
+        "--measure", type=int, metavar="FRAMES", help="play so many by itself and tell how fast"
+    )
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.set_defaults(run=play)
 
     p = commands.add_parser("measure", help="recompute the metrics of saved samples, without model")
     p.add_argument("folder", help="such as experiments/<name>/evaluation/step-00000400-1f2e3d4c")

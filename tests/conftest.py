@@ -34,6 +34,15 @@ def tiny_autoencoder_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For the smallest of models: threads wait longer for each other than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """For tests that launch in this process: they neither find nor leave a launch's state."""
     _forget_the_launch()

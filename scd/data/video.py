@@ -20,7 +20,9 @@ _inherited: list[Any] = []
 os.register_at_fork(after_in_child=lambda: _inherited.extend(_readers))
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 12) -> None:
+def write_video(
+    path: Path, frames: np.ndarray, fps: float, crf: int = 12, enlarge: int = 1
+) -> None:
     """Write frames (F, H, W, 3) uint8 as H.264 mp4.
 
     Full chroma resolution (4:4:4) keeps the colours of small pictures where they belong: with the
@@ -30,6 +32,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 12) -> No
     Args:
         crf: constant rate factor; 12 shows no blocks at 64x64. 0 keeps RGB as it is: `VideoFile`
             reads the very same bytes back (players know this kind of H.264, browsers do not).
+        enlarge: how many pixels of the video, a side, show one of the frames.
 
     Raises:
         ScdError: the file cannot be written, or ffmpeg fails.
@@ -37,10 +40,12 @@ def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 12) -> No
     count, height, width, _ = frames.shape
     if frames.dtype != np.uint8 or not count:
         raise ValueError(f"expected at least one frame of uint8, not {frames.dtype} {frames.shape}")
-    full_chroma = max(height, width) < 256 or height % 2 or width % 2
+    sides = (height * enlarge, width * enlarge)
+    full_chroma = max(sides) < 256 or any(side % 2 for side in sides)
     raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
     coder = f"libx264 -pix_fmt {'yuv444p' if full_chroma else 'yuv420p'}" if crf else "libx264rgb"
-    coded = f"-c:v {coder} -crf {crf} -threads 1"
+    scaled = f"-vf scale={sides[1]}:{sides[0]}:flags=neighbor"
+    coded = f"{scaled} -c:v {coder} -crf {crf} -threads 1"
 
     def write(aside: Path) -> None:
         try:

@@ -68,23 +68,34 @@ class KVCache:
         """Write a layer's keys and values of the newest frames, attend over all that are held.
 
         q, k, v are (B, heads, new frames · N, head_dim), k rotated, of the whole batch or of its
-        first samples. Several frames at once must fit without sliding.
+        first samples.
         """
         n = self.tokens_per_frame
-        end = self.frames + k.shape[2] // n
-        if end > self.window.frames and (self.window.when_full == "error" or k.shape[2] > n):
+        new = k.shape[2] // n
+        if self.frames + new <= self.window.frames or (
+            new == 1 and self.window.when_full == "slide"
+        ):
+            return self._attend(layer, self.frames, q, k, v)
+        if self.window.when_full == "error":
             raise ScdError(
                 f"the rollout holds {self.window.frames} frames and is full: reset it, make it "
                 f"with a larger window, or let the window slide"
             )
-        start = self.window.slot(self.frames) * n
-        batch = len(k)
-        self.keys[layer, :batch, :, start : start + k.shape[2]] = k
-        self.values[layer, :batch, :, start : start + k.shape[2]] = v
-        held = min(end, self.window.frames) * n
-        keys, values = self.keys[layer, :batch, :, :held], self.values[layer, :batch, :, :held]
-        return block_causal_attention(q.type_as(keys), keys, values, n).type_as(q)
+        # Each frame sees a window of its own.
+        frames = zip(*(x.split(n, dim=2) for x in (q, k, v)), strict=True)
+        seen = [self._attend(layer, self.frames + i, *frame) for i, frame in enumerate(frames)]
+        return torch.cat(seen, dim=2)
 
     def advance(self, frames: int) -> None:
         """All layers have written these frames."""
         self.frames += frames
+
+    def _attend(self, layer: int, first: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same for frames from `first` on that need one place or lie side by side."""
+        n, batch = self.tokens_per_frame, len(k)
+        start = self.window.slot(first) * n
+        self.keys[layer, :batch, :, start : start + k.shape[2]] = k
+        self.values[layer, :batch, :, start : start + k.shape[2]] = v
+        held = min(first * n + k.shape[2], self.window.frames * n)
+        keys, values = self.keys[layer, :batch, :, :held], self.values[layer, :batch, :, :held]
+        return block_causal_attention(q.type_as(keys), keys, values, n).type_as(q)

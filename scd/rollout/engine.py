@@ -16,6 +16,7 @@ from scd.options import RolloutOptions
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.graph import graphed
 
+SLIDING_FRAMES = 64  # that slide in at once; bounds their memory
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -62,6 +63,8 @@ class Rollout:
             self.window = Window(s.window + start, "slide", kept)
         else:
             self.window = Window(max_frames, "error")
+        # Called between the two parts of a step, for whoever times the encoder and the denoising.
+        self.on_encoded: Callable[[], object] = lambda: None
         self._graph: Callable[..., Tensor] | None = None
         self._newest: Tensor | None = None
 
@@ -102,14 +105,15 @@ class Rollout:
         conditions = self._numbers(actions, frames)
         self._newest, self._newest_condition = context[:, -1:], conditions[:, -1:]
         # All but the newest frame, which may need the action that is yet to come. What the window
-        # holds goes in at once, the rest slides in frame by frame.
+        # holds goes in at once, the rest slides in.
         start = 1 - model.first_predicted
         known, fits = frames - 1, self.window.frames - start
         with self._packed.in_use():
             if frames > model.first_predicted:
                 self._take_in(context, conditions, 0, min(known, fits))
-            for frame in range(fits, known):
-                self._take_in(context, conditions, frame, frame + 1)
+            for first in range(fits, known, SLIDING_FRAMES):
+                last = min(first + SLIDING_FRAMES, known)
+                self._take_in(context, conditions, first, last)
 
     @torch.no_grad()
     def step(self, action: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
@@ -147,6 +151,7 @@ class Rollout:
                 self._conditioned,
                 perturbation,
             )
+            self.on_encoded()
             self._newest = self._denoise(field, start)
         self._newest_condition = condition
         return self._newest[:, 0]

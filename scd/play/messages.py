@@ -1,0 +1,121 @@
+"""The wire format (README.md of this folder): what may come in, and how pictures go out."""
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NoReturn
+
+from scd.play.history import Frame
+
+PROTOCOL = 1
+MAX_BYTES = 4096  # of a message from a player
+HEADER = struct.Struct("<BBBBHHIIIf")
+WORLD_HEADER = struct.Struct("<BBHfff")
+GIVEN, AGAIN = 1, 2  # flags of a frame: of the start clip; shown before
+OVER = 1  # flag of a world
+MAX_NUMBER = 2**32 - 1
+
+
+class Close(IntEnum):
+    """Why the server closed a connection; beside those of RFC 6455."""
+
+    BAD_MESSAGE = 4400
+    BAD_TOKEN = 4401
+    IDLE = 4408
+    TAKEN_OVER = 4409
+    TOO_MANY_MESSAGES = 4429
+    FAULT = 4500
+    BUSY = 4503
+    STALLED = 4508
+
+
+class Closed(Exception):
+    """A connection is to be closed; with its session, unless another connection took that over."""
+
+    def __init__(self, code: Close, reason: str):
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Message:
+    """A valid message: its type, and its fields as in `FIELDS`; optional ones may be missing."""
+
+    type: str
+    fields: dict[str, Any]
+
+
+# type -> field -> kind; a question mark: optional.
+FIELDS: dict[str, dict[str, str]] = {
+    "input": {"action": "number", "seq": "number"},
+    "seen": {"serial": "number"},
+    "pause": {"paused": "flag"},
+    "step": {},
+    "start": {"start": "text", "worlds": "texts", "seed": "number?"},
+    "settings": {"steps": "number?", "guidance_scale": "real?", "seed": "number?", "fps": "real?"},
+    "rewind": {"frame": "number"},
+    "keep": {},
+    "return": {"moment": "number"},
+}
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "number": lambda v: type(v) is int and 0 <= v <= MAX_NUMBER,
+    "real": lambda v: type(v) in (int, float) and abs(v) <= MAX_NUMBER,
+    "flag": lambda v: type(v) is bool,
+    "text": lambda v: type(v) is str and len(v) <= 100,
+    "texts": lambda v: type(v) is list and 1 <= len(v) <= 8 and all(map(_KINDS["text"], v)),
+}
+
+
+def parse(text: str) -> Message:
+    """A message from a player.
+
+    Raises:
+        Closed: it is none.
+    """
+    try:
+        written = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        raise Closed(Close.BAD_MESSAGE, "a message is a JSON object") from None
+    kind = written.pop("type", None) if isinstance(written, dict) else None
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise Closed(Close.BAD_MESSAGE, f"type is none of {', '.join(FIELDS)}")
+    fields = FIELDS[kind]
+    needed = {name for name, wanted in fields.items() if not wanted.endswith("?")}
+    if not needed <= written.keys() <= fields.keys():
+        raise Closed(Close.BAD_MESSAGE, f"{kind} has the fields {', '.join(fields) or 'none'}")
+    for name, value in written.items():
+        if not _KINDS[fields[name].rstrip("?")](value):
+            raise Closed(Close.BAD_MESSAGE, f"{kind}: {name} is no {fields[name].rstrip('?')}")
+    return Message(kind, written)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def pack(
+    frame: Frame, worlds: list[int], *, serial: int, seq: int, flags: int, made_ms: float
+) -> bytes:
+    """A picture message.
+
+    Args:
+        worlds: the number of each view's world, in the list of the hello message.
+        serial: counts the pictures of a connection, from 1.
+        seq: of the newest input that the frame obeys.
+        flags: `GIVEN`, `AGAIN`.
+        made_ms: milliseconds from taking the action to the finished pictures of all worlds.
+    """
+    height, width, _ = frame.views[0].picture.shape
+    parts = [
+        HEADER.pack(
+            *(PROTOCOL, len(worlds), frame.action, flags, height, width),
+            *(frame.number, serial, seq, made_ms),
+        )
+    ]
+    for world, view in zip(worlds, frame.views, strict=True):
+        parts.append(WORLD_HEADER.pack(world, OVER if view.over else 0, 0, *view.times))
+        parts.append(view.picture.tobytes())
+    return b"".join(parts)

@@ -1,0 +1,96 @@
+"""What a server has to offer: worlds, start clips, actions, and the limits of the sliders."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scd.errors import ScdError
+from scd.play.pretrained import Pretrained, load_pretrained
+from scd.play.starts import Start, load_starts
+from scd.play.worlds import ModelWorld, RealWorld, Settings, World
+
+MAX_STEPS = 16
+MAX_GUIDANCE = 4.0
+MAX_SEED = 2**31 - 1
+REAL = "real"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """All that players can choose from.
+
+    Args:
+        models: by the name of their world, the first one is what a player begins with.
+        missing: worlds that cannot be had, and why.
+    """
+
+    models: dict[str, Pretrained]
+    starts: list[Start]
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Pretrained:
+        return next(iter(self.models.values()))
+
+    @property
+    def worlds(self) -> list[str]:
+        """Names; a world's place is its number on the wire."""
+        return [*self.models, *([] if REAL in self.missing else [REAL])]
+
+    @property
+    def size(self) -> int:
+        return self.first.options.data.frame_size
+
+    @property
+    def actions(self) -> list[str]:
+        return self.first.options.data.action_names
+
+    @property
+    def settings(self) -> Settings:
+        """What a player begins with."""
+        options = self.first.options.rollout
+        scale = options.guidance_scale if options.guidance != "none" else 1.0
+        return Settings(min(options.steps, MAX_STEPS), min(max(scale, 1.0), MAX_GUIDANCE))
+
+    def start(self, name: str) -> Start:
+        """Raises: ScdError: there is no such start."""
+        for start in self.starts:
+            if start.name == name:
+                return start
+        raise ScdError(f"start {name!r} is none of {', '.join(s.name for s in self.starts)}")
+
+    def make_world(self, name: str) -> World:
+        """Raises: ScdError: there is no such world, or it does not start."""
+        if name in self.models:
+            return ModelWorld(self.models[name])
+        if name != REAL or REAL in self.missing:
+            why = self.missing.get(name, f"there are {', '.join(self.worlds)}")
+            raise ScdError(f"no world {name!r} ({why})")
+        return RealWorld(self.size)
+
+
+def load_offer(
+    model: Path, baseline: Path | None, starts: Path, overrides: list[str] | None = None
+) -> Offer:
+    """Load everything.
+
+    Args:
+        baseline: None: only the model.
+
+    Raises:
+        ScdError: a folder is missing or damaged, or the two models do not fit each other.
+    """
+    models = {"model": load_pretrained(model, overrides)}
+    missing = {}
+    if baseline is None:
+        missing["baseline"] = "no folder with a baseline was given"
+    else:
+        models["baseline"] = load_pretrained(baseline, overrides)
+        first, other = (m.options.data for m in models.values())
+        if (first.frame_size, first.action_names) != (other.frame_size, other.action_names):
+            raise ScdError(f"{baseline}: other actions or another frame size than {model}")
+    if importlib.util.find_spec("vizdoom") is None:
+        missing[REAL] = "the package vizdoom is not installed"
+    data = models["model"].options.data
+    found = load_starts(starts, data.frame_size, len(data.action_names))
+    return Offer(models, found, missing)

@@ -1,0 +1,80 @@
+"""A folder that holds a model ready to play, and how its frames are made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scd.errors import ScdError
+from scd.models.autoencoder import Codec, load_codec
+from scd.models.build import build_world_model
+from scd.models.weights import build_to_fit, read_weights
+from scd.models.world_model import WorldModel
+from scd.options import Options, load_options
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A world model under actions, its autoencoder, and the options they were trained with."""
+
+    folder: Path
+    model: WorldModel
+    codec: Codec
+    options: Options
+
+    @property
+    def about(self) -> dict[str, str | int]:
+        """What the page tells about it."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {"kind": type(self.model).__name__, "parameters": parameters}
+
+    @property
+    def guidance(self) -> str:
+        """The kind of guidance that a scale above 1 turns on."""
+        if self.options.rollout.guidance != "none":
+            return self.options.rollout.guidance
+        return "context" if self.model.has_context else "condition"
+
+
+def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrained:
+    """Load what `SCDPipeline.save_pretrained` wrote, with the experiment's `options.yml` beside it.
+
+    The network is built as the options say, and takes only weights that fit it: nothing in the
+    folder names code to be imported.
+
+    Args:
+        overrides: `key=value`, on top of the options.
+
+    Raises:
+        ScdError: the folder or a part of it is missing or damaged, or its model cannot be played.
+    """
+    if not folder.is_dir():
+        raise ScdError(
+            f"{folder}: no such folder; --model names one with a pretrained model (transformer/, "
+            f"vae/, options.yml)"
+        )
+    options = load_options(folder / "options.yml", overrides)
+    _check_playable(options, folder)
+    in_pixels = options.autoencoder.path is None
+    codec = load_codec(None if in_pixels else str(folder / "vae"))
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors, _ = read_weights(path)
+    model = build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.requires_grad_(False)
+    return Pretrained(folder, model.to(device).eval(), codec.to(device), options)
+
+
+def _check_playable(options: Options, folder: Path) -> None:
+    where, names, rollout = folder / "options.yml", options.data.action_names, options.rollout
+    if options.task != "world_model" or options.model.condition != "action":
+        raise ScdError(f"{where}: only a world model under actions can be played")
+    if len(names) != options.model.num_conditions:
+        raise ScdError(
+            f"{where}: {len(names)} data.action_names for {options.model.num_conditions} actions"
+        )
+    if rollout.window < 1 or rollout.window_first:
+        raise ScdError(
+            f"{where}: to play for ever, rollout.window must be at least 1 and "
+            f"rollout.window_first 0, not {rollout.window} and {rollout.window_first}"
+        )

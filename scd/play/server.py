@@ -1,0 +1,176 @@
+"""The server: routes, who may come in, and running it."""
+
+import asyncio
+import logging
+import secrets
+import socket as sockets
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from scd.errors import ScdError
+from scd.play.door import Door
+from scd.play.limits import Limits
+from scd.play.lobby import Lobby
+from scd.play.messages import MAX_BYTES, Close, Closed
+from scd.play.offer import Offer
+from scd.play.recording import MAX_RECORDINGS, record_mp4, start_png
+from scd.play.session import Session
+
+STATIC = Path(__file__).parent / "static"
+MAX_CONNECTIONS = 100
+log = logging.getLogger(__name__)
+
+
+def make_app(
+    offer: Offer,
+    *,
+    places: int = 2,
+    token: str | None = None,
+    local: bool = True,
+    limits: Limits | None = None,
+) -> Starlette:
+    """The application.
+
+    Args:
+        places: players at a time.
+        token: what every address but those of `static/` asks for; None: nothing is asked for.
+        local: only names of this machine are answered to (see `Door`).
+    """
+    worker = ThreadPoolExecutor(1, "play")  # one frame is computed at a time, with all cores
+    limits = limits or Limits()
+    lobby = Lobby(lambda: Session.open(offer, worker, limits), places)
+    recordings = asyncio.Semaphore(MAX_RECORDINGS)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await lobby.close()
+        worker.shutdown(wait=False, cancel_futures=True)
+
+    def admitted(connection: HTTPConnection) -> bool:
+        given = connection.query_params.get("token", "")
+        return token is None or secrets.compare_digest(given.encode(), token.encode())
+
+    async def page(request: Request) -> Response:
+        if not admitted(request):
+            return PlainTextResponse(
+                "This address needs its token: open the whole URL that the server printed.", 403
+            )
+        return FileResponse(STATIC / "index.html")
+
+    async def start_picture(request: Request) -> Response:
+        if not admitted(request):
+            return PlainTextResponse("wrong token", 403)
+        try:
+            start = offer.start(request.path_params["name"])
+        except ScdError as error:
+            return PlainTextResponse(str(error), 404)
+        return Response(start_png(start), media_type="image/png")
+
+    async def recording(request: Request) -> Response:
+        session = lobby.sessions.get(request.query_params.get("session", ""))
+        if not admitted(request) or session is None:
+            return PlainTextResponse("no such session (any more)", 404)
+        return await record_mp4(session, request.query_params, recordings)
+
+    async def websocket(socket: WebSocket) -> None:
+        await socket.accept()
+        try:
+            if not admitted(socket):
+                raise Closed(Close.BAD_TOKEN, "open the whole URL that the server printed")
+            await lobby.serve(socket, socket.query_params.get("session"))
+        except WebSocketDisconnect:
+            pass
+        except Closed as closed:
+            with suppress(RuntimeError, WebSocketDisconnect):  # gone in the meantime
+                await socket.close(closed.code, closed.reason)
+        except Exception:
+            log.exception("a session ended by a fault")
+            with suppress(RuntimeError, WebSocketDisconnect):
+                await socket.close(Close.FAULT, "a fault of the server ended this session")
+
+    return Starlette(
+        routes=[
+            Route("/", page),
+            Route("/starts/{name}.png", start_picture),
+            Route("/recording.mp4", recording),
+            WebSocketRoute("/ws", websocket),
+            Mount("/static", StaticFiles(directory=STATIC)),
+        ],
+        middleware=[Middleware(Door, local=local)],
+        lifespan=lifespan,
+    )
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where to serve; `token` is what an address that others can reach asks for."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def serve(offer: Offer, address: Address, places: int) -> None:
+    """Serve until Ctrl-C.
+
+    Raises:
+        ScdError: the address cannot be had, or there is no place for a player.
+    """
+    if places < 1:
+        raise ScdError(f"play: {places} sessions, but at least one player needs a place")
+    token = address.token or (None if address.local else secrets.token_urlsafe(16))
+    listening = listen(address)
+    app = make_app(offer, places=places, token=token, local=address.local)
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    url = f"http://{host}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    print(f"serving {offer.first.folder} at {url} (Ctrl-C ends)", flush=True)
+    uvicorn.Server(config(app)).run(sockets=[listening])
+
+
+def listen(address: Address) -> sockets.socket:
+    """Raises: ScdError: the address cannot be had."""
+    try:
+        family = sockets.AF_INET6 if ":" in address.host else sockets.AF_INET
+        return sockets.create_server((address.host, address.port), family=family)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ScdError(
+            f"{address.host}:{address.port} cannot be served at ({why}): choose another --port "
+            f"or --host"
+        ) from error
+
+
+def config(app: Starlette) -> uvicorn.Config:
+    """How uvicorn runs it: messages in are small, and pictures do not compress."""
+    return uvicorn.Config(
+        app,
+        ws="websockets-sansio",
+        ws_max_size=MAX_BYTES,
+        ws_per_message_deflate=False,
+        access_log=False,  # its lines would hold tokens
+        log_level="warning",
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=3,
+    )

@@ -1,0 +1,112 @@
+// What can be chosen: start clips, worlds side by side, settings of the frames.
+
+import { address } from "./connection.js";
+import { titleOf } from "./worlds.js";
+
+/** Calls `start({start, worlds})` and `settings({...})`. */
+export class Panel {
+  #start = null;
+  #worlds = [];
+  #offered = [];
+  #limits = null;
+
+  constructor({ start, settings }) {
+    this.startWith = start;
+    const $ = (id) => document.getElementById(id);
+    [this.starts, this.beside, this.seed] = ["starts", "beside", "seed"].map($);
+    this.sliders = { steps: $("steps"), guidance_scale: $("guidance"), fps: $("fps") };
+    for (const [name, slider] of Object.entries(this.sliders)) {
+      slider.addEventListener("input", () => {
+        this.#say(name);
+        settings({ [name]: Number(slider.value) });
+      });
+    }
+    this.seed.addEventListener("change", () => {
+      const [low, high] = this.#limits.seed;
+      const seed = Math.min(high, Math.max(low, Math.trunc(Number(this.seed.value) || 0)));
+      this.seed.value = seed;
+      settings({ seed });
+    });
+    $("dice").addEventListener("click", () => {
+      this.seed.value = Math.floor(Math.random() * 10000);
+      settings({ seed: Number(this.seed.value) });
+    });
+  }
+
+  /** What the server offers. */
+  offer({ starts, worlds, missing, limits }) {
+    this.#limits = limits;
+    this.#offered = worlds;
+    for (const [name, slider] of Object.entries(this.sliders)) [slider.min, slider.max] = limits[name];
+    this.seed.max = limits.seed[1];
+    this.starts.replaceChildren(...starts.map((name, i) => this.#startButton(name, i)));
+    const chips = [...worlds, ...Object.keys(missing)].map((name) => this.#chip(name, missing[name]));
+    this.beside.replaceChildren(...chips);
+    const reasons = Object.entries(missing).map(
+      ([name, why]) => `${titleOf(name)} is not here: ${why}.`,
+    );
+    document.getElementById("beside-hint").textContent = [
+      "The same keys in each. A change begins the clip anew.", ...reasons,
+    ].join(" ");
+  }
+
+  /** What is the case now. */
+  follow(state) {
+    this.#start = state.start;
+    this.#worlds = state.worlds;
+    for (const button of this.starts.children) {
+      button.setAttribute("aria-pressed", button.dataset.start === state.start);
+    }
+    for (const chip of this.beside.children) {
+      chip.setAttribute("aria-pressed", state.worlds.includes(chip.dataset.world));
+    }
+    for (const [name, slider] of Object.entries(this.sliders)) {
+      slider.value = state.settings[name] ?? state[name];
+      this.#say(name);
+    }
+    if (document.activeElement !== this.seed) this.seed.value = state.settings.seed;
+  }
+
+  /** Begin with the start at a place of the list. */
+  startAt(place) {
+    this.starts.children[place]?.click();
+  }
+
+  /** All worlds, or only the first. */
+  toggleBeside() {
+    const worlds = this.#worlds.length > 1 ? this.#offered.slice(0, 1) : this.#offered;
+    if (worlds.length !== this.#worlds.length) this.startWith({ start: this.#start, worlds });
+  }
+
+  #say(name) {
+    const { value, nextElementSibling: output } = this.sliders[name];
+    const guidance = Number(value) === 1 ? "off" : Number(value).toFixed(1);
+    output.textContent = name === "guidance_scale" ? guidance : value;
+  }
+
+  #startButton(name, place) {
+    const title = name.replaceAll("_", " ");
+    const button = Object.assign(document.createElement("button"), { type: "button", title });
+    const image = Object.assign(document.createElement("img"), {
+      src: address(`/starts/${name}.png`), alt: title, width: 64, height: 64, draggable: false,
+    });
+    button.dataset.start = name;
+    if (place < 9) button.setAttribute("aria-keyshortcuts", place + 1);
+    button.append(image);
+    button.addEventListener("click", () => this.startWith({ start: name, worlds: this.#worlds }));
+    return button;
+  }
+
+  #chip(name, missing) {
+    const chip = document.createElement("button");
+    Object.assign(chip, { type: "button", textContent: titleOf(name) });
+    chip.dataset.world = name;
+    chip.disabled = missing !== undefined;
+    chip.addEventListener("click", () => {
+      const without = this.#worlds.filter((world) => world !== name);
+      const worlds = without.length < this.#worlds.length ? without : [...this.#worlds, name];
+      if (worlds.length) this.startWith({ start: this.#start, worlds });
+    });
+    return chip;
+  }
+}

@@ -1,0 +1,63 @@
+// Recording: from the frame where it began to the newest, saved as the server's mp4.
+
+import { address } from "./connection.js";
+
+/** Calls `say(text)`. */
+export class Recorder {
+  #first = null;
+  #newest = 0;
+
+  constructor(button, say) {
+    this.button = button;
+    this.say = say;
+  }
+
+  /** Where the line ends now; going back to before the recording began shortens what came before. */
+  follow(newest) {
+    this.#newest = newest;
+    if (this.#first !== null) this.#first = Math.min(this.#first, newest);
+    this.#show();
+  }
+
+  /** Another start: what was recorded is no longer there. */
+  drop() {
+    if (this.#first === null) return;
+    this.#first = null;
+    this.#show();
+    this.say("The recording ended without a file: another start was chosen.");
+  }
+
+  async toggle(session) {
+    if (this.#first === null) {
+      this.#first = this.#newest;
+      this.#show();
+      this.say("Recording.");
+      return;
+    }
+    const range = { first: this.#first, last: this.#newest };
+    this.#first = null;
+    this.#show();
+    this.say("Making the mp4 …");
+    try {
+      const answer = await fetch(address("/recording.mp4", { session, ...range }));
+      if (!answer.ok) throw new Error(await answer.text());
+      const told = answer.headers.get("Content-Disposition") ?? "";
+      const name = /filename="?([^";]+)/.exec(told)?.[1] ?? "scd.mp4";
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(await answer.blob());
+      link.download = name;
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+      this.say(`Saved ${name}.`);
+    } catch (error) {
+      this.say(`Not saved: ${error.message}`);
+    }
+  }
+
+  #show() {
+    const on = this.#first !== null;
+    this.button.setAttribute("aria-pressed", on);
+    this.button.setAttribute("aria-label", on ? "Stop recording and save" : "Record");
+    this.button.querySelector("#recorded").textContent = on ? this.#newest - this.#first + 1 : "";
+  }
+}

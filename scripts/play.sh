@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Walk through a generated world in the browser: bash scripts/play.sh [scd play's arguments]
+# Makes the environment if there is none, then serves http://127.0.0.1:8000.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup_env.sh
+source scripts/common.sh
+baseline=assets/pretrained/causal_dit_doom
+if [ -d $baseline ]; then
+    set -- --baseline $baseline "$@"
+fi
+exec "$(find_python)" -m scd.cli play "$@"

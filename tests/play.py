@@ -1,0 +1,127 @@
+"""What the tests of play share: a small pretrained model, start clips, and a player."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from websockets.asyncio.client import ClientConnection, connect
+
+from scd.models import SCD, CausalDiT, WorldModel
+from scd.models.autoencoder import LatentCodec, load_codec
+from scd.pipeline import SCDPipeline
+from scd.play.messages import HEADER, WORLD_HEADER
+from scd.play.offer import Offer
+from scd.play.pretrained import load_pretrained
+from scd.play.starts import Start
+
+ACTIONS = ["none", "turn left", "turn right", "forward"]
+WINDOW = 4
+
+
+def pretrained_folder(folder: Path, autoencoder: str, kind: str = "scd") -> Path:
+    """Random weights, 64x64 pixels, a window of 4 frames."""
+    torch.manual_seed(0)
+    shared: dict[str, Any] = {"channels": 8, "patch_size": 4, "heads": 1}
+    shared |= {"condition": "action", "num_conditions": 4, "prediction": "data"}
+    layers: dict[str, int] = {"layers": 2}
+    model: WorldModel = CausalDiT(**layers, **shared)
+    if kind == "scd":
+        layers = {"encoder_layers": 2, "decoder_layers": 1}
+        model = SCD(**layers, **shared)
+    for parameter in model.parameters():  # fresh modulation is zero: actions would do nothing
+        torch.nn.init.normal_(parameter, std=0.1)
+    codec = load_codec(autoencoder)
+    assert isinstance(codec, LatentCodec)
+    SCDPipeline(model, codec.autoencoder).save_pretrained(folder)
+    options = {
+        "name": "tiny",
+        "task": "world_model",
+        "data": {"root": "nowhere", "frame_size": 64, "action_names": ACTIONS},
+        "autoencoder": {"path": "elsewhere"},
+        "model": {"type": kind, "patch_size": 4, "heads": 1, "condition": "action"}
+        | {"num_conditions": 4, **layers},
+        "flow": {"prediction": "data"},
+        "train": {"steps": 1, "batch_size": 1},
+        "rollout": {"steps": 2, "guidance": "none", "guidance_scale": 1.0, "window": WINDOW},
+        "eval": {"context_frames": 1, "new_frames": 1},
+    }
+    (folder / "options.yml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    return folder
+
+
+def some_start(name: str = "here", seed: int = 1_000_000, frames: int = 6) -> Start:
+    """Of noise."""
+    rng = np.random.default_rng(0)
+    actions = tuple(int(action) for action in rng.integers(0, 4, frames))
+    return Start(name, seed, actions, rng.integers(0, 256, (frames, 64, 64, 3), np.uint8))
+
+
+def small_offer(root: Path, autoencoder: str) -> Offer:
+    """A model and a baseline, no ViZDoom."""
+    models = {
+        name: load_pretrained(pretrained_folder(root / name, autoencoder, kind))
+        for name, kind in (("model", "scd"), ("baseline", "causal_dit"))
+    }
+    starts = [some_start(), some_start("there", 1_000_001)]
+    return Offer(models, starts, {"real": "not in this test"})
+
+
+class Player:
+    """A connected client that plays by the rules."""
+
+    def __init__(self, socket: ClientConnection):
+        self.socket = socket
+
+    async def say(self, kind: str, **fields: Any) -> None:
+        await self.socket.send(json.dumps({"type": kind, **fields}))
+
+    async def told(self, kind: str) -> dict[str, Any]:
+        """The next JSON message, which must be of a type; pictures before it are seen."""
+        while True:
+            message = await self.socket.recv()
+            if isinstance(message, str):
+                told = json.loads(message)
+                assert told["type"] == kind, told
+                return told
+            await self.say("seen", serial=read(message)["serial"])
+
+    async def picture(self, seen: bool = True) -> dict[str, Any]:
+        """The next picture; what is told before it is passed over."""
+        while True:
+            message = await self.socket.recv()
+            if isinstance(message, bytes):
+                picture = read(message)
+                if seen:
+                    await self.say("seen", serial=picture["serial"])
+                return picture
+
+
+def read(message: bytes) -> dict[str, Any]:
+    """A picture message as README.md describes it."""
+    names = ("protocol", "worlds", "action", "flags", "height", "width", "frame", "serial", "seq")
+    picture = dict(zip((*names, "made_ms"), HEADER.unpack_from(message), strict=True))
+    height, width = picture["height"], picture["width"]
+    size, pixels = WORLD_HEADER.size, 3 * height * width
+    assert len(message) == HEADER.size + picture["worlds"] * (size + pixels)
+    picture["views"] = []
+    for at in range(HEADER.size, len(message), size + pixels):
+        world, flags, _, *times = WORLD_HEADER.unpack_from(message, at)
+        rgb = np.frombuffer(message, np.uint8, pixels, at + size).reshape(height, width, 3)
+        picture["views"].append({"world": world, "over": flags, "times": times, "rgb": rgb})
+    return picture
+
+
+@asynccontextmanager
+async def playing(place: str, query: str = "", **how: Any) -> AsyncIterator[Player]:
+    """A player who has been let in, up to the first picture."""
+    async with connect(f"ws://{place}/ws{query}", **how) as socket:
+        player = Player(socket)
+        player.hello = await player.told("hello")  # type: ignore[attr-defined]
+        player.state = await player.told("state")  # type: ignore[attr-defined]
+        player.first = await player.picture()  # type: ignore[attr-defined]
+        yield player

@@ -1,0 +1,431 @@
+"""Worlds, history, start clips and the wire format of play, without a server."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from scd.doom.simulator import DoomSimulator
+from scd.errors import ScdError
+from scd.play import history, worlds
+from scd.play.game import Game
+from scd.play.history import Frame, History
+from scd.play.messages import AGAIN, GIVEN, Close, Closed, parse
+from scd.play.messages import pack as pack_message
+from scd.play.offer import Offer, load_offer
+from scd.play.pretrained import load_pretrained
+from scd.play.starts import Start, load_starts, record_starts
+from scd.play.worlds import ModelWorld, RealWorld, Settings, View
+from tests.play import WINDOW, pretrained_folder, read, small_offer
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOLERANCE = 1e-4  # of latents of size 1: the same sums in another order
+
+
+@pytest.fixture(scope="module")
+def offer(tmp_path_factory: pytest.TempPathFactory, tiny_autoencoder_path: str) -> Offer:
+    return small_offer(tmp_path_factory.mktemp("play"), tiny_autoencoder_path)
+
+
+@pytest.fixture
+def game(offer: Offer) -> Iterator[Game]:
+    with closing(Game(offer)) as game:
+        yield game
+
+
+def actions_of(count: int, seed: int = 1) -> list[int]:
+    return [int(action) for action in np.random.default_rng(seed).integers(0, 4, count)]
+
+
+def latents(frames: list[Frame], world: int = 0) -> torch.Tensor:
+    found = [frame.views[world].latents for frame in frames]
+    return torch.stack([z for z in found if z is not None])
+
+
+def play(game: Game, actions: list[int]) -> list[Frame]:
+    return [game.step(action) for action in actions]
+
+
+# Worlds
+
+
+def test_same_seed_and_keys_make_the_same_pictures(offer, game):
+    names, keys = ["model", "baseline"], actions_of(8)
+    made = {}
+    for label, seed, pressed in (
+        ("a", 5, keys),
+        ("b", 5, keys),
+        ("c", 6, keys),
+        ("d", 5, keys[::-1]),
+    ):
+        game.begin("here", names, seed)
+        made[label] = play(game, pressed)
+    for world in (0, 1):
+        a, b, c, d = (latents(made[label], world) for label in "abcd")
+        assert torch.equal(a, b)
+        assert (a - c).abs().flatten(1).amax(1).min() > 0.01  # another seed
+        assert keys[0] != keys[-1] and (a - d)[0].abs().max() > 0.001  # another key
+    assert made["a"][0].views[0].picture.shape == (64, 64, 3)
+    assert np.array_equal(made["a"][-1].views[0].picture, made["b"][-1].views[0].picture)
+    assert all(time > 0 for time in made["a"][0].views[0].times)
+
+
+@pytest.mark.parametrize("back_to", [20, 8, 2])
+def test_going_on_after_a_rewind_repeats_the_frames(game, back_to):
+    """Beyond the window, within it, and inside the start clip."""
+    game.begin("here", ["model", "baseline"], 3)
+    keys = actions_of(30)
+    first = list(game.history.line) + play(game, keys)
+    game.rewind(back_to)
+    again = play(game, [frame.action for frame in first[back_to + 1 :]])
+    if back_to < 6:  # the start's own frames are given, not made
+        again, first = again[:1], first[: back_to + 2]
+        assert torch.isfinite(latents(again)).all()
+        return
+    for world in (0, 1):
+        one, other = latents(first[back_to + 1 :], world), latents(again, world)
+        assert (one - other).abs().max() < TOLERANCE
+        assert one.abs().max() > 0.1
+
+
+def test_what_slid_out_of_the_window_still_counts(game):
+    """Why a rewind takes in more than the window: with the window alone the frames differ."""
+    game.begin("here", ["model"], 3)
+    play(game, actions_of(24))
+    rewound = list(game.history.line)
+    expected = game.step(3)
+    game.rewind(expected.number - 1)
+    (world,) = game._worlds
+    views = [frame.views[0] for frame in rewound]
+    keys = [frame.action for frame in rewound]
+    world.go_to(views[-WINDOW:], keys[-WINDOW:], False, game.settings)
+    short = world.step(3, expected.number)
+    assert short.latents is not None and expected.views[0].latents is not None
+    assert (short.latents - expected.views[0].latents).abs().max() > 10 * TOLERANCE
+
+
+def test_settings(game):
+    game.begin("here", ["model", "baseline"], 3)
+    play(game, actions_of(6))
+    here = game.history.newest.number
+    made = {}
+    for label, changes in (
+        ("as before", {}),
+        ("steps", {"steps": 5}),
+        ("guidance", {"guidance_scale": 2.5}),
+        ("seed", {"seed": 4}),
+    ):
+        before = game.settings
+        game.change(**changes)
+        made[label] = game.step(1)
+        game.change(steps=before.steps, guidance_scale=before.guidance_scale, seed=before.seed)
+        game.rewind(here)
+    for world in (0, 1):
+        plain = latents([made["as before"]], world)
+        for label in ("steps", "guidance", "seed"):
+            assert (latents([made[label]], world) - plain).abs().max() > TOLERANCE, label
+    for wrong in ({"steps": 0}, {"steps": 17}, {"guidance_scale": 0.5}, {"seed": 2**31}):
+        before = game.settings
+        with pytest.raises(ScdError, match=f"{next(iter(wrong))} is .*, not within"):
+            game.change(**wrong)
+        assert game.settings == before
+
+
+def test_refused_starts_change_nothing(game):
+    game.begin("there", ["baseline"], 1)
+    line = game.history.line
+    for start, names, match in (
+        ("nowhere", ["model"], "start 'nowhere' is none of here, there"),
+        ("here", ["model", "moon"], "no world 'moon'"),
+        ("here", ["real"], "no world 'real' .not in this test"),
+    ):
+        with pytest.raises(ScdError, match=match):
+            game.begin(start, names, 0)
+    assert game.history.line is line and game.names == ["baseline"]
+    game.begin("here", ["baseline", "model", "model"], 0)
+    assert game.names == ["model", "baseline"]  # as the wire numbers them
+    with pytest.raises(ScdError, match="action 4 is none of 0 to 3"):
+        game.step(4)
+
+
+def test_the_real_world_is_the_recorded_episode(tmp_path):
+    """Its frames are those that a recording shows, and a rewind finds them again."""
+    record_starts(tmp_path, {"one": 3}, frames=12)
+    (start,) = load_starts(tmp_path, 64, 4)
+    assert start.seed == 1_000_003
+    nothing = Settings(1, 1.0)
+    with closing(RealWorld(64)) as world, closing(DoomSimulator(64)) as simulator:
+        expected = [simulator.reset(start.seed)]
+        keys = [*start.actions, *actions_of(10)]
+        expected += [simulator.step(action) for action in keys[1:]]
+        views = world.begin(start, nothing)
+        error = np.stack([v.picture for v in views]).astype(float) - start.frames
+        assert 10 * np.log10(255**2 / (error**2).mean()) > 28  # the clip is compressed
+        views += [world.step(action, 0) for action in keys[12:]]
+        assert all(map(np.array_equal, [v.picture for v in views], expected))
+        world.go_to(views[:15], keys[:15], True, nothing)
+        again = [world.step(action, 0) for action in keys[15:]]
+        assert all(map(np.array_equal, [v.picture for v in again], expected[15:]))
+        # Where the beginning is not known, it cannot be put back: the picture stands still.
+        world.go_to(views[5:15], keys[5:15], False, nothing)
+        assert world.step(3, 0).over and np.array_equal(world.step(1, 0).picture, expected[14])
+        world.go_to(views, keys, True, nothing)
+        world._simulator.close()  # as if ViZDoom had died
+        assert world.step(3, 0).over
+
+
+def test_a_long_replay_is_not_tried(monkeypatch):
+    monkeypatch.setattr(worlds, "MAX_REPLAY", 3)
+    with closing(RealWorld(64)) as world:
+        start = Start("x", 1, (0, 3, 3, 3), np.zeros((4, 64, 64, 3), np.uint8))
+        views = world.begin(start, Settings(1, 1.0))
+        world.go_to(views, start.actions, True, Settings(1, 1.0))
+        assert world.step(3, 4).over
+        world.go_to(views[:3], start.actions[:3], True, Settings(1, 1.0))
+        assert not world.step(3, 3).over
+
+
+# History
+
+
+def some_line(count: int, first: int = 0) -> list[Frame]:
+    view = View(np.zeros((1, 1, 3), np.uint8))
+    return [Frame(number, 0, (view,)) for number in range(first, first + count)]
+
+
+def test_lines_branch_and_are_found_again():
+    past = History(some_line(10))
+    for frame in some_line(10, 10):
+        past.append(frame)
+    left = list(past.line)
+    past.rewind(12)
+    assert past.newest.number == 12 and past.line[5] is left[5]
+    (moment,) = past.moments
+    assert moment.line == left and not moment.kept and past.shared(moment) == 12
+    other = some_line(3, 13)
+    for frame in other:
+        past.append(frame)
+    assert past.shared(moment) == 12
+    past.return_to(moment.number)
+    assert past.line == left
+    (left_behind,) = past.moments  # the moment returned to is the line now
+    assert left_behind.line[-1] is other[-1] and past.shared(left_behind) == 12
+    past.keep()
+    past.keep()
+    assert [m.kept for m in past.moments] == [False, True]
+    past.rewind(3)
+    assert len(past.moments) == 2  # what was left is a moment already
+    past.return_to(past.moments[1].number)
+    assert past.line == left and past.moments[1].kept
+    for wrong in (-1, 20):
+        with pytest.raises(ScdError, match="frames 0 to 19"):
+            past.rewind(wrong)
+    with pytest.raises(ScdError, match="moment 99 is not there"):
+        past.return_to(99)
+
+
+def test_history_is_bounded(monkeypatch):
+    monkeypatch.setattr(history, "MAX_FRAMES", 300)
+    past = History(some_line(200))
+    for back in (150, 140, 130):
+        past.rewind(back)
+        for frame in some_line(30, back + 1):
+            past.append(frame)
+    assert len(past.moments) == 3
+    for number in range(161, 1000):
+        past.append(*some_line(1, number))
+        lines = [past.line, *(m.line for m in past.moments)]
+        assert len({id(frame) for line in lines for frame in line}) <= 300
+    assert not past.moments and past.newest.number == 999  # they ended long before
+    assert past.oldest == past.line[0].number > 600
+    with pytest.raises(ScdError, match=f"frames {past.oldest} to 999"):
+        past.rewind(past.oldest - 1)
+    for _ in range(20):
+        past.rewind(past.newest.number - 1)
+        past.append(*some_line(1, past.newest.number + 1))
+    assert len(past.moments) == history.MAX_MOMENTS  # and all of them live beside a full line
+    past.rewind(past.oldest + 10)
+    for _ in range(400):  # a new line from there: what moments hold for themselves is bounded
+        past.append(*some_line(1, past.newest.number + 1))
+    assert (
+        len({id(f) for line in [past.line, *(m.line for m in past.moments)] for f in line}) <= 300
+    )
+    assert len(past.line) >= 150
+
+
+# Files
+
+
+def test_pretrained_folders_that_cannot_be_played(tmp_path, tiny_autoencoder_path):
+    with pytest.raises(ScdError, match="no such folder; --model names one"):
+        load_pretrained(tmp_path / "none")
+    folder = pretrained_folder(tmp_path / "good", tiny_autoencoder_path)
+    for override, match in (
+        ("rollout.window=0", "rollout.window must be at least 1"),
+        ("rollout.window_first=1", "rollout.window_first 0"),
+        ("data.action_names=[a,b]", "2 data.action_names for 4 actions"),
+        ("model.heads=2", "does not fit the model"),
+    ):
+        with pytest.raises(ScdError, match=match):
+            load_pretrained(folder, [override])
+    for missing in ("options.yml", "transformer", "vae"):
+        broken = tmp_path / "broken"
+        shutil.copytree(folder, broken)
+        path = broken / missing
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with pytest.raises(ScdError, match=str(path)):
+            load_pretrained(broken)
+        shutil.rmtree(broken)
+
+
+def test_starts_that_are_wrong(tmp_path):
+    for name in ("starts.json", "lamps.mp4"):
+        shutil.copy(ROOT / "assets/starts" / name, tmp_path)
+    listed = json.loads((tmp_path / "starts.json").read_text())[:1]
+    for changes, match in (
+        ({}, None),
+        ({"name": "../lamps"}, "name '../lamps'"),
+        ({"seed": "1"}, "seed '1'"),
+        ({"actions": [4] * 24}, "numbers below 4"),
+        ({"actions": [0] * 23}, "24 frames, but 23 actions"),
+        ({"more": 1}, "a start has name, seed and actions"),
+        ({"name": "nowhere"}, "nowhere.mp4: no such video"),
+    ):
+        (tmp_path / "starts.json").write_text(json.dumps([listed[0] | changes]))
+        if match is None:
+            assert len(load_starts(tmp_path, 64, 4)) == 1
+            continue
+        with pytest.raises(ScdError, match=match):
+            load_starts(tmp_path, 64, 4)
+    with pytest.raises(ScdError, match=r"starts\.json: no such file"):
+        load_starts(tmp_path / "none", 64, 4)
+    (tmp_path / "starts.json").write_text(json.dumps(listed))
+    with pytest.raises(ScdError, match="the model has 32"):
+        load_starts(tmp_path, 32, 4)
+
+
+def test_the_shipped_starts():
+    starts = load_starts(ROOT / "assets/starts", 64, 4)
+    assert len(starts) == 8 and len({start.seed for start in starts}) == 8
+    assert all(start.frames.shape == (24, 64, 64, 3) for start in starts)
+    assert sum(path.stat().st_size for path in (ROOT / "assets/starts").iterdir()) < 2**20
+
+
+def test_the_shipped_model():
+    folder = ROOT / "assets/pretrained/scd_doom"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    offer = load_offer(folder, None, ROOT / "assets/starts")
+    with closing(Game(offer)) as game:
+        standing = play(game, [0] * 4)[-1].views[0].picture.astype(float)
+        game.rewind(len(game.start.actions) - 1)
+        turned = play(game, [1] * 4)[-1].views[0].picture.astype(float)
+        last = game.start.frames[-1]
+    assert np.abs(standing - last).mean() < 20 < np.abs(turned - last).mean() + 12
+
+
+def test_what_an_offer_lacks(tmp_path, tiny_autoencoder_path):
+    folder = pretrained_folder(tmp_path / "model", tiny_autoencoder_path)
+    offer = load_offer(folder, None, ROOT / "assets/starts")
+    assert offer.worlds == ["model", "real"] and list(offer.missing) == ["baseline"]
+    with pytest.raises(ScdError, match="no such folder"):
+        load_offer(folder, tmp_path / "none", ROOT / "assets/starts")
+
+
+def test_without_vizdoom(tmp_path, tiny_autoencoder_path, monkeypatch):
+    folder = pretrained_folder(tmp_path / "model", tiny_autoencoder_path)
+    monkeypatch.setattr("scd.play.offer.importlib.util.find_spec", lambda name: None)
+    offer = load_offer(folder, None, ROOT / "assets/starts")
+    assert offer.worlds == ["model"] and "vizdoom is not installed" in offer.missing["real"]
+
+
+# Wire format
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"type": "input", "action": 3, "seq": 4294967295}',
+        '{"type": "step"}',
+        '{"type": "settings"}',
+        '{"type": "settings", "guidance_scale": 1.5, "steps": 3}',
+        '{"type": "start", "start": "here", "worlds": ["model", "real"], "seed": 1}',
+    ],
+)
+def test_messages(text):
+    message = parse(text)
+    assert {"type": message.type, **message.fields} == json.loads(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "{",
+        "[" * 4000,
+        '{"type": "dance"}',
+        '{"type": ["input"]}',
+        '{"action": 1, "seq": 1}',
+        '{"type": "input", "action": 1}',
+        '{"type": "input", "action": 1, "seq": 1, "more": 1}',
+        '{"type": "input", "action": true, "seq": 1}',
+        '{"type": "input", "action": 1.0, "seq": 1}',
+        '{"type": "input", "action": -1, "seq": 1}',
+        '{"type": "input", "action": 1, "seq": 4294967296}',
+        '{"type": "pause", "paused": 1}',
+        '{"type": "settings", "fps": NaN}',
+        '{"type": "settings", "fps": 1e999}',
+        '{"type": "settings", "steps": null}',
+        '{"type": "start", "start": "here", "worlds": []}',
+        '{"type": "start", "start": "here", "worlds": "model"}',
+        '{"type": "start", "start": 1, "worlds": ["model"]}',
+        '{"type": "rewind", "frame": ' + "9" * 4000 + "}",
+    ],
+)
+def test_messages_that_are_none(text):
+    with pytest.raises(Closed) as closed:
+        parse(text)
+    assert closed.value.code is Close.BAD_MESSAGE and 0 < len(closed.value.reason) < 124
+
+
+def test_pictures_on_the_wire(game):
+    game.begin("here", ["model", "baseline"], 0)
+    frame = game.step(2)
+    flags = GIVEN | AGAIN
+    sent = pack_message(frame, [0, 2], serial=7, seq=9, flags=flags, made_ms=1.5)
+    got = read(sent)
+    assert [got[key] for key in ("protocol", "action", "flags", "frame", "serial", "seq")] == [
+        1, 2, 3, 6, 7, 9,
+    ]  # fmt: skip
+    assert got["made_ms"] == 1.5 and [view["world"] for view in got["views"]] == [0, 2]
+    for view, of_frame in zip(got["views"], frame.views, strict=True):
+        assert np.array_equal(view["rgb"], of_frame.picture)
+        assert view["times"] == pytest.approx(of_frame.times)
+
+
+def test_a_model_world_is_its_rollout(offer):
+    """Against the engine itself, on the same noise."""
+    from dataclasses import replace
+
+    from scd.rollout import Rollout
+    from scd.seeding import generator
+
+    pretrained, start = offer.first, offer.starts[0]
+    world = ModelWorld(pretrained)
+    views = world.begin(start, Settings(2, 1.0, seed=11))
+    made = [world.step(action, 6 + i).latents for i, action in enumerate([1, 3, 2])]
+    rollout = Rollout(pretrained.model, replace(pretrained.options.rollout, steps=2))
+    context = torch.stack([view.latents for view in views if view.latents is not None])[None]
+    rollout.reset(context, torch.tensor([start.actions]))
+    for i, action in enumerate([1, 3, 2]):
+        noise = torch.randn(1, 8, 8, 8, generator=generator("cpu", "play", 11, 6 + i))
+        frame = rollout.step(torch.tensor([action]), noise)
+        assert torch.equal(frame[0], made[i])

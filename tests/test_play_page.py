@@ -1,0 +1,516 @@
+"""The play server's page in headless Chromium: what a player does, and what is then on the screen.
+
+One server, one place and one browser tab for all tests, so that they share one session; each test
+begins at the first start, paused. The model is tiny and random: its pictures change, no more.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import FileResponse
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from scd.data.video import VideoFile
+from scd.play.server import STATIC, Address, listen
+from tests.play import pretrained_folder
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+from selenium.common.exceptions import TimeoutException  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="no chromium and chromedriver (Debian: apt-get install chromium chromium-driver)",
+)
+NONE, LEFT, RIGHT, FORWARD = range(4)
+BEGIN = 23  # the last frame of a start clip, where play begins
+SECONDS = 30  # that anything may take on a busy machine
+PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+# Every socket of the page, so that a test can cut it.
+SPY = """
+window.sockets = [];
+window.WebSocket = class extends WebSocket {
+  constructor(...given) { super(...given); sockets.push(this); }
+};
+"""
+
+
+class Server:
+    """`scd play` as a process of its own; started again, it has the same address."""
+
+    def __init__(self, model: Path, baseline: Path):
+        self._command = [sys.executable, "-m", "scd.cli", "play", "--sessions", "1"]
+        self._command += ["--model", str(model), "--baseline", str(baseline)]
+        self._port = 0
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [*self._command, "--port", str(self._port)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @cached_property
+    def url(self) -> str:
+        """As the server says, once it is ready."""
+        told = self._process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)/", told)
+        assert found, f"the server said {told!r}"
+        self._port = int(found[1])
+        return found[0]
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+class Page:
+    """The page in a browser, as a player sees it."""
+
+    def __init__(self, driver: Any):
+        self.driver = driver
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def find(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return self.js("return document.querySelector(arguments[0]).textContent", selector)
+
+    def wait(self, condition: Callable[[], Any], what: str) -> Any:
+        try:
+            return WebDriverWait(self.driver, SECONDS, 0.05).until(lambda _: condition())
+        except TimeoutException:
+            seen = self.js("return [document.body.className, document.body.innerText]")
+            pytest.fail(f"waited {SECONDS} s for: {what}; frame {self.frame}, {seen}")
+
+    def wait_for_text(self, selector: str, pattern: str) -> str:
+        what = f"{selector} says {pattern}"
+        return self.wait(lambda: re.search(pattern, self.text(selector)), what).group()
+
+    @property
+    def frame(self) -> int | None:
+        frame = self.js("return document.querySelector('#worlds').dataset.frame")
+        return None if frame is None else int(frame)
+
+    @property
+    def paused(self) -> bool:
+        return self.js("return document.body.classList.contains('paused')")
+
+    def picture(self, place: int = 0) -> str:
+        script = "return document.querySelectorAll('#worlds canvas')[arguments[0]].toDataURL()"
+        return self.js(script, place)
+
+    def wait_for_frame(self, frame: int) -> None:
+        self.wait(lambda: self.frame == frame, f"frame {frame}")
+
+    def press(self, *keys: str) -> None:
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def hold(self, key: str) -> None:
+        ActionChains(self.driver).key_down(key).perform()
+
+    def release(self, *keys: str) -> None:
+        chain = ActionChains(self.driver)
+        for key in keys:
+            chain.key_up(key)
+        chain.perform()
+
+    def step(self) -> None:
+        frame = self.frame
+        assert frame is not None
+        self.press(".")
+        self.wait_for_frame(frame + 1)
+
+    def actions(self, count: int) -> list[int]:
+        """Those that the next pictures on the screen came from."""
+        return self.driver.execute_async_script(
+            """
+            const [count, done] = arguments;
+            const box = document.querySelector("#worlds"), seen = [];
+            const observer = new MutationObserver(() => {
+              seen.push(Number(box.dataset.action));
+              if (seen.length === count) { observer.disconnect(); done(seen); }
+            });
+            observer.observe(box, {attributes: true, attributeFilter: ["data-frame"]});
+            """,
+            count,
+        )
+
+    def open(self, url: str) -> None:
+        """Load it and be at the first start, paused."""
+        self.driver.get(url)
+        self.wait(lambda: self.frame is not None, "a first picture")
+        if not self.paused:
+            self.press(" ")
+            self.wait(lambda: self.paused, "the pause")
+        self.find("#starts button").click()
+        self.wait(
+            lambda: self.frame == BEGIN and not self.all("#branches button"), "the first start"
+        )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, tiny_autoencoder_path) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("pretrained")
+    kinds = ("scd", "causal_dit")
+    folders = [pretrained_folder(root / kind, tiny_autoencoder_path, kind) for kind in kinds]
+    server = Server(*folders)
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def driver(downloads, server) -> Iterator[Any]:
+    """A browser; it starts while the server does."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--window-size=1440,900")
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(SECONDS)
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SPY})
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(driver, server) -> Iterator[Page]:
+    page = Page(driver)
+    page.open(server.url)
+    yield page
+    # Nothing inline or foreign was refused, and no script has failed.
+    told = [entry["message"] for entry in driver.get_log("browser")]
+    assert not [line for line in told if re.search("Security Policy|Uncaught", line)]
+
+
+def test_held_keys_walk(page):
+    assert page.find("#invitation").is_displayed()
+    pictures = {page.picture()}
+    page.hold(Keys.ARROW_UP)
+    page.wait(lambda: pictures.add(page.picture()) or len(pictures) > 4, "other pictures")
+    assert set(page.actions(4)) == {FORWARD}
+    assert page.find("[data-move=forward]").get_attribute("class") == "lit"
+    assert not page.find("#invitation").is_displayed()
+    page.hold("d")  # with forward: a curve, frame by frame
+    page.wait(lambda: RIGHT in page.actions(1), "a turn")
+    curve = page.actions(10)
+    assert set(curve) == {FORWARD, RIGHT}
+    assert 3 <= curve.count(RIGHT) <= 7
+    page.release(Keys.ARROW_UP)
+    page.wait(lambda: set(page.actions(4)) == {RIGHT}, "turning alone")
+    page.release("d")
+    page.wait(lambda: set(page.actions(2)) == {NONE}, "standing")
+    assert not page.all("#pad .lit")
+
+
+def test_figures(page):
+    page.hold("w")
+    page.wait_for_text("#rate", r"^\d+\.\d$")
+    page.release("w")
+    assert int(page.wait_for_text("#latency", r"^\d+(?= ms$)")) > 0
+    page.wait_for_text("#latency95", r"p95 \d+")
+    row = page.wait(lambda: page.all("#times [data-world=model] .stack"), "times of the parts")[0]
+    said = row.get_attribute("aria-label")
+    times = re.fullmatch(r"encoder (\S+) ms, denoising (\S+) ms, decoding (\S+) ms", said)
+    assert times and all(float(ms) > 0 for ms in times.groups())
+
+
+def test_pictures_follow_the_keys(page):
+    """Paused: frames come one by one, another action makes another picture, the same the same."""
+    pictures = []
+    for key in (Keys.ARROW_LEFT, Keys.ARROW_UP, Keys.ARROW_LEFT):
+        page.step()  # so that this is not the start, where a key ends the pause
+        page.hold(key)
+        page.step()
+        pictures.append(page.picture())
+        page.release(key)
+        page.press(Keys.BACKSPACE)
+        page.wait_for_frame(BEGIN)
+    left, forward, left_again = pictures
+    assert left != forward
+    assert left == left_again
+
+
+def test_rewind_and_branches(page):
+    for _ in range(2):
+        page.step()
+    here = page.picture()
+    page.find("#branch").click()
+    page.wait(lambda: page.all("#branches .kept"), "the kept moment")
+    for _ in range(3):
+        page.step()
+    there = page.picture()
+    assert there != here
+    # Frame 25 of the strip: it begins at 23 and has room for 64.
+    strip = page.find("#timeline")
+    width = strip.rect["width"]
+    x = round(2.5 / 64 * width - width / 2)
+    ActionChains(page.driver).move_to_element_with_offset(strip, x, 0).perform()
+    assert page.find("#preview").is_displayed()
+    assert page.text("#preview figcaption") == "frame 25"
+    ActionChains(page.driver).click().perform()
+    page.wait_for_frame(25)
+    page.wait(lambda: page.picture() == here, "the earlier picture")
+    page.find("#branches button:not(.kept)").click()
+    page.wait_for_frame(28)
+    page.wait(lambda: page.picture() == there, "the picture of the branch")
+    # By keyboard alone.
+    page.js("document.querySelector('#timeline').focus()")
+    page.press(Keys.HOME, Keys.ARROW_RIGHT, Keys.ENTER)
+    page.wait_for_frame(24)
+
+
+def test_record(page, downloads):
+    page.step()
+    page.press("r")
+    page.wait(lambda: page.find("#record").get_attribute("aria-pressed") == "true", "recording")
+    for _ in range(4):
+        page.step()
+    page.press("r")
+    page.wait_for_text("#status", r"Saved .*\.mp4")
+    path = page.wait(lambda: next(downloads.glob("*.mp4"), None), "the file")
+    video = VideoFile(path)
+    assert len(video) == 5
+    assert video.frames(np.arange(5)).shape == (5, 256, 256, 3)
+
+
+def test_side_by_side(page):
+    page.press("v")
+    page.wait(lambda: len(page.all("#worlds figure")) >= 2, "two worlds")
+    page.wait(lambda: page.frame == BEGIN and page.picture(0) == page.picture(1), "their start")
+    begin = page.picture()
+    page.step()
+    assert len({begin, page.picture(0), page.picture(1)}) == 3
+    assert [f.text for f in page.all("#worlds figcaption")][:2] == ["SCD", "Dense baseline"]
+    page.press("v")
+    page.wait(lambda: len(page.all("#worlds figure")) == 1, "one world")
+
+
+def test_settings_stay_with_the_session(page, server):
+    page.js("document.querySelector('#steps').focus()")
+    before = int(page.text("output[for=steps]"))
+    page.press(Keys.ARROW_RIGHT)
+    page.wait_for_text("output[for=steps]", f"^{before + 1}$")
+    page.js("document.querySelector('#seed').select()")
+    page.press("77", Keys.ENTER)
+    page.press(Keys.ESCAPE)
+    page.step()
+    page.driver.get(server.url)
+    page.wait_for_frame(BEGIN + 1)
+    assert page.text("output[for=steps]") == str(before + 1)
+    assert page.find("#seed").get_attribute("value") == "77"
+    page.js("document.querySelector('#steps').focus()")
+    page.press(Keys.ARROW_LEFT)
+    page.wait_for_text("output[for=steps]", f"^{before}$")
+
+
+def test_gamepad(page):
+    page.js("""
+    window.gamepad = {
+      connected: true, axes: [0, 0, 0, 0], buttons: [...Array(16)].map(() => ({pressed: false})),
+    };
+    navigator.getGamepads = () => [gamepad];
+    dispatchEvent(new Event("gamepadconnected"));
+    gamepad.axes[1] = -1;
+    """)
+    page.wait(lambda: set(page.actions(3)) == {FORWARD}, "walking")
+    page.js("gamepad.axes[1] = 0; gamepad.buttons[14].pressed = true")
+    page.wait(lambda: set(page.actions(3)) == {LEFT}, "turning")
+    page.js("gamepad.buttons[14].pressed = false; gamepad.buttons[9].pressed = true")
+    page.wait(lambda: page.paused, "the pause")
+    page.js("gamepad.connected = false")
+
+
+def test_tab_reaches_everything(page):
+    wanted = {"pause", "rewind", "step", "branch", "record", "timeline", "steps", "guidance"}
+    wanted |= {"fps", "seed", "dice", "smooth", "help", "stage", "start", "world"}
+    reached = set()
+    for _ in range(40):
+        page.press(Keys.TAB)
+        reached |= set(
+            page.js(
+                "const e = document.activeElement; return [e.id, ...Object.keys(e.dataset),"
+                " getComputedStyle(e).outlineStyle]"
+            )
+        )
+    assert wanted <= reached
+    assert page.paused and page.frame == BEGIN
+
+
+def test_keys_are_explained(page):
+    page.press("?")
+    assert page.find("#keys").is_displayed()
+    page.press(Keys.ARROW_UP)  # is not for the world now
+    page.press(Keys.ESCAPE)
+    page.wait(lambda: not page.find("#keys").is_displayed(), "the world again")
+    assert page.paused and page.frame == BEGIN
+
+
+def test_hidden_page_pauses(page):
+    hide = """
+    Object.defineProperty(document, "hidden", {value: arguments[0], configurable: true});
+    document.dispatchEvent(new Event("visibilitychange"));
+    """
+    page.press(" ")
+    page.wait(lambda: not page.paused, "play")
+    page.js(hide, True)
+    page.wait(lambda: page.paused, "the pause")
+    page.js(hide, False)
+    page.wait(lambda: not page.paused, "play again")
+
+
+def test_phone(page):
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        wide, shown = page.js("return [document.documentElement.scrollWidth, innerWidth]")
+        assert wide == shown == PHONE["width"]
+        below = page.js("return document.querySelector('#bar').getBoundingClientRect().bottom")
+        assert below <= PHONE["height"], "the pad and the buttons need scrolling"
+        button = page.find("[data-move=forward]").rect
+        assert min(button["width"], button["height"]) >= 44
+        point = {"x": button["x"] + 20, "y": button["y"] + 20}
+        touch = {"type": "touchStart", "touchPoints": [point]}
+        page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", touch)
+        page.wait(lambda: set(page.actions(3)) == {FORWARD}, "walking")
+        lift = {"type": "touchEnd", "touchPoints": []}
+        page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", lift)
+        page.wait(lambda: set(page.actions(3)) == {NONE}, "standing")
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+def test_cut_connection_goes_on(page):
+    for _ in range(3):
+        page.step()
+    picture = page.picture()
+    page.js("sockets.at(-1).close()")
+    page.wait_for_text("#status", "Connected again: going on where you were")
+    assert not page.find("#notice").is_displayed()
+    assert page.frame == BEGIN + 3
+    assert page.picture() == picture
+    page.step()
+
+
+def test_another_page_and_busy(page, server):
+    """Somebody else takes the session over, gives it back, and then has the only place."""
+    session = page.js("return sessionStorage.getItem('scd session')")
+    address = server.url.replace("http", "ws") + "ws"
+    with connect(f"{address}?session={session}") as other:
+        page.wait_for_text("#notice-title", "another page")
+        page.find("#notice-button").click()
+        page.wait(lambda: not page.find("#notice").is_displayed(), "the session")
+        with pytest.raises(ConnectionClosed, match="4409"):
+            while True:
+                other.recv(SECONDS)
+    page.step()
+    page.js("sessionStorage.clear()")
+    page.driver.get("about:blank")
+    with connect(f"{address}?session={session}") as other:
+        assert json.loads(other.recv(SECONDS))["resumed"]
+        page.driver.get(server.url)
+        page.wait_for_text("#notice-title", "The only place is taken")
+        page.wait_for_text("#notice-text", "You are next")
+        other.send("no message")  # ends the session at once
+        page.wait(lambda: not page.find("#notice").is_displayed(), "a place")
+    page.wait_for_frame(BEGIN)
+
+
+def test_killed_server_comes_back(page, server):
+    there = "return document.querySelector('#starts [aria-pressed=true]')?.dataset.start"
+    button = page.all("#starts button")[2]
+    chosen = button.get_attribute("data-start")
+    button.click()
+    page.wait(lambda: page.js(there) == chosen, "another start")
+    page.step()
+    server.kill()
+    page.wait_for_text("#notice-title", "cannot be reached")
+    assert page.find("#notice").is_displayed()
+    server.start()
+    page.wait(lambda: not page.find("#notice").is_displayed(), "the server again")
+    page.wait_for_frame(BEGIN)
+    page.wait(lambda: page.js(there) == chosen, "the same start as before")
+    page.step()
+
+
+@pytest.fixture(scope="module")
+def closing_server() -> Iterator[str]:
+    """It closes every connection, with the code that the page's address has as token."""
+
+    async def close(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.close(int(socket.query_params["token"]), "a reason")
+
+    listening = listen(Address(port=0))
+    app = Starlette(
+        routes=[
+            Route("/", lambda _: FileResponse(STATIC / "index.html")),
+            WebSocketRoute("/ws", close),
+            Mount("/static", StaticFiles(directory=STATIC)),
+        ]
+    )
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("code", "title", "button"),
+    [
+        (4401, "A token is missing", None),
+        (4408, "Closed, as nobody played", "Play again"),
+        (4500, "The server ended this session", "Play again"),
+        (4503, "Very busy", None),
+    ],
+)
+def test_says_why_it_ended(driver, closing_server, code, title, button):
+    page = Page(driver)
+    driver.get(f"{closing_server}?token={code}")
+    page.wait_for_text("#notice-title", title)
+    shown = page.find("#notice-button")
+    assert (shown.text if shown.is_displayed() else None) == button
+    if code == 4500:
+        assert "a reason" in page.text("#notice-text")

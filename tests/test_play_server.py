@@ -1,0 +1,544 @@
+"""The play server over real sockets: who comes in, what goes out, and what ends a session."""
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from starlette.websockets import WebSocketState
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from scd import cli
+from scd.data.video import VideoFile
+from scd.errors import ScdError
+from scd.play import measure as measuring
+from scd.play.limits import Limits
+from scd.play.measure import measure, served
+from scd.play.messages import Close, Closed
+from scd.play.offer import Offer
+from scd.play.server import Address, listen, serve
+from scd.play.session import Session
+from tests.play import Player, playing, small_offer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAST = Limits(max_fps=1000.0, fps=1000.0)
+
+
+@pytest.fixture(scope="module")
+def offer(tmp_path_factory: pytest.TempPathFactory, tiny_autoencoder_path: str) -> Offer:
+    return small_offer(tmp_path_factory.mktemp("play"), tiny_autoencoder_path)
+
+
+def run(test: Callable[[str], Awaitable[None]], offer: Offer, **how) -> None:
+    """Run a test against a server, which hangs for no more than half a minute."""
+
+    async def with_server() -> None:
+        async with served(offer, **{"limits": FAST, **how}) as place:
+            await asyncio.wait_for(test(place), 30)
+
+    asyncio.run(with_server())
+
+
+async def closed(player: Player) -> tuple[int, str]:
+    """Code and reason of the close that must come."""
+    while True:
+        try:
+            await player.socket.recv()
+        except ConnectionClosed as gone:
+            assert gone.rcvd is not None
+            return gone.rcvd.code, gone.rcvd.reason
+
+
+async def quiet(player: Player, seconds: float = 0.3) -> None:
+    """Nothing comes."""
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(player.socket.recv(), seconds)
+
+
+# Playing
+
+
+def test_keys_make_pictures(offer):
+    async def test(place: str) -> None:
+        async with playing(place) as player:
+            assert player.hello["worlds"] == ["model", "baseline"]
+            assert player.hello["actions"][3] == "forward" and not player.hello["resumed"]
+            assert player.state["paused"] and player.state["frame"] == 5
+            assert np.array_equal(player.first["views"][0]["rgb"], offer.starts[0].frames[-1])
+            assert player.first["flags"] == 3
+            await quiet(player)  # paused: nothing is computed
+            await player.say("input", action=3, seq=41)
+            await player.say("step")
+            stepped = await player.picture()
+            assert (stepped["frame"], stepped["action"], stepped["seq"]) == (6, 3, 41)
+            assert stepped["flags"] == 0 and stepped["made_ms"] > sum(stepped["views"][0]["times"])
+            await player.say("pause", paused=False)
+            assert not (await player.told("state"))["paused"]
+            for number in range(7, 12):
+                assert (await player.picture())["frame"] == number
+            # A key that is gone before the next frame still moves one.
+            await player.say("settings", fps=5)
+            await player.told("state")
+            await player.picture()
+            await player.say("input", action=2, seq=42)
+            await player.say("input", action=0, seq=43)
+            pictures = [await player.picture() for _ in range(3)]
+            answer = next(i for i, picture in enumerate(pictures) if picture["seq"] == 43)
+            assert [p["action"] for p in pictures[answer:]][:2] in ([2, 0], [2])
+            await player.say("pause", paused=True)
+            assert (await player.told("state"))["paused"]
+            await quiet(player)
+
+    run(test, offer)
+
+
+def test_commands(offer):
+    async def test(place: str) -> None:
+        async with playing(place) as player:
+            await player.say("start", start="there", worlds=["baseline", "model"], seed=7)
+            state = await player.told("state")
+            assert (state["start"], state["worlds"]) == ("there", ["model", "baseline"])
+            assert [view["world"] for view in (await player.picture())["views"]] == [0, 1]
+            frames = []
+            for seq in range(4):
+                await player.say("input", action=seq, seq=seq)
+                await player.say("step")
+                frames.append(await player.picture())
+            await player.say("rewind", frame=7)
+            state = await player.told("state")
+            assert state["moments"] == [{"moment": 1, "frame": 9, "shared": 7, "kept": False}]
+            shown = await player.picture()
+            assert (shown["frame"], shown["flags"]) == (7, 2)
+            assert np.array_equal(shown["views"][1]["rgb"], frames[1]["views"][1]["rgb"])
+            await player.say("input", action=2, seq=5)
+            await player.say("step")  # the same key and seed once more
+            again = await player.picture()
+            difference = again["views"][0]["rgb"].astype(int) - frames[2]["views"][0]["rgb"]
+            assert abs(difference).max() <= 1 and again["frame"] == 8
+            await player.say("return", moment=1)
+            assert (await player.told("state"))["frame"] == 9
+            await player.picture()
+            await player.say("keep")
+            assert (await player.told("state"))["moments"][-1]["kept"]
+            await player.say("settings", steps=3, seed=9, fps=30)
+            state = await player.told("state")
+            assert state["settings"] == {"steps": 3, "guidance_scale": 1.0, "seed": 9}
+            for wrong in (
+                {"kind": "rewind", "frame": 99},
+                {"kind": "return", "moment": 99},
+                {"kind": "settings", "steps": 99},
+                {"kind": "settings", "fps": 0.1},
+                {"kind": "start", "start": "nowhere", "worlds": ["model"]},
+            ):
+                await player.say(**wrong)
+                refused = await player.told("refused")
+                assert refused["what"] == wrong["kind"] and refused["why"]
+                after = await player.told("state")
+                assert after == state
+
+    run(test, offer)
+
+
+def test_a_slow_reader_waits_and_keeps_nobody_up(offer):
+    async def test(place: str) -> None:
+        async with playing(place) as slow, playing(place) as other:
+            await slow.say("pause", paused=False)
+            await slow.told("state")
+            last = [await slow.picture(seen=False) for _ in range(FAST.unseen)][-1]
+            await quiet(slow)
+            await other.say("pause", paused=False)
+            for _ in range(20):
+                picture = await other.picture()
+            assert picture["frame"] >= 24
+            await slow.say("seen", serial=last["serial"])
+            assert (await slow.picture())["frame"] == last["frame"] + 1  # its world had waited
+
+    run(test, offer)
+
+
+def test_turns_are_fair(offer):
+    """Two players at full speed, one with two worlds: as many pictures for one as for the other."""
+
+    async def test(place: str) -> None:
+        async with playing(place) as one, playing(place) as two:
+            await two.say("start", start="here", worlds=["model", "baseline"])
+            for player in (one, two):
+                await player.say("pause", paused=False)
+            counts = [0, 0]
+
+            async def play(number: int, player: Player) -> None:
+                while min(counts) < 10:
+                    await player.picture()
+                    counts[number] += 1
+
+            await asyncio.gather(play(0, one), play(1, two))
+            assert max(counts) < 16
+
+    run(test, offer)
+
+
+def test_the_pace_is_kept(offer):
+    async def test(place: str) -> None:
+        async with playing(place) as player:
+            await player.say("settings", fps=25)
+            await player.say("pause", paused=False)
+            await player.picture()
+            begun = time.monotonic()
+            for _ in range(20):
+                await player.picture()
+            assert time.monotonic() - begun > 0.7
+
+    run(test, offer)
+
+
+# Messages that end a session
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        ("no json", 4400),
+        (b"\x00\x01", 4400),
+        ('{"type": "input", "action": 4, "seq": 1}', 4400),
+        ('{"type": "seen", "serial": 9}', 4400),
+        (json.dumps({"type": "step", "x": "x" * 5000}), 1009),
+    ],
+)
+def test_a_wrong_message_ends_its_session_only(offer, sent, code):
+    async def test(place: str) -> None:
+        async with playing(place) as wrong, playing(place) as right:
+            await wrong.socket.send(sent)
+            found, reason = await closed(wrong)
+            assert found == code and (reason or code == 1009)
+            await right.say("step")
+            assert (await right.picture())["frame"] == 6
+            # The session is gone, and its place free.
+            async with playing(place, f"?session={wrong.hello['session']}") as new:
+                assert not new.hello["resumed"]
+
+    run(test, offer)
+
+
+def test_too_many_messages(offer):
+    async def test(place: str) -> None:
+        async with playing(place) as player:
+            for seq in range(300):
+                await player.say("input", action=0, seq=seq)
+            assert (await closed(player))[0] == 4429
+
+    run(test, offer)
+
+
+def test_idle_players_are_sent_away(offer):
+    async def test(place: str) -> None:
+        async with playing(place) as player:
+            await player.say("pause", paused=False)  # watching is no input
+            begun = time.monotonic()
+            with pytest.raises(ConnectionClosed) as gone:
+                while True:
+                    await player.picture()
+            assert gone.value.rcvd is not None and gone.value.rcvd.code == 4408
+            assert "no input for 0.5 seconds" in gone.value.rcvd.reason
+            assert time.monotonic() - begun < 2
+
+    run(test, offer, limits=Limits(idle=0.5))
+
+
+def test_a_fault_ends_its_session_only(offer, caplog):
+    async def test(place: str) -> None:
+        async with playing(place) as one, playing(place) as two:
+            await one.say("start", start="here", worlds=["baseline"])
+            await one.told("state")
+            await one.say("step")
+            code, reason = await closed(one)
+            assert (code, reason) == (4500, "a fault of the server ended this session")
+            await two.say("step")
+            assert (await two.picture())["frame"] == 6
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(offer.models["baseline"].model, "next_frame", None)
+        run(test, offer)
+    assert "a session ended by a fault" in caplog.text
+
+
+# Places, leaving and coming back
+
+
+def test_more_players_than_places(offer):
+    """Six players on two places: the others are told how many wait before them, and all play."""
+
+    async def test(place: str) -> None:
+        told = []
+
+        async def visit(number: int) -> None:
+            await asyncio.sleep(0.02 * number)
+            async with connect(f"ws://{place}/ws") as socket:
+                player = Player(socket)
+                while True:
+                    message = json.loads(await socket.recv())
+                    if message["type"] == "hello":
+                        break
+                    told.append((number, message["before"]))
+                    assert message["places"] == 2
+                await player.say("pause", paused=False)
+                for _ in range(5):
+                    await player.picture()
+                await asyncio.sleep(0.2)
+
+        await asyncio.gather(*map(visit, range(6)))
+        assert {number for number, _ in told} == {2, 3, 4, 5}
+        assert (5, 3) in told and (5, 0) in told  # the line moved
+
+    run(test, offer, limits=Limits(max_fps=1000, fps=1000, away=0.05))
+
+
+def test_a_full_line(offer, monkeypatch):
+    monkeypatch.setattr("scd.play.lobby.MAX_WAITING", 1)
+
+    async def test(place: str) -> None:
+        async with playing(place):
+            async with connect(f"ws://{place}/ws") as waiting:
+                assert json.loads(await waiting.recv())["before"] == 0
+                async with connect(f"ws://{place}/ws") as third:
+                    code, reason = await closed(Player(third))
+                    assert code == 4503 and "1 wait" in reason
+            # Who stops waiting leaves the line.
+            async with connect(f"ws://{place}/ws") as next_one:
+                assert json.loads(await next_one.recv())["type"] == "busy"
+
+    run(test, offer, places=1)
+
+
+def test_pictures_that_cannot_be_sent(offer):
+    """A connection that takes nothing more, though the player says that pictures are seen."""
+
+    class Stuck:
+        application_state = WebSocketState.CONNECTED
+
+        async def receive(self) -> None:
+            await asyncio.Event().wait()
+
+        send_json = send_bytes = lambda self, value: asyncio.Event().wait()
+
+    async def test() -> None:
+        with ThreadPoolExecutor(1) as worker:
+            session = await Session.open(offer, worker, Limits(stalled=0.1))
+            with pytest.raises(Closed) as why:
+                await asyncio.wait_for(session.play(Stuck()), 5)
+            assert why.value.code is Close.STALLED
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("how", ["leaves", "dies"])
+def test_a_player_comes_back(offer, how):
+    async def test(place: str) -> None:
+        async with playing(place) as player:
+            session = player.hello["session"]
+            await player.say("input", action=3, seq=1)
+            for _ in range(3):
+                await player.say("step")
+                last = await player.picture()
+            if how == "dies":
+                player.socket.transport.abort()
+        await asyncio.sleep(0.05)
+        async with playing(place, f"?session={session}") as back:
+            assert back.hello["resumed"] and back.hello["session"] == session
+            assert back.first["frame"] == last["frame"] == 8
+            assert np.array_equal(back.first["views"][0]["rgb"], last["views"][0]["rgb"])
+            await back.say("step")
+            assert (await back.picture())["action"] == 0  # no key is held any more
+        await asyncio.sleep(1.2)
+        async with playing(place, f"?session={session}") as late:
+            assert not late.hello["resumed"] and late.hello["session"] != session
+
+    run(test, offer, places=1, limits=Limits(away=1.0))
+
+
+def test_another_page_takes_over(offer):
+    async def test(place: str) -> None:
+        async with playing(place) as first:
+            await first.say("step")
+            await first.picture()
+            async with playing(place, f"?session={first.hello['session']}") as second:
+                assert (await closed(first))[0] == 4409
+                assert second.first["frame"] == 6
+                await second.say("step")
+                assert (await second.picture())["frame"] == 7
+
+    run(test, offer)
+
+
+def test_the_server_stops_with_players(offer):
+    async def all_of_it() -> None:
+        async with served(offer, limits=FAST) as place:
+            socket = await connect(f"ws://{place}/ws")
+            await Player(socket).told("hello")
+        code, _ = await closed(Player(socket))
+        assert code == 1012
+
+    begun = time.monotonic()
+    asyncio.run(all_of_it())
+    assert time.monotonic() - begun < 6
+
+
+# The door
+
+
+def test_pages_and_headers(offer):
+    async def test(place: str) -> None:
+        async with httpx.AsyncClient(base_url=f"http://{place}") as browser:
+            page = await browser.get("/")
+            assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+            assert page.headers["x-content-type-options"] == "nosniff"
+            assert "script-src 'self'" in page.headers["content-security-policy"]
+            assert (await browser.get("/starts/here.png")).content[:4] == b"\x89PNG"
+            for path in (
+                *("/starts/nowhere.png", "/nothing", "/static/nothing.js", "/static/"),
+                *("/static/../server.py", "/static/%2e%2e/server.py", "/static/..%2fserver.py"),
+            ):
+                assert (await browser.get(path)).status_code == 404, path
+            for host in (
+                "evil.example",
+                f"evil.example:{place.split(':')[1]}",
+                "",
+                "127.0.0.1.nip",
+            ):
+                answer = await browser.get("/", headers={"Host": host})
+                assert answer.status_code in (400, 403), host
+            for host in ("localhost", "[::1]:8000", "127.0.0.1:1"):
+                assert (await browser.get("/", headers={"Host": host})).status_code == 200, host
+            foreign = {"Origin": "http://evil.example"}
+            assert (await browser.get("/", headers=foreign)).status_code == 403
+
+    run(test, offer)
+
+
+def test_pages_of_other_origins_cannot_play(offer):
+    async def test(place: str) -> None:
+        port = place.split(":")[1]
+        for origin in (
+            "http://evil.example",
+            "null",
+            f"http://localhost:{port}",
+            f"http://{place}1",
+        ):
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(f"ws://{place}/ws", origin=origin)
+            assert refused.value.response.status_code == 403, origin
+        async with playing(place, origin=f"http://{place}"):
+            pass
+
+    run(test, offer)
+
+
+def test_a_token(offer):
+    async def test(place: str) -> None:
+        async with httpx.AsyncClient(base_url=f"http://{place}") as browser:
+            for query in ("", "?token=", "?token=wrong", "?token=s%C3%A9cret"):
+                assert (await browser.get(f"/{query}")).status_code == 403
+                assert (await browser.get(f"/starts/here.png{query}")).status_code == 403
+                async with connect(f"ws://{place}/ws{query}") as socket:
+                    assert (await closed(Player(socket)))[0] == 4401
+            assert (await browser.get("/?token=secret")).status_code == 200
+            # Any name of this machine, but no other page.
+            named = {"Host": "player.example"}
+            assert (await browser.get("/?token=secret", headers=named)).status_code == 200
+            foreign = {"Origin": "http://evil.example"}
+            assert (await browser.get("/?token=secret", headers=foreign)).status_code == 403
+        async with playing(place, "?token=secret") as player:
+            assert player.first["frame"] == 5
+
+    run(test, offer, token="secret", local=False)
+
+
+@pytest.mark.parametrize(
+    "hosts", [("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::", "example.org", "192.168.0.2")]
+)
+def test_which_addresses_are_local(hosts):
+    assert {Address(host).local for host in hosts} == {hosts[0] == "127.0.0.1"}
+
+
+def test_a_port_in_use(offer):
+    taken = socket.create_server(("127.0.0.1", 0))
+    with taken, pytest.raises(ScdError, match=r"in use.*choose another --port"):
+        listen(Address(port=taken.getsockname()[1]))
+    with pytest.raises(ScdError, match="99999 cannot be served at"):
+        listen(Address(port=99999))
+
+
+def test_the_command_tells_what_is_missing(tmp_path: Path, capsys):
+    assert cli.main(["play", "--model", str(tmp_path / "none")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "no such folder" in error and error.count("\n") == 1
+
+
+def test_numbers_that_cannot_be(offer):
+    with pytest.raises(ScdError, match="0 sessions, but at least one player"):
+        serve(offer, Address(port=0), places=0)
+    with pytest.raises(ScdError, match="at least one frame"):
+        measure(offer, -1)
+
+
+# Recording and measuring
+
+
+def test_a_recording(offer, tmp_path):
+    async def test(place: str) -> None:
+        async with (
+            playing(place) as player,
+            httpx.AsyncClient(base_url=f"http://{place}", timeout=20) as browser,
+        ):
+            await player.say("start", start="there", worlds=["model", "baseline"])
+            for _ in range(6):
+                await player.say("step")
+                last = await player.picture()
+                while last["flags"]:
+                    last = await player.picture()
+            query = {"session": player.hello["session"]}
+            for name, bounds, count in (("all", {}, 12), ("part", {"first": 3, "last": 7}, 5)):
+                answer = await browser.get("/recording.mp4", params={**query, **bounds})
+                assert answer.status_code == 200
+                assert answer.headers["content-type"] == "video/mp4"
+                path = tmp_path / f"{name}.mp4"
+                path.write_bytes(answer.content)
+                video = VideoFile(path)
+                assert len(video) == count
+                assert video.frames(np.array([0])).shape == (1, 256, 512, 3)
+                if name == "all":
+                    shown = video.frames(np.array([11]))[0, 2::4, 2::4].astype(int)
+                    both = np.hstack([view["rgb"] for view in last["views"]])
+                    assert np.abs(shown - both).mean() < 12  # halved chroma of noise
+            for wrong, status in (
+                ({"session": "x"}, 404),
+                ({}, 404),
+                ({**query, "first": "x"}, 400),
+                ({**query, "first": 50}, 400),
+            ):
+                answer = await browser.get("/recording.mp4", params=wrong)
+                assert answer.status_code == status
+
+    run(test, offer)
+
+
+def test_measuring(offer, monkeypatch, capsys):
+    monkeypatch.setattr(measuring, "PRESSES", 2)
+    found = measure(offer, 4)["results"]
+    assert [result["worlds"] for result in found] == [
+        ["model"],
+        ["baseline"],
+        ["model", "baseline"],
+    ]
+    for result in found:
+        assert result["pictures_per_second"] > 0
+        assert len(result["parts_ms"]["encoder"]) == len(result["worlds"])
+        assert 0 < result["key_to_picture_ms"][0] <= result["key_to_picture_ms"][1]
+    table, figures = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert "model + baseline" in table and json.loads(figures)["results"] == found
