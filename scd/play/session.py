@@ -135,7 +135,8 @@ class _Connection:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._closed.cancel()
+            if not self._closed.cancel():
+                self._closed.exception()  # has been told, or came too late
 
     async def _receive(self) -> None:
         while True:
