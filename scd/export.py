@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from scd.data.lists import read_list
 from scd.environment import git_commit
@@ -46,7 +47,8 @@ def export_checkpoint(
 
 def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -> None:
     vae = getattr(loaded.codec, "autoencoder", None)
-    model = loaded.model.cpu().to(dtype)
+    # Not ModelMixin's own `to`, which warns of a list of layers that is empty here.
+    model = nn.Module.to(loaded.model, "cpu", dtype)
     SCDPipeline(transformer=model, vae=vae).save_pretrained(aside)
     path = loaded.options.autoencoder.path
     if path is not None and Path(path).resolve().parent == folder.resolve().parent:
@@ -73,7 +75,7 @@ def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
         "weights": f"SHA-256 of the checkpoint they come from: {source['sha256']}",
         "frames are made by": ", ".join(_rollout(options)),
     }
-    parts = [f"{CARD_HEAD}\n# {name}\n"]
+    parts = [f"{CARD_HEAD}\n# {name}"]
     parts.append("| | |\n| --- | --- |\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items()))
     parts.append(
         "```python\nfrom scd.pipeline import SCDPipeline\n\n"
@@ -112,6 +114,8 @@ def _data(options: Options) -> str:
 
 def _training(options: Options, weights: Path, step: str | int | None) -> str:
     said = f"step {step} of {options.train.steps}, batch {options.train.batch_size}"
+    if options.init_from is not None:
+        said += f", begun with the weights of {options.init_from}"
     log = _experiment(weights) / "log.jsonl"
     if step is None or not log.is_file():
         return said

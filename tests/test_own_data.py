@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from scd.cli import main
 from scd.data.lists import ClipEntry, write_list
@@ -30,14 +29,11 @@ SMALL_EVALUATION = ["rollout.steps=1", "eval.videos=1", "eval.saved_videos=1"]
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run in another folder, without metric weights; leave nothing of accelerate behind."""
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None):
+    """Run in another folder, without metric weights."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SCD_CACHE", str(tmp_path / "no weights"))
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def blocks(kind: str) -> list[str]:
