@@ -219,6 +219,8 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
             context_noise=torch.zeros(B, K + NEW, N, model.width),
             drop_condition=torch.zeros(B, dtype=torch.bool),
             clean_frame=torch.zeros(B, K + NEW, dtype=torch.bool),
+            history_level=torch.zeros(B),
+            own_history=torch.zeros(B, dtype=torch.bool),
         )
         with torch.no_grad():
             expected = objective.loss(clips.latents, clips.conditions(model), draws)
