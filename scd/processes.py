@@ -4,9 +4,11 @@ Processes meet in files: each writes its share below one folder, which all of th
 several machines: a shared file system).
 """
 
+import atexit
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -21,7 +23,17 @@ T = TypeVar("T")
 
 def processes() -> PartialState:
     """This process among those of the launcher, or the only one."""
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
+    if state.num_processes > 1:
+        _leave_at_exit()
+    return state
+
+
+@cache
+def _leave_at_exit() -> None:
+    # A process that ends as a member of the group tears down its threads in no certain order, and
+    # now and then aborts after its work is done.
+    atexit.register(lambda: processes().destroy_process_group())
 
 
 def share(work: Sequence[T]) -> Sequence[T]:
