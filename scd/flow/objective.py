@@ -14,9 +14,7 @@ from scd.models.autoencoder import Codec
 from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.options import FlowOptions
 
-OWN_HISTORY_STEPS = (
-    2  # of the model's own frames: in more, they would cost more than the step itself
-)
+OWN_HISTORY_STEPS = 2  # more would cost more than the training step itself
 
 
 class NoisyFrames(NamedTuple):
