@@ -169,6 +169,12 @@ def check(options: "Options", source: str) -> None:
         options.init_from is None or options.task == "world_model",
         "init_from: only task world_model starts from given weights",
     )
+    muon_lr = options.optim.muon_lr
+    require(muon_lr is None or muon_lr > 0, f"optim.muon_lr must be above 0, not {muon_lr}")
+    require(
+        muon_lr is None or options.task == "world_model",
+        "optim.muon_lr: only task world_model has blocks with matrices for Muon",
+    )
     if options.task == "autoencoder":
         a = options.autoencoder
         require(data.source == "video", "task autoencoder needs data.source=video")

@@ -111,9 +111,10 @@ class FlowOptions:
 @dataclass
 class OptimOptions:
     lr: float = 1e-4
+    muon_lr: float | None = None  # of Muon, for the matrices of the blocks; null: AdamW for all
     decoder_lr_scale: float = 2.0
     adversary_lr: float = 1e-4  # of the discriminator, if there is one
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
     weight_decay: float = 0.0
     schedule: str = "constant"  # | cosine (to zero at the last step); both after the warm-up
     warmup_steps: int = 0

@@ -186,6 +186,7 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["seed=9223372036854775808"], "seed must lie below"),
         (["flow.clean_fraction=1.1"], "flow.clean_fraction must lie between 0 and 1"),
         (["optim.lr=nan"], "optim.lr must be finite"),
+        (["optim.muon_lr=0"], "optim.muon_lr must be above 0"),
         (["optim.lr=inf"], "optim.lr must be finite"),
         (["flow.logit_mean=-inf"], "flow.logit_mean must be finite"),
         (["train.trackers=[wandbb]"], "unknown 'wandbb'; known: tensorboard, wandb"),

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from scd.options import load_options
 from scd.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
 from scd.training.run import run_experiment
+from scd.training.world_model_task import MATRICES
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ROOT / "options/scd_doom_tiny.yml"
@@ -65,19 +66,31 @@ def state_of(folder: Path) -> TrainingState:
 
 def assert_close(one: TrainingState, other: TrainingState) -> None:
     assert one.step == other.step == 4
+    muon_lr = one.run["options"]["optim"]["muon_lr"]
     for key in ("model", "ema"):
         a, b = getattr(one, key), getattr(other, key)
         assert a.keys() == b.keys()
         for name, tensor in a.items():
             assert tensor.shape == b[name].shape
-            assert (tensor - b[name]).abs().max() < TOLERANCE, (key, name)
+            difference = tensor - b[name]
+            if muon_lr and name.endswith(MATRICES):
+                # Four orthogonal updates; they are found in bf16, and where a gradient is small
+                # its rounding counts as much as where it is large. Measured: 0.05.
+                moved = 4 * muon_lr * min(tensor.shape) ** 0.5
+                assert difference.norm() < 0.1 * moved, (key, name)
+            else:
+                assert difference.abs().max() < TOLERANCE, (key, name)
 
 
-@pytest.mark.parametrize("kind", ["plain", "sharded"])
-def test_two_processes_equal_one_with_twice_the_batch(kind, overrides, tmp_path):
+@pytest.mark.parametrize(
+    "kind, options",
+    [("plain", []), ("sharded", ["train.sample_every=4"])]
+    + [(kind, ["optim.muon_lr=1e-3"]) for kind in ("plain", "sharded")],
+)
+def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, tmp_path):
     """Validation and export run there too; half way, two processes hand over to one."""
-    extra = ["train.sample_every=4"] if kind == "sharded" else []
-    on_two(kind, [*overrides, *extra, "name=two", "train.batch_size=1"])
+    overrides = [*overrides, *options]
+    on_two(kind, [*overrides, "name=two", "train.batch_size=1"])
     run_experiment(load_options(OPTIONS, [*overrides, "name=one", "train.batch_size=2"]))
     whole = state_of(tmp_path / "one")
     assert_close(state_of(tmp_path / "two"), whole)

@@ -1,4 +1,4 @@
-"""One network under training: its AdamW, its learning rate schedule, its gradient norm."""
+"""One network under training: its optimiser, its learning rate schedule, its gradient norm."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scd.errors import ScdError
 from scd.options import Options
+from scd.training.optimizer import kept_of_parameters, make_optimizer
 from scd.training.sharding import sharded_optimizer_state, whole
 
 
@@ -16,19 +17,13 @@ class Learner:
     """The task's network, or the adversary that learns against it.
 
     Args:
-        groups: parameters with `lr` each.
+        groups: see `scd.training.optimizer.make_optimizer`.
     """
 
     def __init__(self, network: nn.Module, groups: list[dict[str, Any]], options: Options):
-        o = options.optim
         self.network = network
         self.options = options
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups,
-            betas=(o.betas[0], o.betas[1]),
-            weight_decay=o.weight_decay,
-            fused=True,  # one pass over the weights
-        )
+        self.optimizer = make_optimizer(groups, options.optim)
 
     def start(
         self, prepared: torch.optim.Optimizer, step: int, moments: dict[str, Any] | None
@@ -74,22 +69,29 @@ class Learner:
 def _refuse_other_moments(
     moments: dict[str, Any], optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Raises ScdError for a saved state that is not one of AdamW on these parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    wanted = {"step", "exp_avg", "exp_avg_sq"}
-    try:
-        fits = all(
-            index in range(len(parameters))
-            and values.keys() == wanted
+    """Raises ScdError for a saved state that is not one of this optimiser on these parameters."""
+    parameters = kept_of_parameters(optimizer)
+
+    def fits(index: int, values: dict[str, Tensor]) -> bool:
+        parameter, names = parameters[index]
+        return (
+            values.keys() == names
             and all(v.is_floating_point() and v.isfinite().all() for v in values.values())
-            and values["step"].ndim == 0
-            and 0 <= float(values["step"]) <= step
-            and values["exp_avg"].shape == values["exp_avg_sq"].shape == parameters[index].shape
+            and all(v.shape == parameter.shape for name, v in values.items() if name != "step")
+            and (
+                "step" not in names
+                or (values["step"].ndim == 0 and 0 <= float(values["step"]) <= step)
+            )
+        )
+
+    try:
+        good = all(
+            index in range(len(parameters)) and fits(index, values)
             for index, values in moments["state"].items()
         )
     except (KeyError, TypeError, AttributeError):
-        fits = False
-    if not fits:
+        good = False
+    if not good:
         raise ScdError(
             "the optimiser's state in the newest checkpoint does not fit the network: move that "
             "checkpoint away to go on from the one before"

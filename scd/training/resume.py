@@ -64,6 +64,10 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
         for key in after
         if key in before and before[key] != after[key] and not key.startswith(FREE)
     ]
+    # A rate may change, the kind of optimiser may not: it says what the saved state is of.
+    muon = [values.get("optim.muon_lr") for values in (before, after)]
+    if (muon[0] is None) != (muon[1] is None):
+        changes.append(f"optim.muon_lr was {muon[0]}, is {muon[1]}")
     was, is_ = saved["clips_per_step"], now["clips_per_step"]
     if was != is_:
         changes.append(

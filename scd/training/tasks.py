@@ -30,7 +30,7 @@ class Task(Protocol):
         ...
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameters with `lr` each, for AdamW."""
+        """See `scd.training.optimizer.make_optimizer`."""
         ...
 
     def validate(self, network: Any, folder: Path) -> dict[str, float]:

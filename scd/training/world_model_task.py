@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from scd.data.clips import clip_folder
 from scd.data.encode import check_training_latents
@@ -19,6 +20,7 @@ from scd.options import Options
 from scd.pipeline import SCDPipeline
 from scd.processes import processes
 
+MATRICES = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight")
 VALIDATION_VIDEOS = 16  # while training; a full evaluation is `scd evaluate`
 
 
@@ -42,13 +44,15 @@ class WorldModelTask:
             check_training_latents(self.training_data, self.codec, options)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        lr, scale = self.options.optim.lr, self.options.optim.decoder_lr_scale
-        decoder = [p for name, p in self.network.named_parameters() if name.startswith("decoder.")]
-        others = [
-            p for name, p in self.network.named_parameters() if not name.startswith("decoder.")
-        ]
-        groups = [{"params": others, "lr": lr}, {"params": decoder, "lr": lr * scale}]
-        return [group for group in groups if group["params"]]
+        """Encoder and decoder have a rate each; Muon takes the matrices of attention and MLPs."""
+        o = self.options.optim
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.network.named_parameters():
+            rate = o.muon_lr if name.endswith(MATRICES) else None
+            muon, rate = rate is not None, rate or o.lr
+            rate *= o.decoder_lr_scale if name.startswith("decoder.") else 1.0
+            groups.setdefault((rate, muon), []).append(parameter)
+        return [{"params": p, "lr": rate, "muon": muon} for (rate, muon), p in groups.items()]
 
     def validate(self, network: WorldModel, folder: Path) -> dict[str, float]:
         """One trajectory of few videos, shared by all processes."""
