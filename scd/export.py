@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -
     vae = getattr(loaded.codec, "autoencoder", None)
     # Not ModelMixin's own `to`, which warns of a list of layers that is empty here.
     model = nn.Module.to(loaded.model, "cpu", dtype)
-    SCDPipeline(transformer=model, vae=vae).save_pretrained(aside)
+    SCDPipeline(model, vae, asdict(loaded.options.rollout)).save_pretrained(aside)
     path = loaded.options.autoencoder.path
     if path is not None and Path(path).resolve().parent == folder.resolve().parent:
         for file in (aside / "vae").iterdir():
@@ -79,7 +80,8 @@ def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
     parts.append("| | |\n| --- | --- |\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items()))
     parts.append(
         "```python\nfrom scd.pipeline import SCDPipeline\n\n"
-        f'pipeline = SCDPipeline.from_pretrained("{name}")  # this folder\n```'
+        f'pipeline = SCDPipeline.from_pretrained("{name}")  # this folder\n'
+        "frames = pipeline(video, actions=actions, num_frames=64).frames\n```"
     )
     parts.append("## Measured")
     parts += _evaluations(weights, str(source["sha256"])) or [

@@ -1,6 +1,7 @@
 """`SCDPipeline`: the model and its autoencoder as one diffusers pipeline."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,13 +32,21 @@ class SCDPipeline(DiffusionPipeline):
     Args:
         transformer: the world model.
         vae: its autoencoder; None for a model of pixels.
+        rollout: fields of `RolloutOptions`, which are saved with it: how this model's frames are
+            made unless a call says otherwise.
     """
 
     _optional_components = ["vae"]
 
-    def __init__(self, transformer: WorldModel, vae: AutoencoderDC | AutoencoderKL | None = None):
+    def __init__(
+        self,
+        transformer: WorldModel,
+        vae: AutoencoderDC | AutoencoderKL | None = None,
+        rollout: dict[str, Any] | None = None,
+    ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
+        self.register_to_config(rollout=asdict(RolloutOptions(**(rollout or {}))))
 
     @torch.no_grad()
     def __call__(
@@ -47,11 +56,10 @@ class SCDPipeline(DiffusionPipeline):
         num_frames: int,
         actions: Tensor | None = None,
         labels: Tensor | None = None,
-        num_inference_steps: int = 50,
-        guidance: str = "context",
-        guidance_scale: float = 1.5,
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pt",
+        **rollout: Any,
     ) -> SCDPipelineOutput:
         """Generate `num_frames` frames after the given ones.
 
@@ -59,10 +67,12 @@ class SCDPipeline(DiffusionPipeline):
             video: (B, K, 3, H, W) in [0, 1], or uint8 NumPy frames (B, K, H, W, 3).
             actions: (B, K + num_frames), of the given and the new frames; None: the null action.
             labels: (B,).
+            num_inference_steps: a frame; None: as saved with the model.
             output_type: `pt` or `np`.
+            rollout: other fields of `RolloutOptions`, such as guidance_scale, solver or window.
 
         Raises:
-            ScdError: shapes that do not fit together.
+            ScdError: shapes that do not fit together, or an unknown setting.
         """
         if output_type not in ("pt", "np"):
             raise ScdError(f"output_type is {output_type!r}, not pt or np")
@@ -78,19 +88,26 @@ class SCDPipeline(DiffusionPipeline):
         codec = PixelCodec() if self.vae is None else LatentCodec(self.vae)
         device = self.transformer.device
         video = video.to(device)
-        settings = RolloutOptions(
-            num_inference_steps, guidance=guidance, guidance_scale=guidance_scale
-        )
-        rollout = Rollout(self.transformer, settings, known + num_frames)
+        settings = self._settings(num_inference_steps, rollout)
+        engine = Rollout(self.transformer, settings, known + num_frames)
         past = None if actions is None else actions[:, :known]
-        rollout.reset(codec.encode(video), past, labels, generator)
+        engine.reset(codec.encode(video), past, labels, generator)
         to_come = [None if actions is None else actions[:, known + i] for i in range(num_frames)]
         new = []
         with self.progress_bar(total=num_frames) as bar:
-            for frame in rollout.stream(to_come):
+            for frame in engine.stream(to_come):
                 new.append(codec.decode(frame[:, None]))
                 bar.update()
         frames = torch.cat([video, *new], dim=1)
         if output_type == "np":
             return SCDPipelineOutput(frames=frames.movedim(2, -1).cpu().numpy())
         return SCDPipelineOutput(frames=frames)
+
+    def _settings(self, steps: int | None, changes: dict[str, Any]) -> RolloutOptions:
+        if steps is not None:
+            changes = {**changes, "steps": steps}
+        known = [field.name for field in fields(RolloutOptions)]
+        for name in changes:
+            if name not in known:
+                raise ScdError(f"unknown setting {name!r}; known: {', '.join(known)}")
+        return replace(RolloutOptions(**self.config.rollout), **changes)

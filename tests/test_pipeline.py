@@ -44,6 +44,9 @@ def test_equals_generate(pipeline):
 
 
 def test_save_and_load(pipeline, tmp_path):
+    settings = {"steps": 3, "guidance": "none", "solver": "multistep", "window": 2}
+    pipeline = SCDPipeline(pipeline.transformer, pipeline.vae, settings)
+    pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path)
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
     assert "model_index.json" in names
@@ -52,11 +55,18 @@ def test_save_and_load(pipeline, tmp_path):
     loaded = SCDPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     video, given = arguments()
-    one, other = (
-        p(video, generator=torch.Generator().manual_seed(0), **given).frames
-        for p in (pipeline, loaded)
+    del given["num_inference_steps"]
+    one, other, said, fewer = (
+        p(video, generator=torch.Generator().manual_seed(0), **given, **changes).frames
+        for p, changes in (
+            (pipeline, {}),
+            (loaded, {}),
+            (loaded, {"num_inference_steps": 3, "solver": "multistep"}),
+            (loaded, {"num_inference_steps": 2}),
+        )
     )
-    assert torch.equal(one, other)
+    assert torch.equal(one, other) and torch.equal(one, said)
+    assert not torch.equal(one, fewer)
     assert loaded.transformer.config.num_conditions == 3
 
 
@@ -81,3 +91,5 @@ def test_refusals(pipeline):
         pipeline(video, **{**given, "num_frames": 3})
     with pytest.raises(ScdError, match="output_type"):
         pipeline(video, output_type="pil", **given)
+    with pytest.raises(ScdError, match="unknown setting 'guidance_weight'; known: steps, solver"):
+        pipeline(video, guidance_weight=2.0, **given)

@@ -74,15 +74,11 @@ def _refuse_other_moments(
 
     def fits(index: int, values: dict[str, Tensor]) -> bool:
         parameter, names = parameters[index]
-        steps = float(values["step"]) if "step" in names else 0
         return (
             values.keys() == names
             and all(v.is_floating_point() and v.isfinite().all() for v in values.values())
             and all(v.shape == (() if n == "step" else parameter.shape) for n, v in values.items())
-            and (
-                "step" not in names
-                or (values["step"].ndim == 0 and 0 <= float(values["step"]) <= step)
-            )
+            and ("step" not in names or 0 <= float(values["step"]) <= step)
         )
 
     try:

@@ -1,7 +1,7 @@
 """Training the world model."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,4 +71,4 @@ class WorldModelTask:
 
     def export(self, network: WorldModel, folder: Path) -> None:
         vae = getattr(self.codec, "autoencoder", None)
-        SCDPipeline(transformer=network, vae=vae).save_pretrained(folder)
+        SCDPipeline(network, vae, asdict(self.options.rollout)).save_pretrained(folder)
