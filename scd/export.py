@@ -1,6 +1,5 @@
 """`scd export`: a checkpoint as a folder for others: diffusers pipeline, options, model card."""
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from scd.files import read_json, write_whole_folder
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options, options_to_yaml
 from scd.pipeline import SCDPipeline
+from scd.training.run_folder import read_log
 
 CARD_HEAD = """---
 library_name: diffusers
@@ -122,8 +122,7 @@ def _training(options: Options, weights: Path, step: str | int | None) -> str:
     if step is None or not log.is_file():
         return said
     seconds, last = 0.0, 0
-    for line in log.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
+    for entry in read_log(log):
         if "seconds" in entry and last < entry["step"] <= int(step):
             seconds += entry["seconds"] * (entry["step"] - last)
             last = entry["step"]

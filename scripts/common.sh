@@ -16,6 +16,12 @@ find_python() {
     fi
 }
 
+# The weights of LPIPS and of FVD's network, if they are not there yet.
+fetch_weights() {
+    "$(find_python)" -m scd.cli fetch-weights >/dev/null ||
+        echo "note: LPIPS and FVD will be reported as missing until 'scd fetch-weights' succeeds" >&2
+}
+
 # Launch a scd command on all visible GPUs (NUM_GPUS and PORT override), or on the CPU: one process,
 # or NUM_PROCS. ACCELERATE_CONFIG names a file of scripts/accelerate/ instead (see scripts/README.md).
 # Takes the script's place, so that a scheduler's signals and the exit code go straight through.

@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCD_VENV=1 bash scripts/setup_env.sh
+source scripts/common.sh
+fetch_weights
 scd=.venv/bin/scd
 options=options/scd_doom_tiny.yml
 output=experiments/scd_doom_tiny

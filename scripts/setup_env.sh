@@ -29,6 +29,4 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         --editable ".[$extras]"
     echo "$wanted" >"$stamp"
 fi
-"$python" -m scd.cli fetch-weights >/dev/null ||
-    echo "note: LPIPS and FVD will be reported as missing until 'scd fetch-weights' succeeds" >&2
 echo "environment ready: $hint"

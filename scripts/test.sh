@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCD_VENV=1 EXTRAS=dev bash scripts/setup_env.sh
+source scripts/common.sh
+fetch_weights
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

@@ -86,6 +86,8 @@ class Player:
             message = await self.socket.recv()
             if isinstance(message, str):
                 told = json.loads(message)
+                if told["type"] == "alive":
+                    continue
                 assert told["type"] == kind, told
                 return told
             await self.say("seen", serial=read(message)["serial"])

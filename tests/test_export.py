@@ -35,7 +35,7 @@ def experiment(tmp_path, doom_root, tiny_autoencoder_path):
     save_file(model.state_dict(), checkpoint, metadata)
     entries = [(10, 3600.0), (20, 1800.0), (30, 9999.0)]
     log = [json.dumps({"step": step, "loss": 1.0, "seconds": s / 10}) for step, s in entries]
-    (folder / "log.jsonl").write_text("\n".join(log) + "\n")
+    (folder / "log.jsonl").write_text("\n".join(log) + '\n{"step": 40, "lo')  # cut off by a kill
     for name, digest in (("one", sha256(checkpoint)), ("two", "0" * 64)):
         found = folder / "evaluation" / name
         found.mkdir(parents=True)

@@ -81,6 +81,10 @@ def test_pixel_space_and_numpy(tmp_path):
     out = pixel(frames, output_type="np", **given).frames
     assert isinstance(out, np.ndarray)
     assert out.shape == (2, 5, 64, 64, 3)
+    again = pixel(out[:, :3], output_type="np", **given).frames  # what came out goes in
+    assert np.array_equal(again[:, :3], out[:, :3])
+    with pytest.raises(ScdError, match="array of int64, not of uint8 or floats"):
+        pixel(frames.astype(np.int64), **given)
 
 
 def test_refusals(pipeline):

@@ -100,8 +100,7 @@ def test_what_slid_out_of_the_window_still_counts(game):
     play(game, actions_of(24))
     rewound = list(game.history.line)
     expected = game.step(3)
-    game.rewind(expected.number - 1)
-    (world,) = game._worlds
+    world = ModelWorld(game.offer.models["model"])
     views = [frame.views[0] for frame in rewound]
     keys = [frame.action for frame in rewound]
     world.go_to(views[-WINDOW:], keys[-WINDOW:], False, game.settings)
@@ -130,6 +129,11 @@ def test_settings(game):
         plain = latents([made["as before"]], world)
         for label in ("steps", "guidance", "seed"):
             assert (latents([made[label]], world) - plain).abs().max() > TOLERANCE, label
+    game.step(1)
+    game.rewind(here)  # takes the past in again; with a new seed alone it is not
+    game.change(seed=4)
+    difference = latents([game.step(1)]) - latents([made["seed"]])
+    assert difference.abs().max() < TOLERANCE
     for wrong in ({"steps": 0}, {"steps": 17}, {"guidance_scale": 0.5}, {"seed": 2**31}):
         before = game.settings
         with pytest.raises(ScdError, match=f"{next(iter(wrong))} is .*, not within"):
@@ -178,6 +182,8 @@ def test_the_real_world_is_the_recorded_episode(tmp_path):
         world.go_to(views, keys, True, nothing)
         world._simulator.close()  # as if ViZDoom had died
         assert world.step(3, 0).over
+        world.go_to(views[:15], keys[:15], True, nothing)
+        assert world.step(3, 0).over and np.array_equal(world.step(1, 0).picture, expected[14])
 
 
 def test_a_long_replay_is_not_tried(monkeypatch):
@@ -185,7 +191,10 @@ def test_a_long_replay_is_not_tried(monkeypatch):
     with closing(RealWorld(64)) as world:
         start = Start("x", 1, (0, 3, 3, 3), np.zeros((4, 64, 64, 3), np.uint8))
         views = world.begin(start, Settings(1, 1.0))
-        world.go_to(views, start.actions, True, Settings(1, 1.0))
+        world.go_to(views, start.actions, False, Settings(2, 1.0))  # where it is already
+        views.append(world.step(3, 4))
+        assert not views[-1].over
+        world.go_to(views[:4], start.actions, True, Settings(1, 1.0))
         assert world.step(3, 4).over
         world.go_to(views[:3], start.actions[:3], True, Settings(1, 1.0))
         assert not world.step(3, 3).over
@@ -228,6 +237,28 @@ def test_lines_branch_and_are_found_again():
             past.rewind(wrong)
     with pytest.raises(ScdError, match="moment 99 is not there"):
         past.return_to(99)
+
+
+def test_a_rewind_of_a_rewind_leaves_one_moment():
+    past = History(some_line(200))
+    for back in range(190, 100, -10):
+        past.rewind(back)
+    (moment,) = past.moments
+    assert moment.line[-1].number == 199
+
+
+def test_kept_moments_stay_longest():
+    past = History(some_line(10))
+    past.keep()
+    for _ in range(12):
+        past.rewind(5)
+        past.append(*some_line(1, 6))
+    assert [moment.kept for moment in past.moments] == [True] + [False] * 7
+    for _ in range(9):
+        past.append(*some_line(1, past.newest.number + 1))
+        past.keep()
+    assert [moment.kept for moment in past.moments] == [True] * 8
+    assert past.moments[-1].line[-1] is past.newest
 
 
 def test_history_is_bounded(monkeypatch):

@@ -8,10 +8,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,15 @@ class Server:
         assert found, f"the server said {told!r}"
         self._port = int(found[1])
         return found[0]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It hangs: its connections stay open, and nothing comes."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         self._process.kill()
@@ -366,12 +377,17 @@ def test_tab_reaches_everything(page):
     reached = set()
     for _ in range(40):
         page.press(Keys.TAB)
-        reached |= set(
-            page.js(
-                "const e = document.activeElement; return [e.id, ...Object.keys(e.dataset),"
-                " getComputedStyle(e).outlineStyle]"
-            )
+        names, outline, canvas = page.js(
+            """
+            const e = document.activeElement, style = (e) => getComputedStyle(e).outlineStyle;
+            const canvas = e.querySelector("canvas");
+            return [[e.id, ...Object.keys(e.dataset)], style(e), canvas ? style(canvas) : "none"];
+            """
         )
+        if "phase" in names:  # the page's body, between the last and the first
+            continue
+        reached |= set(names)
+        assert {outline, canvas} != {"none"}, f"{names}: one cannot see that it has the focus"
     assert wanted <= reached
     assert page.paused and page.frame == BEGIN
 
@@ -418,6 +434,38 @@ def test_phone(page):
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+@pytest.mark.parametrize("size", [(1180, 820), (844, 390)])
+def test_other_touch_screens(page, size):
+    """A tablet, and a phone held sideways: all that plays is there, and large enough."""
+    width, height = size
+    screen = {**PHONE, "width": width, "height": height}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        assert page.js("return document.documentElement.scrollWidth") == width
+        for button in page.all("#pad button"):
+            box = button.rect
+            assert min(box["width"], box["height"]) >= 44
+            assert box["y"] + box["height"] <= height
+        left, forward = (page.find(f"[data-move={name}]").rect for name in ("left", "forward"))
+        assert left["x"] < forward["x"]
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+def test_a_server_that_hangs(page, server):
+    page.step()
+    with server.frozen():
+        page.wait_for_text("#notice-title", "The server does not answer")
+        assert page.find("#notice").is_displayed()
+        page.press("b")  # nothing is promised that cannot be done
+        assert "Kept" not in page.text("#status")
+    page.wait(lambda: not page.find("#notice").is_displayed(), "the server again")
+    assert not page.all("#branches button")
+    page.step()
 
 
 def test_cut_connection_goes_on(page):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,7 @@ from scd import cli
 from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.play import measure as measuring
+from scd.play import recording
 from scd.play.limits import Limits
 from scd.play.measure import measure, served
 from scd.play.messages import Close, Closed
@@ -63,6 +65,15 @@ async def quiet(player: Player, seconds: float = 0.3) -> None:
 
 
 # Playing
+
+
+def test_signs_of_life(offer):
+    async def test(place: str) -> None:
+        async with playing(place) as player:
+            for _ in range(3):
+                assert json.loads(await player.socket.recv()) == {"type": "alive"}
+
+    run(test, offer, limits=Limits(alive=0.05))
 
 
 def test_keys_make_pictures(offer):
@@ -413,10 +424,11 @@ def test_pages_and_headers(offer):
             ):
                 answer = await browser.get("/", headers={"Host": host})
                 assert answer.status_code in (400, 403), host
-            for host in ("localhost", "[::1]:8000", "127.0.0.1:1"):
+            for host in ("localhost", "[::1]:8000", "127.0.0.1:1", "127.0.0.2"):
                 assert (await browser.get("/", headers={"Host": host})).status_code == 200, host
-            foreign = {"Origin": "http://evil.example"}
-            assert (await browser.get("/", headers=foreign)).status_code == 403
+            for origin in ("http://evil.example", "http://["):
+                answer = await browser.get("/", headers={"Origin": origin})
+                assert answer.status_code == 403, origin
 
     run(test, offer)
 
@@ -466,6 +478,14 @@ def test_which_addresses_are_local(hosts):
     assert {Address(host).local for host in hosts} == {hosts[0] == "127.0.0.1"}
 
 
+def test_the_printed_address_can_be_opened():
+    assert Address().url(8000) == "http://127.0.0.1:8000/"
+    assert Address("::1").url(1) == "http://[::1]:1/"
+    for everywhere in ("0.0.0.0", "::"):
+        assert re.fullmatch(r"http://[\w.-]+:8000/", Address(everywhere).url(8000))
+        assert "0.0.0.0" not in Address(everywhere).url(8000)
+
+
 def test_a_port_in_use(offer):
     taken = socket.create_server(("127.0.0.1", 0))
     with taken, pytest.raises(ScdError, match=r"in use.*choose another --port"):
@@ -490,7 +510,10 @@ def test_numbers_that_cannot_be(offer):
 # Recording and measuring
 
 
-def test_a_recording(offer, tmp_path):
+def test_a_recording(offer, tmp_path, monkeypatch):
+    def full_disk(*_: object, **__: object) -> None:
+        raise ScdError("no space left")
+
     async def test(place: str) -> None:
         async with (
             playing(place) as player,
@@ -507,6 +530,7 @@ def test_a_recording(offer, tmp_path):
                 answer = await browser.get("/recording.mp4", params={**query, **bounds})
                 assert answer.status_code == 200
                 assert answer.headers["content-type"] == "video/mp4"
+                assert answer.headers["first-frame"] == str(bounds.get("first", 0))
                 path = tmp_path / f"{name}.mp4"
                 path.write_bytes(answer.content)
                 video = VideoFile(path)
@@ -516,6 +540,10 @@ def test_a_recording(offer, tmp_path):
                     shown = video.frames(np.array([11]))[0, 2::4, 2::4].astype(int)
                     both = np.hstack([view["rgb"] for view in last["views"]])
                     assert np.abs(shown - both).mean() < 12  # halved chroma of noise
+            with monkeypatch.context() as patch:
+                patch.setattr(recording, "write_video", full_disk)
+                answer = await browser.get("/recording.mp4", params=query)
+                assert (answer.status_code, answer.text) == (500, "no space left")
             for wrong, status in (
                 ({"session": "x"}, 404),
                 ({}, 404),

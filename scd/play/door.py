@@ -1,12 +1,12 @@
 """Who may come in from a browser, and what a browser may do with what it gets."""
 
-from urllib.parse import urlsplit
+from ipaddress import ip_address
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LOCAL_NAMES = {"127.0.0.1", "localhost", "::1"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self'; "
@@ -48,15 +48,23 @@ class Door:
 
     def _problem(self, headers: Headers) -> str | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.local and _name(f"//{host}") not in LOCAL_NAMES:
+        if self.local and not is_local(_split(f"//{host}").hostname or ""):
             return "this server answers only to localhost"
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _split(origin).netloc.lower() != host.lower():
             return "a page of another origin may not use this server"
         return None
 
 
-def _name(url: str) -> str | None:
+def is_local(host: str) -> bool:
+    """Whether a name or address is this machine's own, which no other can reach."""
     try:
-        return urlsplit(url).hostname
+        return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
-        return None
+        return False
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # such as "http://["
+        return urlsplit("")

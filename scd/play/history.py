@@ -26,7 +26,7 @@ class Frame:
     views: tuple[View, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moment:
     """The end of a line that one can return to; `kept` by the player, or left by a rewind."""
 
@@ -37,7 +37,7 @@ class Moment:
 
 class History:
     """Frames are shared between lines. Beyond `MAX_FRAMES` the oldest frames are given up, in all
-    lines; and the oldest moment, where moments hold more than half of the frames for themselves."""
+    lines; and a moment, where moments hold more than half of the frames for themselves."""
 
     def __init__(self, start: Sequence[Frame]):
         self.line = list(start)
@@ -111,7 +111,7 @@ class History:
             if self._frames <= MAX_FRAMES:
                 return
             if self._frames - len(self.line) > MAX_FRAMES // 2:
-                del self.moments[0]
+                self._give_up_a_moment(self.moments)
                 continue
             del self.line[:GIVEN_UP]
             for moment in self.moments:
@@ -119,10 +119,16 @@ class History:
             self.moments = [moment for moment in self.moments if moment.line]
 
     def _leave(self) -> None:
-        if not any(moment.line[-1] is self.newest for moment in self.moments):
+        """Make the line a moment, unless it is the beginning of one: a rewind finds it there."""
+        if not any(self.shared(moment) == self.newest.number for moment in self.moments):
             self._add(kept=False)
 
     def _add(self, kept: bool) -> None:
         self._moments_so_far += 1
         self.moments.append(Moment(self._moments_so_far, list(self.line), kept))
-        del self.moments[:-MAX_MOMENTS]
+        if len(self.moments) > MAX_MOMENTS:
+            self._give_up_a_moment(self.moments[:-1])
+
+    def _give_up_a_moment(self, of: list[Moment]) -> None:
+        """The oldest, but those that the player kept last."""
+        self.moments.remove(next((moment for moment in of if not moment.kept), of[0]))

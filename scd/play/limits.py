@@ -11,6 +11,7 @@ class Limits:
     idle: float = 300.0  # without input from the player
     away: float = 60.0  # a cut-off player can come back
     stalled: float = 20.0  # a picture that cannot be sent
+    alive: float = 2.0  # between two signs of life
     unseen: int = 3  # pictures under way; no further one is made before one of them was seen
     messages: float = 200.0  # a second
     commands: int = 16  # waiting to be carried out

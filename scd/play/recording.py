@@ -11,6 +11,7 @@ from PIL import Image
 from starlette.responses import PlainTextResponse, Response
 
 from scd.data.video import write_video
+from scd.errors import ScdError
 from scd.play.history import Frame
 from scd.play.session import Session
 from scd.play.starts import Start
@@ -31,6 +32,8 @@ async def record_mp4(
 ) -> Response:
     """The session's line as mp4, its worlds side by side.
 
+    The header `First-Frame` tells where it begins: frames that are no longer kept are missing.
+
     Args:
         query: may have `first` and `last`, numbers of frames.
     """
@@ -44,11 +47,16 @@ async def record_mp4(
         return PlainTextResponse("no such frames", 400)
     if recordings.locked():
         return PlainTextResponse("other recordings are being made: try again in a moment", 503)
-    async with recordings:
-        data = await asyncio.to_thread(_mp4, frames, session.fps)
+    try:
+        async with recordings:
+            data = await asyncio.to_thread(_mp4, frames, session.fps)
+    except ScdError as error:
+        return PlainTextResponse(str(error), 500)
     name = f"{session.game.start.name}-{frames[0].number}-{frames[-1].number}.mp4"
     attached = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return Response(data, media_type="video/mp4", headers=attached)
+    return Response(
+        data, media_type="video/mp4", headers=attached | {"First-Frame": str(frames[0].number)}
+    )
 
 
 def _mp4(frames: list[Frame], fps: float) -> bytes:

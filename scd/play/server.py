@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 
 import uvicorn
@@ -21,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from scd.errors import ScdError
-from scd.play.door import Door
+from scd.play.door import Door, is_local
 from scd.play.limits import Limits
 from scd.play.lobby import Lobby
 from scd.play.messages import MAX_BYTES, Close, Closed
@@ -126,10 +125,14 @@ class Address:
     @property
     def local(self) -> bool:
         """Whether only this machine can reach it."""
-        try:
-            return self.host == "localhost" or ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_local(self.host)
+
+    def url(self, port: int) -> str:
+        """What to open; for a server at every address, this machine's own in its network."""
+        host = self.host
+        if host in ("0.0.0.0", "::"):
+            host = _own_address() or sockets.gethostname()
+        return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def serve(offer: Offer, address: Address, places: int) -> None:
@@ -143,10 +146,17 @@ def serve(offer: Offer, address: Address, places: int) -> None:
     token = address.token or (None if address.local else secrets.token_urlsafe(16))
     listening = listen(address)
     app = make_app(offer, places=places, token=token, local=address.local)
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    url = f"http://{host}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    url = address.url(listening.getsockname()[1]) + (f"?token={token}" if token else "")
     print(f"serving {offer.first.folder} at {url} (Ctrl-C ends)", flush=True)
     uvicorn.Server(config(app)).run(sockets=[listening])
+
+
+def _own_address() -> str | None:
+    """Of the interface that leads out of this machine; nothing is sent. None: there is none."""
+    with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("192.0.2.1", 9))  # an address for documentation, which nobody has
+        return str(probe.getsockname()[0])
+    return None
 
 
 def listen(address: Address) -> sockets.socket:

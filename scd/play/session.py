@@ -23,6 +23,7 @@ from scd.play.limits import Allowance, Limits
 from scd.play.messages import AGAIN, GIVEN, PROTOCOL, Close, Closed, Message, pack, parse
 from scd.play.offer import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Offer
 
+TAP_LASTS = 1.0  # seconds; or a frame, if that is longer
 Result = TypeVar("Result")
 
 
@@ -97,6 +98,7 @@ class Session:
                 "seed": [0, MAX_SEED],
                 "fps": [limits.min_fps, limits.max_fps],
                 "unseen": limits.unseen,
+                "alive_seconds": limits.alive,
                 "idle_seconds": limits.idle,
                 "away_seconds": limits.away,
             },
@@ -104,7 +106,7 @@ class Session:
 
 
 class _Connection:
-    """A session's open connection: one task receives, one plays."""
+    """A session's open connection: one task receives, one plays, one says that it is alive."""
 
     def __init__(self, session: Session, socket: WebSocket):
         self.session = session
@@ -113,6 +115,7 @@ class _Connection:
         self._news = asyncio.Event()
         self._single_steps = 0
         self._held = self._tapped = self._seq = 0
+        self._tapped_at = 0.0
         self._serial = self._seen = 0
         self._due = 0.0
         self._allowance = Allowance(session.limits.messages)
@@ -125,7 +128,8 @@ class _Connection:
 
     async def run(self) -> None:
         """Raises: see `Session.play`."""
-        tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._play())]
+        working = (self._receive(), self._play(), self._live())
+        tasks = [asyncio.create_task(work) for work in working]
         try:
             done, _ = await asyncio.wait(
                 [*tasks, self._closed], return_when=asyncio.FIRST_COMPLETED
@@ -165,7 +169,8 @@ class _Connection:
             if fields["action"] >= len(session.game.offer.actions):
                 raise Closed(Close.BAD_MESSAGE, "input: no such action")
             self._held, self._seq = fields["action"], fields["seq"]
-            self._tapped = self._held or self._tapped
+            if self._held:
+                self._tapped, self._tapped_at = self._held, session.last_input
         elif message.type == "step":
             self._single_steps = 1
         else:
@@ -176,6 +181,12 @@ class _Connection:
                 self._commands[-1] = Message("settings", last.fields | fields)  # a dragged slider
             else:
                 self._commands.append(message)
+
+    async def _live(self) -> None:
+        """Without it a page could not tell a slow or paused server from one that is gone."""
+        while True:
+            await asyncio.sleep(self.session.limits.alive)
+            await self._send_json({"type": "alive"})
 
     async def _play(self) -> None:
         await self._tell_state()
@@ -204,7 +215,8 @@ class _Connection:
         self._due = max(self._due + 1 / self.session.fps, now)
         self._single_steps = 0
         # A key that was pressed and released since the last frame still moves one frame.
-        action, seq = self._held or self._tapped, self._seq
+        fresh = now - self._tapped_at < max(TAP_LASTS, 1 / self.session.fps)
+        action, seq = self._held or (self._tapped if fresh else 0), self._seq
         self._tapped = 0
         frame = await self.session.work(self.session.game.step, action)
         await self._show(frame, 0, seq, 1e3 * (time.monotonic() - now))

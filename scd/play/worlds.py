@@ -5,6 +5,7 @@ A world goes on from a past that its caller keeps, so that it can be put back to
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -94,7 +95,8 @@ class ModelWorld:
         self.pretrained = pretrained
         self._generator = torch.Generator()
         self._encoded_at = 0.0
-        self._seed = 0
+        self._settings: Settings
+        self._newest: View | None = None
         self._rollout: Rollout
 
     @torch.no_grad()
@@ -112,7 +114,10 @@ class ModelWorld:
         """See `World`. What the window no longer holds still shaped what it holds: every layer
         looks one window further back, so that so many frames are taken in again."""
         model, options, s = self.pretrained.model, self.pretrained.options.rollout, settings
-        self._seed = s.seed
+        if past[-1] is self._newest and s == replace(self._settings, seed=s.seed):
+            self._settings = s  # it is there, and another seed changes no more than the noise
+            return
+        self._settings, self._newest = s, past[-1]
         guided = self.pretrained.guidance if s.guidance_scale != 1.0 else "none"
         self._rollout = Rollout(
             model,
@@ -126,7 +131,7 @@ class ModelWorld:
 
     def step(self, action: int, number: int) -> View:
         """See `World`."""
-        of_frame = generator("cpu", "play", self._seed, number)
+        of_frame = generator("cpu", "play", self._settings.seed, number)
         self._generator.manual_seed(of_frame.initial_seed())
         begun = self._now()
         latents = self._rollout.step(torch.tensor([action]))
@@ -135,7 +140,8 @@ class ModelWorld:
         picture = (pixels * 255).round().byte().movedim(0, -1).contiguous().cpu().numpy()
         marks = (begun, self._encoded_at, denoised, self._now())
         times = Times(*(1e3 * (b - a) for a, b in pairwise(marks)))
-        return View(picture, latents[0], times)
+        self._newest = View(picture, latents[0], times)
+        return self._newest
 
     def close(self) -> None:
         """See `World`."""
@@ -159,7 +165,7 @@ class RealWorld:
     def __init__(self, size: int):
         self._simulator = DoomSimulator(size)
         self._seed = 0
-        self._newest: View
+        self._newest: View | None = None
 
     def begin(self, start: Start, settings: Settings) -> list[View]:
         """See `World`: the episode's own frames, which the start's video shows compressed."""
@@ -170,13 +176,16 @@ class RealWorld:
         self, past: Sequence[View], actions: Sequence[int], whole: bool, settings: Settings
     ) -> None:
         """See `World`: the episode is played again, if it is known whole and not too long."""
-        if past[-1].over or not whole or len(past) > MAX_REPLAY:
-            self._newest = replace(past[-1], over=True)
-        else:
-            self._replay(actions)
+        if past[-1] is self._newest:
+            return
+        self._newest = replace(past[-1], over=True)
+        if whole and not past[-1].over and len(past) <= MAX_REPLAY:
+            with suppress(Exception):  # see `step`
+                self._replay(actions)
 
     def step(self, action: int, number: int) -> View:
         """See `World`."""
+        assert self._newest is not None  # `begin` comes first
         if not self._newest.over:
             try:
                 picture = self._simulator.step(action)
@@ -193,7 +202,7 @@ class RealWorld:
         self._simulator.close()
 
     def _replay(self, actions: Sequence[int]) -> list[View]:
-        self._newest = View(self._simulator.reset(self._seed))
-        views = [self._newest]
+        views = [View(self._simulator.reset(self._seed))]
+        self._newest = views[0]
         views += [self.step(action, number) for number, action in enumerate(actions[1:], 1)]
         return views

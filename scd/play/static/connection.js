@@ -5,6 +5,8 @@ const WAIT_WHEN_FULL = 10;
 const TAKEN_OVER = 4409;
 const FULL = 4503;
 const ENDED = new Set([1009, 4400, 4401, 4408, TAKEN_OVER, 4429, 4500, 4508]);
+const SILENT = 2.5; // signs of life that fail to come, until that is said
+const GONE = 7; // until another connection is tried
 const KEPT_AS = "scd session"; // for this tab: a page loaded anew goes on with its session
 
 /** An address of the server, with the token that this page's own address holds. */
@@ -18,7 +20,7 @@ export function address(path, parameters = {}) {
 
 /**
  * Listeners: `status({phase, ...})` with the phases connecting, busy (before, places), full (wait),
- * open, lost (wait), ended (code, reason); `hello(message)`; `state(message, command, refused)`: what
+ * open, silent, lost (wait), ended (code, reason); `hello(message)`; `state(message, command, refused)`: what
  * the command led to, and why it could not be done, if so; `picture(buffer)`.
  */
 export class Connection {
@@ -30,9 +32,13 @@ export class Connection {
   #waiting = []; // commands
   #asked = null; // the command whose state has not come yet
   #refused = null;
+  #alive = null; // ms between two signs of life, once the server has said so
+  #heard = 0; // when something came last
+  #silent = false;
 
   constructor(listeners) {
     this.#listeners = listeners;
+    setInterval(() => this.#listen(), 500);
   }
 
   /** Connect now, whatever was planned. */
@@ -45,6 +51,8 @@ export class Connection {
     const socket = new WebSocket(url);
     socket.binaryType = "arraybuffer";
     socket.onmessage = ({ data }) => {
+      this.#heard = performance.now();
+      this.#listen();
       if (typeof data === "string") this.#take(JSON.parse(data));
       else this.#listeners.picture(data);
     };
@@ -71,6 +79,18 @@ export class Connection {
     return this.#waiting.length > 0;
   }
 
+  // Say so when nothing comes any more; the network may be gone though the socket looks open.
+  #listen() {
+    if (this.#alive === null) return;
+    const missed = (performance.now() - this.#heard) / this.#alive;
+    if (missed > GONE) {
+      this.open();
+    } else if (missed > SILENT !== this.#silent) {
+      this.#silent = !this.#silent;
+      this.#listeners.status({ phase: this.#silent ? "silent" : "open" });
+    }
+  }
+
   #next() {
     if (this.#asked || !this.#waiting.length) return;
     this.#asked = this.#waiting.shift();
@@ -84,6 +104,8 @@ export class Connection {
       this.session = message.session;
       sessionStorage.setItem(KEPT_AS, message.session);
       this.#failures = 0;
+      this.#alive = 1000 * message.limits.alive_seconds;
+      this.#waiting = []; // they were meant for what was there before
       this.#asked = { type: "hello" }; // a state follows it too
       this.#listeners.status({ phase: "open" });
       this.#listeners.hello(message);
@@ -120,7 +142,8 @@ export class Connection {
       this.#socket.onclose = this.#socket.onmessage = null;
       this.#socket.close();
     }
-    this.#socket = this.#asked = this.#refused = null;
+    this.#socket = this.#asked = this.#refused = this.#alive = null;
+    this.#silent = false;
     this.#waiting = [];
   }
 }

@@ -20,6 +20,8 @@ function words(status) {
     }
     case "full":
       return ["Very busy", "Many players wait for a place. This page tries again by itself."];
+    case "silent":
+      return ["The server does not answer", "Play goes on by itself when it does.", "Connect anew"];
     case "lost":
       return [
         "The server cannot be reached",

@@ -14,7 +14,6 @@ import { Timeline } from "./timeline.js";
 import { Worlds } from "./worlds.js";
 
 const $ = (id) => document.getElementById(id);
-const SAID_FOR = 6000; // ms
 const BACK = "Connected again: going on where you were.";
 const ANEW = "Connected again, in a new session: the server had forgotten the old one.";
 
@@ -51,7 +50,7 @@ function onStatus(status) {
   if (status.phase === "lost" && hello) wasLost = true;
   if (status.phase === "ended") wasLost = false;
   picture = null; // its serial means nothing to another connection
-  stats.begin(state?.fps ?? 10);
+  stats.begin(state?.fps ?? 10, status.phase === "open" && state?.paused === false);
   notice.show(status);
 }
 
@@ -75,11 +74,12 @@ function onState(message, command, refused) {
   if (refused) say(`Not done: ${refused}`);
   else memory.follow(message, command);
   if (command.type === "start" && !refused) recorder.drop();
+  if (command.type === "keep" && !refused) say("Kept: return to this moment below the strip.");
   if (command.type === "hello") {
     comeBack();
     input();
   }
-  if (command.type !== "keep") stats.begin(message.fps);
+  if (command.type !== "keep") stats.begin(message.fps, !message.paused);
   worlds.names = message.worlds;
   if (!connection.waiting) panel.follow(message); // else a slider has moved on
   recorder.follow(newest);
@@ -134,6 +134,7 @@ function held() {
 }
 
 function rewind(frame) {
+  newest = frame; // a second press goes back from there
   connection.command({ type: "rewind", frame });
 }
 
@@ -148,10 +149,7 @@ const actions = {
     else connection.send({ type: "step" });
   },
   rewind: () => state && rewind(Math.max(firstFrame(), newest - Math.round(state.fps))),
-  branch: () => {
-    connection.command({ type: "keep" });
-    say("Kept: return to this moment below the strip.");
-  },
+  branch: () => connection.command({ type: "keep" }),
   record: () => state && recorder.toggle(connection.session),
   full: () => {
     if (document.fullscreenElement) document.exitFullscreen();
@@ -165,7 +163,7 @@ listen(
   controls,
   { ...actions, beside: () => panel.toggleBeside() },
   (place) => panel.startAt(place),
-  () => $("keys").open,
+  () => $("keys").open || document.body.dataset.phase !== "open",
 );
 
 $("smooth").addEventListener("change", ({ target }) => (worlds.smooth = target.checked));
@@ -207,10 +205,10 @@ function showInvitation() {
 }
 
 let saying = 0;
-function say(text) {
+function say(text, forSeconds = 6) {
   clearTimeout(saying);
   $("status").textContent = text;
-  saying = setTimeout(() => ($("status").textContent = ""), SAID_FOR);
+  saying = setTimeout(() => ($("status").textContent = ""), 1000 * forSeconds);
 }
 
 $("full").hidden = !document.fullscreenEnabled;

@@ -2,7 +2,7 @@
 
 import { address } from "./connection.js";
 
-/** Calls `say(text)`. */
+/** Calls `say(text, forSeconds)`. */
 export class Recorder {
   #first = null;
   #newest = 0;
@@ -37,7 +37,7 @@ export class Recorder {
     const range = { first: this.#first, last: this.#newest };
     this.#first = null;
     this.#show();
-    this.say("Making the mp4 …");
+    this.say("Making the mp4 …", 600);
     try {
       const answer = await fetch(address("/recording.mp4", { session, ...range }));
       if (!answer.ok) throw new Error(await answer.text());
@@ -48,7 +48,9 @@ export class Recorder {
       link.download = name;
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-      this.say(`Saved ${name}.`);
+      const missing = Number(answer.headers.get("First-Frame")) - range.first;
+      const but = missing > 0 ? `, but for its first ${missing} frames, which are no longer kept` : "";
+      this.say(`Saved ${name}${but}.`);
     } catch (error) {
       this.say(`Not saved: ${error.message}`);
     }

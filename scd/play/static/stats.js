@@ -12,6 +12,7 @@ export class Stats {
   #pressed = new Map(); // seq -> when
   #latencies = []; // {at, ms}
   #target = 10;
+  #running = false;
   #since = 0; // when frames began to come at this pace
   #timer = 0;
 
@@ -22,8 +23,9 @@ export class Stats {
   }
 
   /** A new pace, pause or resumption: what was measured before does not count for it. */
-  begin(target) {
+  begin(target, running) {
     this.#target = target;
+    this.#running = running;
     this.#since = performance.now();
     this.#frames = [];
     this.#pressed.clear();
@@ -71,13 +73,14 @@ export class Stats {
     latency95.textContent = sorted.length ? `p95 ${Math.round(quantile(0.95))}` : "";
 
     const settled = now - this.#since > 1000 * SECONDS;
-    slow.hidden = !(settled && fps !== null && fps < SLOW * this.#target);
+    slow.hidden = !(this.#running && settled && (fps ?? 0) < SLOW * this.#target);
     if (!slow.hidden) {
-      slow.textContent = `This machine manages ${fps.toFixed(1)} of ${this.#target} frames a second.`;
+      const managed = fps === null ? "hardly any" : fps.toFixed(1);
+      slow.textContent = `The server manages ${managed} of ${this.#target} frames a second.`;
     }
     this.#spark();
     this.#times();
-    if (this.#frames.length) this.#later();
+    if (this.#frames.length || this.#running) this.#later();
   }
 
   #spark() {
