@@ -78,18 +78,24 @@ def similarity_to_last(
 
 
 def feature_pictures(
-    pictures: Tensor, frames: Tensor, real: Tensor, names: Sequence[str], side: tuple[int, int]
+    pictures: Tensor,
+    frames: Tensor,
+    real: Tensor,
+    names: Sequence[str],
+    steps: Sequence[str],
+    side: tuple[int, int],
 ) -> Figure:
     """Above the frame as each step estimates it, below the features of every layer.
 
     Args:
         pictures: (layers, T, N, 3).
         frames: (T, 3, H, W), real: (3, H, W), all in [0, 1].
+        steps: titles of the T columns.
         side: rows and columns of tokens.
     """
     columns = pictures.shape[1]
     # Inches: pictures of one size, room for the names beside them and the title above.
-    width, height = 0.72 * (columns + 1) + 1.0, 0.74 * (len(names) + 1) + 0.9
+    width, height = 0.72 * (columns + 1) + 1.0, 0.74 * (len(names) + 1) + 1.05
     width = max(width, 5.5)
     figure, axes = plt.subplots(
         len(names) + 1,
@@ -100,7 +106,7 @@ def feature_pictures(
             "hspace": 0.06,
             "left": 0.95 / width,
             "right": 0.995,
-            "top": 1 - 0.8 / height,
+            "top": 1 - 0.95 / height,
             "bottom": 0.01,
         },
     )
@@ -110,7 +116,7 @@ def feature_pictures(
             spine.set_visible(False)
     for step in range(columns):
         axes[0, step].imshow(frames[step].permute(1, 2, 0))
-        axes[0, step].set_title(str(step + 1), fontsize=8)
+        axes[0, step].set_title(steps[step], fontsize=8)
         for layer in range(len(names)):
             axes[layer + 1, step].imshow(pictures[layer, step].unflatten(0, side))
     axes[0, -1].imshow(real.permute(1, 2, 0))
@@ -118,7 +124,7 @@ def feature_pictures(
     for row, name in enumerate(["estimate", *names]):
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(
-        "The clean frame as each denoising step (1 = pure noise) sees it,\n"
+        "The clean frame as each denoising step and noise level sees it,\n"
         "and the features' three main directions as colours (one basis a layer)",
         fontsize=10,
     )
@@ -262,17 +268,23 @@ def loss_increase(
     return figure
 
 
-def training_lines(
-    lines: dict[str, list[tuple[int, float]]], untouched: float | None, title: str
-) -> Figure:
-    """Loss over fine-tuning steps."""
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+def training_lines(lines: dict[str, list[tuple[int, float, float]]], title: str) -> Figure:
+    """Loss over training steps: name -> (step, ratio to the dense model's, standard error)."""
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
     for number, (name, points) in enumerate(lines.items()):
-        steps, losses = zip(*points, strict=True)
-        axis.plot(steps, losses, color=COLOURS[number], marker="os^D"[number % 4], label=name)
-    if untouched is not None:
-        axis.axhline(untouched, color="grey", linestyle=":", linewidth=1, label="the dense model")
-    axis.set(xlabel="training steps", ylabel="validation loss", yscale="log", title=title)
+        steps, losses, errors = zip(*points, strict=True)
+        axis.errorbar(
+            steps,
+            losses,
+            errors,
+            color=COLOURS[number % len(COLOURS)],
+            marker="os^D"[number % 4],
+            linestyle="--" if number >= len(lines) / 2 else "-",
+            capsize=2,
+            label=name,
+        )
+    axis.axhline(1, color="grey", linestyle=":", linewidth=1, label="the dense model")
+    axis.set(xlabel="training steps", ylabel="validation loss ÷ dense", yscale="log", title=title)
     axis.set_xticks(steps)
     axis.grid(alpha=0.25, which="both")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
