@@ -77,7 +77,7 @@ def clip_numbers(text: str) -> tuple[int, ...]:
         given = [int(part) for part in text.split(",")]
     except ValueError:
         given = []
-    numbers = given if len(given) > 1 else list(range(*given))
+    numbers = list(range(given[0])) if len(given) == 1 else given
     if len(numbers) < 2 or len(set(numbers)) < len(numbers) or min(numbers) < 0:
         raise ScdError(
             f"--clips {text}: give how many (2 or more), or the numbers of two or more different "

@@ -192,19 +192,23 @@ def told_recovery(
     k = paper_depth(layers)
     excess, before = recovered[k][0], halfway[k][0]
     if excess <= TOLERANCE:
-        verdict = f"holds for the last {k}"
+        verdict = f"holds for {_last(k)}"
     elif excess < FALLING * before:
         verdict = (
-            f"is not decided: {steps} steps are too few to tell, the last {k} still recover "
-            f"({100 * before:+.1f} % after half of them)"
+            f"is not decided: {steps} steps are too few to tell, the loss without {_last(k)} still "
+            f"falls ({100 * before:+.1f} % after half of them)"
         )
     else:
-        verdict = f"does not hold for the last {k}"
+        verdict = f"does not hold for {_last(k)}"
     return (
         f" After {steps} steps of fine-tuning, against the untouched model trained as long: {told}."
         f" The paper's claim that a short fine-tune makes up for it (here: within "
         f"{100 * TOLERANCE:.0f} %) {verdict}."
     )
+
+
+def _last(k: int) -> str:
+    return "the last layer" if k == 1 else f"the last {k} layers"
 
 
 def paper_depth(layers: int) -> int:

@@ -269,17 +269,21 @@ def loss_increase(
 
 
 def training_lines(lines: dict[str, list[tuple[int, float, float]]], title: str) -> Figure:
-    """Loss over training steps: name -> (step, ratio to the dense model's, standard error)."""
+    """Loss over training steps: name -> (step, ratio to the dense model's, standard error).
+
+    First the splits, then in the same order random starts of the same shapes.
+    """
     figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    shapes = len(lines) // 2
     for number, (name, points) in enumerate(lines.items()):
         steps, losses, errors = zip(*points, strict=True)
         axis.errorbar(
             steps,
             losses,
             errors,
-            color=COLOURS[number % len(COLOURS)],
-            marker="os^D"[number % 4],
-            linestyle="--" if number >= len(lines) / 2 else "-",
+            color=COLOURS[number % shapes],
+            marker="os^D"[number % shapes],
+            linestyle="-" if number < shapes else "--",
             capsize=2,
             label=name,
         )

@@ -135,11 +135,12 @@ def suggestion_count(bench: Bench, steady: int) -> int:
 def told_reason(layers: int, steady: int, blind: int) -> str:
     """Which decoder the features speak for, and whether that is without loss."""
     wanted = wanted_decoder(layers, steady)
-    deepest = f"Layer {steady} is the last" if steady else "No layer is one"
     told = (
-        f"{deepest} of {layers} whose features are the same at most steps, which speaks for "
-        f"{wanted} decoder layer{'s' * (wanted > 1)}. "
+        f"Layer {steady} is the last of {layers} with the same features at most steps"
+        if steady
+        else f"None of the {layers} layers has the same features at most steps"
     )
+    told += f", which speaks for {wanted} decoder layer{'s' * (wanted > 1)}. "
     if wanted > blind:
         can = f"only the last {blind} can" if blind else "none of the layers can"
         told += (
@@ -169,7 +170,7 @@ def _told_training(
 
     text = (
         f" Loss after {total} training steps, as a multiple of the dense model's (n = "
-        f"{len(bench.clips)} clips): {told(starts)}; {told(randoms)}."
+        f"{len(bench.clips)} clips): {told(starts)}; of the same shapes, {told(randoms)}."
     )
     falling = [
         _ratio(start, whole, total)[0] < FALLING * _ratio(start, whole, total // 2)[0]
