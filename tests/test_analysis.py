@@ -564,23 +564,14 @@ def test_fine_tuning_learns_and_leaves_the_model_alone(trained, muon):
     ]
     assert losses[1] < 0.9 * losses[0]
     assert not model.training
-    name = "encoder.blocks.0.mlp.up.weight"
+    name = "decoder.blocks.0.mlp.up.weight"
     moved = model.state_dict()[name] - before[name]
     assert moved.abs().max() > 1e-3
-    # Muon's steps are orthogonal matrices: no direction is left out.
+    # Muon's steps are all but orthogonal matrices; AdamW's have few directions.
     values = torch.linalg.svdvals(moved)
-    for n in (
-        "decoder.blocks.0.mlp.down.weight",
-        "decoder.blocks.0.mlp.up.weight",
-        "encoder.blocks.0.mlp.down.weight",
-        name,
-    ):
-        v = torch.linalg.svdvals(model.state_dict()[n] - before[n])
-        print(n, v.quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1.0])), losses)
-    assert 0
-    assert all(
-        torch.equal(tensor, before[key]) for key, tensor in loaded.model.state_dict().items()
-    )
+    assert (values.median() > 0.3 * values[0]) == (muon is not None)
+    after = loaded.model.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())
 
 
 def test_both_models_see_the_same_clips_and_rates_are_shares(trained):
@@ -595,9 +586,8 @@ def test_both_models_see_the_same_clips_and_rates_are_shares(trained):
         for _ in fine_tuning(loaded.model, loaded.codec, loaded.options, clips, 2, 0.0):
             pass
     assert numbers == [2, 3, 4, 5] * 2  # batches of two, behind the one step of the run
-    assert all(
-        torch.equal(tensor, before[key]) for key, tensor in loaded.model.state_dict().items()
-    )
+    after = loaded.model.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())
 
 
 @pytest.mark.parametrize("kind", ["causal_dit", "scd"])

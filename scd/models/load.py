@@ -115,7 +115,9 @@ def _own_options(path: Path, overrides: list[str] | None = None) -> Options | No
     """The options that a checkpoint or a folder carries; None for the reference's files."""
     if path.is_dir():
         if not (path / OPTIONS).is_file():
-            raise ScdError(f"{path}: a folder without {OPTIONS}, so no exported model")
+            raise ScdError(
+                f"{path}: no such weights file, and a folder without {OPTIONS} is no exported model"
+            )
         return load_options(path / OPTIONS, overrides)
     metadata = _metadata(path)
     if "options" not in metadata:
