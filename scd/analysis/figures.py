@@ -47,15 +47,22 @@ def similarity_matrices(similarity: Tensor, names: Sequence[str], n: int) -> Fig
 
 
 def similarity_to_last(
-    raw: Tensor, error: Tensor, centred: Tensor, floor: Tensor, names: Sequence[str], n: int
+    similarity: Tensor,
+    error: Tensor,
+    centred: Tensor,
+    floor: Tensor,
+    names: Sequence[str],
+    n: int,
 ) -> Figure:
-    """(layers, T) each, and the floor (layers,) as dots at the right edge."""
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained", sharey=True)
-    steps = np.arange(1, raw.shape[1] + 1)
+    """Similarities (layers, T, T) as they are and centred, the standard error of those to the last
+    step (layers, T), and the floor (layers,) as dashes at the right edge."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", sharey=True)
+    steps = np.arange(1, similarity.shape[1] + 1)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(names)))
     for axis, values, title in (
-        (axes[0], raw, "as they are"),
-        (axes[1], centred, "without the layer's mean token"),
+        (axes[0], similarity[:, :, -1], "to the last step (σ 0.001)"),
+        (axes[1], similarity[:, :, -2], "to the last but one"),
+        (axes[2], centred[:, :, -2], "to the last but one, without the layer's mean token"),
     ):
         for layer, name in enumerate(names):
             axis.plot(steps, values[layer], color=colours[layer], marker=".", label=name)
@@ -64,13 +71,15 @@ def similarity_to_last(
         axis.grid(alpha=0.25)
         _steps(axis.xaxis, len(steps), first=1)
     for layer in range(len(names)):
-        low, high = raw[layer] - error[layer], raw[layer] + error[layer]
+        to_last = similarity[layer, :, -1]
+        low, high = to_last - error[layer], to_last + error[layer]
         axes[0].fill_between(steps, low, high, color=colours[layer], alpha=0.15, linewidth=0)
-        axes[0].plot(steps[-1] + 0.9, floor[layer], "_", color=colours[layer], markersize=9)
-    axes[0].set_ylabel("cosine similarity to the last step")
-    axes[1].legend(fontsize=8, frameon=False)
+        for axis in axes[:2]:
+            axis.plot(steps[-1] + 0.9, floor[layer], "_", color=colours[layer], markersize=9)
+    axes[0].set_ylabel("cosine similarity")
+    axes[2].legend(fontsize=8, frameon=False)
     figure.suptitle(
-        f"Similarity of features to those of the last step (n = {n}; band: standard error; "
+        f"Similarity of features to those of the last steps (n = {n}; band: standard error; "
         f"dashes at the right: two different clips; dotted: 0.95)",
         fontsize=10,
     )

@@ -55,12 +55,12 @@ def look_at_features(bench: Bench) -> Section:
         f"and clips. The same features: above {STEADY}, and at least half way from the similarity "
         f"of two different clips to 1. The finding leaves out the last step, whose noise level of "
         f"0.001 training hardly meets. A part of every feature is the same for all frames: the "
-        f"right panel takes the layer's mean token off. Pictures of clip {bench.clips.numbers[0]}: "
-        f"the three main directions as colours, one basis a layer.",
+        f"right panel of the curves takes the layer's mean token off. Pictures: of clip "
+        f"{bench.clips.numbers[0]}, the three main directions as colours, one basis a layer.",
         {
             "similarity": figures.similarity_matrices(found.similarity, names, n),
             "similarity_to_last": figures.similarity_to_last(
-                found.to_last, found.error, found.centred[:, :, -1], found.floor, names, n
+                found.similarity, found.error, found.centred, found.floor, names, n
             ),
             "features": figure,
         },

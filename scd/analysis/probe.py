@@ -29,6 +29,7 @@ from scd.models.load import load_checkpoint_for_use
 from scd.options import options_to_dict
 
 NEW_FRAMES = 4  # made by every variant of the model
+SECTIONS = 6
 
 
 def probe_checkpoint(
@@ -82,9 +83,6 @@ def probe_checkpoint(
         print(f"\n{section.title}\n  {section.finding}")
     print(f"\nreport: {folder / 'index.html'}, probe.json")
     return folder
-
-
-SECTIONS = 6
 
 
 def _probe(bench: Bench, report: Report, arguments: list[str]) -> None:

@@ -34,11 +34,6 @@ class Redundancy:
     centred: Tensor  # (1 + L, T, T), after taking off each layer's mean token
     floor: Tensor  # (1 + L,), of the same token in two different clips, at the same step
 
-    @property
-    def to_last(self) -> Tensor:
-        """(1 + L, T)."""
-        return self.similarity[:, :, -1]
-
 
 @dataclass(frozen=True)
 class Plateau:

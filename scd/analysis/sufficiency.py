@@ -68,8 +68,8 @@ def told_history(costs: dict[int, tuple[float, float]], known: int) -> str:
     told = ", ".join(f"{frames}: {percent(cost)}" for frames, cost in costs.items())
     enough = min((k for k, (mean, _) in costs.items() if mean <= TOLERANCE), default=None)
     verdict = (
-        f"more than the newest {enough} of {known} frames gain less than {100 * TOLERANCE:.0f} %"
+        f"what lies before the newest {enough} gains less than {100 * TOLERANCE:.0f} %"
         if enough is not None
-        else f"all of these lose more than {100 * TOLERANCE:.0f} % against {known} frames"
+        else f"each of these loses more than {100 * TOLERANCE:.0f} %"
     )
-    return f"With an encoder that sees only the newest frames: {told}; {verdict}."
+    return f"With an encoder that sees only the newest of {known} frames: {told}; {verdict}."

@@ -1,7 +1,7 @@
 """A recommended split of a dense model: its time per frame, and how its training begins."""
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,10 +51,10 @@ class Start:
     """
 
     name: str
-    model: WorldModel
     options: Options
-    losses: dict[int, Tensor]
-    seconds: float = 0.0
+    parameters: int
+    seconds: float
+    losses: dict[int, Tensor] = field(default_factory=dict)
 
 
 def suggest_split(bench: Bench, steady: int, blind: int, arguments: list[str]) -> Section:
@@ -69,26 +69,28 @@ def suggest_split(bench: Bench, steady: int, blind: int, arguments: list[str]) -
     assert isinstance(dense, CausalDiT) and bench.untouched.loss is not None
     layers = len(dense.blocks)
     wanted = wanted_decoder(layers, steady)
-    splits = candidates(layers, wanted)
+    models: dict[Split, WorldModel] = {}
+    of_split = {split: split_options(options, split) for split in candidates(layers, wanted)}
+    for split, own in of_split.items():
+        models[split] = split_model(dense, codec, own, split)
+    of_dense, *times = _seconds(
+        bench, [(dense, options), *((models[split], own) for split, own in of_split.items())]
+    )
+    whole = Start("dense", options, _size(dense), of_dense, {0: bench.untouched.loss})
     starts, randoms = {}, {}
-    for split in splits:
-        own = split_options(options, split)
-        model = split_model(dense, codec, own, split)
-        starts[split] = Start(f"split {split.name}", model, own, {})
+    for (split, own), took in zip(of_split.items(), times, strict=True):
+        model = models.pop(split)
+        starts[split] = Start(f"split {split.name}", own, _size(model), took)
+        _begin(bench, starts[split], model)
         torch.manual_seed(bench.seed)
         model = build_world_model(own, codec).to(dense.device).eval()
         name = f"random start {split.encoder_layers}+{split.decoder_layers}"
-        randoms[split] = Start(name, model, own, {})
-    whole = Start("dense", dense, options, {0: bench.untouched.loss})
-    _time(bench, [whole, *starts.values()])
-    for split, random in randoms.items():
-        random.seconds = starts[split].seconds
-    for start in (*starts.values(), *randoms.values()):
-        _begin(bench, start)
+        randoms[split] = Start(name, own, _size(model), took)
+        _begin(bench, randoms[split], model)
 
     ratios = {split: _ratio(start, whole, bench.fine_tune)[0] for split, start in starts.items()}
     seconds = {split: start.seconds for split, start in starts.items()}
-    chosen = fastest_good(ratios, seconds) if bench.fine_tune else splits[0]
+    chosen = fastest_good(ratios, seconds) if bench.fine_tune else next(iter(starts))
     begin = ["scd", "split", str(bench.loaded.source["path"])]
     out = ["--out", f"{options.output}_split"]
     command = shlex.join([*begin, *arguments, *chosen.arguments, *out])
@@ -129,7 +131,8 @@ def suggest_split(bench: Bench, steady: int, blind: int, arguments: list[str]) -
 def suggestion_count(bench: Bench, steady: int) -> int:
     """What the bar counts."""
     layers = len(bench.model.blocks)
-    return 2 * len(candidates(layers, wanted_decoder(layers, steady))) * (bench.fine_tune + 1)
+    trained = 2 * len(candidates(layers, wanted_decoder(layers, steady)))
+    return trained * (bench.fine_tune + 1) if bench.fine_tune else 0
 
 
 def told_reason(layers: int, steady: int, blind: int) -> str:
@@ -184,13 +187,13 @@ def _told_training(
     return text
 
 
-def _begin(bench: Bench, start: Start) -> None:
-    """The loss at the start, and after a quarter, half and all of the steps."""
+def _begin(bench: Bench, start: Start, model: WorldModel) -> None:
+    """Train; the loss at the start, and after a quarter, half and all of the steps."""
     total = bench.fine_tune
     marks = {0, total // 4, total // 2, total}
-    for step in bench.train(start.model, start.options) if total else [0]:
+    for step in bench.train(model, start.options) if total else [0]:
         if step in marks:
-            start.losses[step] = bench.loss(start.model)
+            start.losses[step] = bench.loss(model)
 
 
 def _ratio(start: Start, whole: Start, step: int) -> tuple[float, float]:
@@ -199,25 +202,21 @@ def _ratio(start: Start, whole: Start, step: int) -> tuple[float, float]:
     return 1 + more, error
 
 
-def _time(bench: Bench, starts: list[Start]) -> None:
-    """Seconds for a frame, at the rollout options of the checkpoint."""
-    timed = [
-        Candidate(replace(bench.loaded, model=start.model, options=start.options), {}, [])
-        for start in starts
-    ]
+def _seconds(bench: Bench, models: list[tuple[WorldModel, Options]]) -> list[float]:
+    """For a frame, at the rollout options of the checkpoint."""
+    timed = [Candidate(replace(bench.loaded, model=m, options=o), {}, []) for m, o in models]
     time_frames(timed)
-    for start, candidate in zip(starts, timed, strict=True):
-        start.seconds = candidate.frame_seconds
+    return [candidate.frame_seconds for candidate in timed]
 
 
-def _parameters(start: Start) -> int:
-    return sum(p.numel() for p in start.model.parameters())
+def _size(model: WorldModel) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _numbers(start: Start, whole: Start) -> dict[str, Any]:
     return {
         "name": start.name,
-        "parameters": _parameters(start),
+        "parameters": start.parameters,
         "seconds_per_frame": start.seconds,
         "steps": [
             {
@@ -242,6 +241,6 @@ def _table(starts: list[Start], whole: Start, layers: int) -> Table:
             "{:.2f} ± {:.2f}".format(*_ratio(start, whole, step)) if step in start.losses else "–"
             for step in marks
         ]
-        parameters = f"{_parameters(start) / 1e6:.1f} M"
+        parameters = f"{start.parameters / 1e6:.1f} M"
         lines.append([start.name, size, parameters, f"{start.seconds:.4f}", *ratios])
     return Table(heads, lines, 1, [])

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from scd.errors import ScdError
 from scd.files import read_json, sha256
@@ -55,11 +56,7 @@ def load_checkpoint_for_use(
     if "options" in metadata:
         tensors, _ = read_weights(path)
         codec = load_codec(options.autoencoder.path)
-        m = options.model
-        layers = m.encoder_layers + m.decoder_layers + m.layers
-        if layers > len(tensors):
-            raise ScdError(f"{path}: {layers} layers in its options, but {len(tensors)} tensors")
-        model = build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
+        model = _built(options, codec, tensors, path)
     else:
         model = load_reference_checkpoint(path, options.model.patch_size, options.model.fusion)
         codec = load_codec(options.autoencoder.path)
@@ -80,7 +77,7 @@ def load_folder(folder: Path, options: Options) -> LoadedModel:
     codec = load_codec(None if in_pixels else str(folder / "vae"))
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors, _ = read_weights(path)
-    model = build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
+    model = _built(options, codec, tensors, path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source: dict[str, str | int | None] = {
         "path": str(folder),
@@ -88,6 +85,14 @@ def load_folder(folder: Path, options: Options) -> LoadedModel:
         "step": None,
     }
     return LoadedModel(model.to(device).eval(), codec.to(device), options, source)
+
+
+def _built(options: Options, codec: Codec, tensors: dict[str, Tensor], path: Path) -> WorldModel:
+    m = options.model
+    layers = m.encoder_layers + m.decoder_layers + m.layers
+    if layers > len(tensors):
+        raise ScdError(f"{path}: {layers} layers in its options, but {len(tensors)} tensors")
+    return build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
 
 
 def options_for_use(
