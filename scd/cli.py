@@ -231,7 +231,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--steps", type=int, default=16, help="denoising steps a frame (default: 16)")
     p.add_argument(
-        "--fine-tune", type=int, default=40, help="training steps a variant (default: 40; 0: none)"
+        "--fine-tune", type=int, default=30, help="training steps a variant (default: 30; 0: none)"
     )
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=probe)

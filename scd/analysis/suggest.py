@@ -65,29 +65,9 @@ def suggest_split(bench: Bench, steady: int, blind: int, arguments: list[str]) -
         blind: how many of the last layers can do without the past.
         arguments: of the probe's command line, that `scd split` has to know as well.
     """
-    dense, codec, options = bench.model, bench.loaded.codec, bench.loaded.options
-    assert isinstance(dense, CausalDiT) and bench.untouched.loss is not None
-    layers = len(dense.blocks)
+    options, layers = bench.loaded.options, len(bench.model.blocks)
     wanted = wanted_decoder(layers, steady)
-    models: dict[Split, WorldModel] = {}
-    of_split = {split: split_options(options, split) for split in candidates(layers, wanted)}
-    for split, own in of_split.items():
-        models[split] = split_model(dense, codec, own, split)
-    of_dense, *times = _seconds(
-        bench, [(dense, options), *((models[split], own) for split, own in of_split.items())]
-    )
-    whole = Start("dense", options, _size(dense), of_dense, {0: bench.untouched.loss})
-    starts, randoms = {}, {}
-    for (split, own), took in zip(of_split.items(), times, strict=True):
-        model = models.pop(split)
-        starts[split] = Start(f"split {split.name}", own, _size(model), took)
-        _begin(bench, starts[split], model)
-        torch.manual_seed(bench.seed)
-        model = build_world_model(own, codec).to(dense.device).eval()
-        name = f"random start {split.encoder_layers}+{split.decoder_layers}"
-        randoms[split] = Start(name, own, _size(model), took)
-        _begin(bench, randoms[split], model)
-
+    whole, starts, randoms = _begun(bench, candidates(layers, wanted))
     ratios = {split: _ratio(start, whole, bench.fine_tune)[0] for split, start in starts.items()}
     seconds = {split: start.seconds for split, start in starts.items()}
     chosen = fastest_good(ratios, seconds) if bench.fine_tune else next(iter(starts))
@@ -96,9 +76,20 @@ def suggest_split(bench: Bench, steady: int, blind: int, arguments: list[str]) -
     command = shlex.join([*begin, *arguments, *chosen.arguments, *out])
     everything = [whole, *starts.values(), *randoms.values()]
     steps = options.rollout.steps
-    finding = told_reason(layers, steady, blind) + told_times(starts[chosen], whole, steps)
+    finding = (
+        f"{told_reason(layers, steady, blind)}Suggested: {starts[chosen].name}, "
+        f"{1000 * seconds[chosen]:.0f} ms a frame against {1000 * whole.seconds:.0f} ms of the "
+        f"dense model ({steps} steps, here)."
+    )
+    rule = "nothing was trained (--fine-tune 0), so that depth is suggested"
     if bench.fine_tune:
         finding += _told_training(bench, starts, randoms, whole)
+        rule = (
+            f"that depth, half of it, the shallowest, and the paper's first and last layers are "
+            f"trained for {bench.fine_tune} steps, on the same clips at the training's full "
+            f"learning rates after a short warm-up, and of those within {100 * TOLERANCE:.0f} % of "
+            f"the best loss the fastest is suggested"
+        )
     title = f"How an SCD's training begins (n = {len(bench.clips)} clips)"
     lines = {
         start.name: [(step, *_ratio(start, whole, step)) for step in start.losses]
@@ -109,12 +100,9 @@ def suggest_split(bench: Bench, steady: int, blind: int, arguments: list[str]) -
         "A split of this model",
         finding,
         f"The rule: the decoder gets the layers behind the last one whose features are the same at "
-        f"most steps (the first section). That depth, half of it, the shallowest, and the paper's "
-        f"first and last layers are trained for {bench.fine_tune} steps, on the same clips at the "
-        f"training's full learning rates after a short warm-up; of those within "
-        f"{100 * TOLERANCE:.0f} % of the best loss the fastest is suggested. To make it: "
-        f"`{command}`. Loss: the ratio to the dense model's, mean over the noise levels "
-        f"{', '.join(f'{level:g}' for level in LEVELS)}. Time: batch 1, in latents, median, here.",
+        f"most steps (the first section); {rule}. To make it: `{command}`. Loss: the ratio to the "
+        f"dense model's, mean over σ = {', '.join(f'{level:g}' for level in LEVELS)}. Time: batch "
+        f"1, in latents, median, here.",
         {"split": figures.training_lines(lines, title)} if bench.fine_tune else {},
         _table(everything, whole, layers),
         {
@@ -147,17 +135,10 @@ def told_reason(layers: int, steady: int, blind: int) -> str:
     if wanted > blind:
         can = f"only the last {blind} can" if blind else "none of the layers can"
         told += (
-            f"Warning: {can} do without the past at {100 * TOLERANCE:.0f} % of loss, so this split "
-            f"asks fine-tuning to bring the past through the context instead. "
+            f"Warning: {can} do without the past at {100 * TOLERANCE:.0f} % of loss, so "
+            f"fine-tuning has to bring the past to the decoder through the context. "
         )
     return told
-
-
-def told_times(chosen: Start, whole: Start, steps: int) -> str:
-    return (
-        f"Suggested: {chosen.name}, {1000 * chosen.seconds:.0f} ms a frame against "
-        f"{1000 * whole.seconds:.0f} ms of the dense model ({steps} steps, here)."
-    )
 
 
 def _told_training(
@@ -187,10 +168,37 @@ def _told_training(
     return text
 
 
+def _begun(
+    bench: Bench, splits: list[Split]
+) -> tuple[Start, dict[Split, Start], dict[Split, Start]]:
+    """The dense model, and every split and a random start of its shape as far as they get."""
+    dense, codec, options = bench.model, bench.loaded.codec, bench.loaded.options
+    assert isinstance(dense, CausalDiT) and bench.untouched.loss is not None
+    of_split = {split: split_options(options, split) for split in splits}
+    models: dict[Split, WorldModel] = {
+        split: split_model(dense, codec, own, split) for split, own in of_split.items()
+    }
+    of_dense, *times = _seconds(
+        bench, [(dense, options), *((models[split], own) for split, own in of_split.items())]
+    )
+    whole = Start("dense", options, _size(dense), of_dense, {0: bench.untouched.loss})
+    starts, randoms = {}, {}
+    for (split, own), seconds in zip(of_split.items(), times, strict=True):
+        model = models.pop(split)
+        starts[split] = Start(f"split {split.name}", own, _size(model), seconds)
+        _begin(bench, starts[split], model)
+        torch.manual_seed(bench.seed)
+        model = build_world_model(own, codec).to(dense.device).eval()
+        name = f"random start {split.encoder_layers}+{split.decoder_layers}"
+        randoms[split] = Start(name, own, _size(model), seconds)
+        _begin(bench, randoms[split], model)
+    return whole, starts, randoms
+
+
 def _begin(bench: Bench, start: Start, model: WorldModel) -> None:
-    """Train; the loss at the start, and after a quarter, half and all of the steps."""
+    """Train; the loss at the start, and after half and all of the steps."""
     total = bench.fine_tune
-    marks = {0, total // 4, total // 2, total}
+    marks = {0, total // 2, total}
     for step in bench.train(model, start.options) if total else [0]:
         if step in marks:
             start.losses[step] = bench.loss(model)
