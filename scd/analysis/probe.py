@@ -60,7 +60,7 @@ def probe_checkpoint(
         raise ScdError(f"{path}: a dense model of one layer has nothing to separate")
     read = read_probe_clips(loaded, numbers, NEW_FRAMES)
     training = open_training_clips(loaded) if fine_tune else None
-    stem = path.name if step is None else f"step-{step:08d}"
+    stem = f"step-{step:08d}" if step is not None else path.resolve().name.removesuffix(".pth")
     folder = options.output / "probe" / stem
     about = {
         "summary": f"{layers_text(options)}, {path}, step {step}; {len(read)} validation clips, "
