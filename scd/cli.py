@@ -95,7 +95,7 @@ def split(arguments: argparse.Namespace) -> None:
 
     a = arguments
     wanted = Split(a.encoder_layers, a.decoder_layers, a.decoder_from)
-    split_checkpoint(Path(a.checkpoint), wanted, Path(a.out), a.overrides)
+    split_checkpoint(Path(a.checkpoint), wanted, Path(a.out), a.opt, a.overrides)
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -222,18 +222,23 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=benchmark)
 
     p = commands.add_parser("probe", help="see what a model's layers repeat, attend to and need")
-    p.add_argument("checkpoint", help="ema.safetensors of this project, or the reference's ema.pth")
+    p.add_argument(
+        "checkpoint", help="ema.safetensors, the reference's ema.pth, or an exported folder"
+    )
     p.add_argument("--opt", help="options file instead of the options in the checkpoint")
-    p.add_argument("--clips", type=int, default=16, help="validation clips (default: 16)")
+    p.add_argument(
+        "--clips", default="16", help="first validation clips, or numbers as 3,17,40 (default: 16)"
+    )
     p.add_argument("--steps", type=int, default=16, help="denoising steps a frame (default: 16)")
     p.add_argument(
-        "--fine-tune", type=int, default=20, help="training steps a variant (default: 20; 0: none)"
+        "--fine-tune", type=int, default=30, help="training steps a variant (default: 30; 0: none)"
     )
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=probe)
 
     p = commands.add_parser("split", help="start an SCD from a dense model's layers")
-    p.add_argument("checkpoint", help="ema.safetensors of a causal_dit")
+    p.add_argument("checkpoint", help="ema.safetensors or exported folder of a causal_dit")
+    p.add_argument("--opt", help="options file instead of the options in the checkpoint")
     p.add_argument("--encoder-layers", type=int, required=True, help="its first layers")
     p.add_argument("--decoder-layers", type=int, required=True)
     p.add_argument(

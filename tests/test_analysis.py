@@ -1,6 +1,8 @@
 """The probes, on models whose similarities and attention masses are known, and as one command."""
 
+import copy
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -8,23 +10,34 @@ import torch
 
 from scd.analysis import attention_mass as masses
 from scd.analysis.attention_mass import attention_mass, frame_mass
-from scd.analysis.clips import ProbeClips, roll_out
-from scd.analysis.context import CHANGES, context_given, contexts
+from scd.analysis.clips import ProbeClips, clip_numbers, roll_out
+from scd.analysis.context import CHANGES, context_given, contexts, of_newest
+from scd.analysis.fine_tune import fine_tuning, open_training_clips
 from scd.analysis.hooks import all_blocks, past_blocks, step_blocks
 from scd.analysis.quality import LEVELS, increase, loss_by_level, paired
-from scd.analysis.redundancy import principal_pictures, redundancy, watch_steps
-from scd.analysis.suggest import suggested_split
+from scd.analysis.redundancy import (
+    principal_pictures,
+    redundancy,
+    watch_steps,
+)
+from scd.analysis.sufficiency import shorter
 from scd.analysis.surgery import frame_diagonal, layers_skipped, left_out
 from scd.cli import main
+from scd.errors import ScdError
+from scd.evaluation import measures
+from scd.evaluation.weights import MetricUnavailable
 from scd.flow.noise import FlowDraws
 from scd.flow.objective import FlowObjective
+from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT
 from scd.models.autoencoder import PixelCodec
-from scd.options import FlowOptions
+from scd.models.load import load_checkpoint_for_use
+from scd.options import FlowOptions, load_options
 from tests.test_causal_dit import make as make_model
 
-B, K, NEW, C, H, W = 2, 3, 2, 4, 4, 6
-N, STEPS = 6, 3  # tokens of a frame (patch 2)
+B, K, NEW, C, H, W = 2, 5, 2, 4, 4, 6  # no two counts that a result's axes have are the same
+ROWS, COLUMNS, STEPS = 2, 3, 4
+N = ROWS * COLUMNS  # tokens of a frame (patch 2)
 
 
 def make(kind=CausalDiT, **config):
@@ -36,7 +49,8 @@ def make(kind=CausalDiT, **config):
 def clips():
     g = torch.Generator().manual_seed(1)
     latents = torch.randn(B, K + NEW, C, H, W, generator=g)
-    return ProbeClips(latents, latents, torch.randint(0, 3, (B, K + NEW), generator=g), None, K)
+    actions = torch.randint(0, 3, (B, K + NEW), generator=g)
+    return ProbeClips(latents, latents, actions, None, K, (7, 4))
 
 
 def same(one, other, tolerance=0.0):
@@ -78,6 +92,78 @@ def test_uniform_attention_has_the_mass_of_the_frames_seen(clips, kind):
         assert same(found.context, torch.full_like(found.context, 0.5), 1e-6)
 
 
+def blind_to_its_input(model):
+    """Make queries and keys large, and functions of noise level, condition and position alone."""
+    g = torch.Generator().manual_seed(3)
+    for block in past_blocks(model):
+        linear = block.modulation_attention.linear
+        linear.weight.data[model.width : 2 * model.width] = 0
+        linear.bias.data[model.width : 2 * model.width] = -1  # the scale: 0·x + shift
+        for norm in (block.attention.norm_q, block.attention.norm_k):
+            norm.data = 3 * torch.randn(64, generator=g)
+
+
+def known_mass(model, block, of_frames, heads):
+    """Attention of the last frame's queries on every frame, (heads, F), by hand.
+
+    Args:
+        of_frames: conditioning vectors (F, D).
+    """
+
+    def rotated(e, part, norm, frame):
+        shift = block.modulation_attention.linear(torch.nn.functional.silu(e))[: model.width]
+        x = block.attention.qkv(shift).unflatten(0, (3, heads, 64))[part]
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm
+        tokens = [(frame, row, column) for row in range(ROWS) for column in range(COLUMNS)]
+        angles = torch.tensor(
+            [
+                [
+                    place * 10000 ** (-2 * j / dims)
+                    for place, dims in zip(token, (16, 24, 24), strict=True)
+                    for j in range(dims // 2)
+                ]
+                for token in tokens
+            ]
+        )
+        turn = torch.polar(torch.ones_like(angles), angles)
+        return torch.complex(x[:, :32], x[:, 32:])[:, None] * turn  # (heads, N, 32)
+
+    attention = block.attention
+    q = rotated(of_frames[-1], 0, attention.norm_q, len(of_frames) - 1)
+    keys = [rotated(e, 1, attention.norm_k, frame) for frame, e in enumerate(of_frames)]
+    k = torch.cat(keys, dim=1)
+    scores = (q[:, :, None] * k[:, None].conj()).real.sum(-1) / 8
+    return scores.softmax(-1).unflatten(2, (-1, N)).sum(-1).mean(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [CausalDiT, SCD])
+def test_mass_of_known_queries_and_keys(clips, kind):
+    """By step, layer, head and frame, against an explicit softmax."""
+    model = make(kind, heads=2)
+    blind_to_its_input(model)
+    found = attention_mass(model, clips, STEPS, 0)
+    conditioning = (model.encoder if kind is SCD else model).conditioning
+    levels = noise_levels(STEPS)[:STEPS] if kind is CausalDiT else [-1 / 1000]
+    for new in range(NEW):
+        expected = torch.zeros(len(levels), len(past_blocks(model)), 2, found.past[new].shape[-1])
+        for actions in clips.actions:
+            for step, level in enumerate(levels):
+                # A dense model's clean frames are under their own action, an encoder's under the
+                # next frame's.
+                of_keys = actions[: K + new + 1] if kind is CausalDiT else actions[1 : K + new + 1]
+                times = torch.full(of_keys.shape, -1.0)
+                times[-1] = 1000 * level
+                e = conditioning(times, of_keys)
+                for layer, block in enumerate(past_blocks(model)):
+                    mass = known_mass(model, block, e, 2)
+                    expected[step, layer] += mass / B
+        assert expected.std(-1).mean() > 0.05
+        for axis in range(3 if kind is CausalDiT else 0):  # it differs along every axis
+            assert not same(expected.roll(1, axis), expected, 0.01)
+        assert same(found.past[new], expected, 1e-4)
+
+
 def test_mass_does_not_depend_on_how_clips_are_batched(clips):
     model = make(SCD)
     whole = attention_mass(model, clips, STEPS, 0)
@@ -101,7 +187,6 @@ def test_known_similarities(clips):
     found = redundancy(features.contiguous() * 7)
     assert same(found.similarity[0], torch.ones(3, 3))
     assert same(found.similarity[1], torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 1, 1]]))
-    assert same(found.to_last[1], torch.tensor([0.0, 1, 1]))
     assert same(found.floor, torch.ones(2))  # both clips are the same
     assert found.error.max() == 0
     # Off the mean (1/3, 2/3): (2/3, -2/3) once and (-1/3, 1/3) twice point in opposite directions.
@@ -230,7 +315,10 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
 def test_pairs():
     mean, error = paired(torch.tensor([[1.0, 3.0], [4.0, 4.0]]), torch.zeros(2, 2))
     assert (mean, error) == (3.0, 1.0)
-    assert increase(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]])) == 0.5
+    # Levels 2 and 1 times as large: half as much more. Off that ratio clips are at ±1 and 0.
+    loss, plain = torch.tensor([[3.0, 10.0], [1.0, 10.0]]), torch.tensor([[1.0, 10.0]] * 2)
+    assert increase(loss, plain) == (0.5, 0.5)
+    assert increase(2 * plain, plain) == (1.0, 0.0)
 
 
 def test_changed_contexts(clips):
@@ -253,21 +341,33 @@ def test_changed_contexts(clips):
     assert same(shuffled.sum(2), right.sum(2), 1e-4)
 
 
-# The suggestion
+@torch.no_grad()
+def test_a_shorter_history(clips):
+    """The context that an encoder gives which never saw the older frames; all frames: the same."""
+    model, one = make(SCD), clips.cut(1)
+    right = contexts(model, one)
+    assert same(of_newest(model, one, K), right[:, -1:], 1e-5)
+    for frames in shorter(K):
+        short = of_newest(model, one, frames)
+        began = K - frames
+        actions = one.actions[:, began + 1 :]
+        assert same(short, model.encoder(one.latents[:, began:-1], actions)[:, -1:], 1e-5)
+        assert not same(short, right[:, -1:], 1e-3)
+        given = context_given(model, short, one)
+        changed = loss_by_level(model, one, 0, given, last_frame=True)
+        assert not same(changed, loss_by_level(model, one, 0, last_frame=True), 1e-6)
+    assert shorter(5) == [1, 2, 4] and shorter(4) == [1, 2]
 
 
-def test_the_rule_of_the_suggestion():
-    def suggest(steady, blind, layers=6):
-        to_end = torch.full((1 + layers, 4), 0.5)
-        to_end[1 : 1 + steady] = 0.97
-        split, why = suggested_split(layers, to_end, blind)
-        return split.encoder_layers, split.decoder_layers, "not separable" in why
-
-    assert suggest(steady=4, blind=3) == (4, 2, False)  # changing layers, all without the past
-    assert suggest(steady=2, blind=3) == (3, 3, True)
-    assert suggest(steady=0, blind=0) == (5, 1, True)
-    assert suggest(steady=0, blind=6) == (1, 5, False)
-    assert suggest(steady=6, blind=6) == (5, 1, False)
+@torch.no_grad()
+def test_the_loss_of_the_last_frame(clips):
+    """Under given contexts, other frames have a say in the loss of all, not in that of the last."""
+    model, one = make(SCD), clips.cut(1)
+    other = replace(one, latents=torch.cat([one.latents[:, :-1] + 1, one.latents[:, -1:]], 1))
+    given = context_given(model, contexts(model, one), one)
+    for last in (False, True):
+        found = [loss_by_level(model, c, 0, given, last_frame=last) for c in (one, other)]
+        assert same(*found, 1e-6) == last
 
 
 # The command
@@ -292,14 +392,65 @@ def trained(doom_root, tmp_path):
         assert main(["train", "--opt", "options/scd_doom_tiny.yml", *overrides]) == 0
         return tmp_path / kind / "checkpoints/step-00000001/ema.safetensors"
 
+    train.root = tmp_path
     return train
+
+
+@pytest.mark.parametrize("muon", [None, 0.01])
+def test_fine_tuning_learns_and_leaves_the_model_alone(trained, muon):
+    overrides = [
+        "optim.lr=1e-2",
+        "train.gradient_accumulation=2",
+        f"optim.muon_lr={muon or 'null'}",
+    ]
+    loaded = load_checkpoint_for_use(trained("scd"), None, overrides)
+    clips = open_training_clips(loaded)
+    batch = {key: torch.stack([clip[key] for clip in (clips[0], clips[1])]) for key in clips[0]}
+    model, before = copy.deepcopy(loaded.model), copy.deepcopy(loaded.model.state_dict())
+
+    def loss():
+        with torch.no_grad():
+            objective = FlowObjective(model, loaded.codec, loaded.options.flow, 0)
+            return float(objective(batch)["loss"])
+
+    losses = [
+        loss()
+        for step in fine_tuning(model, loaded.codec, loaded.options, clips, 12, 1.0)
+        if step in (0, 12)
+    ]
+    assert losses[1] < 0.9 * losses[0]
+    assert not model.training
+    name = "decoder.blocks.0.mlp.up.weight"
+    moved = model.state_dict()[name] - before[name]
+    assert moved.abs().max() > 1e-3
+    # Muon's steps are all but orthogonal matrices; AdamW's have few directions.
+    values = torch.linalg.svdvals(moved)
+    assert (values.median() > 0.3 * values[0]) == (muon is not None)
+    after = loaded.model.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())
+
+
+def test_both_models_see_the_same_clips_and_rates_are_shares(trained):
+    """No share of the rates: nothing moves."""
+    loaded = load_checkpoint_for_use(trained("causal_dit"))
+    clips = open_training_clips(loaded)
+    numbers = []
+    read = clips._read
+    clips._read = lambda sample, number: numbers.append(sample) or read(sample, number)
+    before = copy.deepcopy(loaded.model.state_dict())
+    for _ in range(2):
+        for _ in fine_tuning(loaded.model, loaded.codec, loaded.options, clips, 2, 0.0):
+            pass
+    assert numbers == [2, 3, 4, 5] * 2  # batches of two, behind the one step of the run
+    after = loaded.model.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())
 
 
 @pytest.mark.parametrize("kind", ["causal_dit", "scd"])
 def test_probe_writes_a_report(trained, kind, capsys):
     checkpoint = trained(kind)
     command = ["probe", str(checkpoint), "--clips", "2", "--steps", "3", "--fine-tune", "2"]
-    assert main(command) == 0
+    assert main([*command, "optim.ema_decay=0.5"]) == 0
     folder = checkpoint.parents[2] / "probe/step-00000001"
     page, found = (
         (folder / "index.html").read_text(),
@@ -316,10 +467,23 @@ def test_probe_writes_a_report(trained, kind, capsys):
     assert len(variants) == (2 if kind == "causal_dit" else 1)
     assert all(len(variant["loss_by_level"]) == len(LEVELS) for variant in variants)
     assert found["frame_diagonal"]["fine_tuned"]
+    assert found["clips"] == [0, 1]
+    assert "Unfinished" not in page
     if kind == "causal_dit":
         rows = found["suggestion"]["rows"]
-        assert [[step for step, _ in row["loss_by_step"]] for row in rows[1:]] == [[0, 1, 2]] * 3
+        assert [[at["step"] for at in row["steps"]] for row in rows] == [[0], *[[0, 1, 2]] * 4]
         assert all(row["seconds_per_frame"] > 0 for row in rows)
+        assert all(len(at["loss_by_level"]) == len(LEVELS) for row in rows for at in row["steps"])
+        assert rows[0]["steps"][0]["loss_over_dense"] == [1, 0]
+        # The command that it prints, with what the probe was told, makes what it suggests.
+        arguments = shlex.split(found["suggestion"]["command"])[1:]
+        assert main(arguments) == 0
+        made = load_options(checkpoint.parents[2].with_name("causal_dit_split") / "options.yml")
+        split = found["suggestion"]["split"]
+        assert made.model.decoder_layers == split["decoder_layers"]
+        assert made.optim.ema_decay == 0.5
+    else:
+        assert [*found["context"]["history"]] == ["1", "2"]
     assert str(folder / "index.html") in capsys.readouterr().out
 
 
@@ -331,6 +495,50 @@ def test_refusals(trained, capsys):
         return capsys.readouterr().err
 
     assert "--steps 2: must be 3 or more" in refused("probe", checkpoint, "--steps", "2")
+    for wrong in ("1", "x", "3,3", "-4", "2,-1"):
+        assert f"--clips {wrong}: give how many" in refused("probe", checkpoint, f"--clips={wrong}")
+    assert "--clips: " in (told := refused("probe", checkpoint, "--clips", "500"))
+    assert "has clips 0 to 1, none of number 499" in told
+    none = refused("probe", checkpoint, "--clips", "2", "data.train_list=none.json")
+    assert "none.json" in none and "--fine-tune 0 probes without training data" in none
+    assert not (trained.root / "scd/probe").exists()  # all told before anything is measured
     assert "eval.context_frames=1" in refused("probe", checkpoint, "eval.context_frames=1")
     sizes = ["--encoder-layers", "1", "--decoder-layers", "1", "--out", "nowhere"]
     assert "only a dense model" in refused("split", checkpoint, *sizes)
+
+
+def test_what_was_measured_stays_when_a_later_probe_fails(trained, monkeypatch, capsys):
+    from scd.analysis import probe
+
+    def fails(bench):
+        raise ScdError("no more")
+
+    monkeypatch.setattr(probe, "skip_layers", fails)
+    command = ["probe", str(trained("scd")), "--clips", "1,0", "--steps", "3", "--fine-tune", "0"]
+    assert main(command) == 1
+    folder = trained.root / "scd/probe/step-00000001"
+    found = json.loads((folder / "probe.json").read_text())
+    assert found["clips"] == [1, 0] and "attention" in found and "skipped" not in found
+    assert "Unfinished: 2 of 6 sections" in (folder / "index.html").read_text()
+
+
+def test_chosen_clips():
+    assert clip_numbers("3") == (0, 1, 2)
+    assert clip_numbers("3,17,4") == (3, 17, 4)
+
+
+def test_an_exported_folder_and_a_metric_that_is_missing(trained, monkeypatch):
+    """A folder is probed like a checkpoint; what cannot be measured is told."""
+
+    def nowhere():
+        raise MetricUnavailable("no weights here")
+
+    monkeypatch.setattr(measures, "load_lpips_weights", nowhere)
+    folder = trained.root / "exported"
+    assert main(["export", str(trained("scd")), "--out", str(folder)]) == 0
+    assert main(["probe", str(folder), "--clips", "2", "--steps", "3", "--fine-tune", "0"]) == 0
+    report = trained.root / "scd/probe/exported"
+    assert "LPIPS is missing: no weights here" in (report / "index.html").read_text()
+    found = json.loads((report / "probe.json").read_text())
+    assert found["missing_metrics"] == {"lpips": "no weights here"}
+    assert "lpips" not in found["skipped"]["variants"][0]

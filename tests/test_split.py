@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from scd.analysis.split import Split, split_model, split_options
@@ -96,6 +97,22 @@ def test_refused_splits(options, dense):
             split_model(dense, PixelCodec(), split_options(options(), split), split)
 
 
+def test_a_full_disk_is_told_in_one_line(options, tmp_path, monkeypatch, capsys):
+    assert train(options()) == 0
+    capsys.readouterr()
+
+    def full(*arguments):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("scd.analysis.split.save_file", full)
+    checkpoint = tmp_path / "dense/checkpoints/step-00000001/ema.safetensors"
+    sizes = ["--encoder-layers", "2", "--decoder-layers", "2"]
+    assert main(["split", str(checkpoint), *sizes, "--out", str(tmp_path / "half")]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert "model.safetensors: cannot be written (No space left" in told
+
+
 def train(options: Options) -> int:
     from omegaconf import OmegaConf
 
@@ -114,6 +131,9 @@ def test_split_then_train(options, tmp_path, capsys):
     made = load_checkpoint_for_use(out / "model.safetensors")
     assert made.options.name == "half"
     assert (made.options.model.encoder_layers, made.options.model.decoder_layers) == (2, 2)
+    assert made.options.output == out
+    assert main([*command, "--out", str(out)]) == 1
+    assert f"--out {out}: is there already" in capsys.readouterr().err
     # A step too small to move: training began from those weights.
     arguments = ["train", "--opt", str(out / "options.yml"), "train.save_every=1"]
     assert main([*arguments, "optim.lr=1e-12"]) == 0

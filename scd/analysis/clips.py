@@ -26,14 +26,10 @@ class ProbeClips:
     actions: Tensor | None  # (n, F)
     labels: Tensor | None  # (n,)
     known: int
-    first: int = 0  # number of the first clip, of which randomness is a function
+    numbers: tuple[int, ...]  # of the clips in the validation list; randomness is a function of it
 
     def __len__(self) -> int:
         return len(self.latents)
-
-    @property
-    def numbers(self) -> range:
-        return range(self.first, self.first + len(self))
 
     @property
     def new_frames(self) -> int:
@@ -49,7 +45,7 @@ class ProbeClips:
                 video=self.video[own],
                 actions=None if self.actions is None else self.actions[own],
                 labels=None if self.labels is None else self.labels[own],
-                first=self.first + start,
+                numbers=self.numbers[own],
             )
 
     def cut(self, new_frames: int) -> "ProbeClips":
@@ -71,8 +67,27 @@ class ProbeClips:
         )
 
 
-def read_probe_clips(loaded: LoadedModel, count: int, new_frames: int) -> ProbeClips:
-    """The first clips of the validation list, cut as an evaluation of `new_frames` cuts them.
+def clip_numbers(text: str) -> tuple[int, ...]:
+    """`16`: the first 16 clips; `3,17,40`: these.
+
+    Raises:
+        ScdError: it is neither, or they are fewer than two.
+    """
+    try:
+        given = [int(part) for part in text.split(",")]
+    except ValueError:
+        given = []
+    numbers = list(range(given[0])) if len(given) == 1 else given
+    if len(numbers) < 2 or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+        raise ScdError(
+            f"--clips {text}: give how many (2 or more), or the numbers of two or more different "
+            f"ones, such as 3,17,40"
+        )
+    return tuple(numbers)
+
+
+def read_probe_clips(loaded: LoadedModel, numbers: tuple[int, ...], new_frames: int) -> ProbeClips:
+    """Clips of the validation list, cut as an evaluation of `new_frames` cuts them.
 
     Raises:
         ScdError: they are missing, broken, too short, or the options give too little context.
@@ -84,11 +99,18 @@ def read_probe_clips(loaded: LoadedModel, count: int, new_frames: int) -> ProbeC
             f"eval.context_frames={known}: probes look at attention to past frames and need 2 or "
             f"more; add eval.context_frames=8, say"
         )
-    options = replace(options, eval=replace(options.eval, videos=count, new_frames=new_frames))
+    options = replace(options, eval=replace(options.eval, new_frames=new_frames))
     data = clip_folder(options, options.data.val_list, "video")
-    batch = read_evaluation_batch(data, list(range(count)), options, loaded.model.device)
+    if max(numbers) >= len(data):
+        raise ScdError(
+            f"--clips: {data.list_path} has clips 0 to {len(data) - 1}, none of number "
+            f"{max(numbers)}"
+        )
+    batch = read_evaluation_batch(data, list(numbers), options, loaded.model.device)
     latents = loaded.codec.encode(batch["video"])
-    return ProbeClips(latents, batch["video"], batch.get("actions"), batch.get("label"), known)
+    return ProbeClips(
+        latents, batch["video"], batch.get("actions"), batch.get("label"), known, numbers
+    )
 
 
 def roll_out(model: WorldModel, clips: ProbeClips, steps: int, seed: int) -> Tensor:

@@ -1,7 +1,9 @@
-"""SCD's context: is it sufficient, and does the decoder use it? Swap, zero, shuffle, delay it."""
+"""SCD's context: is it sufficient, and does the decoder use it? Swap, zero, shuffle, delay it, or
+let the encoder see less of the past."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,18 +55,27 @@ def contexts(model: SCD, clips: ProbeClips) -> Tensor:
     return torch.cat(found)
 
 
-def context_given(model: SCD, context: Tensor, clips: ProbeClips) -> Around:
-    """For `loss_by_level` and `FrameJudge`: the decoder gets these contexts (n, F', N, D) of clips.
+def of_newest(model: SCD, clips: ProbeClips, frames: int) -> Tensor:
+    """`contexts` of the last frame alone, the encoder given only so many frames before it."""
+    newest = slice(-frames - 1, None)
+    actions = None if clips.actions is None else clips.actions[:, newest]
+    clips = replace(clips, latents=clips.latents[:, newest], actions=actions)
+    return contexts(model, clips)[:, -1:]
 
-    A rollout makes the frame of the last of them: `clips` have one new frame.
+
+def context_given(model: SCD, context: Tensor, clips: ProbeClips) -> Around:
+    """For `loss_by_level` and `FrameJudge`: the decoder gets these contexts (n, F', N, D) of clips,
+    or these of the last frame (n, 1, N, D), which is then the only one to look at.
+
+    A rollout makes the last frame: `clips` have one new one.
     """
 
     @contextmanager
     def around(part: ProbeClips) -> Iterator[None]:
-        given = context[part.first - clips.first :][: len(part)]
+        given = context[clips.numbers.index(part.numbers[0]) :][: len(part)]
         # The output norm, because rollouts call the encoder's parts one by one.
         handle = model.encoder.norm_out.register_forward_hook(
-            lambda module, args, out: given[:, -out.shape[1] :].type_as(out)
+            lambda module, args, out: given[:, -out.shape[1] :].type_as(out).expand_as(out)
         )
         try:
             yield

@@ -47,15 +47,22 @@ def similarity_matrices(similarity: Tensor, names: Sequence[str], n: int) -> Fig
 
 
 def similarity_to_last(
-    raw: Tensor, error: Tensor, centred: Tensor, floor: Tensor, names: Sequence[str], n: int
+    similarity: Tensor,
+    error: Tensor,
+    centred: Tensor,
+    floor: Tensor,
+    names: Sequence[str],
+    n: int,
 ) -> Figure:
-    """(layers, T) each, and the floor (layers,) as dots at the right edge."""
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained", sharey=True)
-    steps = np.arange(1, raw.shape[1] + 1)
+    """Similarities (layers, T, T) as they are and centred, the standard error of those to the last
+    step (layers, T), and the floor (layers,) as dashes at the right edge."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained", sharey=True)
+    steps = np.arange(1, similarity.shape[1] + 1)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(names)))
     for axis, values, title in (
-        (axes[0], raw, "as they are"),
-        (axes[1], centred, "without the layer's mean token"),
+        (axes[0], similarity[:, :, -1], "to the last step (σ 0.001)"),
+        (axes[1], similarity[:, :, -2], "to the last but one"),
+        (axes[2], centred[:, :, -2], "to the last but one, without the layer's mean token"),
     ):
         for layer, name in enumerate(names):
             axis.plot(steps, values[layer], color=colours[layer], marker=".", label=name)
@@ -64,13 +71,15 @@ def similarity_to_last(
         axis.grid(alpha=0.25)
         _steps(axis.xaxis, len(steps), first=1)
     for layer in range(len(names)):
-        low, high = raw[layer] - error[layer], raw[layer] + error[layer]
+        to_last = similarity[layer, :, -1]
+        low, high = to_last - error[layer], to_last + error[layer]
         axes[0].fill_between(steps, low, high, color=colours[layer], alpha=0.15, linewidth=0)
-        axes[0].plot(steps[-1] + 0.9, floor[layer], "_", color=colours[layer], markersize=9)
-    axes[0].set_ylabel("cosine similarity to the last step")
-    axes[1].legend(fontsize=8, frameon=False)
+        for axis in axes[:2]:
+            axis.plot(steps[-1] + 0.9, floor[layer], "_", color=colours[layer], markersize=9)
+    axes[0].set_ylabel("cosine similarity")
+    axes[2].legend(fontsize=8, frameon=False)
     figure.suptitle(
-        f"Similarity of features to those of the last step (n = {n}; band: standard error; "
+        f"Similarity of features to those of the last steps (n = {n}; band: standard error; "
         f"dashes at the right: two different clips; dotted: 0.95)",
         fontsize=10,
     )
@@ -78,18 +87,24 @@ def similarity_to_last(
 
 
 def feature_pictures(
-    pictures: Tensor, frames: Tensor, real: Tensor, names: Sequence[str], side: tuple[int, int]
+    pictures: Tensor,
+    frames: Tensor,
+    real: Tensor,
+    names: Sequence[str],
+    steps: Sequence[str],
+    side: tuple[int, int],
 ) -> Figure:
     """Above the frame as each step estimates it, below the features of every layer.
 
     Args:
         pictures: (layers, T, N, 3).
         frames: (T, 3, H, W), real: (3, H, W), all in [0, 1].
+        steps: titles of the T columns.
         side: rows and columns of tokens.
     """
     columns = pictures.shape[1]
     # Inches: pictures of one size, room for the names beside them and the title above.
-    width, height = 0.72 * (columns + 1) + 1.0, 0.74 * (len(names) + 1) + 0.9
+    width, height = 0.72 * (columns + 1) + 1.0, 0.74 * (len(names) + 1) + 1.05
     width = max(width, 5.5)
     figure, axes = plt.subplots(
         len(names) + 1,
@@ -100,7 +115,7 @@ def feature_pictures(
             "hspace": 0.06,
             "left": 0.95 / width,
             "right": 0.995,
-            "top": 1 - 0.8 / height,
+            "top": 1 - 0.95 / height,
             "bottom": 0.01,
         },
     )
@@ -110,7 +125,7 @@ def feature_pictures(
             spine.set_visible(False)
     for step in range(columns):
         axes[0, step].imshow(frames[step].permute(1, 2, 0))
-        axes[0, step].set_title(str(step + 1), fontsize=8)
+        axes[0, step].set_title(steps[step], fontsize=8)
         for layer in range(len(names)):
             axes[layer + 1, step].imshow(pictures[layer, step].unflatten(0, side))
     axes[0, -1].imshow(real.permute(1, 2, 0))
@@ -118,7 +133,7 @@ def feature_pictures(
     for row, name in enumerate(["estimate", *names]):
         axes[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(
-        "The clean frame as each denoising step (1 = pure noise) sees it,\n"
+        "The clean frame as each denoising step and noise level sees it,\n"
         "and the features' three main directions as colours (one basis a layer)",
         fontsize=10,
     )
@@ -262,17 +277,27 @@ def loss_increase(
     return figure
 
 
-def training_lines(
-    lines: dict[str, list[tuple[int, float]]], untouched: float | None, title: str
-) -> Figure:
-    """Loss over fine-tuning steps."""
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+def training_lines(lines: dict[str, list[tuple[int, float, float]]], title: str) -> Figure:
+    """Loss over training steps: name -> (step, ratio to the dense model's, standard error).
+
+    First the splits, then in the same order random starts of the same shapes.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    shapes = len(lines) // 2
     for number, (name, points) in enumerate(lines.items()):
-        steps, losses = zip(*points, strict=True)
-        axis.plot(steps, losses, color=COLOURS[number], marker="os^D"[number % 4], label=name)
-    if untouched is not None:
-        axis.axhline(untouched, color="grey", linestyle=":", linewidth=1, label="the dense model")
-    axis.set(xlabel="training steps", ylabel="validation loss", yscale="log", title=title)
+        steps, losses, errors = zip(*points, strict=True)
+        axis.errorbar(
+            steps,
+            losses,
+            errors,
+            color=COLOURS[number % shapes],
+            marker="os^D"[number % shapes],
+            linestyle="-" if number < shapes else "--",
+            capsize=2,
+            label=name,
+        )
+    axis.axhline(1, color="grey", linestyle=":", linewidth=1, label="the dense model")
+    axis.set(xlabel="training steps", ylabel="validation loss ÷ dense", yscale="log", title=title)
     axis.set_xticks(steps)
     axis.grid(alpha=0.25, which="both")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)

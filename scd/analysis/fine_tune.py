@@ -4,57 +4,75 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
-from torch.optim import AdamW
 
 from scd.data.clips import TrainingClips, clip_folder
 from scd.data.encode import check_training_latents
+from scd.errors import ScdError
 from scd.flow.objective import FlowObjective
 from scd.models import WorldModel
 from scd.models.autoencoder import Codec
+from scd.models.load import LoadedModel
 from scd.options import Options
+from scd.training.optimizer import make_optimizer
+from scd.training.world_model_task import parameter_groups
 
 WARMUP = 10  # steps
 
 
-def fine_tuning(
-    model: WorldModel, codec: Codec, options: Options, steps: int, rate: float
-) -> Iterator[int]:
-    """Train in place by the options' data and objective; yields the number of steps done, from 0.
-
-    Clips go on where the options' own run ends, so they are fresh, and the same for all models.
-
-    Args:
-        rate: of AdamW, constant after a warm-up.
+def open_training_clips(loaded: LoadedModel) -> TrainingClips:
+    """The clips that the options train on; one is read, to see that they can be.
 
     Raises:
-        ScdError: there are no training data.
+        ScdError: they cannot, or their latents are not what the options' autoencoder makes.
+    """
+    options, o = loaded.options, loaded.options.data
+    try:
+        data = clip_folder(options, o.train_list, o.source)
+        if o.source == "latents":
+            check_training_latents(data, loaded.codec, options)
+        clips = TrainingClips(data, o.frames, o.frame_stride, options.seed, o.max_broken_clips)
+        clips[0]
+    except ScdError as error:
+        raise ScdError(f"{error}; --fine-tune 0 probes without training data") from error
+    return clips
+
+
+def fine_tuning(
+    model: WorldModel,
+    codec: Codec,
+    options: Options,
+    clips: TrainingClips,
+    steps: int,
+    share: float,
+) -> Iterator[int]:
+    """Train in place by the options' objective, optimiser and batches of one process; yields the
+    number of steps done, from 0.
+
+    All models see the same clips: those that follow the ones of the options' own run.
+
+    Args:
+        share: of the options' learning rates, constant after a warm-up.
     """
     yield 0
-    if not steps:
-        return
-    data = clip_folder(options, options.data.train_list, options.data.source)
-    if options.data.source == "latents":
-        check_training_latents(data, codec, options)
-    clips = TrainingClips(data, options.data.frames, options.data.frame_stride, options.seed)
+    t = options.train
+    model.set_gradient_checkpointing(t.gradient_checkpointing)
     objective = FlowObjective(model, codec, options.flow, options.seed)
-    betas = (options.optim.betas[0], options.optim.betas[1])
-    optimizer = AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=0.0)
-    size, device = options.train.batch_size, model.device
-    bf16 = options.train.mixed_precision == "bf16"
-    model.train()
+    optimizer = make_optimizer(parameter_groups(model, options.optim), options.optim)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    bf16, device = t.mixed_precision == "bf16", model.device
     for step in range(steps):
-        first = (options.train.steps + step) * size
-        read = [clips[number] for number in range(first, first + size)]
-        batch = {key: torch.stack([clip[key] for clip in read]).to(device) for key in read[0]}
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            loss = objective(batch)["loss"]
-        loss.backward()
+        model.train()
+        for part in range(t.gradient_accumulation):
+            first = ((t.steps + step) * t.gradient_accumulation + part) * t.batch_size
+            read = [clips[number] for number in range(first, first + t.batch_size)]
+            batch = {key: torch.stack([clip[key] for clip in read]).to(device) for key in read[0]}
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+                loss = objective(batch)["loss"]
+            (loss / t.gradient_accumulation).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.optim.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / WARMUP)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = share * rate * min(1.0, (step + 1) / WARMUP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         model.eval()
         yield step + 1
-        model.train()
-    model.eval()

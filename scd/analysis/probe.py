@@ -1,12 +1,13 @@
 """From a checkpoint to a probe report: `scd probe`."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from scd.analysis.bench import Bench
-from scd.analysis.clips import read_probe_clips
+from scd.analysis.clips import clip_numbers, read_probe_clips
 from scd.analysis.cuts import (
     blind_count,
     blind_layers,
@@ -14,9 +15,10 @@ from scd.analysis.cuts import (
     skip_count,
     skip_layers,
 )
+from scd.analysis.fine_tune import open_training_clips
 from scd.analysis.hooks import all_blocks
 from scd.analysis.looks import look_at_attention, look_at_features
-from scd.analysis.report import Section, write_report
+from scd.analysis.report import Report, Section
 from scd.analysis.sufficiency import change_context, change_count
 from scd.analysis.suggest import suggest_split, suggestion_count
 from scd.environment import environment
@@ -27,84 +29,88 @@ from scd.models.load import load_checkpoint_for_use
 from scd.options import options_to_dict
 
 NEW_FRAMES = 4  # made by every variant of the model
+SECTIONS = 6
 
 
 def probe_checkpoint(
     path: Path,
     options_path: str | None,
     overrides: list[str],
-    clips: int,
+    clips: str,
     steps: int,
     fine_tune: int,
 ) -> Path:
     """Probe a model on validation clips; returns the folder of the report.
 
     Args:
-        clips: how many clips; from 64 on with FVD.
+        clips: see `clip_numbers`; from 64 on with FVD.
         steps: denoising steps a frame, in all probes.
         fine_tune: training steps of every fine-tuned variant; 0: none, and no training data needed.
 
     Raises:
         ScdError: numbers that cannot work, and whatever loading the model or the data raises.
     """
-    for name, value, least in (
-        ("clips", clips, 2),
-        ("steps", steps, 3),
-        ("fine-tune", fine_tune, 0),
-    ):
+    numbers = clip_numbers(clips)
+    for name, value, least in (("steps", steps, 3), ("fine-tune", fine_tune, 0)):
         if value < least:
             raise ScdError(f"--{name} {value}: must be {least} or more")
     loaded = load_checkpoint_for_use(path, options_path, overrides)
     options, step = loaded.options, loaded.source["step"]
     if isinstance(loaded.model, CausalDiT) and len(loaded.model.blocks) < 2:
         raise ScdError(f"{path}: a dense model of one layer has nothing to separate")
-    read = read_probe_clips(loaded, clips, NEW_FRAMES)
-    with tqdm(desc="probe", dynamic_ncols=True) as bar:
-        bench = Bench(loaded, read, steps, fine_tune, bar)
-        sections = _sections(bench)
-    stem = path.stem if step is None else f"step-{step:08d}"
+    read = read_probe_clips(loaded, numbers, NEW_FRAMES)
+    training = open_training_clips(loaded) if fine_tune else None
+    stem = f"step-{step:08d}" if step is not None else path.resolve().name.removesuffix(".pth")
     folder = options.output / "probe" / stem
     about = {
-        "summary": f"{layers_text(options)}, {path}, step {step}; {clips} validation clips, "
+        "summary": f"{layers_text(options)}, {path}, step {step}; {len(read)} validation clips, "
         f"{read.known} given frames, {NEW_FRAMES} new ones in {steps} steps without guidance.",
         "checkpoint": loaded.source,
-        "clips": clips,
+        "clips": list(read.numbers),
         "steps": steps,
         "new_frames": NEW_FRAMES,
         "fine_tune": fine_tune,
         "options": options_to_dict(options),
         "environment": environment(),
     }
-    write_report(folder, f"Probes of {options.name}", about, sections)
-    for section in sections:
+    arguments = [*(["--opt", options_path] if options_path else []), *overrides]
+    with tqdm(desc="probe", dynamic_ncols=True) as bar:
+        bench = Bench(loaded, read, steps, bar, training, fine_tune)
+        about["missing_metrics"] = bench.missing
+        report = Report(folder, f"Probes of {options.name}", about, SECTIONS)
+        _probe(bench, report, arguments)
+    for section in report.sections:
         print(f"\n{section.title}\n  {section.finding}")
     print(f"\nreport: {folder / 'index.html'}, probe.json")
     return folder
 
 
-def _sections(bench: Bench) -> list[Section]:
-    """All probes in order, with a bar over all that is measured."""
-    separate = isinstance(bench.model, SCD)
+def _probe(bench: Bench, report: Report, arguments: list[str]) -> None:
+    """All probes in order, with a bar over all that is measured; each is written when it is done.
+
+    Args:
+        arguments: see `suggest_split`.
+    """
     found: dict[str, Section] = {}
 
-    def suggest() -> Section:
-        redundancy, blind = found["redundancy"], found["frame_diagonal"]
-        to_end = redundancy.numbers["similarity"][:, :-2, -2]
-        return suggest_split(bench, to_end, blind.numbers["blind_layers"])
-
-    last: tuple[Callable[[], Section], int] = (suggest, suggestion_count(bench))
-    if separate:
-        last = (lambda: change_context(bench), change_count())
-    plan: list[tuple[Callable[[], Section], int]] = [
-        (lambda: look_at_features(bench), 1),
-        (lambda: look_at_attention(bench), 1),
-        (lambda: skip_layers(bench), skip_count(bench)),
-        (lambda: blind_layers(bench), blind_count(bench)),
-        (lambda: leave_out(bench), len(all_blocks(bench.model))),
-        last,
-    ]
-    bench.bar.reset(total=sum(count for _, count in plan))  # what comes before is short
-    for run, _ in plan:
-        section = run()
+    def run(probe: Callable[[], Section]) -> None:
+        began = time.perf_counter()
+        section = probe()
         found[section.key] = section
-    return list(found.values())
+        report.add(section, time.perf_counter() - began)
+
+    def suggest() -> Section:
+        blind = found["frame_diagonal"].numbers["blind_layers"]
+        return suggest_split(bench, steady, blind, arguments)
+
+    separate = isinstance(bench.model, SCD)
+    run(lambda: look_at_features(bench))
+    steady = found["redundancy"].numbers["steady_layers"]
+    last = change_count(bench.clips.known) if separate else suggestion_count(bench, steady)
+    counts = [1, skip_count(bench), blind_count(bench), len(all_blocks(bench.model)), last]
+    bench.bar.reset(total=sum(counts))  # what comes before is short
+    run(lambda: look_at_attention(bench))
+    run(lambda: skip_layers(bench))
+    run(lambda: blind_layers(bench))
+    run(lambda: leave_out(bench))
+    run((lambda: change_context(bench)) if separate else suggest)

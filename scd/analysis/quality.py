@@ -28,19 +28,23 @@ Around = Callable[[ProbeClips], AbstractContextManager]
 
 @torch.no_grad()
 def loss_by_level(
-    model: WorldModel, clips: ProbeClips, seed: int, around: Around = nullcontext
+    model: WorldModel,
+    clips: ProbeClips,
+    seed: int,
+    around: Around = nullcontext,
+    last_frame: bool = False,
 ) -> Tensor:
     """Mean squared error of the velocity ε − x under teacher forcing, (n, levels).
 
-    Of every frame that can be predicted; the same ε at all levels.
+    Of every frame that can be predicted, or of the last one only; the same ε at all levels.
     """
     first = model.first_predicted
     levels = torch.tensor(LEVELS, device=model.device).clamp(min=model.config.sigma_min)
     losses = []
     for clip in clips.parts(1):
         clean = clip.latents[:, None, first:]
-        key = ("probe loss", seed, clip.first)
-        noise = torch.randn(clean.shape, generator=generator("cpu", *key)).to(model.device)
+        of_clip = generator("cpu", "probe loss", seed, clip.numbers[0])
+        noise = torch.randn(clean.shape, generator=of_clip).to(model.device)
         # The levels are draws of one clip, which share a pass over its clean frames.
         sigma = levels[None, :, None, None, None, None]
         noisy = sigma * noise + (1 - sigma) * clean
@@ -48,6 +52,8 @@ def loss_by_level(
         with around(clip):
             velocity = model(clip.latents, noisy, times, clip.conditions(model))
         error = (velocity - (noise - clean)).square()
+        if last_frame:
+            error = error[:, :, -1:]
         losses.append(error.mean(dim=(0, 2, 3, 4, 5)))
     return torch.stack(losses).cpu()
 
@@ -103,9 +109,14 @@ def paired(values: Tensor, others: Tensor) -> tuple[float, float]:
     return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
 
 
-def increase(loss: Tensor, untouched: Tensor) -> float:
-    """By which share the mean over clips and levels is larger: (n, levels) each.
+def increase(loss: Tensor, untouched: Tensor) -> tuple[float, float]:
+    """By which share the mean over clips and levels is larger, (n, levels) each, and its standard
+    error over clips.
 
     The mean of each level's ratio: else the level with the largest loss would decide alone.
     """
-    return float((loss.mean(dim=0) / untouched.mean(dim=0)).mean() - 1)
+    loss, untouched = loss.double(), untouched.double()
+    ratio = loss.mean(dim=0) / untouched.mean(dim=0)
+    # Of a ratio of means, to first order: clip by clip, what the ratio leaves unexplained.
+    rest = ((loss - ratio * untouched) / untouched.mean(dim=0)).mean(dim=1)
+    return float(ratio.mean() - 1), float(rest.std() / len(rest) ** 0.5)

@@ -18,6 +18,9 @@ from scd.analysis.hooks import (
 from scd.flow.sampler import noise_levels
 from scd.models import WorldModel
 
+STEADY = 0.95  # similarity that counts as "the same features"; the paper's figure
+STEADY_SHARE = 0.75  # of the steps; a middle layer of the paper has it at 40 of 50
+
 
 @dataclass(frozen=True)
 class Redundancy:
@@ -31,10 +34,19 @@ class Redundancy:
     centred: Tensor  # (1 + L, T, T), after taking off each layer's mean token
     floor: Tensor  # (1 + L,), of the same token in two different clips, at the same step
 
+
+@dataclass(frozen=True)
+class Plateau:
+    """The steps with almost the same features in one layer."""
+
+    share: float  # of the other steps, as similar as `bar` to the one that most are similar to
+    first: int  # of these steps, counted from 1
+    last: int
+    bar: float
+
     @property
-    def to_last(self) -> Tensor:
-        """(1 + L, T)."""
-        return self.similarity[:, :, -1]
+    def wide(self) -> bool:
+        return self.share >= STEADY_SHARE
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,32 @@ def redundancy(features: Tensor) -> Redundancy:
     )
 
 
+def plateaus(found: Redundancy) -> list[Plateau]:
+    """Of what enters the first block, and of every block.
+
+    Without the last step, whose noise level of 0.001 training hardly meets. Features count as the
+    same at a similarity of `STEADY`; where two different clips are that similar themselves, half
+    way from there to 1.
+    """
+    out = []
+    for similarity, floor in zip(found.similarity[:, :-1, :-1], found.floor.tolist(), strict=True):
+        bar = max(STEADY, (1 + floor) / 2)
+        near = (similarity > bar).fill_diagonal_(True)
+        reference = int(near.sum(dim=1).argmax())
+        steps = near[reference].nonzero().flatten().tolist()
+        share = (len(steps) - 1) / (len(near) - 1)
+        out.append(Plateau(share, steps[0] + 1, steps[-1] + 1, bar))
+    return out
+
+
+def between_steps(similarity: Tensor) -> Tensor:
+    """(1 + L, T, T) -> (1 + L,): mean over pairs of two different steps, without the last step."""
+    inner = similarity[:, :-1, :-1]
+    steps = inner.shape[-1]
+    diagonal = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (inner.sum(dim=(1, 2)) - diagonal) / (steps * (steps - 1))
+
+
 def principal_pictures(features: Tensor, clip: int) -> Tensor:
     """The three main directions of each layer's features as colours, (1 + L, T, N, 3) in [0, 1].
 
@@ -101,12 +139,12 @@ def principal_pictures(features: Tensor, clip: int) -> Tensor:
     """
     pictures = []
     for layer in features.unbind(dim=1):  # (T, n, N, D)
-        centred = layer - layer.mean(dim=(0, 1, 2))
+        centred = layer - layer.mean(dim=(0, 1, 2))  # (T, n, N, D)
         # The directions are those of largest variance: eigenvectors of D x D, ascending.
         _, vectors = torch.linalg.eigh(torch.einsum("tnkd,tnke->de", centred, centred).double())
-        projected = centred[:, clip] @ vectors[:, -3:].flip(-1).float()  # (T, N, 3)
-        low, high = projected.amin(dim=(0, 1)), projected.amax(dim=(0, 1))
-        pictures.append((projected - low) / (high - low).clamp(min=1e-8))
+        projected = centred @ vectors[:, -3:].flip(-1).float()
+        low, high = projected.amin(dim=(0, 1, 2)), projected.amax(dim=(0, 1, 2))
+        pictures.append((projected[:, clip] - low) / (high - low).clamp(min=1e-8))
     return torch.stack(pictures)
 
 

@@ -43,20 +43,36 @@ class Section:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def write_report(folder: Path, title: str, about: dict[str, Any], sections: list[Section]) -> None:
-    """`index.html`, PNG files and `probe.json`.
+class Report:
+    """`index.html`, PNG files and `probe.json` in a folder, written anew with every section.
 
     Args:
         about: what all numbers were made with.
+        planned: how many sections there will be.
     """
-    for section in sections:
+
+    def __init__(self, folder: Path, title: str, about: dict[str, Any], planned: int):
+        self.folder = folder
+        self.title = title
+        self.about = about
+        self.planned = planned
+        self.sections: list[Section] = []
+
+    def add(self, section: Section, seconds: float) -> None:
+        """A section, and how long it took."""
+        self.sections.append(section)
         for stem, figure in section.figures.items():
-            write_whole(folder / f"{stem}.png", partial(figure.savefig, dpi=130))
+            write_whole(self.folder / f"{stem}.png", partial(figure.savefig, dpi=130))
             plt.close(figure)
-    numbers = {section.key: {"finding": section.finding, **section.numbers} for section in sections}
-    write_json(folder / "probe.json", rounded({**about, **numbers}))
-    page = _page(title, about, sections)
-    write_whole(folder / "index.html", lambda aside: aside.write_text(page, encoding="utf-8"))
+        self.about[section.key] = {
+            "finding": section.finding,
+            "seconds": seconds,
+            **section.numbers,
+        }
+        write_json(self.folder / "probe.json", rounded(self.about))
+        page = _page(self.title, self.about["summary"], self.sections, self.planned)
+        index = self.folder / "index.html"
+        write_whole(index, lambda aside: aside.write_text(page, encoding="utf-8"))
 
 
 def rounded(value: Any) -> Any:
@@ -70,9 +86,11 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _page(title: str, about: dict[str, Any], sections: list[Section]) -> str:
+def _page(title: str, summary: str, sections: list[Section], planned: int) -> str:
     body = [f"<h1>{html.escape(title)}</h1>"]
-    body.append(f"<p class=how>{html.escape(about['summary'])}</p>")
+    body.append(f"<p class=how>{html.escape(summary)}</p>")
+    if len(sections) < planned:
+        body.append(f"<p>Unfinished: {len(sections)} of {planned} sections.</p>")
     for section in sections:
         body.append(f"<h2>{html.escape(section.title)}</h2>")
         body.append(f"<p>{html.escape(section.finding)}</p>")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,12 +46,10 @@ class Split:
         return f"{self.encoder_layers}+{self.decoder_layers} {self.decoder_from}"
 
     @property
-    def arguments(self) -> str:
+    def arguments(self) -> list[str]:
         """Of the command line."""
-        return (
-            f"--encoder-layers {self.encoder_layers} --decoder-layers {self.decoder_layers} "
-            f"--decoder-from {self.decoder_from}"
-        )
+        numbers = ("--encoder-layers", self.encoder_layers, "--decoder-layers", self.decoder_layers)
+        return [*map(str, numbers), "--decoder-from", self.decoder_from]
 
     def decoder_sources(self, layers: int) -> list[int]:
         """The numbers of the dense model's layers, from 0, that the decoder is made of.
@@ -113,16 +112,25 @@ def split_model(dense: CausalDiT, codec: Codec, options: Options, split: Split) 
 
 
 def split_checkpoint(
-    path: Path, split: Split, out: Path, overrides: list[str] | None = None
+    path: Path,
+    split: Split,
+    out: Path,
+    options_path: str | None = None,
+    overrides: list[str] | None = None,
 ) -> None:
-    """Write `model.safetensors` and the `options.yml` that trains from it to a folder; say how.
+    """Write `model.safetensors` and the `options.yml` that trains from it to a new folder; say how.
 
     Raises:
-        ScdError: the checkpoint is no dense model, or cannot be split so.
+        ScdError: the checkpoint is no dense model, or cannot be split so, or the folder holds
+            anything.
     """
-    loaded = load_checkpoint_for_use(path, None, overrides)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ScdError(f"--out {out}: is there already; name a new folder, or delete it")
+    loaded = load_checkpoint_for_use(path, options_path, overrides)
     dense = dense_model(loaded, path)
-    options = replace(split_options(loaded.options, split), name=out.resolve().name)
+    # Training goes on in that folder.
+    options = split_options(loaded.options, split)
+    options = replace(options, output_root=str(out.parent), name=out.resolve().name)
     model = split_model(dense, loaded.codec, options, split)
     weights = out / "model.safetensors"
     metadata = {
@@ -131,10 +139,18 @@ def split_checkpoint(
         "split": f"{split.name} of {loaded.source['sha256']}",
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    write_whole(weights, lambda aside: save_file(tensors, aside, metadata))
+    write_whole(weights, lambda aside: _save(tensors, aside, metadata))
     text = options_to_yaml(replace(options, init_from=str(weights)))
     write_whole(out / "options.yml", lambda aside: aside.write_text(text, encoding="utf-8"))
     print(f"weights: {weights}\ntrain:   ./scripts/train.sh {out / 'options.yml'}")
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Raises OSError, which `write_whole` tells, also where safetensors has an error of its own."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # such as a full disk
+        raise OSError(str(error)) from error
 
 
 def dense_model(loaded: LoadedModel, path: Path) -> CausalDiT:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from scd.errors import ScdError
 from scd.files import read_json, sha256
@@ -15,6 +16,7 @@ from scd.models.world_model import WorldModel
 from scd.options import ModelOptions, Options, load_options, options_from_json
 from scd.tensor_files import is_torch_archive
 
+OPTIONS = "options.yml"  # in a folder
 REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no options
 # What makes the same tensors another model. Of the autoencoder only the place may change.
 FIXED = [f"model.{field.name}" for field in fields(ModelOptions)]
@@ -34,7 +36,8 @@ class LoadedModel:
 def load_checkpoint_for_use(
     path: Path, options_path: str | None = None, overrides: list[str] | None = None
 ) -> LoadedModel:
-    """Load `ema.safetensors` or `model.safetensors` of this project, or the reference's `ema.pth`.
+    """Load `ema.safetensors` or `model.safetensors` of this project, the reference's `ema.pth`, or
+    a folder as `scd export` writes it (see `load_folder`).
 
     Args:
         options_path: an options file instead of the options in the checkpoint.
@@ -44,6 +47,8 @@ def load_checkpoint_for_use(
         ScdError: the file is missing, damaged, no world model, or does not fit the options.
     """
     options = options_for_use(path, options_path, overrides)
+    if path.is_dir():
+        return load_folder(path, options)
     metadata = _metadata(path)
     source = {"path": str(path), "sha256": _whole(path), "step": _step(metadata, path)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,16 +56,43 @@ def load_checkpoint_for_use(
     if "options" in metadata:
         tensors, _ = read_weights(path)
         codec = load_codec(options.autoencoder.path)
-        m = options.model
-        layers = m.encoder_layers + m.decoder_layers + m.layers
-        if layers > len(tensors):
-            raise ScdError(f"{path}: {layers} layers in its options, but {len(tensors)} tensors")
-        model = build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
+        model = _built(options, codec, tensors, path)
     else:
         model = load_reference_checkpoint(path, options.model.patch_size, options.model.fusion)
         codec = load_codec(options.autoencoder.path)
         _check_reference(model, codec, options, path)
     return LoadedModel(model.to(device).eval(), codec.to(device), options, source)
+
+
+def load_folder(folder: Path, options: Options) -> LoadedModel:
+    """Load what `SCDPipeline.save_pretrained` wrote.
+
+    The network is built as the options say, and takes only weights that fit it: nothing in the
+    folder names code to be imported.
+
+    Raises:
+        ScdError: a part of it is missing or damaged, or does not fit the options.
+    """
+    in_pixels = options.autoencoder.path is None
+    codec = load_codec(None if in_pixels else str(folder / "vae"))
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors, _ = read_weights(path)
+    model = _built(options, codec, tensors, path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source: dict[str, str | int | None] = {
+        "path": str(folder),
+        "sha256": sha256(path),
+        "step": None,
+    }
+    return LoadedModel(model.to(device).eval(), codec.to(device), options, source)
+
+
+def _built(options: Options, codec: Codec, tensors: dict[str, Tensor], path: Path) -> WorldModel:
+    m = options.model
+    layers = m.encoder_layers + m.decoder_layers + m.layers
+    if layers > len(tensors):
+        raise ScdError(f"{path}: {layers} layers in its options, but {len(tensors)} tensors")
+    return build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
 
 
 def options_for_use(
@@ -71,20 +103,31 @@ def options_for_use(
     Raises:
         ScdError: the file is missing or damaged, no world model, or the options cannot work.
     """
-    metadata = _metadata(path)
-    own = options_from_json(metadata["options"], str(path)) if "options" in metadata else None
-    if options_path is not None:
-        options = load_options(options_path, overrides)
-    elif own is not None:
-        options = options_from_json(metadata["options"], str(path), overrides)
+    own = _own_options(path)
+    if options_path is not None or own is None:
+        options = load_options(options_path or REFERENCE_OPTIONS, overrides)
     else:
-        options = load_options(REFERENCE_OPTIONS, overrides)
+        options = _own_options(path, overrides) or own
     for found in (own or options, options):
         if found.task != "world_model":
             raise ScdError(f"{path}: holds an {found.task}, not a world model")
     if own is not None:
         _refuse_other_model(own, options, path)
     return options
+
+
+def _own_options(path: Path, overrides: list[str] | None = None) -> Options | None:
+    """The options that a checkpoint or a folder carries; None for the reference's files."""
+    if path.is_dir():
+        if not (path / OPTIONS).is_file():
+            raise ScdError(
+                f"{path}: no such weights file, and a folder without {OPTIONS} is no exported model"
+            )
+        return load_options(path / OPTIONS, overrides)
+    metadata = _metadata(path)
+    if "options" not in metadata:
+        return None
+    return options_from_json(metadata["options"], str(path), overrides)
 
 
 def _metadata(path: Path) -> dict[str, str]:

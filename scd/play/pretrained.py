@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from scd.errors import ScdError
-from scd.models.autoencoder import Codec, load_codec
-from scd.models.build import build_world_model
-from scd.models.weights import build_to_fit, read_weights
+from scd.models.autoencoder import Codec
+from scd.models.load import OPTIONS, load_folder
 from scd.models.world_model import WorldModel
 from scd.options import Options, load_options
 
@@ -39,9 +36,6 @@ class Pretrained:
 def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrained:
     """Load what `SCDPipeline.save_pretrained` wrote, with the experiment's `options.yml` beside it.
 
-    The network is built as the options say, and takes only weights that fit it: nothing in the
-    folder names code to be imported.
-
     Args:
         overrides: `key=value`, on top of the options.
 
@@ -53,16 +47,11 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
             f"{folder}: no such folder; --model names one with a pretrained model (transformer/, "
             f"vae/, options.yml)"
         )
-    options = load_options(folder / "options.yml", overrides)
+    options = load_options(folder / OPTIONS, overrides)
     _check_playable(options, folder)
-    in_pixels = options.autoencoder.path is None
-    codec = load_codec(None if in_pixels else str(folder / "vae"))
-    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors, _ = read_weights(path)
-    model = build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.requires_grad_(False)
-    return Pretrained(folder, model.to(device).eval(), codec.to(device), options)
+    loaded = load_folder(folder, options)
+    loaded.model.requires_grad_(False)
+    return Pretrained(folder, loaded.model, loaded.codec, options)
 
 
 def _check_playable(options: Options, folder: Path) -> None:

@@ -16,7 +16,7 @@ from scd.models.autoencoder import load_codec
 from scd.models.build import build_world_model
 from scd.models.weights import load_matching, read_weights
 from scd.models.world_model import WorldModel
-from scd.options import Options
+from scd.options import OptimOptions, Options
 from scd.pipeline import SCDPipeline
 from scd.processes import processes
 
@@ -44,15 +44,7 @@ class WorldModelTask:
             check_training_latents(self.training_data, self.codec, options)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Encoder and decoder have a rate each; Muon takes the matrices of attention and MLPs."""
-        o = self.options.optim
-        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.network.named_parameters():
-            rate = o.muon_lr if name.endswith(MATRICES) else None
-            muon, rate = rate is not None, rate or o.lr
-            rate *= o.decoder_lr_scale if name.startswith("decoder.") else 1.0
-            groups.setdefault((rate, muon), []).append(parameter)
-        return [{"params": p, "lr": rate, "muon": muon} for (rate, muon), p in groups.items()]
+        return parameter_groups(self.network, self.options.optim)
 
     def validate(self, network: WorldModel, folder: Path) -> dict[str, float]:
         """One trajectory of few videos, shared by all processes."""
@@ -72,3 +64,14 @@ class WorldModelTask:
     def export(self, network: WorldModel, folder: Path) -> None:
         vae = getattr(self.codec, "autoencoder", None)
         SCDPipeline(network, vae, asdict(self.options.rollout)).save_pretrained(folder)
+
+
+def parameter_groups(network: WorldModel, options: OptimOptions) -> list[dict[str, Any]]:
+    """Encoder and decoder have a rate each; Muon takes the matrices of attention and MLPs."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        rate = options.muon_lr if name.endswith(MATRICES) else None
+        muon, rate = rate is not None, rate or options.lr
+        rate *= options.decoder_lr_scale if name.startswith("decoder.") else 1.0
+        groups.setdefault((rate, muon), []).append(parameter)
+    return [{"params": p, "lr": rate, "muon": muon} for (rate, muon), p in groups.items()]
