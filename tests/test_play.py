@@ -350,8 +350,6 @@ def test_the_shipped_starts():
 
 def test_the_shipped_model():
     folder = ROOT / "assets/pretrained/scd_doom"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
     offer = load_offer(folder, None, ROOT / "assets/starts")
     with closing(Game(offer)) as game:
         standing = play(game, [0] * 4)[-1].views[0].picture.astype(float)
