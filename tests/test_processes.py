@@ -41,7 +41,13 @@ def overrides(doom_root, tmp_path):
         *("data.source=video", "autoencoder.path=null", "data.frames=4", "model.patch_size=16"),
         *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
         *("train.steps=4", "train.save_every=2", "train.workers=0", "train.mixed_precision=no"),
-        *("train.log_every=1", "optim.lr=1e-4", "optim.warmup_steps=0", "optim.schedule=constant"),
+        *(
+            "train.log_every=1",
+            "optim.lr=1e-4",
+            "optim.muon_lr=1e-3",
+            "optim.warmup_steps=0",
+            "optim.schedule=constant",
+        ),
         *("eval.context_frames=2", "eval.new_frames=2", "eval.videos=2"),
     ]
 
@@ -84,8 +90,12 @@ def assert_close(one: TrainingState, other: TrainingState) -> None:
 
 @pytest.mark.parametrize(
     "kind, options",
-    [("plain", []), ("sharded", ["train.sample_every=4"])]
-    + [(kind, ["optim.muon_lr=1e-3"]) for kind in ("plain", "sharded")],
+    [
+        ("plain", []),
+        ("sharded", []),
+        ("plain", ["optim.muon_lr=null"]),
+        ("sharded", ["optim.muon_lr=null", "train.sample_every=4"]),
+    ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, tmp_path):
     """Validation and export run there too; half way, two processes hand over to one."""

@@ -95,7 +95,7 @@ def assert_same_state(one: Path, other: Path, tolerance: float = 0.0) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["train.gradient_accumulation=2", "train.batch_size=1"], ["optim.muon_lr=0.02"]],
+    [[], ["train.gradient_accumulation=2", "train.batch_size=1"], ["optim.muon_lr=null"]],
 )
 def test_resumed_equals_uninterrupted_to_the_bit(options, extra):
     """Killed after step 5, it goes on from the checkpoint of step 4 — across an epoch's end."""
@@ -224,7 +224,7 @@ def test_another_experiment_is_not_continued(options):
     """Everything that would change the data order, the noise or the objective is named."""
     train(options("name=other"))
     changed = ["seed=1", "data.frames=5", "model.decoder_layers=2", "flow.logit_mean=0.5"]
-    changed += ["optim.muon_lr=0.02"]
+    changed += ["optim.muon_lr=null"]
     with pytest.raises(ScdError, match="belongs to another run: ") as caught:
         train(options("name=other", "train.batch_size=3", "train.steps=8", *changed))
     for difference in (
@@ -232,7 +232,7 @@ def test_another_experiment_is_not_continued(options):
         "data.frames was 4, is 5",
         "model.decoder_layers was 1, is 2",
         "flow.logit_mean was 1.0, is 0.5",
-        "optim.muon_lr was None, is 0.02",
+        "optim.muon_lr was 0.02, is None",
         "were 2, are 3",
     ):
         assert difference in str(caught.value)
