@@ -451,6 +451,8 @@ def test_other_touch_screens(page, size):
             assert box["y"] + box["height"] <= height
         left, forward = (page.find(f"[data-move={name}]").rect for name in ("left", "forward"))
         assert left["x"] < forward["x"]
+        stage, picture = (page.find(what).rect for what in ("#stage", "#worlds canvas"))
+        assert picture["y"] + picture["height"] <= stage["y"] + stage["height"] + 1, "cut off"
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})

@@ -70,8 +70,8 @@ def parameter_groups(network: WorldModel, options: OptimOptions) -> list[dict[st
     """Encoder and decoder have a rate each; Muon takes the matrices of attention and MLPs."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
-        rate = options.muon_lr if name.endswith(MATRICES) else None
-        muon, rate = rate is not None, rate or options.lr
+        of_muon = options.muon_lr if name.endswith(MATRICES) else None
+        rate = options.lr if of_muon is None else of_muon
         rate *= options.decoder_lr_scale if name.startswith("decoder.") else 1.0
-        groups.setdefault((rate, muon), []).append(parameter)
+        groups.setdefault((rate, of_muon is not None), []).append(parameter)
     return [{"params": p, "lr": rate, "muon": muon} for (rate, muon), p in groups.items()]
