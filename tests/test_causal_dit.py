@@ -49,9 +49,9 @@ def test_dense_equals_a_mask_over_the_whole_sequence(inputs):
     sees_clean = (owner == 0) & (frame < frame[:, None])
     own = (owner == owner[:, None]) & (frame == frame[:, None])
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, sees_clean | own)
-    for limit in (0, 10_000):
+    for at_once in (1, 6, 10_000):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "MASKED_TOKENS", limit)
+            patch.setattr(attention, "QUERIES_AT_ONCE", at_once)
             found = attention.clean_context_attention(q, k, v, n, clean, first)
         assert (found - expected).abs().max() < 1e-5
     # What CUDA computes long sequences with.

@@ -153,10 +153,10 @@ def test_wrong_conditions_are_refused(model, inputs):
 
 
 @pytest.mark.parametrize("past", [0, 3])
-@pytest.mark.parametrize("masked_tokens", [0, 4096])
-def test_block_causal_attention_equals_a_dense_mask(monkeypatch, past, masked_tokens):
-    """Both paths, with gradients, within 1e-5 (fp32)."""
-    monkeypatch.setattr(attention, "MASKED_TOKENS", masked_tokens)
+@pytest.mark.parametrize("at_once", [1, 12, 4096])
+def test_block_causal_attention_equals_a_dense_mask(monkeypatch, past, at_once):
+    """One, two or all frames at a time, with gradients, within 1e-5 (fp32)."""
+    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", at_once)
     n, frames = 6, 4
     g = torch.Generator().manual_seed(2)
     q = torch.randn(2, 3, frames * n, HEAD_DIM, generator=g, requires_grad=True)

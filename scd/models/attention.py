@@ -1,8 +1,8 @@
 """Attention inside a frame, and block-causal attention over frames without a dense mask.
 
 Which frames may be seen is written down once, as a function of two token numbers (an `Admits`).
-Short sequences turn it into a mask. Long ones go frame by frame on the CPU, and through
-FlexAttention (arXiv 2412.05496) on CUDA, whose kernels skip the blocks that it excludes.
+The CPU turns it into masks, some frames at a time. So does CUDA with short sequences; long ones go
+through FlexAttention (arXiv 2412.05496), whose kernels skip the blocks that it excludes.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,15 @@ Admits = Callable[[Tensor, Tensor], Tensor]
 """Numbers of queries and of keys, in shapes that broadcast -> True where attention is allowed."""
 
 # On the CPU, plain products are 2 to 5 times faster than the fused kernel up to about this many
-# keys, forward and backward (384 sequences of 32 tokens: 14 ms against 74 ms, bf16, 2 cores).
-PLAIN_KEYS = 512
-# Up to this many tokens one masked call is cheaper than a call a frame; beyond it, masks of
-# (queries, keys) would be the largest thing in memory.
+# keys, forward and backward (384 sequences of 32 tokens: 14 ms against 74 ms, bf16, 2 cores; 128
+# queries and 768 keys: 33 ms against 82 ms).
+PLAIN_KEYS = 1024
+# The CPU takes frames of together this many queries at a time, with a mask among them. One frame of
+# 16 tokens at a time takes 2.7 times as long (dense training on 47 frames, bf16, compiled: 176
+# against 64 ms a layer), all at once twice to four times: most of it is computed to be masked.
+QUERIES_AT_ONCE = 128
+# Up to this many tokens CUDA takes all at once, with a mask; beyond it, masks of (queries, keys)
+# would be the largest thing in memory.
 MASKED_TOKENS = 1024
 
 
@@ -36,10 +41,15 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
             return _head_by_head(q, k, v, mask)
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1) @ v
+    q = q * q.shape[-1] ** -0.5
+    if mask is None:
+        return (q @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+    # Added within the product, the mask costs no pass of its own, forward or backward.
+    excluded = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(
+        ~mask, -torch.inf
+    )
+    scores = torch.baddbmm(excluded, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    return (scores.softmax(dim=-1) @ v.flatten(0, 1)).view_as(q)
 
 
 def _head_by_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -68,18 +78,19 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: in
         tokens_per_frame: N.
     """
     n, queries, keys = tokens_per_frame, q.shape[2], k.shape[2]
-    if queries == n:
+    if queries <= n:
         return full_attention(q, k, v)
-    if keys <= MASKED_TOKENS:
-        return full_attention(q, k, v, _mask(block_causal(n, queries, keys), queries, keys, q))
+    admits = block_causal(n, queries, keys)
     if q.device.type == "cuda":
-        return _flex(q, k, v, _block_causal_blocks(n, queries, keys, q.device))
-    past = keys - queries
-    out = []
-    for start in range(0, queries, n):
-        end = start + n
-        visible = past + end
-        out.append(full_attention(q[:, :, start:end], k[:, :, :visible], v[:, :, :visible]))
+        if keys > MASKED_TOKENS:
+            return _flex(q, k, v, _block_causal_blocks(n, queries, keys, q.device))
+        return full_attention(q, k, v, _mask(admits, _numbers(queries, q), _numbers(keys, q)))
+    of_query, of_key, out = _numbers(queries, q), _numbers(keys, q), []
+    for some in _some_at_once(queries, n):
+        visible = slice(keys - queries + some.stop)
+        alone = some.stop - some.start == n  # nothing is masked for one frame
+        mask = None if alone else _mask(admits, of_query[some], of_key[visible])
+        out.append(full_attention(q[:, :, some], k[:, :, visible], v[:, :, visible], mask))
     return torch.cat(out, dim=2)
 
 
@@ -98,8 +109,11 @@ def clean_context_attention(
     """
     n, tokens = tokens_per_frame, q.shape[2]
     split, of_draw = clean_frames * n, (clean_frames + 1 - first) * n
-    if q.device.type == "cuda" and split + of_draw > MASKED_TOKENS:
-        return _flex(q, k, v, _clean_context_blocks(n, clean_frames, first, tokens, q.device))
+    admits, numbers = clean_context(n, clean_frames, first), _numbers(tokens, q)
+    if q.device.type == "cuda":
+        if tokens > MASKED_TOKENS:
+            return _flex(q, k, v, _clean_context_blocks(n, clean_frames, first, tokens, q.device))
+        return full_attention(q, k, v, _mask(admits, numbers, numbers))
     clean = block_causal_attention(q[:, :, :split], k[:, :, :split], v[:, :, :split], n)
     draws, batch = (tokens - split) // of_draw, q.shape[0]
 
@@ -109,19 +123,16 @@ def clean_context_attention(
     q_noisy, k_noisy, v_noisy = by_draw(q), by_draw(k), by_draw(v)
     k_clean = k[:, :, :split].repeat_interleave(draws, dim=0)
     v_clean = v[:, :, :split].repeat_interleave(draws, dim=0)
-    if split + of_draw <= MASKED_TOKENS:
-        one_draw = _mask(clean_context(n, clean_frames, first), split + of_draw, split + of_draw, q)
-        keys, values = torch.cat([k_clean, k_noisy], dim=2), torch.cat([v_clean, v_noisy], dim=2)
-        noisy = full_attention(q_noisy, keys, values, one_draw[split:])
-    else:
-        out = []
-        for start in range(0, of_draw, n):
-            own, visible = slice(start, start + n), first * n + start
-            keys = torch.cat([k_clean[:, :, :visible], k_noisy[:, :, own]], dim=2)
-            values = torch.cat([v_clean[:, :, :visible], v_noisy[:, :, own]], dim=2)
-            out.append(full_attention(q_noisy[:, :, own], keys, values))
-        noisy = torch.cat(out, dim=2)
-    noisy = rearrange(noisy, "(b k) h t d -> b h (k t) d", b=batch)
+    out = []
+    for some in _some_at_once(of_draw, n):
+        visible = slice(first * n + some.stop - n)  # what the last of them sees
+        keys = torch.cat([k_clean[:, :, visible], k_noisy[:, :, some]], dim=2)
+        values = torch.cat([v_clean[:, :, visible], v_noisy[:, :, some]], dim=2)
+        of_query = numbers[split:][some]
+        alone = some.stop - some.start == n
+        mask = None if alone else _mask(admits, of_query, torch.cat([numbers[visible], of_query]))
+        out.append(full_attention(q_noisy[:, :, some], keys, values, mask))
+    noisy = rearrange(torch.cat(out, dim=2), "(b k) h t d -> b h (k t) d", b=batch)
     return torch.cat([clean, noisy], dim=2)
 
 
@@ -145,10 +156,19 @@ def clean_context(n: int, clean_frames: int, first: int) -> Admits:
     return admits
 
 
-def _mask(admits: Admits, queries: int, keys: int, like: Tensor) -> Tensor:
-    """(queries, keys)."""
-    of_query = torch.arange(queries, device=like.device)[:, None]
-    return admits(of_query, torch.arange(keys, device=like.device)[None])
+def _numbers(tokens: int, like: Tensor) -> Tensor:
+    return torch.arange(tokens, device=like.device)
+
+
+def _mask(admits: Admits, queries: Tensor, keys: Tensor) -> Tensor:
+    """(queries, keys), of those numbers."""
+    return admits(queries[:, None], keys[None])
+
+
+def _some_at_once(queries: int, n: int) -> list[slice]:
+    """Whole frames of n tokens, some of them at a time."""
+    size = max(1, QUERIES_AT_ONCE // n) * n
+    return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
 def flex_blocks(admits: Admits, queries: int, keys: int, device: torch.device) -> BlockMask:
