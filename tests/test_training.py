@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from scd.data.encode import encode_dataset
 from scd.environment import git_commit
@@ -130,6 +131,29 @@ def test_accumulation_equals_a_larger_batch(options):
     for key, tensor in a.model.items():
         # Adam divides by tiny second moments early on, so compare to the size of a step.
         assert (tensor - b.model[key]).abs().max() < 0.05 * 3 * 1e-4, key
+
+
+@pytest.mark.parametrize("kind", ["scd", "causal_dit"])
+def test_attention_is_compiled_and_trains_as_without(options, monkeypatch, kind):
+    """Compiling a list of blocks, whose forward nothing calls, would do nothing; losses to 1e-6."""
+    compiled = []
+    plain = nn.Module.compile
+
+    def backend(graph, _):
+        compiled.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", lambda module: plain(module, backend=backend))
+    depth = ["model.layers=2"] if kind == "causal_dit" else []
+    if kind == "causal_dit":
+        depth += ["model.encoder_layers=0", "model.decoder_layers=0"]
+    losses = []
+    for compile in ("false", "true"):
+        steps = [f"model.type={kind}", *depth, "train.steps=3", f"train.compile={compile}"]
+        log = train(options(*steps, f"name={compile}")).parent / "log.jsonl"
+        losses.append([json.loads(line)["loss"] for line in log.read_text().splitlines()])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert any("softmax" in target for target in compiled)
 
 
 def test_ema_written_out(options):

@@ -10,7 +10,7 @@ from itertools import zip_longest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from scd.data.clips import TrainingClips
@@ -91,8 +91,9 @@ class Trainer:
         self.bad_steps = BadSteps(bad_log, self.clips, state.bad_steps if state else 0)
         self.statistics = RunningStatistics([learner.network for learner in learners])
         if options.train.compile:
-            for part in task.network.children():  # such as encoder and decoder
-                part.compile()
+            for part in task.network.children():  # encoder and decoder, or a list of blocks
+                for module in part if isinstance(part, nn.ModuleList) else [part]:
+                    module.compile()
 
     def run(self) -> None:
         """Train to the end.
