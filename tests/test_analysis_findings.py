@@ -87,13 +87,14 @@ def test_sentences_about_attention():
 
 
 def test_sentences_about_blind_layers():
-    def recovery(now, before):
-        return told_recovery(12, 40, {2: (now, 0.01), 6: (0.5, 0.01)}, {2: (before, 0.01)})
+    def recovery(now, before, steps=40):
+        return told_recovery(12, steps, {2: (now, 0.01), 6: (0.5, 0.01)}, {2: (before, 0.01)})
 
     assert "last 2: +3.0 ± 1.0 %, last 6: +50.0 ± 1.0 %" in recovery(0.03, 0.2)
     assert "holds for the last 2 layers." in recovery(0.03, 0.2)
     assert "not decided: 40 steps are too few to tell" in recovery(0.1, 0.2)
     assert "does not hold for the last 2 layers." in recovery(0.19, 0.2)
+    assert "not decided: 3 steps are hardly more than the warmup" in recovery(0.19, 0.2, steps=3)
     assert told_recovery(12, 0, {}, {}) == ""
     cut = {1: (0.01, 0.0), 2: (0.04, 0.0), 3: (0.2, 0.0)}
     assert [blind_depth(cut, {}), blind_depth(cut, {3: (0.05, 0.0)})] == [2, 3]

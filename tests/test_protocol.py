@@ -383,7 +383,8 @@ def test_sweep(options, checkpoint, no_weights, capsys):
 
 
 def test_what_no_model_made_is_measured_once(checkpoint, no_weights, monkeypatch, capsys):
-    """Real clips and repeated frames are the same under other settings of the rollout."""
+    """Real clips and repeated frames are the same under other settings of the rollout, and for
+    another experiment beside this one."""
     measured = []
     plain = measure._measure
 
@@ -395,10 +396,11 @@ def test_what_no_model_made_is_measured_once(checkpoint, no_weights, monkeypatch
     command = ["evaluate", str(checkpoint), *FEW, "eval.context_frames=2"]
     assert main([*command, "rollout.steps=1"]) == 0
     first = set(measured)
-    measured.clear()
-    assert main([*command, "rollout.steps=2"]) == 0
     assert {REAL_SET, REPEAT_SET} <= first
-    assert measured and not set(measured) & {REAL_SET, OTHER_SET, REPEAT_SET}
+    for change in ("rollout.steps=2", "name=another"):
+        measured.clear()
+        assert main([*command, change]) == 0
+        assert measured and not set(measured) & {REAL_SET, OTHER_SET, REPEAT_SET}
 
 
 def test_sweep_texts():

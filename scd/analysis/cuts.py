@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scd.analysis import figures
 from scd.analysis.bench import TOLERANCE, Bench, Variant, percent
+from scd.analysis.fine_tune import WARMUP
 from scd.analysis.hooks import all_blocks, past_blocks, step_blocks
 from scd.analysis.quality import LEVELS, increase
 from scd.analysis.report import Section
@@ -193,6 +194,8 @@ def told_recovery(
     excess, before = recovered[k][0], halfway[k][0]
     if excess <= TOLERANCE:
         verdict = f"holds for {_last(k)}"
+    elif steps < 2 * WARMUP:
+        verdict = f"is not decided: {steps} steps are hardly more than the warmup"
     elif excess < FALLING * before:
         verdict = (
             f"is not decided: {steps} steps are too few to tell, the loss without {_last(k)} still "

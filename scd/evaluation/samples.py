@@ -191,11 +191,12 @@ class SampleFolder:
 
 
 def siblings(samples: SampleFolder) -> list[SampleFolder]:
-    """Other evaluations of the experiment, of the same real clips cut in the same way."""
+    """Other evaluations of the same real clips cut in the same way, of this experiment and of
+    those beside it."""
     found: list[SampleFolder] = []
     if samples.path.parent.name != EVALUATIONS:
         return found
-    for path in sorted(samples.path.parent.iterdir()):
+    for path in sorted(samples.path.parents[2].glob(f"*/{EVALUATIONS}/*")):
         try:
             other = SampleFolder(path)
             same = path != samples.path and other.clips == samples.clips
