@@ -12,6 +12,7 @@ from scd.data.lists import read_list
 from scd.environment import git_commit
 from scd.errors import ScdError
 from scd.evaluation.samples import EVALUATIONS
+from scd.evaluation.table import rollout_text
 from scd.files import read_json, write_whole_folder
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options, options_to_yaml
@@ -74,7 +75,7 @@ def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
         "training": _training(options, weights, source["step"]),
         "git commit": _manifest(weights).get("git_commit") or git_commit() or "unknown",
         "weights": f"SHA-256 of the checkpoint they come from: {source['sha256']}",
-        "frames are made by": ", ".join(_rollout(options)),
+        "frames are made by": rollout_text(options.rollout),
     }
     parts = [f"{CARD_HEAD}\n# {name}"]
     parts.append("| | |\n| --- | --- |\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items()))
@@ -94,17 +95,6 @@ def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
 def _layers(options: Options) -> str:
     m = options.model
     return f"{m.layers} layers" if m.layers else f"{m.encoder_layers} + {m.decoder_layers} layers"
-
-
-def _rollout(options: Options) -> list[str]:
-    r = options.rollout
-    guided = (
-        "no guidance"
-        if r.guidance_scale == 1 or r.guidance == "none"
-        else (f"{r.guidance} guidance {r.guidance_scale}")
-    )
-    window = f"window of {r.window} frames" if r.window else "all past frames"
-    return [f"{r.steps} steps", r.solver, f"spacing {r.spacing}", guided, window]
 
 
 def _data(options: Options) -> str:

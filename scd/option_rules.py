@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from scd.errors import ScdError
 
 if TYPE_CHECKING:
-    from scd.options import Options
+    from scd.options import Options, RolloutOptions
 
 CHOICES = {
     "task": ("world_model", "autoencoder"),
@@ -90,6 +90,59 @@ FRACTIONS = [
 TRACKERS = ("tensorboard", "wandb")
 
 
+Require = Callable[[bool, str], None]
+"""Of a condition and what to say where it is not met."""
+
+
+def check_rollout(rollout: "RolloutOptions") -> None:
+    """Refuse settings of a rollout that cannot work.
+
+    Raises:
+        ScdError: a value out of range, an unknown word, or two that contradict each other.
+    """
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ScdError(message)
+
+    for field in fields(rollout):
+        _check_value(f"rollout.{field.name}", getattr(rollout, field.name), require)
+    _check_rollout_pairs(rollout, require)
+
+
+def _check_value(key: str, value: Any, require: Require) -> None:
+    """What one value must be by itself."""
+    if key in CHOICES:
+        near = difflib.get_close_matches(str(value), CHOICES[key], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(CHOICES[key])
+        require(value in CHOICES[key], f"{key} is {value!r}, not one of {known}{hint}")
+    values = value if isinstance(value, list) else [value]
+    floats = [one for one in values if isinstance(one, float)]
+    require(all(map(math.isfinite, floats)), f"{key} must be finite, not {value}")
+    texts = [one for one in values if isinstance(one, str)]
+    require(not any("\0" in text for text in texts), f"{key} has a zero byte: {values!r}")
+    if key in POSITIVE:
+        require(value > 0, f"{key} must be above 0, not {value}")
+    if key in NOT_NEGATIVE:
+        require(value >= 0, f"{key} must not be negative, but is {value}")
+    if key in FRACTIONS:
+        require(0 <= value <= 1, f"{key} must lie between 0 and 1, not {value}")
+
+
+def _check_rollout_pairs(rollout: "RolloutOptions", require: Require) -> None:
+    interval = rollout.guidance_interval
+    require(
+        len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
+        f"rollout.guidance_interval={interval}: the lowest and the highest noise level, in 0..1",
+    )
+    require(
+        rollout.window_first < max(rollout.window, 1),
+        f"rollout.window_first={rollout.window_first} must lie below rollout.window="
+        f"{rollout.window}",
+    )
+
+
 def check(options: "Options", source: str) -> None:
     """Refuse values and pairs of values that cannot work."""
 
@@ -103,23 +156,9 @@ def check(options: "Options", source: str) -> None:
         if not condition:
             raise ScdError(f"{source}: {message}")
 
-    for key, choices in CHOICES.items():
-        value = get(key)
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        require(value in choices, f"{key} is {value!r}, not one of {', '.join(choices)}{hint}")
     for key in known_keys(type(options)):
-        values = get(key) if isinstance(get(key), list) else [get(key)]
-        floats = [value for value in values if isinstance(value, float)]
-        require(all(map(math.isfinite, floats)), f"{key} must be finite, not {get(key)}")
-        texts = [value for value in values if isinstance(value, str)]
-        require(not any("\0" in text for text in texts), f"{key} has a zero byte: {values!r}")
-    for key in POSITIVE:
-        require(get(key) > 0, f"{key} must be above 0, not {get(key)}")
-    for key in NOT_NEGATIVE:
-        require(get(key) >= 0, f"{key} must not be negative, but is {get(key)}")
-    for key in FRACTIONS:
-        require(0 <= get(key) <= 1, f"{key} must lie between 0 and 1, not {get(key)}")
+        _check_value(key, get(key), require)
+    _check_rollout_pairs(options.rollout, require)
     skip = options.optim.skip_grad_norm
     require(skip is None or skip > 0, f"optim.skip_grad_norm must be above 0, not {skip}")
     for tracker in options.train.trackers:
@@ -234,19 +273,8 @@ def check(options: "Options", source: str) -> None:
             get(key) == 0 or options.flow.encoder_input == "clean",
             f"{key}={get(key)} needs flow.encoder_input=clean, not {options.flow.encoder_input}",
         )
-    rollout = options.rollout
-    interval = rollout.guidance_interval
     require(
-        len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
-        f"rollout.guidance_interval={interval}: the lowest and the highest noise level, in 0..1",
-    )
-    require(
-        rollout.window_first < max(rollout.window, 1),
-        f"rollout.window_first={rollout.window_first} must lie below rollout.window="
-        f"{rollout.window}",
-    )
-    require(
-        not (dense and rollout.compile),
+        not (dense and options.rollout.compile),
         "rollout.compile contradicts model.type=causal_dit: its steps see a growing past",
     )
     require(options.adversary.weight == 0, "adversary.weight: only task autoencoder has one")

@@ -152,7 +152,7 @@ class RolloutOptions:
     guidance_noise: float = 0.05  # eta of the perturbed context, the negative branch
     # Noise levels with guidance; the steps from other levels cost half.
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    window: int = 0  # newest frames that a frame can see; 0: all
+    window: int = 0  # newest frames that a frame to come can see; 0: all
     window_first: int = 0  # of the window, for the first frames of the video, which then stay
     compile: bool = False  # the denoising steps: torch.compile, and on CUDA one graph a frame
 

@@ -64,7 +64,7 @@ class SCDPipeline(DiffusionPipeline):
         """Generate `num_frames` frames after the given ones.
 
         Args:
-            video: (B, K, 3, H, W) in [0, 1], or NumPy frames (B, K, H, W, 3), uint8 or in [0, 1].
+            video: (B, K, 3, H, W), or NumPy frames (B, K, H, W, 3); uint8, or floats in [0, 1].
             actions: (B, K + num_frames), of the given and the new frames; None: the null action.
             labels: (B,).
             num_inference_steps: a frame; None: as saved with the model.
@@ -77,10 +77,10 @@ class SCDPipeline(DiffusionPipeline):
         if output_type not in ("pt", "np"):
             raise ScdError(f"output_type is {output_type!r}, not pt or np")
         if isinstance(video, np.ndarray):
-            if video.dtype != np.uint8 and video.dtype.kind != "f":
-                raise ScdError(f"video is an array of {video.dtype}, not of uint8 or floats")
-            scale = 255 if video.dtype == np.uint8 else 1
-            video = torch.from_numpy(video).movedim(-1, 2).float() / scale
+            video = torch.from_numpy(video).movedim(-1, 2)
+        if video.dtype != torch.uint8 and not video.is_floating_point():
+            raise ScdError(f"video holds {video.dtype}, not uint8 or floats")
+        video = video.float() / (255 if video.dtype == torch.uint8 else 1)
         if video.ndim != 5 or video.shape[2] != 3:
             raise ScdError(f"video is {tuple(video.shape)}, expected (B, K, 3, H, W)")
         known = video.shape[1]

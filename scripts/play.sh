@@ -3,7 +3,7 @@
 # Makes the environment if there is none, then serves http://127.0.0.1:8000.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup_env.sh
+SCD_VENV=1 bash scripts/setup_env.sh
 source scripts/common.sh
 baseline=assets/pretrained/causal_dit_doom
 if [ -d $baseline ]; then

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Make the environment: a conda environment "scd" where conda is present, else .venv.
+# Make the environment: a conda environment "scd" where conda is present and .venv is not, else .venv.
 # Then install the project with tested versions (constraints.txt). EXTRAS=dev adds the test tools.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${EXTRAS:-trackers}
 
-if command -v conda >/dev/null 2>&1 && [ -z "${SCD_VENV:-}" ]; then
+if command -v conda >/dev/null 2>&1 && [ -z "${SCD_VENV:-}" ] && [ ! -x .venv/bin/python ]; then
     conda env list | grep -E '^scd\s' >/dev/null || conda create --yes --name scd python=3.12
     python=$(conda run --name scd python -c 'import sys; print(sys.executable)')
     hint="conda activate scd"
@@ -23,10 +23,11 @@ else
 fi
 
 stamp=$("$python" -c 'import sys; print(sys.prefix)')/.scd-installed
-wanted="$extras $(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1) $PWD"
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+files="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1) $PWD"
+installed=$(cat "$stamp" 2>/dev/null || true)
+if [ "$installed" != "$extras $files" ] && [ "$installed" != "dev $files" ]; then # dev has all
     "$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
         --editable ".[$extras]"
-    echo "$wanted" >"$stamp"
+    echo "$extras $files" >"$stamp"
 fi
 echo "environment ready: $hint"

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from scd.errors import ScdError
 from scd.flow.objective import FlowObjective
 from scd.flow.sampler import noise_levels
-from scd.models import SCD, CausalDiT, attention
+from scd.models import SCD, CausalDiT, attention, causal_dit
 from scd.models.autoencoder import PixelCodec
 from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import Rollout, generate
@@ -125,6 +125,40 @@ def test_cached_rollout_equals_teacher_forcing(inputs, kind, known, guidance, sc
             x = x + (following - sigma) * v
         history = torch.cat([history, x], dim=1)
     assert (new - history[:, known:]).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("first_frame", [False, True])
+def test_a_sliding_window_shows_so_many_past_frames(monkeypatch, kept, first_frame):
+    """A noisy frame sees the window's frames and itself, as an SCD's sees the window's: against
+    attention under an explicit mask, one denoising step."""
+    model, window, frames, n = make(first_frame=first_frame), 4, 9, 6
+    g = torch.Generator().manual_seed(5)
+    video, noise = torch.randn(2, B, frames + 1, C, H, W, generator=g)
+    actions = torch.randint(0, 3, (B, frames + 1), generator=g)
+    rollout = Rollout(model, RolloutOptions(1, guidance="none", window=window, window_first=kept))
+    found = {}
+    for known in range(2, frames + 1):
+        rollout.reset(video[:, :known], actions[:, :known])
+        found[known] = rollout.step(actions[:, known], noise[:, known])
+
+    def masked(q, k, v, tokens_per_frame, clean_frames, first):
+        frame = torch.tensor([*range(clean_frames), *range(first, clean_frames + 1)])
+        frame = frame.repeat_interleave(n)
+        token = torch.arange(len(frame))
+        mask = attention.clean_context(n, clean_frames, first)(token[:, None], token[None])
+        near = frame[:, None] - frame[None] <= window - kept
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask & (near | (frame[None] < kept))
+        )
+
+    monkeypatch.setattr(causal_dit, "clean_context_attention", masked)
+    for known, frame in found.items():
+        sequence = torch.cat([video[:, :known], noise[:, known : known + 1]], dim=1)
+        times = torch.full((B, known + 1), 1000.0)
+        v = model.velocity(sequence, sequence, times, actions[:, : known + 1])[:, -1]
+        assert (frame - (noise[:, known] - v)).abs().max() < TOLERANCE, known
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from scd.cli import main
 from scd.files import sha256
 from scd.models.autoencoder import load_codec
 from scd.models.build import build_world_model
+from scd.models.load import load_checkpoint_for_use
 from scd.options import load_options, options_to_dict
 from scd.pipeline import SCDPipeline
 
@@ -57,6 +58,8 @@ def test_it_is_the_checkpoint(experiment, tmp_path, capsys):
     ):
         assert torch.equal(ours, theirs), name
     assert not any(path.is_symlink() for path in out.rglob("*"))
+    used = load_checkpoint_for_use(out).options.autoencoder.path
+    assert used == str(out / "vae")  # and no longer the one that it was made from
     assert load_options(out / "options.yml").rollout.steps == 3
     video = torch.rand(1, 2, 3, 64, 64)
     frames = pipeline(video, num_frames=1, num_inference_steps=1, guidance_scale=1.0).frames

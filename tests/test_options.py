@@ -52,6 +52,17 @@ def test_every_shipped_file_loads(path: Path) -> None:
     assert load_options(path).name == path.stem
 
 
+@pytest.mark.parametrize("name", ["scd_ucf101_label", "scd_dmlab", "scd_bair"])
+def test_the_readme_makes_dense_baselines_of(name: str) -> None:
+    """Its overrides, of one file there, work for each file without a baseline of its own."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = readme[readme.index("./scripts/train.sh options/scd_dmlab.yml name=") :]
+    command = command[: command.index("```")].replace("\\\n", " ")
+    overrides = [word for word in command.split() if "=" in word]
+    options = load_options(ROOT / f"options/{name}.yml", overrides)
+    assert options.model.type == "causal_dit" and options.name == "causal_dit_dmlab"
+
+
 def test_values_have_the_types_that_are_declared(file: Path) -> None:
     options = load_options(
         file,

@@ -81,9 +81,11 @@ def test_pixel_space_and_numpy(tmp_path):
     out = pixel(frames, output_type="np", **given).frames
     assert isinstance(out, np.ndarray)
     assert out.shape == (2, 5, 64, 64, 3)
+    as_tensor = pixel(torch.from_numpy(frames).movedim(-1, 2), output_type="np", **given).frames
+    assert np.array_equal(as_tensor[:, :3], out[:, :3])
     again = pixel(out[:, :3], output_type="np", **given).frames  # what came out goes in
     assert np.array_equal(again[:, :3], out[:, :3])
-    with pytest.raises(ScdError, match="array of int64, not of uint8 or floats"):
+    with pytest.raises(ScdError, match="int64, not uint8 or floats"):
         pixel(frames.astype(np.int64), **given)
 
 
@@ -95,5 +97,9 @@ def test_refusals(pipeline):
         pipeline(video, **{**given, "num_frames": 3})
     with pytest.raises(ScdError, match="output_type"):
         pipeline(video, output_type="pil", **given)
+    with pytest.raises(ScdError, match=r"rollout\.steps must be above 0, not 0"):
+        pipeline(video, **{**given, "num_inference_steps": 0})
+    with pytest.raises(ScdError, match="the lowest and the highest noise level"):
+        pipeline(video, guidance_interval=[0.7, 0.3], **given)
     with pytest.raises(ScdError, match="unknown setting 'guidance_weight'; known: steps, solver"):
         pipeline(video, guidance_weight=2.0, **given)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -350,6 +351,15 @@ def test_samples_of_another_checkpoint_or_option_are_never_mixed(
         evaluate(model, PixelCodec(), data, options, folders[0], UNSAVED)
 
 
+def test_frames_too_small_for_a_metric(no_weights):
+    """They are reported as missing; nothing stops a training for it."""
+    samples = SimpleNamespace(context_frames=1, frame_size=28, frames=16, videos=3)
+    missing = measure.metrics_of(samples).missing
+    assert "31 pixels" in missing["lpips"] and "ssim" not in missing
+    samples.frame_size = 8
+    assert "11 pixels" in measure.metrics_of(samples).missing["ssim"]
+
+
 def test_damaged_folders_are_told(whole, no_weights, tmp_path, capsys):
     assert main(["measure", str(tmp_path / "nothing")]) == 1
     assert "manifest.json is missing" in capsys.readouterr().err
@@ -529,6 +539,7 @@ def test_models_in_one_table(options, doom_root, tmp_path, monkeypatch, capsys):
     compare_checkpoints(paths[:2], tmp_path)
     table = (tmp_path / "compare.md").read_text()
     assert table.strip() in capsys.readouterr().out
+    assert "\nFrames: " in table
     assert "causal_dit 64 wide, 2 layers" in table and "scd 64 wide, 1+1 layers" in table
     models = json.loads((tmp_path / "compare.json").read_text())["models"]
     assert [len(model["seconds_per_frame"]) for model in models] == [9, 9]

@@ -319,6 +319,16 @@ def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
         assert (context - one).abs().max() < TOLERANCE, known
 
 
+def test_wrong_labels_are_refused(inputs):
+    context, _, _ = inputs
+    labelled = make_model(condition="label", num_conditions=5)
+    with pytest.raises(ScdError, match=r"0\.\.5"):
+        Rollout(labelled, plain(1), 8).reset(context, labels=torch.tensor([1, 500]))
+    unconditional = make_model(condition="none", num_conditions=0)
+    with pytest.raises(ScdError, match="labels given"):
+        Rollout(unconditional, plain(1), 8).reset(context, labels=torch.tensor([3, 3]))
+
+
 @torch.no_grad()
 def test_a_stream_without_end(inputs):
     """Constant memory and no drift: 60 frames through a window of 4, two streams side by side."""

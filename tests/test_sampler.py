@@ -14,6 +14,8 @@ def test_noise_levels():
     assert noise_levels(4, "even") == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=1e-6)
     shifted = [3 * s / (1 + 2 * s) for s in (1, 0.75, 0.5, 0.25, 0)]
     assert noise_levels(4, "even", 3.0) == pytest.approx(shifted, abs=1e-6)
+    shifted = [3 * s / (1 + 2 * s) for s in (1, 0.667, 0.334, 0.001, 0)]
+    assert noise_levels(4, shift=3.0) == pytest.approx(shifted, abs=1e-6)
     assert noise_levels(1, "even", 2.0) == pytest.approx([1, 0])
 
 

@@ -200,12 +200,22 @@ def test_what_a_run_leaves(options):
         assert torch.equal(tensor, pipeline.transformer.state_dict()[name])
 
 
+def test_what_is_exported_can_be_used(options):
+    """Wherever a checkpoint can, and wherever it is moved to."""
+    output = train(options("name=whole")).parent
+    moved = output.parent / "moved"
+    (output / "exported").rename(moved)
+    loaded = load_checkpoint_for_use(moved)
+    assert loaded.options.name == "whole" and loaded.options.autoencoder.path is None
+
+
 def test_wandb_offline(options, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     train(options("name=tracked", "train.steps=2", "train.trackers=[wandb]"))
     assert list(tmp_path.rglob("offline-run-*"))
+    pytest.importorskip("wandb").teardown()  # it would write the runs of later tests here
 
 
 def test_damaged_checkpoint_is_passed_over(options, capsys):

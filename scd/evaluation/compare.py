@@ -18,7 +18,7 @@ from scd.environment import environment
 from scd.errors import ScdError
 from scd.evaluation.protocol import MODEL
 from scd.evaluation.run import evaluation_folder
-from scd.evaluation.table import COLUMNS, Table
+from scd.evaluation.table import COLUMNS, Table, rollout_text
 from scd.files import read_json, write_json, write_whole
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options
@@ -124,12 +124,14 @@ def comparison(candidates: list[Candidate]) -> Table:
                 *(f"{row[key]:.{COLUMNS[key][1]}f}" if key in row else "–" for key in metrics),
             ]
         )
-    rollout = candidates[0].loaded.options.rollout
     note = (
-        f"Time: batch 1, {first['context_frames']} frames of context, {rollout.steps} steps, "
-        f"guidance {rollout.guidance}, without the autoencoder; median of {TIMED_FRAMES} frames."
+        f"Time: batch 1, {first['context_frames']} frames of context, without the autoencoder; "
+        f"median of {TIMED_FRAMES} frames."
     )
-    return Table(heads, lines, 2, [note])
+    made = {c.loaded.options.name: rollout_text(c.loaded.options.rollout) for c in candidates}
+    if len(set(made.values())) == 1:
+        made = {"Frames": next(iter(made.values()))}
+    return Table(heads, lines, 2, [note, *(f"{name}: {how}." for name, how in made.items())])
 
 
 def _candidate(path: Path) -> Candidate:

@@ -16,8 +16,8 @@ from scd.evaluation.weights import load_lpips_weights
 HIGHEST_PSNR = 100.0  # dB
 _ROUNDING = 1e-4  # how far (x + 1) / 2 and the like may leave [0, 1]
 _PIXELS_AT_ONCE = 2**18  # per piece of work: 64 frames of 64x64; larger pieces are no faster
-_SMALLEST_SSIM = 11  # pixels: the side of its Gaussian window
-_SMALLEST_LPIPS = 31  # pixels: below, AlexNet's second pooling has nothing left
+SMALLEST_SSIM = 11  # pixels: the side of its Gaussian window
+SMALLEST_LPIPS = 31  # pixels: below, AlexNet's second pooling has nothing left
 
 
 def check_videos(videos: Tensor, name: str = "videos") -> None:
@@ -96,7 +96,7 @@ def ssim(videos: Tensor, others: Tensor) -> Tensor:
         assert isinstance(values, Tensor)
         return values.reshape(len(a))
 
-    return _per_frame(per_image, videos, others, videos.device, smallest=_SMALLEST_SSIM)
+    return _per_frame(per_image, videos, others, videos.device, smallest=SMALLEST_SSIM)
 
 
 def lpips_distance(
@@ -120,7 +120,7 @@ def lpips_distance(
     def per_image(a: Tensor, b: Tensor) -> Tensor:
         return _shared_lpips(device)(a * 2 - 1, b * 2 - 1).flatten()
 
-    return _per_frame(per_image, videos, others, device, smallest=_SMALLEST_LPIPS)
+    return _per_frame(per_image, videos, others, device, smallest=SMALLEST_LPIPS)
 
 
 def load_lpips(device: torch.device | str = "cpu") -> nn.Module:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scd.evaluation.frame_metrics import SMALLEST_LPIPS, SMALLEST_SSIM
 from scd.evaluation.fvd import FRAMES_AT_ONCE, SHORTEST
 from scd.evaluation.measures import Measures
 from scd.evaluation.protocol import OTHER_SET, REAL_SET, REPEAT_SET
@@ -19,6 +20,9 @@ def metrics_of(samples: SampleFolder) -> Measures:
     if not samples.context_frames:
         why = "videos made from nothing have no real counterpart"
         measures.missing |= dict.fromkeys(("psnr", "ssim", "lpips"), why)
+    for metric, smallest in (("ssim", SMALLEST_SSIM), ("lpips", SMALLEST_LPIPS)):
+        if samples.frame_size < smallest:
+            measures.missing[metric] = f"{metric} needs frames of {smallest} pixels a side or more"
     if samples.frames < SHORTEST:
         measures.missing["fvd"] = f"FVD needs clips of {SHORTEST} frames or more"
     elif samples.videos < 2:

@@ -30,10 +30,12 @@ class Measures:
 
     def frames(self, video: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Metric -> (n, frames), of predicted frames against real ones."""
-        values = {"psnr": psnr(video, real), "ssim": ssim(video, real)}
-        if "lpips" not in self.missing:
-            values["lpips"] = lpips_distance(video, real)
-        return {name: value.cpu() for name, value in values.items()}
+        metrics = {"psnr": psnr, "ssim": ssim, "lpips": lpips_distance}
+        return {
+            name: metric(video, real).cpu()
+            for name, metric in metrics.items()
+            if name not in self.missing
+        }
 
     def features(self, video: Tensor) -> Tensor | None:
         return None if "fvd" in self.missing else i3d_features(video).cpu()

@@ -108,6 +108,10 @@ class SampleFolder:
         data = made_of["data"], json.dumps(made_of["options"]["data"], sort_keys=True)
         return *data, self.videos, self.context_frames, self.frames
 
+    @property
+    def frame_size(self) -> int:
+        return self.manifest["identity"]["options"]["data"]["frame_size"]
+
     @staticmethod
     def describe(
         path: Path,

@@ -17,6 +17,7 @@ from scd.evaluation.measure import FEATURES
 from scd.evaluation.measures import Measures
 from scd.evaluation.protocol import REAL_SET
 from scd.evaluation.samples import SampleFolder
+from scd.options import RolloutOptions
 
 FIRST_FRAMES = 4
 COLUMNS = {  # key in a row -> head, decimals
@@ -125,6 +126,20 @@ def sweep_table(found: list[tuple[dict[str, str], Evaluation]], row_name: str) -
     """
     lines = [(varied, evaluation.rows[row_name]) for varied, evaluation in found]
     return _make_table(lines, [evaluation for _, evaluation in found])
+
+
+def rollout_text(r: RolloutOptions) -> str:
+    """How frames are made, in words."""
+    guided = r.guidance != "none" and r.guidance_scale != 1
+    return ", ".join(
+        [
+            f"{r.steps} steps",
+            r.solver,
+            f"spacing {r.spacing}",
+            f"{r.guidance} guidance {r.guidance_scale}" if guided else "no guidance",
+            f"window of {r.window} frames" if r.window else "all past frames",
+        ]
+    )
 
 
 def _make_table(

@@ -18,10 +18,8 @@ def noise_levels(num_steps: int, spacing: str = "reference", shift: float = 1.0)
             noise (arXiv 2403.03206, section 5.3.2).
     """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    if spacing == "even":
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist())
-    else:
-        scheduler.set_timesteps(num_steps)
+    lowest = 1 / num_steps if spacing == "even" else 0.001
+    scheduler.set_timesteps(sigmas=np.linspace(1, lowest, num_steps).tolist())
     return [float(sigma) for sigma in scheduler.sigmas]
 
 

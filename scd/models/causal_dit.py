@@ -46,6 +46,8 @@ class CausalDiT(WorldModel):
     Args: as `SCD`, with one number of `layers`.
     """
 
+    noisy_places = 1
+
     @register_to_config
     def __init__(
         self,

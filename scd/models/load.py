@@ -1,6 +1,6 @@
 """From a weights file to a model that is ready to use."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -73,8 +73,10 @@ def load_folder(folder: Path, options: Options) -> LoadedModel:
     Raises:
         ScdError: a part of it is missing or damaged, or does not fit the options.
     """
-    in_pixels = options.autoencoder.path is None
-    codec = load_codec(None if in_pixels else str(folder / "vae"))
+    if options.autoencoder.path is not None:
+        vae = replace(options.autoencoder, path=str(folder / "vae"))  # the one that is used
+        options = replace(options, autoencoder=vae)
+    codec = load_codec(options.autoencoder.path)
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors, _ = read_weights(path)
     model = _built(options, codec, tensors, path)

@@ -67,6 +67,10 @@ class SCD(WorldModel):
         )
 
     @property
+    def start_places(self) -> int:  # type: ignore[override]
+        return 1 - self.first_predicted
+
+    @property
     def cached_layers(self) -> int:
         return self.config.encoder_layers
 

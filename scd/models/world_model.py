@@ -45,6 +45,10 @@ class WorldModel(ModelMixin, ConfigMixin):
     _repeated_blocks = ["Block"]
     _no_split_modules = ["Block"]
     has_context = False  # whether a separate context can be perturbed (context guidance)
+    # Places of a cache that no past frame takes: a learned start's, before frame 0, and that of the
+    # frame to come, while it is denoised.
+    start_places = 0
+    noisy_places = 0
 
     @property
     def width(self) -> int:

@@ -11,7 +11,7 @@ from scd.flow.sampler import guide, integrate, noise_levels
 from scd.models.linear import PackedWeights
 from scd.models.scd import DecoderField
 from scd.models.world_model import MAX_TIMESTEP, VelocityField, WorldModel
-from scd.option_rules import CHOICES
+from scd.option_rules import check_rollout
 from scd.options import RolloutOptions
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.graph import graphed
@@ -36,10 +36,7 @@ class Rollout:
 
     def __init__(self, model: WorldModel, settings: RolloutOptions, max_frames: int = 0):
         s = settings
-        for key in ("guidance", "solver", "spacing"):
-            value, choices = getattr(s, key), CHOICES[f"rollout.{key}"]
-            if value not in choices:
-                raise ScdError(f"{key} is {value!r}, not one of {', '.join(choices)}")
+        check_rollout(s)
         self.guidance = s.guidance if s.guidance_scale != 1.0 else "none"
         if self.guidance == "condition" and model.config.condition == "none":
             raise ScdError("condition guidance needs a model with a condition")
@@ -56,16 +53,14 @@ class Rollout:
         self.settings = settings
         self.levels = noise_levels(s.steps, s.spacing, s.shift)
         self._timesteps = MAX_TIMESTEP * torch.tensor(self.levels[:-1], device=model.device)
-        # A learned start before frame 0 takes a place of its own beside the first frames.
-        start = 1 - model.first_predicted
         if s.window:
-            kept = s.window_first + start if s.window_first else 0
-            self.window = Window(s.window + start, "slide", kept)
+            kept = s.window_first + model.start_places if s.window_first else 0
+            places = s.window + model.start_places + model.noisy_places
+            self.window = Window(places, "slide", kept)
         else:
             self.window = Window(max_frames, "error")
         # Called between the two parts of a step, for whoever times the encoder and the denoising.
         self.on_encoded: Callable[[], object] = lambda: None
-        self._graph: Callable[..., Tensor] | None = None
         self._newest: Tensor | None = None
 
     @torch.no_grad()
@@ -92,7 +87,10 @@ class Rollout:
                 "first frames (model.first_frame)"
             )
         model = self.model
+        # Wrong labels are refused before they serve as numbers of rows.
+        model.frame_conditions((batch, frames), actions, labels)
         self._packed = PackedWeights(model)
+        self._graph: Callable[..., Tensor] | None = None  # made for the shapes of this reset
         context = context.to(model.device)
         self._labels = None if labels is None else labels.to(model.device)
         self._generator = generator
@@ -106,8 +104,7 @@ class Rollout:
         self._newest, self._newest_condition = context[:, -1:], conditions[:, -1:]
         # All but the newest frame, which may need the action that is yet to come. What the window
         # holds goes in at once, the rest slides in.
-        start = 1 - model.first_predicted
-        known, fits = frames - 1, self.window.frames - start
+        known, fits = frames - 1, self.window.frames - model.start_places
         with self._packed.in_use():
             if frames > model.first_predicted:
                 self._take_in(context, conditions, 0, min(known, fits))

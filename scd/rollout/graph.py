@@ -14,5 +14,6 @@ def graphed(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Call
     """
     if inputs[0].device.type != "cuda":
         return function
-    captured: Any = torch.cuda.make_graphed_callables(function, inputs)
+    # Inputs of its own: each replay overwrites them.
+    captured: Any = torch.cuda.make_graphed_callables(function, tuple(x.clone() for x in inputs))
     return lambda *tensors: captured(*tensors).clone()  # the next call writes its result there

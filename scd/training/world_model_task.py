@@ -14,9 +14,10 @@ from scd.evaluation.run import evaluate_in_passing
 from scd.flow.objective import FlowObjective
 from scd.models.autoencoder import load_codec
 from scd.models.build import build_world_model
+from scd.models.load import OPTIONS
 from scd.models.weights import load_matching, read_weights
 from scd.models.world_model import WorldModel
-from scd.options import OptimOptions, Options
+from scd.options import OptimOptions, Options, options_to_yaml
 from scd.pipeline import SCDPipeline
 from scd.processes import processes
 
@@ -64,6 +65,7 @@ class WorldModelTask:
     def export(self, network: WorldModel, folder: Path) -> None:
         vae = getattr(self.codec, "autoencoder", None)
         SCDPipeline(network, vae, asdict(self.options.rollout)).save_pretrained(folder)
+        (folder / OPTIONS).write_text(options_to_yaml(self.options), encoding="utf-8")
 
 
 def parameter_groups(network: WorldModel, options: OptimOptions) -> list[dict[str, Any]]:
