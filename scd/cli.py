@@ -74,7 +74,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     from scd.evaluation.compare import compare_checkpoints
 
-    compare_checkpoints([Path(path) for path in arguments.checkpoints], Path(arguments.out))
+    a = arguments
+    overrides = [text for text in a.checkpoints if "=" in text and not Path(text).exists()]
+    paths = [Path(text) for text in a.checkpoints if text not in overrides]
+    if not paths:
+        raise ScdError(f"compare: {overrides[0]!r} changes options, but no checkpoint is given")
+    compare_checkpoints(paths, Path(a.out), overrides)
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
@@ -211,7 +216,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=evaluate)
 
     p = commands.add_parser("compare", help="one table of evaluated checkpoints, with their speed")
-    p.add_argument("checkpoints", nargs="+", help="ema.safetensors of each")
+    p.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="checkpoint",
+        help="ema.safetensors of each, or exported folders; then any key=value they were evaluated "
+        "with",
+    )
     p.add_argument("--out", default="experiments/compare", help="(default: %(default)s)")
     p.set_defaults(run=compare)
 

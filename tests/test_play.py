@@ -348,8 +348,10 @@ def test_the_shipped_starts():
     assert sum(path.stat().st_size for path in (ROOT / "assets/starts").iterdir()) < 2**20
 
 
-def test_the_shipped_model():
-    folder = ROOT / "assets/pretrained/scd_doom"
+@pytest.mark.parametrize("name", ["scd_doom", "causal_dit_doom"])
+def test_the_shipped_models_obey(name):
+    """Turning changes the picture more than standing does."""
+    folder = ROOT / "assets/pretrained" / name
     offer = load_offer(folder, None, ROOT / "assets/starts")
     with closing(Game(offer)) as game:
         standing = play(game, [0] * 4)[-1].views[0].picture.astype(float)
@@ -357,6 +359,13 @@ def test_the_shipped_model():
         turned = play(game, [1] * 4)[-1].views[0].picture.astype(float)
         last = game.start.frames[-1]
     assert np.abs(standing - last).mean() < np.abs(turned - last).mean()
+
+
+def test_what_is_shipped_is_small():
+    files = [path for path in (ROOT / "assets/pretrained").rglob("*") if path.is_file()]
+    own = [path for path in files if not path.is_symlink()]
+    assert sum(path.stat().st_size for path in own) < 40e6
+    assert not [path for path in own if path.suffix in (".pt", ".pth", ".ckpt", ".bin")]
 
 
 def test_what_an_offer_lacks(tmp_path, tiny_autoencoder_path):

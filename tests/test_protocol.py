@@ -530,7 +530,7 @@ def test_models_in_one_table(options, doom_root, tmp_path, monkeypatch, capsys):
         metadata = {"options": json.dumps(options_to_dict(made)), "step": "7"}
         save_file(make_model(made).state_dict(), path, metadata)
         paths.append(path)
-    with pytest.raises(ScdError, match=r"not evaluated yet; first ./scripts/inference.sh"):
+    with pytest.raises(ScdError, match=r"not evaluated so yet; first ./scripts/inference.sh"):
         compare_checkpoints(paths[:2], tmp_path)
     for path in paths:
         evaluate_checkpoint(path)
@@ -541,6 +541,9 @@ def test_models_in_one_table(options, doom_root, tmp_path, monkeypatch, capsys):
     assert table.strip() in capsys.readouterr().out
     assert "\nFrames: " in table
     assert "causal_dit 64 wide, 2 layers" in table and "scd 64 wide, 1+1 layers" in table
+    again = [str(path) for path in paths[:2]] + ["rollout.steps=3"]
+    assert main(["compare", *again, "--out", str(tmp_path)]) == 1
+    assert ".safetensors rollout.steps=3" in capsys.readouterr().err
     models = json.loads((tmp_path / "compare.json").read_text())["models"]
     assert [len(model["seconds_per_frame"]) for model in models] == [9, 9]
     for model, path in zip(models, paths[:2], strict=True):

@@ -51,13 +51,18 @@ def layers_text(options: Options) -> str:
     return f"{m.type} {64 * m.heads} wide, {layers} layers"
 
 
-def compare_checkpoints(paths: list[Path], folder: Path) -> None:
+def compare_checkpoints(
+    paths: list[Path], folder: Path, overrides: list[str] | None = None
+) -> None:
     """Print a table of evaluated checkpoints; write `compare.md` and `compare.json` to a folder.
+
+    Args:
+        overrides: `key=value` that all of them were evaluated with.
 
     Raises:
         ScdError: a checkpoint was not evaluated, or not on the same clips as the others.
     """
-    candidates = [_candidate(path) for path in paths]
+    candidates = [_candidate(path, overrides) for path in paths]
     protocols = [candidate.evaluation["protocol"] for candidate in candidates]
     for key in ("videos", "context_frames", "new_frames", "seeds", "data_hash"):
         found = {str(protocol[key]) for protocol in protocols}
@@ -134,12 +139,13 @@ def comparison(candidates: list[Candidate]) -> Table:
     return Table(heads, lines, 2, [note, *(f"{name}: {how}." for name, how in made.items())])
 
 
-def _candidate(path: Path) -> Candidate:
-    loaded = load_checkpoint_for_use(path)
+def _candidate(path: Path, overrides: list[str] | None) -> Candidate:
+    loaded = load_checkpoint_for_use(path, None, overrides)
     data = clip_folder(loaded.options, loaded.options.data.val_list, "video")
     metrics = evaluation_folder(loaded.options, loaded.source, data) / "metrics.json"
     if not metrics.is_file():
-        raise ScdError(f"{path}: not evaluated yet; first ./scripts/inference.sh {path}")
+        command = " ".join([f"./scripts/inference.sh {path}", *(overrides or [])])
+        raise ScdError(f"{path}: not evaluated so yet; first {command}")
     return Candidate(loaded, read_json(metrics), [])
 
 
