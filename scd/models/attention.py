@@ -20,7 +20,7 @@ Admits = Callable[[Tensor, Tensor], Tensor]
 # On the CPU, plain products are 2 to 5 times faster than the fused kernel up to about this many
 # keys, forward and backward (384 sequences of 32 tokens: 14 ms against 74 ms, bf16, 2 cores; 128
 # queries and 768 keys: 33 ms against 82 ms).
-PLAIN_KEYS = 1024
+PLAIN_KEYS = 768
 # The CPU takes frames of together this many queries at a time, with a mask among them. One frame of
 # 16 tokens at a time takes 2.7 times as long (dense training on 47 frames, bf16, compiled: 176
 # against 64 ms a layer), all at once twice to four times: most of it is computed to be masked.
