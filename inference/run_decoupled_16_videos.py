@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from scd.cli import run_told
 from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.pictures import write_mosaic, write_side_by_side
@@ -27,12 +28,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="(default: experiments/<name>/videos)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     a = parser.parse_intermixed_args()
-    try:
-        sample_videos(a.checkpoint, a.opt, a.num_videos, a.output, a.overrides)
-    except ScdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_told(
+        lambda: sample_videos(a.checkpoint, a.opt, a.num_videos, a.output, a.overrides), "sample"
+    )
 
 
 def sample_videos(

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from scd.errors import ScdError, Stopped
@@ -309,15 +310,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
+    return run_told(lambda: arguments.run(arguments), arguments.run.__name__)
+
+
+def run_told(run: Callable[[], object], name: str) -> int:
+    """Run a command; what goes wrong is told in one line. Returns the exit code."""
     try:
-        arguments.run(arguments)
+        run()
     except ScdError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped:  # which the run has told
         return Stopped.EXIT_CODE
     except OSError as error:  # of a disk or a system, where no module has told it better
-        told = ScdError(f"{error.filename or arguments.run.__name__}: {error.strerror or error}")
+        told = ScdError(f"{error.filename or name}: {error.strerror or error}")
         print(f"error: {told}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

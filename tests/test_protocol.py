@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -486,6 +487,19 @@ def test_the_table_goes_to_the_trackers(options, checkpoint, no_weights, tmp_pat
     assert b"| model " in events.read_bytes() and b"evaluation/model/psnr" in events.read_bytes()
     assert list(tmp_path.rglob("offline-run-*"))
     wandb.teardown()  # it would write the runs of later tests here
+
+
+def test_the_script_that_samples_videos(checkpoint, tmp_path, monkeypatch, capsys):
+    script = runpy.run_path(str(ROOT / "inference/run_decoupled_16_videos.py"))
+    arguments = ["--checkpoint", str(checkpoint), "--num-videos", "2", "--output"]
+    monkeypatch.setattr("sys.argv", ["script", *arguments, str(tmp_path / "videos")])
+    assert script["main"]() == 0
+    found = sorted(path.name for path in (tmp_path / "videos").iterdir())
+    assert found == ["00000.mp4", "00001.mp4", "grid.mp4", "grid.png"]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("sys.argv", ["script", *arguments, str(tmp_path / "file/videos")])
+    assert script["main"]() == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
 
 
 # --- All metrics
