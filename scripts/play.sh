@@ -5,8 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCD_VENV=1 bash scripts/setup_env.sh
 source scripts/common.sh
-baseline=assets/pretrained/causal_dit_doom
-if [ -d $baseline ]; then
-    set -- --baseline $baseline "$@"
-fi
-exec "$(find_python)" -m scd.cli play "$@"
+exec "$(find_python)" -m scd.cli play --baseline assets/pretrained/causal_dit_doom "$@"

@@ -133,10 +133,11 @@ def comparison(candidates: list[Candidate]) -> Table:
         f"Time: batch 1, {first['context_frames']} frames of context, without the autoencoder; "
         f"median of {TIMED_FRAMES} frames."
     )
-    made = {c.loaded.options.name: rollout_text(c.loaded.options.rollout) for c in candidates}
-    if len(set(made.values())) == 1:
-        made = {"Frames": next(iter(made.values()))}
-    return Table(heads, lines, 2, [note, *(f"{name}: {how}." for name, how in made.items())])
+    options = [candidate.loaded.options for candidate in candidates]
+    made = [(o.name, rollout_text(o.rollout)) for o in options]
+    if len({how for _, how in made}) == 1:
+        made = [("Frames", made[0][1])]
+    return Table(heads, lines, 2, [note, *(f"{name}: {how}." for name, how in made)])
 
 
 def _candidate(path: Path, overrides: list[str] | None) -> Candidate:
