@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from scd.allocator import keep_freed_memory
 from scd.errors import ScdError, Stopped
 
 
@@ -315,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_told(run: Callable[[], object], name: str) -> int:
     """Run a command; what goes wrong is told in one line. Returns the exit code."""
+    keep_freed_memory()
     try:
         run()
     except ScdError as error:
