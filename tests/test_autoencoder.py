@@ -16,6 +16,7 @@ from scd.models.autoencoder import (
     PixelCodec,
     autoencoder_hash,
     build_autoencoder,
+    encoder_hash,
     load_codec,
 )
 from scd.models.discriminator import PatchDiscriminator
@@ -100,9 +101,27 @@ def test_a_variational_autoencoder_is_a_codec(kl_path, tmp_path):
     decoded = codec.autoencoder.decode(mode).sample
     expected = ((decoded + 1) / 2).clamp(0, 1)
     torch.testing.assert_close(codec.decode(latents).flatten(0, 1), expected)
-    codec.autoencoder.quant_conv.bias += 1
-    codec.autoencoder.save_pretrained(tmp_path)
-    assert autoencoder_hash(str(tmp_path)) != autoencoder_hash(kl_path)
+
+
+@torch.no_grad()
+def test_a_decoder_that_is_trained_on_keeps_the_latents(kl_path, tmp_path):
+    """So nothing has to be encoded again after the adversarial stage."""
+    autoencoder = load_codec(kl_path).autoencoder
+
+    def hashes() -> tuple[str, str]:
+        autoencoder.save_pretrained(tmp_path)
+        return autoencoder_hash(str(tmp_path)), encoder_hash(str(tmp_path))
+
+    whole, encoder = hashes()
+    autoencoder.post_quant_conv.bias += 1
+    of_decoder = hashes()
+    assert of_decoder[0] != whole and of_decoder[1] == encoder
+    autoencoder.quant_conv.bias += 1
+    assert hashes()[1] != encoder
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ScdError, match="not a readable weights file"):
+        encoder_hash(str(tmp_path))
 
 
 def test_a_pipeline_keeps_a_variational_autoencoder(kl_path, tmp_path):

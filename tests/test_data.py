@@ -23,7 +23,7 @@ from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
 from scd.files import read_json, write_json, write_whole
-from scd.models.autoencoder import autoencoder_hash, load_codec
+from scd.models.autoencoder import encoder_hash, load_codec
 from scd.options import Options, load_options
 
 ROOT = Path(__file__).parent.parent
@@ -516,7 +516,7 @@ def test_encoded_latents_are_those_of_the_videos(
     assert read_json(root / "val.json") == [
         {"video_path": f"val/0000{n}.mp4", "action_path": f"val/0000{n}.npz"} for n in range(2)
     ]
-    made_by = autoencoder_hash(str(options.autoencoder.path))
+    made_by = encoder_hash(str(options.autoencoder.path))
     codec = load_codec(options.autoencoder.path)
     videos = ClipFolder(root, "train.json", "video", "action", 4)
     latents = ClipFolder(root, "train.json", "latents", "action", 4)

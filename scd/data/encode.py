@@ -21,7 +21,7 @@ from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.npz_video import NpzVideo, open_video
 from scd.data.video import VideoFile
 from scd.errors import ScdError
-from scd.models.autoencoder import CHUNK_FRAMES, Codec, LatentCodec, autoencoder_hash, load_codec
+from scd.models.autoencoder import CHUNK_FRAMES, Codec, LatentCodec, encoder_hash, load_codec
 from scd.options import Options
 from scd.processes import processes, share, together
 
@@ -29,9 +29,9 @@ from scd.processes import processes, share, together
 def encode_dataset(options: Options) -> None:
     """Write the unscaled latents of every training video, skipping those that are already there.
 
-    Latents go to `<root>/latents/<autoencoder>/…`, by the autoencoder's hash, so that another
-    one never meets them; the training list's `latent_path` names them. Where videos are scaled and
-    cropped (`data.resize_shorter`), the latents are of the centre.
+    Latents go to `<root>/latents/<encoder>/…`, by the hash of its weights, so that another's never
+    meet them; the training list's `latent_path` names them. Where videos are scaled and cropped
+    (`data.resize_shorter`), the latents are of the centre.
 
     Raises:
         ScdError: the experiment has no autoencoder, or a video is missing, broken or of a wrong
@@ -95,8 +95,8 @@ def _encode_video(
 
 
 def encoding_name(options: Options) -> str:
-    """What identifies how latents were made: the autoencoder's hash, and any scaling before it."""
-    return autoencoder_hash(str(options.autoencoder.path)) + framing_of(options.data).name
+    """What identifies how latents were made: the encoder's hash, and any scaling before it."""
+    return encoder_hash(str(options.autoencoder.path)) + framing_of(options.data).name
 
 
 def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -> None:

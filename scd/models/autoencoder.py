@@ -4,6 +4,7 @@ Three kinds of latents: pixels as they are, those of a deep-compression autoenco
 2410.10733), and those of a variational one (diffusers' `AutoencoderKL`), whose mode is taken.
 """
 
+import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from einops import rearrange
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
@@ -21,6 +22,7 @@ from scd.models.weights import SHOWN_DIFFERENCES, load_matching, read_state_dict
 from scd.options import AutoencoderOptions
 
 CHUNK_FRAMES = 64  # frames in one pass of the autoencoder; bounds its memory
+ENCODING = ("encoder.", "quant_conv.")  # the weights of either kind that latents depend on
 PUBLISHED_SCALING = 0.2889  # 1 / standard deviation of the published autoencoders' latents
 
 Autoencoder: TypeAlias = AutoencoderDC | AutoencoderKL
@@ -242,8 +244,31 @@ def _is_number(value: object) -> bool:
 
 
 def autoencoder_hash(path: str) -> str:
-    """What identifies an autoencoder's weights: the SHA-256 of its weight file."""
+    """What identifies an autoencoder: the SHA-256 of its weight file."""
+    return sha256(_weight_file(path))
+
+
+def encoder_hash(path: str) -> str:
+    """What identifies the latents of an autoencoder: the SHA-256 of its encoder's weights.
+
+    It stays what it was when the decoder alone is trained on.
+    """
+    weights = _weight_file(path)
+    digest = hashlib.sha256()
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            for name in sorted(file.keys()):
+                if name.startswith(ENCODING):
+                    tensor = file.get_tensor(name)
+                    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+                    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    except (SafetensorError, OSError) as error:
+        raise ScdError(f"{weights}: not a readable weights file ({error})") from error
+    return digest.hexdigest()
+
+
+def _weight_file(path: str) -> Path:
     weights = Path(path) / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
         raise ScdError(f"{weights}: no such file")
-    return sha256(weights)
+    return weights

@@ -14,6 +14,7 @@ from scd.errors import ScdError
 from scd.evaluation.measures import Measures
 from scd.files import write_whole
 from scd.models.autoencoder import (
+    ENCODING,
     Autoencoder,
     LatentCodec,
     build_autoencoder,
@@ -27,7 +28,6 @@ from scd.training.adversarial import AdversarialObjective
 from scd.training.reconstruction import ReconstructionLoss, ReconstructionObjective
 
 SHOWN = 16  # reconstructions in the picture
-ENCODING = ("encoder.", "quant_conv.")  # the parameters of AutoencoderDC and AutoencoderKL for it
 
 
 class AutoencoderTask:
