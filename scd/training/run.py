@@ -1,7 +1,10 @@
 """From options to a trained experiment."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from scd.files import remove_unfinished
@@ -22,12 +25,31 @@ def run_experiment(options: Options) -> None:
     accelerator = make_accelerator(options)
     main = accelerator.is_main_process
     with ExitStack() as held:
+        held.enter_context(sums_in_fixed_order(accelerator.device))
         with together():
             if main:
                 held.enter_context(only_run_in(options.output))
                 remove_unfinished(options.output)
         with last_word(options.output, main):
             Trainer(options, build_task(options, accelerator), accelerator).run()
+
+
+@contextmanager
+def sums_in_fixed_order(device: torch.device) -> Iterator[None]:
+    """On the CPU, the same gradients to the bit every time; other devices go on as they are.
+
+    A compiled embedding would add up its gradient in whatever order the threads come.
+    """
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = False  # it would write all memory twice
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = before[1]
 
 
 def build_task(options: Options, accelerator: Accelerator) -> Task:
