@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_told(run: Callable[[], object], name: str) -> int:
-    """Run a command; what goes wrong is told in one line. Returns the exit code."""
+    """Run a command in a process of its own; what goes wrong is told in one line: the exit code."""
     keep_freed_memory()
     try:
         run()
