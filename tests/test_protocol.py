@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from scd.cli import main
 from scd.data.clips import clip_folder
@@ -23,6 +23,8 @@ from scd.evaluation import generate, measure, protocol, weights
 from scd.evaluation.compare import compare_checkpoints
 from scd.evaluation.frame_metrics import psnr
 from scd.evaluation.protocol import (
+    AUTOENCODED,
+    AUTOENCODED_SET,
     MODEL,
     OTHER,
     OTHER_SET,
@@ -36,7 +38,7 @@ from scd.evaluation.run import evaluate, evaluate_checkpoint, measure_folder
 from scd.evaluation.samples import SampleFolder
 from scd.evaluation.sweep import sweep_combinations
 from scd.evaluation.table import row, table
-from scd.models.autoencoder import PixelCodec
+from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.build import build_world_model
 from scd.options import load_options, options_from_json, options_to_dict
 
@@ -172,6 +174,39 @@ def test_repeat_row_is_the_last_context_frame(whole, options, data):
     clips = read_evaluation_batch(data, [0, 1, 2], options, CPU)["video"]
     expected = psnr(clips[:, 2:3].expand(-1, 4, -1, -1, -1), clips[:, 3:]).mean()
     assert whole[1].rows[REPEAT]["psnr"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_real_frames_through_the_autoencoder(
+    options, data, no_weights, tiny_autoencoder_path, tmp_path, monkeypatch
+):
+    """They are measured beside the model, once for every autoencoder."""
+    measured, plain = [], measure._measure
+    monkeypatch.setattr(measure, "_measure", lambda *a: measured.append(a[2]) or plain(*a))
+    options.model.patch_size = 1
+
+    def evaluated(autoencoder: str, steps: int):
+        measured.clear()
+        options.autoencoder.path, options.rollout.steps = autoencoder, steps
+        codec = load_codec(autoencoder)
+        torch.manual_seed(0)
+        model = build_world_model(options, codec).eval()
+        folder = tmp_path / f"{Path(autoencoder).name}-{steps}" / "evaluation" / "samples"
+        return codec, evaluate(model, codec, data, options, folder, UNSAVED)
+
+    codec, found = evaluated(tiny_autoencoder_path, 1)
+    real = read_evaluation_batch(data, [0, 1, 2], options, CPU)["video"][:, 3:]
+    expected = psnr((codec.decode(codec.encode(real)) * 255).round() / 255, real).mean()
+    assert found.rows[AUTOENCODED]["psnr"] == pytest.approx(float(expected), rel=1e-4)
+    assert AUTOENCODED_SET in measured
+    _, again = evaluated(tiny_autoencoder_path, 2)
+    assert again.rows[AUTOENCODED] == found.rows[AUTOENCODED]
+    assert AUTOENCODED_SET not in measured
+    other = shutil.copytree(tiny_autoencoder_path, tmp_path / "other")
+    file = other / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 0.9 for name, tensor in load_file(file).items()}, file)
+    _, another = evaluated(str(other), 1)
+    assert another.rows[AUTOENCODED] != found.rows[AUTOENCODED]
+    assert another.rows[REPEAT] == found.rows[REPEAT]
 
 
 def test_swap_changes_only_the_frames_to_come(options):

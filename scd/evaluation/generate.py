@@ -6,9 +6,11 @@ from tqdm import tqdm
 from scd.data.clips import ClipFolder
 from scd.errors import ScdError
 from scd.evaluation.protocol import (
+    AUTOENCODED_SET,
     OTHER_SET,
     REAL_SET,
     Prediction,
+    autoencode_frames,
     predict_frames,
     predictions,
     read_evaluation_batch,
@@ -38,14 +40,17 @@ def generate_samples(
     sets_of_reals = {REAL_SET: 0, OTHER_SET: count}  # and the number that each begins at
     if [OTHER_SET] not in samples.rows.values():
         del sets_of_reals[OTHER_SET]
+    to_make: list[Prediction | None] = [*predictions(options)]
+    if [AUTOENCODED_SET] in samples.rows.values():
+        to_make.append(None)
     with together():
         # The last clip that will be needed: too few are told now, not after hours.
         read_evaluation_clip(data, max(sets_of_reals.values()) + count - 1, options)
         to_predict = [
             (prediction, numbers)
             for numbers in batches(count, options.eval.batch_size)
-            for prediction in predictions(options)
-            if _lacking(samples, prediction.name, numbers)
+            for prediction in to_make
+            if _lacking(samples, _set_of(prediction), numbers)
         ]
         to_copy = [
             (set_, number, first + number)
@@ -69,6 +74,10 @@ def generate_samples(
                 bar.update(len(numbers))
 
 
+def _set_of(prediction: Prediction | None) -> str:
+    return AUTOENCODED_SET if prediction is None else prediction.name
+
+
 def _lacking(samples: SampleFolder, set_: str, numbers: list[int] | range) -> list[int]:
     return [number for number in numbers if not samples.clip_path(set_, number).exists()]
 
@@ -79,24 +88,31 @@ def _predict(
     data: ClipFolder,
     options: Options,
     samples: SampleFolder,
-    prediction: Prediction,
+    prediction: Prediction | None,
     numbers: list[int],
 ) -> None:
-    """Predict a batch and save those of its clips that are lacking."""
+    """Predict a batch and save those of its clips that are lacking.
+
+    Args:
+        prediction: None: the real frames through the autoencoder.
+    """
     batch = read_evaluation_batch(data, numbers, options, model.device)
-    if prediction.swapped:
-        batch["actions"] = swap_new_actions(batch["actions"], options)
-    predicted = predict_frames(model, codec, options, batch, numbers, prediction.seed)
-    whole = torch.cat([batch["video"][:, : samples.context_frames], predicted], dim=1).cpu()
-    broken = []
-    for number in _lacking(samples, prediction.name, numbers):
+    if prediction is None:
+        new = autoencode_frames(codec, options, batch["video"])
+    else:
+        if prediction.swapped:
+            batch["actions"] = swap_new_actions(batch["actions"], options)
+        new = predict_frames(model, codec, options, batch, numbers, prediction.seed)
+    whole = torch.cat([batch["video"][:, : samples.context_frames], new], dim=1).cpu()
+    set_, broken = _set_of(prediction), []
+    for number in _lacking(samples, set_, numbers):
         clip = whole[numbers.index(number)]
         if torch.isfinite(clip).all():
-            samples.write_clip(prediction.name, number, clip)
+            samples.write_clip(set_, number, clip)
         else:
             broken.append(number)
     if broken:
         raise ScdError(
-            f"{prediction.name}: the prediction of video {', '.join(map(str, broken))} is not "
+            f"{set_}: the prediction of video {', '.join(map(str, broken))} is not "
             f"finite; the weights or the rollout's options are broken"
         )

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from scd.evaluation.frame_metrics import SMALLEST_LPIPS, SMALLEST_SSIM
 from scd.evaluation.fvd import FRAMES_AT_ONCE, SHORTEST
 from scd.evaluation.measures import Measures
-from scd.evaluation.protocol import OTHER_SET, REAL_SET, REPEAT_SET
+from scd.evaluation.protocol import AUTOENCODED_SET, OTHER_SET, REAL_SET, REPEAT_SET
 from scd.evaluation.samples import SampleFolder, batches, siblings
 from scd.processes import processes, share, together
 
@@ -77,7 +77,10 @@ def _take_over(samples: SampleFolder, measures: Measures) -> None:
     Under a sweep, and for one checkpoint after another, those are three quarters of the work.
     """
     for other in siblings(samples):
-        for set_ in (REAL_SET, OTHER_SET, REPEAT_SET):
+        sets = [REAL_SET, OTHER_SET, REPEAT_SET]
+        if other.autoencoder == samples.autoencoder:
+            sets.append(AUTOENCODED_SET)
+        for set_ in sets:
             for number in range(samples.videos):
                 if not samples.is_measured(set_, number, measures.hashes) and other.is_measured(
                     set_, number, measures.hashes

@@ -21,8 +21,10 @@ from scd.seeding import generator
 
 EVALUATION_STREAM = 3
 MODEL, REPEAT, OTHER = "model", "repeat last context frame", "other real clips"  # rows
-# Sets of clips, one for each video: the real ones, real ones of other numbers, the repeated frame.
-REAL_SET, OTHER_SET, REPEAT_SET = "real", "other", "repeat"
+AUTOENCODED = "real frames through the autoencoder"  # the best that its latents allow
+# Sets of clips, one for each video: the real ones, real ones of other numbers, the repeated frame,
+# real ones whose new frames went through the autoencoder.
+REAL_SET, OTHER_SET, REPEAT_SET, AUTOENCODED_SET = "real", "other", "repeat", "autoencoded"
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,16 @@ def table_rows(options: Options, comparisons: bool = True) -> dict[str, list[str
 
     Args:
         comparisons: also the rows that need no model: the repeated last context frame (where there
-            is context) and other real clips.
+            is context), real frames through the autoencoder (where there is one) and other real
+            clips.
     """
     rows = {MODEL: [f"model-seed-{seed}" for seed in options.eval.seeds]}
     if options.eval.swapped_actions:
         rows[_swapped_row(options)] = ["swapped"]
     if comparisons and options.eval.context_frames:
         rows[REPEAT] = [REPEAT_SET]
+    if comparisons and options.autoencoder.path is not None:
+        rows[AUTOENCODED] = [AUTOENCODED_SET]
     if comparisons:
         rows[OTHER] = [OTHER_SET]
     return rows
@@ -109,7 +114,12 @@ def predict_frames(
         batch.get("label"),
         generator=[generator("cpu", "evaluate", seed, number) for number in numbers],
     )
-    return (codec.decode(new) * 255).round() / 255
+    return _rounded(codec.decode(new))
+
+
+def autoencode_frames(codec: Codec, options: Options, video: Tensor) -> Tensor:
+    """The real frames after the context as the autoencoder gives them back, as `predict_frames`."""
+    return _rounded(codec.decode(codec.encode(video[:, options.eval.context_frames :])))
 
 
 def swap_new_actions(actions: Tensor, options: Options) -> Tensor:
@@ -118,6 +128,10 @@ def swap_new_actions(actions: Tensor, options: Options) -> Tensor:
     new = actions[:, options.eval.context_frames :]
     exchanged = torch.where(new == one, other, torch.where(new == other, one, new))
     return torch.cat([actions[:, : options.eval.context_frames], exchanged], dim=1)
+
+
+def _rounded(video: Tensor) -> Tensor:
+    return (video * 255).round() / 255
 
 
 def _context_latents(codec: Codec, video: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
     manifest.json                  what the samples depend on, and the rows of the table
     real/00000.mp4                 the clips as they were recorded
     other/00000.mp4                real clips of other numbers
+    autoencoded/00000.mp4          real clips, the new frames as the autoencoder gives them back
     model-seed-0/00000.mp4         context and predicted frames, one folder for each prediction
     measured/<set>/00000.safetensors
 
@@ -107,6 +108,11 @@ class SampleFolder:
         made_of = self.manifest["identity"]
         data = made_of["data"], json.dumps(made_of["options"]["data"], sort_keys=True)
         return *data, self.videos, self.context_frames, self.frames
+
+    @property
+    def autoencoder(self) -> str | None:
+        """Hash of its weights; None: pixels."""
+        return self.manifest["identity"].get("autoencoder")
 
     @property
     def frame_size(self) -> int:
