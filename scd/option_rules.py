@@ -25,6 +25,7 @@ CHOICES = {
     "rollout.guidance": ("none", "context", "condition"),
     "rollout.solver": ("euler", "multistep"),
     "rollout.spacing": ("reference", "even"),
+    "eval.fvd_precision": ("fp32", "bf16"),
 }
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 POSITIVE = [
@@ -87,6 +88,7 @@ FRACTIONS = [
     "flow.condition_dropout",
     "optim.ema_decay",
 ]
+COMPARISONS = ("repeat", "autoencoder", "other")
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -161,9 +163,12 @@ def check(options: "Options", source: str) -> None:
     _check_rollout_pairs(options.rollout, require)
     skip = options.optim.skip_grad_norm
     require(skip is None or skip > 0, f"optim.skip_grad_norm must be above 0, not {skip}")
-    for tracker in options.train.trackers:
-        known = ", ".join(TRACKERS)
-        require(tracker in TRACKERS, f"train.trackers: unknown {tracker!r}; known: {known}")
+    for key, chosen, known in (
+        ("train.trackers", options.train.trackers, TRACKERS),
+        ("eval.comparisons", options.eval.comparisons, COMPARISONS),
+    ):
+        for one in chosen:
+            require(one in known, f"{key}: unknown {one!r}; known: {', '.join(known)}")
     model, data, evaluation = options.model, options.data, options.eval
     name, betas = options.name, options.optim.betas
     require(

@@ -33,6 +33,7 @@ from scd.evaluation import (
     weights,
     weights_hash,
 )
+from scd.evaluation.measures import Measures
 
 
 @pytest.fixture(scope="module")
@@ -530,6 +531,35 @@ def test_the_network_is_the_published_one(i3d: dict[str, Tensor]) -> None:
     assert both.shape == (2, 400)
     for found in (both[0], alone[0]):
         assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_channels_stay_innermost(side: int) -> None:
+    """Also where torch leaves oneDNN for another convolution, as for small ones on one thread."""
+    net = {
+        "params/x/Conv_0/kernel": random(side, side, side, 4, 5),
+        "params/x/BatchNorm_0/bias": random(5),
+        "batch_stats/x/BatchNorm_0/mean": random(5),
+        "batch_stats/x/BatchNorm_0/var": random(5),
+    }
+    x = random(1, 4, 6, 7, 9).contiguous(memory_format=torch.channels_last_3d)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        out = fvd.Unit(net, "x")(x)
+    finally:
+        torch.set_num_threads(threads)
+    assert out.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_bf16_features_are_near(i3d: dict[str, Tensor]) -> None:
+    videos = random(2, 16, 3, 32, 32)
+    exact, near = i3d_features(videos), i3d_features(videos, precision="bf16")
+    assert near.dtype == torch.float32
+    assert 1e-4 < (near - exact).norm() / exact.norm() < 0.05
+    assert Measures("bf16").hashes["i3d"] != Measures().hashes["i3d"]
+    with pytest.raises(ScdError, match="known are fp32, bf16"):
+        i3d_features(videos, precision="fp16")
 
 
 # --- The Fréchet distance

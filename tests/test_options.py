@@ -201,6 +201,8 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["optim.lr=inf"], "optim.lr must be finite"),
         (["flow.logit_mean=-inf"], "flow.logit_mean must be finite"),
         (["train.trackers=[wandbb]"], "unknown 'wandbb'; known: tensorboard, wandb"),
+        (["eval.comparisons=[others]"], "unknown 'others'; known: repeat, autoencoder, other"),
+        (["eval.fvd_precision=fp16"], "eval.fvd_precision is 'fp16', not one of fp32, bf16"),
         (["name=a/b"], "name must do as a folder's name"),
         (["name=.."], "name must do as a folder's name"),
         (['name="a\\nb"'], "name must do as a folder's name"),

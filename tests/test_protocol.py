@@ -22,6 +22,7 @@ from scd.errors import ScdError
 from scd.evaluation import generate, measure, protocol, weights
 from scd.evaluation.compare import compare_checkpoints
 from scd.evaluation.frame_metrics import psnr
+from scd.evaluation.measures import Measures
 from scd.evaluation.protocol import (
     AUTOENCODED,
     AUTOENCODED_SET,
@@ -215,6 +216,48 @@ def test_swap_changes_only_the_frames_to_come(options):
     assert swapped.tolist() == [[0, 1, 2, 3, 2, 1, 0, 3, 2, 1]]
 
 
+def test_comparisons_are_chosen(whole, options, model, data, no_weights, tmp_path):
+    """Left out now, measured later: the folder is the same."""
+    for chosen, rows in (
+        ([], [MODEL, SWAPPED]),
+        (["repeat"], [MODEL, SWAPPED, REPEAT]),
+        (["repeat", "autoencoder", "other"], [MODEL, SWAPPED, REPEAT, OTHER]),  # of pixels
+    ):
+        options.eval.comparisons = chosen
+        found = evaluate(model, PixelCodec(), data, options, tmp_path / "samples", UNSAVED)
+        assert list(found.rows) == rows
+    assert found.rows == whole[1].rows
+
+
+def test_another_precision_is_another_measurement(
+    options, model, data, no_weights, tmp_path, monkeypatch
+):
+    """The samples stay, every clip is measured anew, and the table says with what."""
+    features = torch.Generator().manual_seed(0)
+    asked: list[str] = []
+
+    class Fake(Measures):
+        def __init__(self, fvd_precision="fp32"):
+            super().__init__(fvd_precision)
+            del self.missing["fvd"]
+            self.hashes["i3d"] = f"fake in {fvd_precision}"
+
+        def features(self, video):
+            asked.append(self.fvd_precision)
+            return torch.randn(len(video), 400, generator=features)
+
+    monkeypatch.setattr(measure, "Measures", Fake)
+    options.eval.new_frames = 6
+    heads = []
+    for precision in ("fp32", "bf16", "bf16"):
+        asked.clear()
+        options.eval.fvd_precision = precision
+        found = evaluate(model, PixelCodec(), data, options, tmp_path / "samples", UNSAVED)
+        heads.append((set(asked), table(found).heads[-1]))
+    bf16 = "FVD ↓ (n=3, bf16)"
+    assert heads == [({"fp32"}, "FVD ↓ (n=3)"), ({"bf16"}, bf16), (set(), bf16)]
+
+
 def test_best_of_trajectories():
     """Mean over frames, best of a video's trajectories, mean over videos."""
     first = torch.tensor([[1.0, 3.0], [10.0, 10.0]])  # two videos, two frames
@@ -304,8 +347,8 @@ def test_samples_are_the_pixels_to_the_bit(whole, options, model, data):
 @pytest.mark.parametrize("size", [(64, 64), (33, 47), (128, 128)])
 def test_any_pixels_survive_saving(size, tmp_path):
     noise = torch.randint(0, 256, (5, 3, *size), generator=torch.Generator().manual_seed(0))
-    identity, protocol_ = {"format": 1}, {"videos": 1, "context_frames": 2, "new_frames": 3}
-    SampleFolder.describe(tmp_path, identity, {}, protocol_, UNSAVED)
+    protocol_ = {"videos": 1, "context_frames": 2, "new_frames": 3, "fvd_precision": "fp32"}
+    SampleFolder.describe(tmp_path, {"format": 1}, {}, protocol_, UNSAVED)
     samples = SampleFolder(tmp_path)
     samples.write_clip("real", 0, noise / 255)
     assert torch.equal(samples.read_clip("real", 0), noise / 255)
@@ -389,7 +432,9 @@ def test_samples_of_another_checkpoint_or_option_are_never_mixed(
 
 def test_frames_too_small_for_a_metric(no_weights):
     """They are reported as missing; nothing stops a training for it."""
-    samples = SimpleNamespace(context_frames=1, frame_size=28, frames=16, videos=3)
+    samples = SimpleNamespace(
+        context_frames=1, frame_size=28, frames=16, videos=3, fvd_precision="fp32"
+    )
     missing = measure.metrics_of(samples).missing
     assert "31 pixels" in missing["lpips"] and "ssim" not in missing
     samples.frame_size = 8

@@ -18,7 +18,7 @@ from scd.environment import environment
 from scd.errors import ScdError
 from scd.evaluation.protocol import MODEL
 from scd.evaluation.run import evaluation_folder
-from scd.evaluation.table import COLUMNS, Table, rollout_text
+from scd.evaluation.table import COLUMNS, Table, of_fvd, rollout_text
 from scd.files import read_json, write_json, write_whole
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options
@@ -64,7 +64,8 @@ def compare_checkpoints(
     """
     candidates = [_candidate(path, overrides) for path in paths]
     protocols = [candidate.evaluation["protocol"] for candidate in candidates]
-    for key in ("videos", "context_frames", "new_frames", "seeds", "data_hash"):
+    same = ("videos", "context_frames", "new_frames", "seeds", "data_hash", "fvd_precision")
+    for key in same:
         found = {str(protocol[key]) for protocol in protocols}
         if len(found) > 1:
             raise ScdError(
@@ -115,7 +116,7 @@ def comparison(candidates: list[Candidate]) -> Table:
     first = candidates[0].evaluation["protocol"]
     metrics = [key for key in COLUMNS if key in candidates[0].evaluation["rows"][MODEL]]
     heads = ["name", "model", "parameters", "s/frame ↓", "ratio"]
-    heads += [COLUMNS[k][0] + (f" (n={first['videos']})" if k == "fvd" else "") for k in metrics]
+    heads += [COLUMNS[k][0] + (of_fvd([first]) if k == "fvd" else "") for k in metrics]
     lines = []
     for candidate in candidates:
         row = candidate.evaluation["rows"][MODEL]

@@ -20,6 +20,7 @@ FEATURES = 400
 SHORTEST = 9  # frames; time is halved three times and the last pooling needs two steps
 _SIDE = 224  # pixels the network sees, in height and width
 _BATCH_NORM_EPSILON = 1e-3
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the convolutions
 FRAMES_AT_ONCE = 64  # half a GB of activations; larger batches are no faster on CPU
 
 _MIXED_BEFORE_POOL_4 = ("3b", "3c")
@@ -111,7 +112,7 @@ class InceptionI3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, 400) of videos (B, 3, F, 224, 224) in [-1, 1], F >= 9, averaged over time."""
-        x = self.conv_1(x)  # (B, 64, F/2, 112, 112)
+        x = self.conv_1(x.to(self.conv_1.weight.dtype))  # (B, 64, F/2, 112, 112)
         x = max_pool_same(x, (1, 3, 3), (1, 2, 2))
         x = self.conv_2(x)  # (B, 192, F/2, 56, 56)
         x = max_pool_same(x, (1, 3, 3), (1, 2, 2))
@@ -120,7 +121,7 @@ class InceptionI3d(nn.Module):
         x = self.mixed_4(x)  # (B, 832, F/4, 14, 14)
         x = max_pool_same(x, (2, 2, 2), (2, 2, 2))
         x = self.mixed_5(x)  # (B, 1024, F/8, 7, 7)
-        x = F.avg_pool3d(x, (2, 7, 7), stride=1)  # (B, 1024, F/8 - 1, 1, 1)
+        x = F.avg_pool3d(x.float(), (2, 7, 7), stride=1)  # (B, 1024, F/8 - 1, 1, 1)
         x = F.conv3d(x, self.classifier, self.classifier_bias)  # (B, 400, F/8 - 1, 1, 1)
         return x.mean(dim=(2, 3, 4))
 
@@ -161,17 +162,24 @@ def _kernel(weights: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def load_i3d(device: torch.device) -> InceptionI3d:
+def load_i3d(device: torch.device, precision: str) -> InceptionI3d:
     """The network on a device, built once per process.
 
     Raises:
         MetricUnavailable: its weights are not in the cache.
     """
-    return InceptionI3d(load_i3d_weights()).to(device).eval()
+    network = InceptionI3d(load_i3d_weights()).to(device).eval()
+    for module in network.modules():
+        if isinstance(module, Unit):  # not the classifier
+            module.to(PRECISIONS[precision])
+    return network
 
 
 def i3d_features(
-    videos: Tensor, batch_size: int | None = None, device: torch.device | str | None = None
+    videos: Tensor,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
     """I3D embeddings of videos, to be kept where the same clips are compared with several models.
 
@@ -179,12 +187,14 @@ def i3d_features(
         videos: (n, F, 3, H, W) in [0, 1], F >= 9.
         batch_size: videos at once; by default as many as make 64 frames, at least one.
         device: where to compute; by default where the videos are.
+        precision: of the convolutions, whatever autocast says. bf16 takes half the time on a CPU
+            that has it; features move by one to two percent.
 
     Returns:
-        (n, 400) float32 on the CPU. Always full precision, also inside autocast.
+        (n, 400) float32 on the CPU.
 
     Raises:
-        ScdError: wrong shape, type or range, NaN, or too few frames.
+        ScdError: wrong shape, type or range, NaN, too few frames, or an unknown precision.
         MetricUnavailable: the I3D weights have not been fetched.
     """
     check_videos(videos)
@@ -193,8 +203,10 @@ def i3d_features(
         raise ScdError(f"FVD needs videos of at least {SHORTEST} frames, these have {frames}")
     if batch_size is not None and batch_size < 1:
         raise ScdError(f"batch_size: {batch_size}, wanted at least 1")
+    if precision not in PRECISIONS:
+        raise ScdError(f"precision: {precision!r}, known are {', '.join(PRECISIONS)}")
     device = videos.device if device is None else torch.device(device)
-    network = load_i3d(device)
+    network = load_i3d(device, precision)
     chunks = videos.split(batch_size or max(1, FRAMES_AT_ONCE // frames))
     with measuring(device):
         return torch.cat([network(_as_input(chunk.to(device))).cpu() for chunk in chunks])

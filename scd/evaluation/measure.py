@@ -16,7 +16,7 @@ FEATURES = "i3d"  # of a whole clip, for FVD; the other entries of a measurement
 
 def metrics_of(samples: SampleFolder) -> Measures:
     """The metrics that can be computed here for these samples."""
-    measures = Measures()
+    measures = Measures(samples.fvd_precision)
     if not samples.context_frames:
         why = "videos made from nothing have no real counterpart"
         measures.missing |= dict.fromkeys(("psnr", "ssim", "lpips"), why)

@@ -13,10 +13,15 @@ from scd.evaluation.weights import (
 
 
 class Measures:
-    """Which metrics can be computed here, and why not the others."""
+    """Which metrics can be computed here, and why not the others.
 
-    def __init__(self) -> None:
-        self.hashes: dict[str, str] = {}
+    Args:
+        fvd_precision: see `i3d_features`.
+    """
+
+    def __init__(self, fvd_precision: str = "fp32") -> None:
+        self.fvd_precision = fvd_precision
+        self.hashes: dict[str, str] = {}  # of the weights that are used, and how
         self.missing: dict[str, str] = {}
         for metric, name, load in (
             ("lpips", "lpips", load_lpips_weights),
@@ -27,6 +32,8 @@ class Measures:
                 self.hashes[name] = weights_hash(name)
             except MetricUnavailable as error:
                 self.missing[metric] = str(error)
+        if fvd_precision != "fp32" and "i3d" in self.hashes:
+            self.hashes["i3d"] += f" in {fvd_precision}"
 
     def frames(self, video: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Metric -> (n, frames), of predicted frames against real ones."""
@@ -38,4 +45,6 @@ class Measures:
         }
 
     def features(self, video: Tensor) -> Tensor | None:
-        return None if "fvd" in self.missing else i3d_features(video).cpu()
+        if "fvd" in self.missing:
+            return None
+        return i3d_features(video, precision=self.fvd_precision).cpu()

@@ -45,22 +45,20 @@ def predictions(options: Options) -> list[Prediction]:
     return sets
 
 
-def table_rows(options: Options, comparisons: bool = True) -> dict[str, list[str]]:
+def table_rows(options: Options) -> dict[str, list[str]]:
     """Rows of the table, and the sets of clips that each is measured on, one for a trajectory.
 
-    Args:
-        comparisons: also the rows that need no model: the repeated last context frame (where there
-            is context), real frames through the autoencoder (where there is one) and other real
-            clips.
+    Of `eval.comparisons` those that make sense: without context there is no last frame to repeat.
     """
+    comparisons = options.eval.comparisons
     rows = {MODEL: [f"model-seed-{seed}" for seed in options.eval.seeds]}
     if options.eval.swapped_actions:
         rows[_swapped_row(options)] = ["swapped"]
-    if comparisons and options.eval.context_frames:
+    if "repeat" in comparisons and options.eval.context_frames:
         rows[REPEAT] = [REPEAT_SET]
-    if comparisons and options.autoencoder.path is not None:
+    if "autoencoder" in comparisons and options.autoencoder.path is not None:
         rows[AUTOENCODED] = [AUTOENCODED_SET]
-    if comparisons:
+    if "other" in comparisons:
         rows[OTHER] = [OTHER_SET]
     return rows
 

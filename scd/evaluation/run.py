@@ -1,7 +1,7 @@
 """From a checkpoint to a metrics table, sample videos and `metrics.json`."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ def evaluate_in_passing(
         if main:
             shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left
     unsaved = {"path": None, "sha256": None, "step": None}
-    found = evaluate(model, codec, data, options, scratch, unsaved, comparisons=False)
+    alone = replace(options, eval=replace(options.eval, comparisons=[]))
+    found = evaluate(model, codec, data, alone, scratch, unsaved)
     if found is None:
         return {}
     write_samples(SampleFolder(scratch), options, pictures)
@@ -113,14 +114,12 @@ def evaluate(
     options: Options,
     folder: Path,
     checkpoint: dict[str, Any],
-    comparisons: bool = True,
 ) -> Evaluation | None:
     """Run the protocol of `options.eval`; samples and measurements stay in `folder`.
 
     Args:
         data: real clips, as pixels.
         checkpoint: path, sha256 and step of the model's weights.
-        comparisons: see `table_rows`.
 
     Returns:
         What was found, on the main process; None on the others.
@@ -128,7 +127,7 @@ def evaluate(
     with together():
         if processes().is_main_process:
             made_of = identity(checkpoint["sha256"], options, data)
-            rows = table_rows(options, comparisons)
+            rows = table_rows(options)
             SampleFolder.describe(folder, made_of, rows, _protocol(options, made_of), checkpoint)
     samples = SampleFolder(folder)
     generate_samples(model, codec, data, options, samples)
@@ -156,6 +155,7 @@ def _protocol(options: Options, made_of: dict[str, Any]) -> dict[str, Any]:
         "videos": o.videos,
         **{key: getattr(o, key) for key in ("context_frames", "new_frames", "trajectories")},
         "seeds": list(o.seeds),
+        "fvd_precision": o.fvd_precision,
         "data": str(Path(options.data.root) / options.data.val_list),
         "data_hash": made_of["data"],
         "autoencoder_hash": made_of["autoencoder"],

@@ -28,6 +28,7 @@ from scd.data.clips import ClipFolder
 from scd.data.lists import can_be_path
 from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
+from scd.evaluation.fvd import PRECISIONS
 from scd.evaluation.pictures import to_bytes
 from scd.files import read_json, write_json, write_whole
 from scd.models.autoencoder import autoencoder_hash
@@ -39,7 +40,7 @@ FORMAT = 1
 MOST = 10**6  # videos, or frames of a video: more is a damaged manifest
 # Options of these sections decide what is generated; those without influence on it are left out.
 _SECTIONS = ("model", "flow", "rollout", "eval")
-_WITHOUT_INFLUENCE = {"eval": ("batch_size", "saved_videos")}
+_WITHOUT_INFLUENCE = {"eval": ("batch_size", "saved_videos", "comparisons", "fvd_precision")}
 
 
 def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[str, Any]:
@@ -94,11 +95,13 @@ class SampleFolder:
             self.videos: int = self.manifest["protocol"]["videos"]
             self.context_frames: int = self.manifest["protocol"]["context_frames"]
             self.frames: int = self.context_frames + self.manifest["protocol"]["new_frames"]
+            self.fvd_precision: str = self.manifest["protocol"]["fvd_precision"]
             fits = all(map(_is_row, self.rows.values())) and "checkpoint" in self.manifest
         except (KeyError, TypeError, AttributeError) as error:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples ({error})") from error
         numbers = (self.videos, self.context_frames, self.frames)
         fits = fits and all(type(number) is int and 0 <= number <= MOST for number in numbers)
+        fits = fits and self.fvd_precision in list(PRECISIONS)
         if not fits or not self.videos or not self.context_frames < self.frames:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples, or a damaged one")
 

@@ -142,6 +142,15 @@ def rollout_text(r: RolloutOptions) -> str:
     )
 
 
+def of_fvd(protocols: list[dict[str, Any]]) -> str:
+    """What stands behind FVD in a head: it depends on the number of videos, and on precision."""
+    parts = ["n=" + "/".join(map(str, sorted({protocol["videos"] for protocol in protocols})))]
+    precisions = sorted({protocol["fvd_precision"] for protocol in protocols})
+    if precisions != ["fp32"]:
+        parts.append("/".join(precisions))
+    return f" ({', '.join(parts)})"
+
+
 def _make_table(
     lines: list[tuple[dict[str, str], dict[str, Any]]], evaluations: list[Evaluation]
 ) -> Table:
@@ -149,9 +158,8 @@ def _make_table(
     shown = {key: c for key, c in COLUMNS.items() if any(key in values for _, values in lines)}
     heads = list(lines[0][0])
     for key, (head, _) in shown.items():
-        if key == "fvd":  # it depends on the number of videos
-            numbers = sorted({evaluation.protocol["videos"] for evaluation in evaluations})
-            head += f" (n={'/'.join(map(str, numbers))})"
+        if key == "fvd":
+            head += of_fvd([evaluation.protocol for evaluation in evaluations])
         heads.append(head)
     cells = [
         [*names.values()]

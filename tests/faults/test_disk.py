@@ -134,7 +134,7 @@ def test_what_is_written_to_a_full_disk(disk: Disk) -> None:
     """The same call with and without room: the first one's result survives the second."""
     folder = disk.folder
     manifest = ({"format": 1}, {"model": ["model"]})
-    protocol = {"videos": 1, "context_frames": 4, "new_frames": 8}
+    protocol = {"videos": 1, "context_frames": 4, "new_frames": 8, "fvd_precision": "fp32"}
     SampleFolder.describe(folder / "samples", *manifest, protocol, {})
     samples = SampleFolder(folder / "samples")
     clip = torch.from_numpy(FRAMES).permute(0, 3, 1, 2).float() / 255

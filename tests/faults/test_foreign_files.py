@@ -312,7 +312,7 @@ def notes(_: Path) -> Kind:
 @kind
 def samples(folder: Path) -> Kind:
     """What `scd measure` reads."""
-    protocol = {"videos": 2, "context_frames": 4, "new_frames": 8}
+    protocol = {"videos": 2, "context_frames": 4, "new_frames": 8, "fvd_precision": "fp32"}
     SampleFolder.describe(folder, {"format": 1}, {"model": ["model-seed-0"]}, protocol, {})
     saved = SampleFolder(folder)
     for number in range(2):
