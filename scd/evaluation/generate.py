@@ -9,7 +9,6 @@ from scd.evaluation.protocol import (
     AUTOENCODED_SET,
     OTHER_SET,
     REAL_SET,
-    Prediction,
     autoencode_frames,
     predict_frames,
     predictions,
@@ -40,17 +39,17 @@ def generate_samples(
     sets_of_reals = {REAL_SET: 0, OTHER_SET: count}  # and the number that each begins at
     if [OTHER_SET] not in samples.rows.values():
         del sets_of_reals[OTHER_SET]
-    to_make: list[Prediction | None] = [*predictions(options)]
+    sets_to_make = [prediction.name for prediction in predictions(options)]
     if [AUTOENCODED_SET] in samples.rows.values():
-        to_make.append(None)
+        sets_to_make.append(AUTOENCODED_SET)
     with together():
         # The last clip that will be needed: too few are told now, not after hours.
         read_evaluation_clip(data, max(sets_of_reals.values()) + count - 1, options)
-        to_predict = [
-            (prediction, numbers)
+        to_make = [
+            (set_, numbers)
             for numbers in batches(count, options.eval.batch_size)
-            for prediction in to_make
-            if _lacking(samples, _set_of(prediction), numbers)
+            for set_ in sets_to_make
+            if _lacking(samples, set_, numbers)
         ]
         to_copy = [
             (set_, number, first + number)
@@ -61,7 +60,7 @@ def generate_samples(
         for set_, number, source in share(to_copy):
             clip = read_evaluation_clip(data, source, options)
             samples.write_clip(set_, number, clip["video"])
-        mine = share(to_predict)
+        mine = share(to_make)
         with tqdm(
             total=sum(len(numbers) for _, numbers in mine),
             desc="generate",
@@ -69,42 +68,35 @@ def generate_samples(
             dynamic_ncols=True,
             disable=not mine or not processes().is_main_process,
         ) as bar:
-            for prediction, numbers in mine:
-                _predict(model, codec, data, options, samples, prediction, numbers)
+            for set_, numbers in mine:
+                _make(model, codec, data, options, samples, set_, numbers)
                 bar.update(len(numbers))
-
-
-def _set_of(prediction: Prediction | None) -> str:
-    return AUTOENCODED_SET if prediction is None else prediction.name
 
 
 def _lacking(samples: SampleFolder, set_: str, numbers: list[int] | range) -> list[int]:
     return [number for number in numbers if not samples.clip_path(set_, number).exists()]
 
 
-def _predict(
+def _make(
     model: WorldModel,
     codec: Codec,
     data: ClipFolder,
     options: Options,
     samples: SampleFolder,
-    prediction: Prediction | None,
+    set_: str,
     numbers: list[int],
 ) -> None:
-    """Predict a batch and save those of its clips that are lacking.
-
-    Args:
-        prediction: None: the real frames through the autoencoder.
-    """
+    """Make a batch of a set and save those of its clips that are lacking."""
     batch = read_evaluation_batch(data, numbers, options, model.device)
-    if prediction is None:
+    if set_ == AUTOENCODED_SET:
         new = autoencode_frames(codec, options, batch["video"])
     else:
+        (prediction,) = (found for found in predictions(options) if found.name == set_)
         if prediction.swapped:
             batch["actions"] = swap_new_actions(batch["actions"], options)
         new = predict_frames(model, codec, options, batch, numbers, prediction.seed)
     whole = torch.cat([batch["video"][:, : samples.context_frames], new], dim=1).cpu()
-    set_, broken = _set_of(prediction), []
+    broken = []
     for number in _lacking(samples, set_, numbers):
         clip = whole[numbers.index(number)]
         if torch.isfinite(clip).all():
