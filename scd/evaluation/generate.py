@@ -47,8 +47,8 @@ def generate_samples(
         read_evaluation_clip(data, max(sets_of_reals.values()) + count - 1, options)
         to_make = [
             (set_, numbers)
+            for set_ in sets_to_make  # one after another, so that all processes get as much of each
             for numbers in batches(count, options.eval.batch_size)
-            for set_ in sets_to_make
             if _lacking(samples, set_, numbers)
         ]
         to_copy = [
