@@ -134,8 +134,10 @@ class SampleFolder:
         Raises:
             ScdError: samples of another identity lie there.
         """
-        if (path / MANIFEST).exists() and SampleFolder(path).manifest["identity"] != identity:
-            raise ScdError(f"{path}: holds samples of another evaluation; move them away")
+        if (path / MANIFEST).exists():
+            found = read_json(path / MANIFEST)
+            if not isinstance(found, dict) or found.get("identity") != identity:
+                raise ScdError(f"{path}: holds samples of another evaluation; move them away")
         parts = {"rows": rows, "protocol": protocol, "checkpoint": checkpoint}
         write_json(path / MANIFEST, {"identity": identity, **parts})
 
