@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -325,13 +326,19 @@ def test_record(page, downloads):
 
 
 def test_side_by_side(page):
+    """The models, and real Doom where it is installed, under the same keys."""
+    titles = ["SCD", "Dense baseline"] + ["Real Doom"] * bool(find_spec("vizdoom"))
+    places = range(len(titles))
     page.press("v")
-    page.wait(lambda: len(page.all("#worlds figure")) >= 2, "two worlds")
+    page.wait(lambda: len(page.all("#worlds figure")) == len(titles), "all worlds")
     page.wait(lambda: page.frame == BEGIN and page.picture(0) == page.picture(1), "their start")
-    begin = page.picture()
+    begin = [page.picture(place) for place in places]
+    page.hold(Keys.ARROW_LEFT)
     page.step()
-    assert len({begin, page.picture(0), page.picture(1)}) == 3
-    assert [f.text for f in page.all("#worlds figcaption")][:2] == ["SCD", "Dense baseline"]
+    page.release(Keys.ARROW_LEFT)
+    then = [page.picture(place) for place in places]
+    assert not set(begin) & set(then) and len(set(then)) == len(titles)
+    assert [figure.text for figure in page.all("#worlds figcaption")] == titles
     page.press("v")
     page.wait(lambda: len(page.all("#worlds figure")) == 1, "one world")
 
