@@ -119,7 +119,7 @@ def play(arguments: argparse.Namespace) -> None:
 
     a = arguments
     offer = load_offer(a.model, a.baseline, a.starts, a.overrides)
-    if a.measure:
+    if a.measure is not None:
         from scd.play.measure import measure
 
         measure(offer, a.measure)

@@ -26,6 +26,7 @@ stamp=$("$python" -c 'import sys; print(sys.prefix)')/.scd-installed
 files="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1) $PWD"
 installed=$(cat "$stamp" 2>/dev/null || true)
 if [ "$installed" != "$extras $files" ] && [ "$installed" != "dev $files" ]; then # dev has all
+    echo "installing into $(dirname "$(dirname "$python")"): some minutes the first time"
     "$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
         --editable ".[$extras]"
     echo "$extras $files" >"$stamp"

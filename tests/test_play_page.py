@@ -332,13 +332,16 @@ def test_side_by_side(page):
     page.press("v")
     page.wait(lambda: len(page.all("#worlds figure")) == len(titles), "all worlds")
     page.wait(lambda: page.frame == BEGIN and page.picture(0) == page.picture(1), "their start")
+    page.step()  # so that this is not the start, where a key ends the pause
     begin = [page.picture(place) for place in places]
     page.hold(Keys.ARROW_LEFT)
     page.step()
     page.release(Keys.ARROW_LEFT)
     then = [page.picture(place) for place in places]
     assert not set(begin) & set(then) and len(set(then)) == len(titles)
-    assert [figure.text for figure in page.all("#worlds figcaption")] == titles
+    captions = page.all("#worlds figcaption")
+    assert [caption.text for caption in captions] == titles
+    assert captions[1].get_attribute("title").startswith("CausalDiT, 0.")
     page.press("v")
     page.wait(lambda: len(page.all("#worlds figure")) == 1, "one world")
 
@@ -508,6 +511,9 @@ def test_another_page_and_busy(page, server):
         page.driver.get(server.url)
         page.wait_for_text("#notice-title", "The only place is taken")
         page.wait_for_text("#notice-text", "You are next")
+        with server.frozen():
+            page.wait_for_text("#notice-title", "The server does not answer")
+        page.wait_for_text("#notice-title", "The only place is taken")
         other.send("no message")  # ends the session at once
         page.wait(lambda: not page.find("#notice").is_displayed(), "a place")
     page.wait_for_frame(BEGIN)

@@ -21,6 +21,7 @@ from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.play import measure as measuring
 from scd.play import recording
+from scd.play.history import Frame
 from scd.play.limits import Limits
 from scd.play.measure import measure, served
 from scd.play.messages import Close, Closed
@@ -258,6 +259,18 @@ def test_idle_players_are_sent_away(offer):
             assert gone.value.rcvd is not None and gone.value.rcvd.code == 4408
             assert "no input for 0.5 seconds" in gone.value.rcvd.reason
             assert time.monotonic() - begun < 2
+
+    run(test, offer, limits=Limits(idle=0.5))
+
+
+def test_holding_a_key_is_playing(offer):
+    async def test(place: str) -> None:
+        async with playing(place) as player:
+            await player.say("pause", paused=False)
+            await player.say("input", action=3, seq=1)
+            begun = time.monotonic()
+            while time.monotonic() - begun < 1:
+                await player.picture()
 
     run(test, offer, limits=Limits(idle=0.5))
 
@@ -504,7 +517,7 @@ def test_numbers_that_cannot_be(offer):
     with pytest.raises(ScdError, match="0 sessions, but at least one player"):
         serve(offer, Address(port=0), places=0)
     with pytest.raises(ScdError, match="at least one frame"):
-        measure(offer, -1)
+        measure(offer, 0)
 
 
 # Recording and measuring
@@ -554,6 +567,13 @@ def test_a_recording(offer, tmp_path, monkeypatch):
                 assert answer.status_code == status
 
     run(test, offer)
+
+
+def test_a_recording_is_as_fast_as_it_was_played():
+    times = [None, None, 10.0, 10.25, 10.5, 60.0, 60.25]  # given frames, and a pause
+    frames = [Frame(number, 0, (), made) for number, made in enumerate(times)]
+    assert recording.pace(frames) == 4
+    assert recording.pace(frames[:3]) is None
 
 
 def test_measuring(offer, monkeypatch, capsys):

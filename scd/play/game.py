@@ -1,5 +1,6 @@
 """One player's worlds and their history. Any call may take long: none is for an event loop."""
 
+import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -54,7 +55,7 @@ class Game:
             raise ScdError(f"action {action} is none of 0 to {len(self.offer.actions) - 1}")
         number = self.history.newest.number + 1
         views = tuple(world.step(action, number) for world in self._worlds)
-        frame = Frame(number, action, views)
+        frame = Frame(number, action, views, time.monotonic())
         self.history.append(frame)
         return frame
 

@@ -19,11 +19,13 @@ class Frame:
         number: in the video, the start's first frame is 0.
         action: that led to it.
         views: one a world.
+        made: when, in seconds of a clock that only goes forward; of the start's frames: never.
     """
 
     number: int
     action: int
     views: tuple[View, ...]
+    made: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

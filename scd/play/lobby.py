@@ -19,12 +19,14 @@ class Lobby:
 
     Args:
         open_session: makes a new session.
+        alive: seconds between two signs of life for those who wait.
     """
 
-    def __init__(self, open_session: Callable[[], Awaitable[Session]], places: int):
+    def __init__(self, open_session: Callable[[], Awaitable[Session]], places: int, alive: float):
         self.sessions: dict[str, Session] = {}
         self.places = places
         self._open_session = open_session
+        self._alive = alive
         self._opening = 0
         self._waiting: list[object] = []
         self._moved = asyncio.Event()
@@ -41,7 +43,11 @@ class Lobby:
         session = self.sessions.get(wanted or "")
         resumed = session is not None
         if session is None:
-            session = await self._new_session(socket)
+            living = asyncio.create_task(self._live(socket))
+            try:
+                session = await self._new_session(socket)
+            finally:
+                living.cancel()
         self._stop_leaving(session)
         ended = True
         try:
@@ -67,6 +73,13 @@ class Lobby:
         for session in list(self.sessions.values()):
             self._end(session)
         await asyncio.gather(*self._closing, return_exceptions=True)
+
+    async def _live(self, socket: WebSocket) -> None:
+        """Without it a page that waits could not tell a full server from one that is gone."""
+        with suppress(WebSocketDisconnect, RuntimeError):
+            while True:
+                await asyncio.sleep(self._alive)
+                await socket.send_json({"type": "alive"})
 
     async def _new_session(self, socket: WebSocket) -> Session:
         if len(self._waiting) >= MAX_WAITING:

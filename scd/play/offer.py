@@ -83,7 +83,7 @@ def load_offer(
     models = {"model": load_pretrained(model, overrides)}
     missing = {}
     if baseline is None:
-        missing["baseline"] = "no folder with a baseline was given"
+        missing["baseline"] = "none was given: scd play --baseline DIR"
     else:
         models["baseline"] = load_pretrained(baseline, overrides)
         first, other = (m.options.data for m in models.values())

@@ -2,8 +2,10 @@
 
 import asyncio
 import io
+import statistics
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from scd.play.starts import Start
 
 MAX_RECORDINGS = 2  # at a time
 ENLARGED = 4
+PAUSE = 1.0  # seconds between two frames that are none of the pace
 
 
 def start_png(start: Start) -> bytes:
@@ -30,7 +33,7 @@ def start_png(start: Start) -> bytes:
 async def record_mp4(
     session: Session, query: Mapping[str, str], recordings: asyncio.Semaphore
 ) -> Response:
-    """The session's line as mp4, its worlds side by side.
+    """The session's line as mp4, its worlds side by side, as fast as it was played.
 
     The header `First-Frame` tells where it begins: frames that are no longer kept are missing.
 
@@ -49,7 +52,8 @@ async def record_mp4(
         return PlainTextResponse("other recordings are being made: try again in a moment", 503)
     try:
         async with recordings:
-            data = await asyncio.to_thread(_mp4, frames, session.fps)
+            fps = min(pace(frames) or session.fps, session.limits.max_fps)
+            data = await asyncio.to_thread(_mp4, frames, fps)
     except ScdError as error:
         return PlainTextResponse(str(error), 500)
     name = f"{session.game.start.name}-{frames[0].number}-{frames[-1].number}.mp4"
@@ -57,6 +61,16 @@ async def record_mp4(
     return Response(
         data, media_type="video/mp4", headers=attached | {"First-Frame": str(frames[0].number)}
     )
+
+
+def pace(frames: list[Frame]) -> float | None:
+    """Frames a second, pauses left out; None where none was played after another.
+
+    It may have been less than the player had asked for, and another at each time.
+    """
+    played = [frame.made for frame in frames if frame.made is not None]
+    gaps = [after - before for before, after in pairwise(played) if 0 < after - before < PAUSE]
+    return 1 / statistics.median(gaps) if gaps else None
 
 
 def _mp4(frames: list[Frame], fps: float) -> bytes:

@@ -50,7 +50,7 @@ def make_app(
     """
     worker = ThreadPoolExecutor(1, "play")  # one frame is computed at a time, with all cores
     limits = limits or Limits()
-    lobby = Lobby(lambda: Session.open(offer, worker, limits), places)
+    lobby = Lobby(lambda: Session.open(offer, worker, limits), places, limits.alive)
     recordings = asyncio.Semaphore(MAX_RECORDINGS)
 
     @asynccontextmanager

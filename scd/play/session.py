@@ -218,6 +218,8 @@ class _Connection:
         fresh = now - self._tapped_at < max(TAP_LASTS, 1 / self.session.fps)
         action, seq = self._held or (self._tapped if fresh else 0), self._seq
         self._tapped = 0
+        if self._held:  # a key that stays down sends nothing, and is played with all the same
+            self.session.last_input = now
         frame = await self.session.work(self.session.game.step, action)
         await self._show(frame, 0, seq, 1e3 * (time.monotonic() - now))
 

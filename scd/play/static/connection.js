@@ -5,6 +5,7 @@ const WAIT_WHEN_FULL = 10;
 const TAKEN_OVER = 4409;
 const FULL = 4503;
 const ENDED = new Set([1009, 4400, 4401, 4408, TAKEN_OVER, 4429, 4500, 4508]);
+const ALIVE = 2000; // ms between two signs of life, until the server has told its own
 const SILENT = 2.5; // signs of life that fail to come, until that is said
 const GONE = 7; // until another connection is tried
 const KEPT_AS = "scd session"; // for this tab: a page loaded anew goes on with its session
@@ -32,9 +33,10 @@ export class Connection {
   #waiting = []; // commands
   #asked = null; // the command whose state has not come yet
   #refused = null;
-  #alive = null; // ms between two signs of life, once the server has said so
+  #alive = ALIVE;
   #heard = 0; // when something came last
   #silent = false;
+  #phase = null; // what the status was before the silence
 
   constructor(listeners) {
     this.#listeners = listeners;
@@ -45,7 +47,8 @@ export class Connection {
   open() {
     clearTimeout(this.#timer);
     this.#drop();
-    this.#listeners.status({ phase: "connecting" });
+    this.#heard = performance.now();
+    this.#tell({ phase: "connecting" });
     const url = address("/ws", this.session ? { session: this.session } : {});
     url.protocol = url.protocol.replace("http", "ws");
     const socket = new WebSocket(url);
@@ -81,14 +84,19 @@ export class Connection {
 
   // Say so when nothing comes any more; the network may be gone though the socket looks open.
   #listen() {
-    if (this.#alive === null) return;
+    if (!this.#socket) return;
     const missed = (performance.now() - this.#heard) / this.#alive;
     if (missed > GONE) {
       this.open();
     } else if (missed > SILENT !== this.#silent) {
       this.#silent = !this.#silent;
-      this.#listeners.status({ phase: this.#silent ? "silent" : "open" });
+      this.#listeners.status(this.#silent ? { phase: "silent" } : this.#phase);
     }
+  }
+
+  #tell(status) {
+    this.#phase = status;
+    this.#listeners.status(status);
   }
 
   #next() {
@@ -99,7 +107,7 @@ export class Connection {
 
   #take(message) {
     if (message.type === "busy") {
-      this.#listeners.status({ phase: "busy", ...message });
+      this.#tell({ phase: "busy", ...message });
     } else if (message.type === "hello") {
       this.session = message.session;
       sessionStorage.setItem(KEPT_AS, message.session);
@@ -107,7 +115,7 @@ export class Connection {
       this.#alive = 1000 * message.limits.alive_seconds;
       this.#waiting = []; // they were meant for what was there before
       this.#asked = { type: "hello" }; // a state follows it too
-      this.#listeners.status({ phase: "open" });
+      this.#tell({ phase: "open" });
       this.#listeners.hello(message);
     } else if (message.type === "refused") {
       this.#refused = message.why;
@@ -123,12 +131,12 @@ export class Connection {
     this.#drop();
     if (ENDED.has(code)) {
       if (code !== TAKEN_OVER) this.#forget();
-      this.#listeners.status({ phase: "ended", code, reason });
+      this.#tell({ phase: "ended", code, reason });
       return;
     }
     const wait = code === FULL ? WAIT_WHEN_FULL : WAITS[Math.min(this.#failures, WAITS.length - 1)];
     this.#failures += 1;
-    this.#listeners.status({ phase: code === FULL ? "full" : "lost", wait });
+    this.#tell({ phase: code === FULL ? "full" : "lost", wait });
     this.#timer = setTimeout(() => this.open(), 1000 * wait);
   }
 
@@ -142,7 +150,8 @@ export class Connection {
       this.#socket.onclose = this.#socket.onmessage = null;
       this.#socket.close();
     }
-    this.#socket = this.#asked = this.#refused = this.#alive = null;
+    this.#socket = this.#asked = this.#refused = null;
+    this.#alive = ALIVE;
     this.#silent = false;
     this.#waiting = [];
   }

@@ -17,6 +17,7 @@ export function listen(controls, actions, start, silent) {
     if (sliding && ![" ", "Escape"].includes(key) && !event.code.startsWith("Key")) return;
     if (key === " " && event.target.matches("button, [type=checkbox]")) return;
 
+    if (key === "ArrowDown") event.preventDefault(); // beside the keys that walk: the page stays
     if (key === "Escape") document.getElementById("stage").focus();
     else if (moveOf(event)) controls.press(event);
     else if (event.repeat) return;

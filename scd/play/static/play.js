@@ -58,13 +58,16 @@ function onHello(message) {
   if (!message.resumed) {
     earlier = state;
     memory.clear();
-    recorder.drop();
+    if (wasLost) say(ANEW);
+    recorder.drop("its session has ended");
+  } else if (wasLost) {
+    say(BACK);
   }
   hello = message;
   document.body.classList.add("greeted");
   controls.actions = message.actions;
+  worlds.about = message.about;
   panel.offer(message);
-  if (wasLost) say(message.resumed ? BACK : ANEW);
   wasLost = false;
 }
 
@@ -73,7 +76,7 @@ function onState(message, command, refused) {
   newest = message.frame;
   if (refused) say(`Not done: ${refused}`);
   else memory.follow(message, command);
-  if (command.type === "start" && !refused) recorder.drop();
+  if (command.type === "start" && !refused) recorder.drop("another start was chosen");
   if (command.type === "keep" && !refused) say("Kept: return to this moment below the strip.");
   if (command.type === "hello") {
     comeBack();
@@ -138,7 +141,8 @@ function rewind(frame) {
   connection.command({ type: "rewind", frame });
 }
 
-function returnTo(moment) {
+async function returnTo(moment) {
+  await recorder.finish(connection.session); // of the line that is left
   connection.command({ type: "return", moment });
 }
 
@@ -148,7 +152,7 @@ const actions = {
     if (state && !state.paused) connection.command({ type: "pause", paused: true });
     else connection.send({ type: "step" });
   },
-  rewind: () => state && rewind(Math.max(firstFrame(), newest - Math.round(state.fps))),
+  rewind: () => state && rewind(Math.max(firstFrame(), newest - Math.round(stats.rate ?? state.fps))),
   branch: () => connection.command({ type: "keep" }),
   record: () => state && recorder.toggle(connection.session),
   full: () => {

@@ -12,28 +12,34 @@ export class Recorder {
     this.say = say;
   }
 
-  /** Where the line ends now; going back to before the recording began shortens what came before. */
+  /** Where the line ends now; a recording holds what the line holds in the end. */
   follow(newest) {
+    if (this.#first !== null && newest < this.#newest) {
+      this.say("Recording goes on from here; what you went back over is not in it.");
+    }
     this.#newest = newest;
     if (this.#first !== null) this.#first = Math.min(this.#first, newest);
     this.#show();
   }
 
-  /** Another start: what was recorded is no longer there. */
-  drop() {
+  /** What was recorded is no longer there; says so, if anything was. */
+  drop(why) {
     if (this.#first === null) return;
     this.#first = null;
     this.#show();
-    this.say("The recording ended without a file: another start was chosen.");
+    this.say(`The recording ended without a file: ${why}.`);
   }
 
   async toggle(session) {
-    if (this.#first === null) {
-      this.#first = this.#newest;
-      this.#show();
-      this.say("Recording.");
-      return;
-    }
+    if (this.#first !== null) return this.finish(session);
+    this.#first = this.#newest;
+    this.#show();
+    this.say("Recording.");
+  }
+
+  /** Save what is being recorded, if anything is. */
+  async finish(session) {
+    if (this.#first === null) return;
     const range = { first: this.#first, last: this.#newest };
     this.#first = null;
     this.#show();

@@ -8,6 +8,7 @@ const SLOW = 0.85; // of the target, for as long as the figures look back
 const PARTS = ["encoder", "denoising", "decoding"];
 
 export class Stats {
+  rate = null; // frames a second, as they came last at this pace
   #frames = []; // {at, worlds: name -> times}
   #pressed = new Map(); // seq -> when
   #latencies = []; // {at, ms}
@@ -24,6 +25,7 @@ export class Stats {
 
   /** A new pace, pause or resumption: what was measured before does not count for it. */
   begin(target, running) {
+    if (target !== this.#target) this.rate = null;
     this.#target = target;
     this.#running = running;
     this.#since = performance.now();
@@ -66,6 +68,7 @@ export class Stats {
     const last = this.#frames.at(-1);
     const several = this.#frames.length > 1;
     const fps = several ? (1000 * (this.#frames.length - 1)) / (last.at - first.at) : null;
+    this.rate = fps ?? this.rate;
     rate.textContent = fps === null ? "–" : fps.toFixed(1);
     const sorted = this.#latencies.map(({ ms }) => ms).sort((a, b) => a - b);
     const quantile = (q) => sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))];

@@ -7,9 +7,16 @@ export const titleOf = (name) => TITLES[name] ?? name;
 
 export class Worlds {
   #figures = new Map();
+  #about = {};
 
   constructor(box) {
     this.box = box;
+  }
+
+  /** What the server tells about them: name -> {kind, parameters}. */
+  set about(about) {
+    this.#about = about;
+    for (const [name, figure] of this.#figures) this.#explain(name, figure);
   }
 
   /** Show these worlds, by name. */
@@ -46,6 +53,13 @@ export class Worlds {
     caption.textContent = titleOf(name);
     figure.dataset.world = name;
     figure.append(canvas, caption);
+    this.#explain(name, figure);
     return figure;
+  }
+
+  #explain(name, figure) {
+    const about = this.#about[name];
+    const said = about && `${about.kind}, ${(about.parameters / 1e6).toFixed(1)} million parameters`;
+    figure.querySelector("figcaption").title = said ?? "";
   }
 }
