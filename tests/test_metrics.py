@@ -33,7 +33,6 @@ from scd.evaluation import (
     weights,
     weights_hash,
 )
-from scd.evaluation.measures import Measures
 
 
 @pytest.fixture(scope="module")
@@ -557,7 +556,6 @@ def test_bf16_features_are_near(i3d: dict[str, Tensor]) -> None:
     exact, near = i3d_features(videos), i3d_features(videos, precision="bf16")
     assert near.dtype == torch.float32
     assert 1e-4 < (near - exact).norm() / exact.norm() < 0.05
-    assert Measures("bf16").hashes["i3d"] != Measures().hashes["i3d"]
     with pytest.raises(ScdError, match="known are fp32, bf16"):
         i3d_features(videos, precision="fp16")
 

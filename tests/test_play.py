@@ -12,6 +12,8 @@ import torch
 
 from scd.doom.simulator import DoomSimulator
 from scd.errors import ScdError
+from scd.evaluation import psnr
+from scd.pipeline import SCDPipeline
 from scd.play import history, worlds
 from scd.play.game import Game
 from scd.play.history import Frame, History
@@ -359,6 +361,24 @@ def test_the_shipped_models_obey(name):
         turned = play(game, [1] * 4)[-1].views[0].picture.astype(float)
         last = game.start.frames[-1]
     assert np.abs(standing - last).mean() < np.abs(turned - last).mean()
+
+
+@pytest.mark.parametrize("name", ["scd_doom", "causal_dit_doom"])
+def test_the_shipped_pipelines_predict(name):
+    """As the README says; the four frames to come, far better than repeating the last one."""
+    pipeline = SCDPipeline.from_pretrained(ROOT / "assets/pretrained" / name)
+    pipeline.set_progress_bar_config(disable=True)
+    starts = load_starts(ROOT / "assets/starts", 64, 4)
+    real = torch.from_numpy(np.stack([s.frames for s in starts])).movedim(-1, 2).float() / 255
+    actions = torch.tensor(np.stack([s.actions for s in starts]))
+    new = pipeline(
+        real[:, :20],
+        actions=actions,
+        num_frames=4,
+        generator=[torch.Generator().manual_seed(number) for number in range(len(starts))],
+    ).frames[:, 20:]
+    repeated = real[:, 19:20].expand_as(new)
+    assert psnr(new, real[:, 20:]).mean() > psnr(repeated, real[:, 20:]).mean() + 3
 
 
 def test_what_is_shipped_is_small():

@@ -232,7 +232,7 @@ def test_comparisons_are_chosen(whole, options, model, data, no_weights, tmp_pat
 def test_another_precision_is_another_measurement(
     options, model, data, no_weights, tmp_path, monkeypatch
 ):
-    """The samples stay, every clip is measured anew, and the table says with what."""
+    """The samples stay, both are kept, and the table says with what it was measured."""
     features = torch.Generator().manual_seed(0)
     asked: list[str] = []
 
@@ -240,7 +240,6 @@ def test_another_precision_is_another_measurement(
         def __init__(self, fvd_precision="fp32"):
             super().__init__(fvd_precision)
             del self.missing["fvd"]
-            self.hashes["i3d"] = f"fake in {fvd_precision}"
 
         def features(self, video):
             asked.append(self.fvd_precision)
@@ -249,13 +248,14 @@ def test_another_precision_is_another_measurement(
     monkeypatch.setattr(measure, "Measures", Fake)
     options.eval.new_frames = 6
     heads = []
-    for precision in ("fp32", "bf16", "bf16"):
+    for precision in ("fp32", "bf16", "bf16", "fp32"):
         asked.clear()
         options.eval.fvd_precision = precision
         found = evaluate(model, PixelCodec(), data, options, tmp_path / "samples", UNSAVED)
         heads.append((set(asked), table(found).heads[-1]))
     bf16 = "FVD ↓ (n=3, bf16)"
-    assert heads == [({"fp32"}, "FVD ↓ (n=3)"), ({"bf16"}, bf16), (set(), bf16)]
+    fp32 = "FVD ↓ (n=3)"
+    assert heads == [({"fp32"}, fp32), ({"bf16"}, bf16), (set(), bf16), (set(), fp32)]
 
 
 def test_best_of_trajectories():
@@ -635,6 +635,10 @@ def test_models_in_one_table(options, doom_root, tmp_path, monkeypatch, capsys):
     assert table.strip() in capsys.readouterr().out
     assert "\nFrames: " in table
     assert "causal_dit 64 wide, 2 layers" in table and "scd 64 wide, 1+1 layers" in table
+    for path in tmp_path.rglob("metrics.json"):
+        path.write_text(path.read_text().replace('"fvd_precision"', '"renamed"'))
+    with pytest.raises(ScdError, match="another version"):
+        compare_checkpoints(paths[:2], tmp_path)
     again = [str(path) for path in paths[:2]] + ["rollout.steps=3"]
     assert main(["compare", *again, "--out", str(tmp_path)]) == 1
     assert ".safetensors rollout.steps=3" in capsys.readouterr().err

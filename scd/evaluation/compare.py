@@ -66,6 +66,8 @@ def compare_checkpoints(
     protocols = [candidate.evaluation["protocol"] for candidate in candidates]
     same = ("videos", "context_frames", "new_frames", "seeds", "data_hash", "fvd_precision")
     for key in same:
+        if any(key not in protocol for protocol in protocols):
+            raise ScdError("evaluated by another version of this project: evaluate them again")
         found = {str(protocol[key]) for protocol in protocols}
         if len(found) > 1:
             raise ScdError(

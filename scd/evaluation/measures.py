@@ -21,7 +21,7 @@ class Measures:
 
     def __init__(self, fvd_precision: str = "fp32") -> None:
         self.fvd_precision = fvd_precision
-        self.hashes: dict[str, str] = {}  # of the weights that are used, and how
+        self.hashes: dict[str, str] = {}
         self.missing: dict[str, str] = {}
         for metric, name, load in (
             ("lpips", "lpips", load_lpips_weights),
@@ -32,8 +32,6 @@ class Measures:
                 self.hashes[name] = weights_hash(name)
             except MetricUnavailable as error:
                 self.missing[metric] = str(error)
-        if fvd_precision != "fp32" and "i3d" in self.hashes:
-            self.hashes["i3d"] += f" in {fvd_precision}"
 
     def frames(self, video: Tensor, real: Tensor) -> dict[str, Tensor]:
         """Metric -> (n, frames), of predicted frames against real ones."""

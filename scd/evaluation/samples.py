@@ -5,7 +5,7 @@
     other/00000.mp4                real clips of other numbers
     autoencoded/00000.mp4          real clips, the new frames as the autoencoder gives them back
     model-seed-0/00000.mp4         context and predicted frames, one folder for each prediction
-    measured/<set>/00000.safetensors
+    measured/<set>/00000.safetensors      measured-bf16/: with that eval.fvd_precision
 
 Clips are saved without loss, so that measuring them again gives the same numbers to the bit. All
 that changes a sample is part of the identity in the manifest, and the folder's name has its hash:
@@ -161,8 +161,14 @@ class SampleFolder:
         frames = torch.from_numpy(video.frames(np.arange(self.frames)))
         return frames.permute(0, 3, 1, 2).float() / 255
 
+    @property
+    def measured(self) -> Path:
+        """The folder of measurements with this precision of FVD."""
+        fp32 = self.fvd_precision == "fp32"
+        return self.path / ("measured" if fp32 else f"measured-{self.fvd_precision}")
+
     def measurement_path(self, set_: str, number: int) -> Path:
-        return self.path / "measured" / set_ / f"{number:05d}.safetensors"
+        return self.measured / set_ / f"{number:05d}.safetensors"
 
     def write_measurement(
         self, set_: str, number: int, values: dict[str, Tensor], weights: dict[str, str]
@@ -206,8 +212,8 @@ class SampleFolder:
 
 
 def siblings(samples: SampleFolder) -> list[SampleFolder]:
-    """Other evaluations of the same real clips cut in the same way, of this experiment and of
-    those beside it."""
+    """Other evaluations of the same real clips, cut and measured in the same way, of this
+    experiment and of those beside it."""
     found: list[SampleFolder] = []
     if samples.path.parent.name != EVALUATIONS:
         return found
@@ -215,6 +221,7 @@ def siblings(samples: SampleFolder) -> list[SampleFolder]:
         try:
             other = SampleFolder(path)
             same = path != samples.path and other.clips == samples.clips
+            same = same and other.fvd_precision == samples.fvd_precision
         except (ScdError, KeyError, TypeError):  # not a folder of samples, or a damaged one
             continue
         if same:

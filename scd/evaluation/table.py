@@ -83,7 +83,7 @@ def summarise(samples: SampleFolder, measures: Measures) -> Evaluation:
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
             raise ScdError(
                 f"{samples.path}: measurements of {name} do not fit the others "
-                f"({reason(error)}); remove {samples.path / 'measured'}"
+                f"({reason(error)}); remove {samples.measured}"
             ) from error
     manifest = samples.manifest
     return Evaluation(
