@@ -167,7 +167,7 @@ class EvalOptions:
     batch_size: int = 16
     saved_videos: int = 16  # how many are written as mp4
     swapped_actions: list[int] = field(default_factory=list)  # the pair that a table row exchanges
-    # Rows beside the model's; each takes as long to measure.
+    # Rows beside the model's; each takes as long to measure as the model's.
     comparisons: list[str] = field(default_factory=lambda: ["repeat", "autoencoder", "other"])
     fvd_precision: str = "fp32"  # | bf16: half the time on a CPU that has it
 
