@@ -325,6 +325,27 @@ def test_record(page, downloads):
     assert video.frames(np.arange(5)).shape == (5, 256, 256, 3)
 
 
+def test_record_and_leave(page, downloads):
+    """Nothing that was recorded is lost, or slips in, without a word."""
+    page.step()
+    page.press("r")
+    for _ in range(2):
+        page.step()
+    page.press(Keys.BACKSPACE)
+    page.wait_for_text("#status", "what you went back over is not in it")
+    page.wait_for_frame(BEGIN)
+    page.step()
+    before = set(downloads.glob("*.mp4"))
+    page.find("#branches button").click()
+    page.wait_for_text("#status", r"Saved .*\.mp4")
+    page.wait_for_frame(BEGIN + 3)
+    (path,) = page.wait(lambda: set(downloads.glob("*.mp4")) - before, "the file")
+    assert len(VideoFile(path)) == 2  # frames 23 and 24 of the line that was left
+    page.press("r")
+    page.find("#starts button").click()
+    page.wait_for_text("#status", "without a file: another start was chosen")
+
+
 def test_side_by_side(page):
     """The models, and real Doom where it is installed, under the same keys."""
     titles = ["SCD", "Dense baseline"] + ["Real Doom"] * bool(find_spec("vizdoom"))
