@@ -365,7 +365,8 @@ def test_pieces_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 def test_measuring_is_full_precision_and_leaves_settings_alone() -> None:
     def settings() -> list[object]:
         backends: Any = torch.backends
-        operators = (backends.cudnn.conv, backends.mkldnn.conv)
+        operators = [b.conv for b in (backends.cudnn, backends.mkldnn)]
+        operators += [b.matmul for b in (backends.cuda, backends.mkldnn)]
         return [*(o.fp32_precision for o in operators), torch.is_grad_enabled()]
 
     before = settings()
@@ -374,7 +375,7 @@ def test_measuring_is_full_precision_and_leaves_settings_alone() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(ssim(a, b), plain)
     with pytest.raises(RuntimeError), frame_metrics.measuring(torch.device("cpu")):
-        assert settings() == ["ieee", "ieee", False]
+        assert settings() == ["ieee"] * 4 + [False]
         raise RuntimeError
     assert settings() == before
 

@@ -42,13 +42,18 @@ def check_videos(videos: Tensor, name: str = "videos") -> None:
 
 @contextmanager
 def measuring(device: torch.device) -> Iterator[None]:
-    """No gradients, and convolutions in true float32, whatever training set around it.
+    """No gradients; convolutions and matrix products in true float32, whatever training set.
 
     Autocast and TF32, which is on by default for convolutions on a GPU, would change the third
     digit of the metrics from machine to machine.
     """
     backends: Any = torch.backends  # mypy does not know what follows
-    operators = (backends.cudnn.conv, backends.mkldnn.conv)
+    operators = (
+        backends.cudnn.conv,
+        backends.mkldnn.conv,
+        backends.cuda.matmul,
+        backends.mkldnn.matmul,
+    )
     before = [operator.fp32_precision for operator in operators]
     try:
         for operator in operators:

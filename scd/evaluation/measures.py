@@ -45,4 +45,4 @@ class Measures:
     def features(self, video: Tensor) -> Tensor | None:
         if "fvd" in self.missing:
             return None
-        return i3d_features(video, precision=self.fvd_precision).cpu()
+        return i3d_features(video, precision=self.fvd_precision)
