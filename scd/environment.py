@@ -2,12 +2,15 @@
 
 import platform
 import subprocess
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from scd.precision import resolve_precision
 
 PACKAGES = [
     "scd",
@@ -24,7 +27,7 @@ PACKAGES = [
 
 
 def environment() -> dict[str, Any]:
-    """Package versions, git commit and device."""
+    """Collect package versions, git commit, device, and the precision that `auto` means on it."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -36,10 +39,19 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "python": platform.python_version(),
         "git_commit": git_commit(),
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "best_precision": resolve_precision("auto", torch.device("cuda" if cuda else "cpu")),
     }
+
+
+def _processor() -> str:
+    """Name the processor, the widest instructions that torch uses of it, and its threads."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line for line in lines if line.startswith("model name")).split(": ", 1)[-1]
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"CPU, {name} ({instructions}), {torch.get_num_threads()} threads"
 
 
 @cache

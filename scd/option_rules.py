@@ -21,7 +21,7 @@ CHOICES = {
     "flow.prediction": ("velocity", "data"),
     "flow.encoder_input": ("clean", "noisy", "mixed"),
     "optim.schedule": ("constant", "cosine"),
-    "train.mixed_precision": ("no", "bf16"),
+    "train.mixed_precision": ("auto", "bf16", "no"),
     "rollout.guidance": ("none", "context", "condition"),
     "rollout.solver": ("euler", "multistep"),
     "rollout.spacing": ("reference", "even"),

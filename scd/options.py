@@ -129,7 +129,7 @@ class TrainOptions:
     batch_size: int = MISSING  # clips, per process and accumulation step
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
-    mixed_precision: str = "bf16"  # | no
+    mixed_precision: str = "auto"  # bf16 where the device has it, else fp32 | bf16 | no
     compile: bool = False  # torch.compile; needs a C++ compiler on the CPU
     workers: int = 2  # data loading processes
     log_every: int = 10
@@ -169,7 +169,7 @@ class EvalOptions:
     swapped_actions: list[int] = field(default_factory=list)  # the pair that a table row exchanges
     # Rows beside the model's; each takes as long to measure as the model's.
     comparisons: list[str] = field(default_factory=lambda: ["repeat", "autoencoder", "other"])
-    fvd_precision: str = "fp32"  # | bf16: half the time on a CPU that has it
+    fvd_precision: str = "fp32"  # | bf16: half the time where the device has it
 
 
 @dataclass

@@ -13,6 +13,7 @@ from scd.errors import ScdError
 from scd.models.autoencoder import LatentCodec, PixelCodec
 from scd.models.world_model import WorldModel
 from scd.options import RolloutOptions
+from scd.precision import for_computing
 from scd.rollout import Rollout
 
 
@@ -88,7 +89,7 @@ class SCDPipeline(DiffusionPipeline):
             raise ScdError(
                 f"actions are {tuple(actions.shape)}, expected {(len(video), known + num_frames)}"
             )
-        codec = PixelCodec() if self.vae is None else LatentCodec(self.vae)
+        codec = PixelCodec() if self.vae is None else LatentCodec(for_computing(self.vae))
         device = self.transformer.device
         video = video.to(device)
         settings = self._settings(num_inference_steps, rollout)

@@ -1,7 +1,6 @@
 """A short training in memory, to see what a changed model recovers."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 
@@ -13,6 +12,7 @@ from scd.models import WorldModel
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel
 from scd.options import Options
+from scd.precision import autocast, resolve_precision
 from scd.training.optimizer import make_optimizer
 from scd.training.world_model_task import parameter_groups
 
@@ -59,14 +59,15 @@ def fine_tuning(
     objective = FlowObjective(model, codec, options.flow, options.seed)
     optimizer = make_optimizer(parameter_groups(model, options.optim), options.optim)
     rates = [group["lr"] for group in optimizer.param_groups]
-    bf16, device = t.mixed_precision == "bf16", model.device
+    device = model.device
+    precision = resolve_precision(t.mixed_precision, device)
     for step in range(steps):
         model.train()
         for part in range(t.gradient_accumulation):
             first = ((t.steps + step) * t.gradient_accumulation + part) * t.batch_size
             read = [clips[number] for number in range(first, first + t.batch_size)]
             batch = {key: torch.stack([clip[key] for clip in read]).to(device) for key in read[0]}
-            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            with autocast(device, precision):
                 loss = objective(batch)["loss"]
             (loss / t.gradient_accumulation).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.optim.max_grad_norm)

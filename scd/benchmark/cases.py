@@ -1,6 +1,7 @@
 """What is timed: the cases of the table, and those of the plots."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 SIDE, CHANNELS, ACTIONS = 8, 32, 4  # latents of a frame: 8x8 of 32 channels, as Minecraft's
 
@@ -33,7 +34,7 @@ class StreamCase:
 
 @dataclass(frozen=True)
 class TrainCase:
-    """Optimiser steps on clips of latents, with K noise draws, in bf16."""
+    """Optimiser steps on clips of latents, with K noise draws."""
 
     name: str
     heads: int = 6
@@ -42,6 +43,7 @@ class TrainCase:
     frames: int = 32
     batch: int = 2
     draws: int = 2
+    dtype: str = "bfloat16"
     steps: int = 5
 
 
@@ -52,6 +54,7 @@ class EndlessCase:
     name: str
     frames: int
     window: int = 48
+    dtype: str = "float32"
 
 
 Case = StreamCase | TrainCase | EndlessCase
@@ -75,11 +78,22 @@ TABLE: list[Case] = [
     _named(_SCD, context=299, prefill=False, frames=5),
     _named(_SCD, context=144, steps=50, guidance="none", frames=3),
     _named(_DENSE, context=144, steps=50, guidance="none", frames=3),
+    TrainCase("training, 384 wide, 4+2 layers, 32 frames, batch 2, K = 2, fp32", dtype="float32"),
     TrainCase("training, 384 wide, 4+2 layers, 32 frames, batch 2, K = 2, bf16"),
     EndlessCase("2000 frames through a window of 48, 256 wide, 4+2 layers, 4 steps, fp32", 2000),
 ]
 CONTEXTS = [36, 72, 144, 300, 600, 1000]
 STEPS = [1, 2, 5, 10, 20, 50]
-_PLOTTED = {"guidance": "none", "prefill": False, "frames": 2}
-BY_CONTEXT = [_named(model, context=n, **_PLOTTED) for model in (_SCD, _DENSE) for n in CONTEXTS]
-BY_STEPS = [_named(model, steps=n, **_PLOTTED) for model in (_SCD, _DENSE) for n in STEPS]
+_PLOTTED: dict[str, Any] = {"guidance": "none", "prefill": False, "frames": 2}
+
+
+def by_context(dtype: str) -> list[StreamCase]:
+    """List the cases of the plot against context."""
+    models = (_SCD, _DENSE)
+    return [_named(m, context=n, dtype=dtype, **_PLOTTED) for m in models for n in CONTEXTS]
+
+
+def by_steps(dtype: str) -> list[StreamCase]:
+    """List the cases of the plot against denoising steps."""
+    models = (_SCD, _DENSE)
+    return [_named(m, steps=n, dtype=dtype, **_PLOTTED) for m in models for n in STEPS]

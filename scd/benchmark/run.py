@@ -17,10 +17,13 @@ from scd.environment import environment
 from scd.errors import ScdError
 from scd.evaluation.table import Table
 from scd.files import write_json, write_whole
+from scd.precision import has_bf16
 
 
 def benchmark(folder: Path, only: str | None, plots: bool) -> None:
     """Run the cases whose name contains `only`; with `plots`, those of the plots too.
+
+    Cases in bf16 are left out on a device that only emulates it: they would run for hours.
 
     Raises:
         ScdError: no case has such a name, or one of them failed.
@@ -29,16 +32,24 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
     if not chosen:
         names = "; ".join(case.name for case in cases.TABLE)
         raise ScdError(f"no case contains {only!r}; there are {names}")
+    bf16 = has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if not bf16:
+        for case in chosen:
+            if case.dtype == "bfloat16":
+                print(f"left out, as this device only emulates bf16: {case.name}")
+        chosen = [case for case in chosen if case.dtype != "bfloat16"]
+    if not chosen:
+        raise ScdError(f"all cases that contain {only!r} are in bf16, which this device emulates")
     results = [_in_own_process(case) for case in chosen]
     text = "\n\n".join(table.markdown() for table in _tables(chosen, results))
     figures: dict[str, Any] = {"cases": _paired(chosen, results), "environment": environment()}
     if plots:
         from scd.benchmark.plots import draw_scaling
 
-        for name in ("BY_CONTEXT", "BY_STEPS"):
-            plotted: list[StreamCase] = getattr(cases, name)
-            times = [_in_own_process(case) for case in plotted]
-            figures[name.lower()] = _paired(plotted, times)
+        dtype = "bfloat16" if bf16 else "float32"
+        for plotted in (cases.by_context, cases.by_steps):
+            plot = plotted(dtype)
+            figures[plotted.__name__] = _paired(plot, [_in_own_process(case) for case in plot])
         draw_scaling(folder / "scaling.png", figures["by_context"], figures["by_steps"])
     write_json(folder / "benchmark.json", figures)
     write_whole(

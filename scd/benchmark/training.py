@@ -13,10 +13,12 @@ from scd.flow.objective import FlowObjective
 from scd.models import SCD
 from scd.models.autoencoder import PixelCodec
 from scd.options import FlowOptions
+from scd.precision import autocast
 
 
 def run_training(case: TrainCase, device: torch.device) -> dict[str, Any]:
-    machine = measure_machine(torch.bfloat16, device)
+    dtype = getattr(torch, case.dtype)
+    machine = measure_machine(dtype, device)
     torch.manual_seed(0)
     model = SCD(
         channels=CHANNELS,
@@ -38,7 +40,7 @@ def run_training(case: TrainCase, device: torch.device) -> dict[str, Any]:
     }
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device, "bf16" if dtype == torch.bfloat16 else "fp32"):
             loss = objective(batch)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

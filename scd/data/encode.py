@@ -23,6 +23,7 @@ from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.models.autoencoder import CHUNK_FRAMES, Codec, LatentCodec, encoder_hash, load_codec
 from scd.options import Options
+from scd.precision import autocast, resolve_precision
 from scd.processes import processes, share, together
 
 
@@ -44,6 +45,7 @@ def encode_dataset(options: Options) -> None:
     codec = load_codec(path)
     assert isinstance(codec, LatentCodec)
     codec.to(state.device)
+    precision = resolve_precision(options.train.mixed_precision, state.device)
     framing, shape = framing_of(options.data), latent_shape(codec, options)
     made_by = encoding_name(options)
     root = Path(options.data.root)
@@ -59,8 +61,8 @@ def encode_dataset(options: Options) -> None:
             opened = open_video(root / video)
             wanted = LatentHeader(made_by, (len(opened), *shape))
             if latent_header(targets[video]) != wanted:
-                bf16 = options.train.mixed_precision == "bf16"
-                write_latents(targets[video], _encode_video(opened, codec, framing, bf16), made_by)
+                latents = _encode_video(opened, codec, framing, precision)
+                write_latents(targets[video], latents, made_by)
             lengths[targets[video]] = len(opened)
     lengths = dict(item for part in gather_object([lengths]) for item in part.items())
     with together():
@@ -81,7 +83,7 @@ def encode_dataset(options: Options) -> None:
 
 @torch.no_grad()
 def _encode_video(
-    video: VideoFile | NpzVideo, codec: LatentCodec, framing: Framing, bf16: bool
+    video: VideoFile | NpzVideo, codec: LatentCodec, framing: Framing, precision: str
 ) -> Tensor:
     """The unscaled latents (F, C, h, w) of a whole video, float32 on the CPU."""
     device = codec.autoencoder.device
@@ -89,7 +91,7 @@ def _encode_video(
     for start in range(0, len(video), CHUNK_FRAMES):
         indices = np.arange(start, min(start + CHUNK_FRAMES, len(video)))
         frames = framing(as_images(video.frames(indices)), video.path).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast(device, precision):
             chunks.append(codec.encode_images(frames.float() / 255).float().cpu())
     return torch.cat(chunks)
 

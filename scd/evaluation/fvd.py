@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from scd.errors import ScdError
 from scd.evaluation.frame_metrics import check_videos, measuring
 from scd.evaluation.weights import load_i3d_weights
+from scd.precision import DTYPES, resolve_precision
 
 FEATURES = 400
 SHORTEST = 9  # frames; time is halved three times and the last pooling needs two steps
 _SIDE = 224  # pixels the network sees, in height and width
 _BATCH_NORM_EPSILON = 1e-3
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of the convolutions
 FRAMES_AT_ONCE = 64  # half a GB of activations; larger batches are no faster on CPU
 
 _MIXED_BEFORE_POOL_4 = ("3b", "3c")
@@ -171,7 +171,7 @@ def load_i3d(device: torch.device, precision: str) -> InceptionI3d:
     network = InceptionI3d(load_i3d_weights()).to(device).eval()
     for module in network.modules():
         if isinstance(module, Unit):  # not the classifier
-            module.to(PRECISIONS[precision])
+            module.to(DTYPES[resolve_precision(precision, device)])
     return network
 
 
@@ -188,7 +188,7 @@ def i3d_features(
         batch_size: videos at once; by default as many as make 64 frames, at least one.
         device: where to compute; by default where the videos are.
         precision: of the convolutions, whatever autocast says. bf16 takes half the time on a CPU
-            that has it; features move by one to two percent.
+            that has it (see `scd.precision`); features move by one to two percent.
 
     Returns:
         (n, 400) float32 on the CPU.
@@ -203,8 +203,8 @@ def i3d_features(
         raise ScdError(f"FVD needs videos of at least {SHORTEST} frames, these have {frames}")
     if batch_size is not None and batch_size < 1:
         raise ScdError(f"batch_size: {batch_size}, wanted at least 1")
-    if precision not in PRECISIONS:
-        raise ScdError(f"precision: {precision!r}, known are {', '.join(PRECISIONS)}")
+    if precision not in DTYPES:
+        raise ScdError(f"precision: {precision!r}, known are {', '.join(DTYPES)}")
     device = videos.device if device is None else torch.device(device)
     network = load_i3d(device, precision)
     chunks = videos.split(batch_size or max(1, FRAMES_AT_ONCE // frames))

@@ -28,11 +28,11 @@ from scd.data.clips import ClipFolder
 from scd.data.lists import can_be_path
 from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
-from scd.evaluation.fvd import PRECISIONS
 from scd.evaluation.pictures import to_bytes
 from scd.files import read_json, write_json, write_whole
 from scd.models.autoencoder import autoencoder_hash
 from scd.options import Options
+from scd.precision import DTYPES
 
 MANIFEST = "manifest.json"
 EVALUATIONS = "evaluation"  # the folder of an experiment's sample folders
@@ -101,7 +101,7 @@ class SampleFolder:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples ({error})") from error
         numbers = (self.videos, self.context_frames, self.frames)
         fits = fits and all(type(number) is int and 0 <= number <= MOST for number in numbers)
-        fits = fits and self.fvd_precision in list(PRECISIONS)
+        fits = fits and self.fvd_precision in list(DTYPES)
         if not fits or not self.videos or not self.context_frames < self.frames:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples, or a damaged one")
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scd.precision import has_bf16
+
 # The layout that oneDNN chooses for about this many rows serves 16 to 2000 of them equally well.
 PACKED_FOR_ROWS = 256
 
@@ -58,4 +60,7 @@ class PackedWeights:
 def _packable(weight: Tensor) -> bool:
     # A sharded weight is a parameter of another type.
     plain = type(weight) is nn.Parameter and weight.device.type == "cpu"
-    return plain and weight.dtype in (torch.float32, torch.bfloat16)
+    return plain and (
+        weight.dtype == torch.float32
+        or (weight.dtype == torch.bfloat16 and has_bf16(weight.device))
+    )

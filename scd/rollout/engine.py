@@ -13,6 +13,7 @@ from scd.models.scd import DecoderField
 from scd.models.world_model import MAX_TIMESTEP, VelocityField, WorldModel
 from scd.option_rules import check_rollout
 from scd.options import RolloutOptions
+from scd.precision import for_computing
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.graph import graphed
 
@@ -25,6 +26,8 @@ class Rollout:
 
     Guidance `context`: the negative branch has a perturbed context (one encoder pass; SCD only);
     `condition`: it has the null action or label everywhere.
+
+    A model in bf16 is copied to float32 on a device that only emulates bf16.
 
     Args:
         settings: how a frame is made, and how much of the past it sees.
@@ -47,10 +50,10 @@ class Rollout:
             )
         if s.compile and not model.has_context:
             raise ScdError(f"{type(model).__name__}: only the steps of an SCD can be compiled")
+        self.model = model = for_computing(model)
+        self.settings = settings
         if s.compile and model.decoder._compiled_call_impl is None:
             model.decoder.compile()
-        self.model = model
-        self.settings = settings
         self.levels = noise_levels(s.steps, s.spacing, s.shift)
         self._timesteps = MAX_TIMESTEP * torch.tensor(self.levels[:-1], device=model.device)
         if s.window:

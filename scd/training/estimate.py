@@ -11,6 +11,7 @@ from scd.models.autoencoder import Codec
 from scd.models.build import build_world_model
 from scd.models.world_model import WorldModel
 from scd.options import Options
+from scd.precision import DTYPES, resolve_precision
 
 
 @dataclass
@@ -33,9 +34,10 @@ def estimate_step(options: Options, codec: Codec) -> StepEstimate:
     with torch.device("meta"):
         model = build_world_model(options, codec)
     model.set_gradient_checkpointing(options.train.gradient_checkpointing)
-    bf16 = options.train.mixed_precision == "bf16"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(options.train.mixed_precision, device)
     # Past diffusers' own `to`, which warns of what does not matter here.
-    nn.Module.to(model, torch.bfloat16 if bf16 else torch.float32)
+    nn.Module.to(model, DTYPES[precision])
     kept: dict[int, int] = {}  # storage -> bytes; a tensor is saved once for all that need it
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
 

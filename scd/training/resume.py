@@ -83,6 +83,13 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
         )
 
 
+def precision_before(saved: dict[str, Any]) -> str | None:
+    """Read what a checkpoint's run computed in; None where its manifest does not say."""
+    # Checkpoints from before `auto` computed in what the option named.
+    named = flat_options(saved["options"]).get("train.mixed_precision")
+    return saved.get("precision") or {"bf16": "bf16", "no": "fp32"}.get(str(named))
+
+
 def flat_options(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options by dotted names."""
     out: dict[str, Any] = {}

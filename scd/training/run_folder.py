@@ -15,13 +15,24 @@ from scd.options import Options, options_to_dict, options_to_yaml
 from scd.training.resume import flat_options
 
 
-def write_run_files(output: Path, options: Options, accelerator: Accelerator) -> None:
-    """`options.yml` (resolved) and `environment.json`."""
+def write_run_files(
+    output: Path, options: Options, accelerator: Accelerator, precision: str
+) -> dict[str, Any]:
+    """Write `options.yml` (resolved) and `environment.json`.
+
+    Returns:
+        What the log begins with: device, precision and number of processes.
+    """
+    found = environment()
+    used = {
+        "device": found["device"],
+        "precision": precision,
+        "processes": accelerator.num_processes,
+    }
     text = options_to_yaml(options)
     write_whole(output / "options.yml", lambda aside: aside.write_text(text, encoding="utf-8"))
-    write_json(
-        output / "environment.json", {**environment(), "processes": accelerator.num_processes}
-    )
+    write_json(output / "environment.json", {**found, **used})
+    return used
 
 
 def for_trackers(options: Options) -> dict[str, str | int | float | bool]:

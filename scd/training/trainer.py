@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,7 +18,8 @@ from scd.errors import ScdError, Stopped
 from scd.files import write_whole_folder
 from scd.models.weights import load_matching
 from scd.options import Options
-from scd.processes import together
+from scd.precision import resolve_precision
+from scd.processes import processes, together
 from scd.training.average import Average
 from scd.training.batches import batches_from
 from scd.training.broken_clips import BrokenClips
@@ -38,7 +39,12 @@ from scd.training.faults import (
 from scd.training.heartbeat import Heartbeat
 from scd.training.learner import Learner
 from scd.training.meter import Meter
-from scd.training.resume import newest_checkpoint, refuse_other_run, run_identity
+from scd.training.resume import (
+    newest_checkpoint,
+    precision_before,
+    refuse_other_run,
+    run_identity,
+)
 from scd.training.run_folder import RunLog, for_trackers, write_run_files
 from scd.training.sharding import whole_on_cpu
 from scd.training.signals import StopRequest, stop_request
@@ -61,6 +67,7 @@ class Trainer:
         self.task = task
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
+        self.precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
         self.step = 0
         self.saved_step = 0
         self.learner = Learner(task.network, task.parameter_groups(), options)
@@ -105,7 +112,9 @@ class Trainer:
         """
         options, t = self.options, self.options.train
         if self.main:
-            write_run_files(options.output, options, self.accelerator)
+            used = write_run_files(options.output, options, self.accelerator, self.precision)
+            self.log.write({"step": self.step, **used})
+            print(f"{options.name}: training in {used['precision']} on {used['device']}")
         self.accelerator.init_trackers(options.name, config=for_trackers(options))
         meter = Meter(run_identity(options, self.accelerator.num_processes)["clips_per_step"])
         bar = tqdm(
@@ -159,7 +168,8 @@ class Trainer:
     def _state(self) -> TrainingState:
         state = TrainingState(
             self.step,
-            run_identity(self.options, self.accelerator.num_processes),
+            run_identity(self.options, self.accelerator.num_processes)
+            | {"precision": self.precision},
             model=whole_on_cpu(self.task.network.state_dict()),
             ema=self.average.state(),
             optimizer=whole_on_cpu(self.learner.optimizer.state_dict()),
@@ -289,13 +299,22 @@ class Trainer:
         if self.main:
             set_aside_newer(path)
             print(f"continuing {self.options.name} from step {self.step} ({path})")
+            before = precision_before(state.run)
+            if before not in (None, self.precision):
+                print(f"it was trained in {before} so far, and goes on in {self.precision}")
         return state
+
+
+def run_precision(options: Options) -> str:
+    """Resolve `train.mixed_precision` to what all processes of the run have: `fp32` or `bf16`."""
+    mine = resolve_precision(options.train.mixed_precision, processes().device)
+    return "bf16" if set(gather_object([mine])) == {"bf16"} else "fp32"
 
 
 def make_accelerator(options: Options) -> Accelerator:
     """The processes and devices of this run, as `accelerate launch` set them up."""
     return Accelerator(
-        mixed_precision=options.train.mixed_precision,
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[run_precision(options)],
         log_with=list(options.train.trackers) or None,
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
         cpu=not torch.cuda.is_available(),

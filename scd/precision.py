@@ -1,0 +1,89 @@
+"""The precision of arithmetic: what a device is good at, and what a run asked for.
+
+bfloat16 halves the time of a matrix product where the device has instructions for it. Where it has
+none, as on x86 processors without AVX-512, bfloat16 is emulated and 20 to 100 times slower than
+float32. Training, encoding, the optimiser, metrics, rollouts and benchmarks all ask here.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from functools import cache
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROBE_SIZE = 256  # side of the matrices that are multiplied to find out
+PROBES = 5
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """Turn an option's word into `fp32` or `bf16`.
+
+    Args:
+        wanted: `auto`: the fastest that the device has; `bf16`: obeyed everywhere, but where it is
+            emulated one line on stderr says what that costs; `no` or `fp32`.
+    """
+    if wanted == "auto":
+        return "bf16" if has_bf16(device) else "fp32"
+    if wanted == "bf16":
+        if not has_bf16(device):
+            _warn_of_emulation(device)
+        return "bf16"
+    return "fp32"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 at least as fast as float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and _cpu_has_bf16()
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Compute matrix products and convolutions in a resolved precision within the block."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def for_computing(module: Module) -> Module:
+    """Return a module itself, or a float32 copy of one in bf16 that its device would emulate."""
+    weight = next(module.parameters())
+    if weight.dtype != torch.bfloat16 or has_bf16(weight.device):
+        return module
+    return deepcopy(module).float()
+
+
+@cache
+def _cpu_has_bf16() -> bool:
+    """Ask oneDNN for bfloat16 kernels, then time them: some only convert to float32."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    a = torch.randn(PROBE_SIZE, PROBE_SIZE)
+    b = a.bfloat16()
+    # The fastest of several: a busy neighbour slows single ones, hardly ever all.
+    return _fastest(lambda: b @ b) <= _fastest(lambda: a @ a)
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs, after one that warms up."""
+    run()
+    seconds = []
+    for _ in range(PROBES):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+@cache
+def _warn_of_emulation(device: torch.device) -> None:
+    print(
+        f"note: bf16 was asked for, but this device ({device.type}) only emulates it: expect 20 to "
+        f"100 times the time of fp32; `auto` would take fp32",
+        file=sys.stderr,
+    )

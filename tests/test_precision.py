@@ -1,0 +1,97 @@
+"""What arithmetic a device is found to have, and that everything goes by it.
+
+A newer processor behaves like one with AVX2 only under the two variables of `AVX2`: the tests that
+need such a machine run in processes of their own, and hold on any machine.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scd import precision
+from scd.precision import has_bf16, resolve_precision
+from scd.training.optimizer import Muon, orthogonalise
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+
+
+def under_avx2(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code as on a processor with AVX2 only; its standard output must be JSON."""
+    environment = {**os.environ, **AVX2, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture
+def emulating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that only emulates bf16, whatever this one has."""
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
+    precision._warn_of_emulation.cache_clear()
+
+
+def test_auto_is_what_the_device_has(emulating: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert resolve_precision("auto", CPU) == "fp32"
+    assert resolve_precision("no", CPU) == resolve_precision("fp32", CPU) == "fp32"
+    assert capsys.readouterr().err == ""
+    # By name it is obeyed, with one line.
+    assert [resolve_precision("bf16", CPU) for _ in range(3)] == ["bf16"] * 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "emulates" in said and "auto" in said
+
+
+def test_fast_bf16_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    assert resolve_precision("auto", CPU) == "bf16"
+
+
+def test_the_processor_is_asked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_out = precision._cpu_has_bf16.__wrapped__
+    kernels = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for fp32, bf16, fast in ((2.0, 1.0, True), (1.0, 20.0, False)):
+        times = iter([bf16, fp32])
+        monkeypatch.setattr(precision, "_fastest", lambda run, times=times: next(times))
+        assert find_out() is (fast and kernels)
+
+
+def test_a_processor_without_bf16_computes_in_fp32() -> None:
+    """Nothing multiplies in bf16 there: a training step, an encoded clip, a rollout, Muon."""
+    done = under_avx2((ROOT / "tests/avx2_trial.py").read_text())
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["capability"] == "AVX2" and not found["has_bf16"]
+    assert found["products"] > 100 and found["bf16_products"] == []
+
+
+def test_muon_is_that_of_torch() -> None:
+    """Where bf16 is at hand, to the bit; in float32, as near as bf16 allows."""
+    torch.manual_seed(0)
+    shapes = [(48, 16), (16, 16), (16, 64)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.1}
+    one, other = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(3):
+        for mine, their in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            their.grad = mine.grad.clone()
+        one.step()
+        other.step()
+    for mine, their in zip(ours, theirs, strict=True):
+        if has_bf16(CPU):
+            assert torch.equal(mine, their)
+        assert (mine - their).norm() < 0.02 * (their - 1).norm()
+
+
+def test_orthogonal_in_float32(emulating: None) -> None:
+    matrix = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
+    found = orthogonalise(matrix)
+    assert found.dtype == torch.float32 and found.shape == matrix.shape
+    # Newton-Schulz of these coefficients leaves singular values between 0.68 and 1.13.
+    assert torch.linalg.svdvals(found).min() > 0.6 and torch.linalg.svdvals(found).max() < 1.2
