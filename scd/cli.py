@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scd.allocator import keep_freed_memory
+from scd.cpu import prepare_process
 from scd.errors import ScdError, Stopped
 
 
@@ -115,10 +115,15 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def play(arguments: argparse.Namespace) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
     from scd.play.offer import load_offer
 
     a = arguments
-    offer = load_offer(a.model, a.baseline, a.starts, a.overrides)
+    # In a thread that ends: had this one a team of OpenMP threads too, beside that of the thread
+    # that computes the pictures, libgomp would let neither spin, and a picture take twice as long.
+    with ThreadPoolExecutor(1) as loading:
+        offer = loading.submit(load_offer, a.model, a.baseline, a.starts, a.overrides).result()
     if a.measure is not None:
         from scd.play.measure import measure
 
@@ -316,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_told(run: Callable[[], object], name: str) -> int:
     """Run a command in a process of its own; what goes wrong is told in one line: the exit code."""
-    keep_freed_memory()
+    prepare_process()
     try:
         run()
     except ScdError as error:

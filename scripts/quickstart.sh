@@ -3,21 +3,37 @@
 # Run again, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-SCD_VENV=1 bash scripts/setup_env.sh
-source scripts/common.sh
-fetch_weights
-scd=.venv/bin/scd
 options=options/scd_doom_tiny.yml
 output=experiments/scd_doom_tiny
+names=() seconds=()
 
-echo "== record Doom episodes (data/doom)"
-$scd record --root data/doom --train-episodes 64 --val-episodes 32
-echo "== encode them into latents"
-$scd encode --opt $options
-echo "== train $options"
-bash scripts/train.sh $options
-echo "== generate and measure"
-checkpoint=$(ls -d $output/checkpoints/step-* | tail -n 1)/ema.safetensors
-bash scripts/inference.sh "$checkpoint"
+# Run one stage under its name, and note how long it took: stage NAME COMMAND [ARG ...]
+stage() {
+    local began=$SECONDS
+    names+=("$1")
+    printf '\n== %d/6 %s\n' "${#names[@]}" "$1"
+    shift
+    "$@"
+    seconds+=($((SECONDS - began)))
+}
+
+measure() {
+    bash scripts/inference.sh "$(ls -d $output/checkpoints/step-* | tail -n 1)/ema.safetensors"
+}
+
+stage "install into .venv" env SCD_VENV=1 bash scripts/setup_env.sh
+source scripts/common.sh
+stage "fetch the metrics' weights" fetch_weights
+stage "record Doom episodes (data/doom)" \
+    .venv/bin/scd record --root data/doom --train-episodes 64 --val-episodes 32
+stage "encode them into latents" .venv/bin/scd encode --opt $options
+stage "train $options" bash scripts/train.sh $options
+stage "generate and measure" measure
+
 echo "loss:    $output/loss.png"
 echo "data:    data/doom/coverage.png"
+printf '\nwhere the time went, in minutes:\n'
+for i in "${!names[@]}"; do
+    printf '%4d:%02d  %s\n' $((seconds[i] / 60)) $((seconds[i] % 60)) "${names[i]}"
+done
+printf '%4d:%02d  in all\n' $((SECONDS / 60)) $((SECONDS % 60))

@@ -22,13 +22,32 @@ else
     hint="source .venv/bin/activate"
 fi
 
+# What pip is at, in one line that is written over, or in a log only its last steps.
+show_progress() {
+    local line packages=0
+    while IFS= read -r line; do
+        case $line in
+            Collecting*) packages=$((packages + 1)) ;;
+            *Downloading* | *Using\ cached* | *Building* | *Installing*) ;;
+            *) continue ;;
+        esac
+        if [ -t 1 ]; then
+            line="${line#"${line%%[![:space:]]*}"}"
+            printf '\r\033[K%d:%02d  package %d  %.60s' \
+                $((SECONDS / 60)) $((SECONDS % 60)) "$packages" "$line"
+        fi
+    done
+    [ ! -t 1 ] || printf '\r\033[K'
+    echo "$packages packages in $((SECONDS / 60)):$(printf %02d $((SECONDS % 60))) minutes"
+}
+
 stamp=$("$python" -c 'import sys; print(sys.prefix)')/.scd-installed
 files="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1) $PWD"
 installed=$(cat "$stamp" 2>/dev/null || true)
 if [ "$installed" != "$extras $files" ] && [ "$installed" != "dev $files" ]; then # dev has all
     echo "installing into $(dirname "$(dirname "$python")"): some minutes the first time"
-    "$python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-        --editable ".[$extras]"
+    "$python" -m pip install --progress-bar off --disable-pip-version-check \
+        --constraint constraints.txt --editable ".[$extras]" | show_progress
     echo "$extras $files" >"$stamp"
 fi
 echo "environment ready: $hint"

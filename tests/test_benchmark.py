@@ -48,7 +48,9 @@ def test_the_floor_is_operations_or_bytes():
     assert frame_floor(replace(case, dtype="float32")).bytes == 2 * floor.bytes
 
 
-def test_table_json_and_plots(tmp_path, monkeypatch):
+@pytest.mark.parametrize("bf16", [True, False])
+def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
+    monkeypatch.setattr(run, "has_bf16", lambda device: bf16)
     machine = {"plain_flops": 2e11, "best_flops": 3e11, "bytes": 1e10}
     figures = {"peak_bytes": 10**9, "floor_seconds": 0.5, "machine": machine}
     starts = {"prefill_seconds": 1.5, "first_frame_seconds": 2.0}
@@ -63,8 +65,16 @@ def test_table_json_and_plots(tmp_path, monkeypatch):
     text = (tmp_path / "benchmark.md").read_text(encoding="utf-8")
     assert "1.100" in text and "0.80" in text and "200 / 300" in text and "2.20" in text
     written = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
-    assert len(written["cases"]) == len(cases.TABLE)
+    left_out = [case for case in cases.TABLE if case.dtype == "bfloat16" and not bf16]
+    assert len(written["cases"]) == len(cases.TABLE) - len(left_out)
+    said = capsys.readouterr().out
+    assert all(f"only emulates bf16: {case.name}" in said for case in left_out)
+    plotted = {entry["case"]["dtype"] for entry in written["by_context"]}
+    assert plotted == {"bfloat16" if bf16 else "float32"}
     assert len(written["by_steps"]) == 2 * len(cases.STEPS)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     with pytest.raises(ScdError, match="no case contains 'SCD-XXL'"):
         run.benchmark(tmp_path, "SCD-XXL", plots=False)
+    if not bf16:
+        with pytest.raises(ScdError, match="all cases that contain 'bf16' are in bf16"):
+            run.benchmark(tmp_path, "bf16", plots=False)

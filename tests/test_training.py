@@ -26,6 +26,7 @@ from scd.pipeline import SCDPipeline
 from scd.training import checkpoint, heartbeat, lock, run
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.run import sums_in_fixed_order
+from scd.training.run_folder import read_log
 from scd.training.trainer import Trainer, make_accelerator
 
 ROOT = Path(__file__).parent.parent
@@ -106,12 +107,10 @@ def test_resumed_equals_uninterrupted_to_the_bit(options, extra):
     assert latest_checkpoint(straight.parent.parent / "resumed/checkpoints").name == "step-00000004"
     resumed = train(options("name=resumed", *extra))
     assert_same_state(straight, resumed)
-    logs = [
-        (folder.parent / "log.jsonl").read_text().splitlines() for folder in (straight, resumed)
-    ]
-    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    logs = [read_log(folder.parent / "log.jsonl") for folder in (straight, resumed)]
+    assert [entry.get("precision") for entry in logs[0]] == ["fp32", *[None] * 6]
+    losses = [[entry.get("loss") for entry in log] for log in logs]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 6
 
 
 def test_worker_counts_do_not_matter(options):
@@ -152,7 +151,7 @@ def test_attention_is_compiled_and_trains_as_without(options, monkeypatch, kind)
     for compile in ("false", "true"):
         steps = [f"model.type={kind}", *depth, "train.steps=3", f"train.compile={compile}"]
         log = train(options(*steps, f"name={compile}")).parent / "log.jsonl"
-        losses.append([json.loads(line)["loss"] for line in log.read_text().splitlines()])
+        losses.append([entry["loss"] for entry in read_log(log) if "loss" in entry])
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
     assert any("softmax" in target for target in compiled)
 

@@ -80,12 +80,15 @@ class LatentCodec(nn.Module):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> unscaled latents (B, C, h, w)."""
-        pixels = (images * 2 - 1).to(self.autoencoder.dtype)
-        return unscaled_latents(self.autoencoder, pixels).float()
+        return unscaled_latents(self.autoencoder, self._as_input(images * 2 - 1)).float()
 
     def _decode_images(self, latents: Tensor) -> Tensor:
-        unscaled = (latents / self.factor + self.shift).to(self.autoencoder.dtype)
+        unscaled = self._as_input(latents / self.factor + self.shift)
         return (self.autoencoder.decode(unscaled).sample.float() + 1) / 2
+
+    def _as_input(self, images: Tensor) -> Tensor:
+        # Channels innermost in memory, which norms over channels like, and convolutions as well.
+        return images.to(self.autoencoder.dtype, memory_format=torch.channels_last)
 
     @staticmethod
     def _per_frame(function, clips: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -53,20 +54,32 @@ def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
         frames: (F,) frame indices.
         height, width: tokens in a column and in a row.
     """
-    device = frames.device
+    frequencies, within = _rotary_tables(height, width, frames.device)
     # In double precision: in single, the angles of frame 10,000 would be off by half a thousandth.
-    axes = torch.meshgrid(
-        frames.double(),
-        torch.arange(height, device=device).double(),
-        torch.arange(width, device=device).double(),
-        indexing="ij",
-    )
-    angles = []
-    for position, dims in zip(axes, ROTARY_DIMS, strict=True):
-        exponents = torch.arange(0, dims, 2, device=device).double() / dims
-        angles.append(position.flatten()[:, None] * ROTARY_THETA**-exponents)
-    table = torch.cat(angles, dim=-1)
-    return Rotary(table.cos().float(), table.sin().float())
+    angles = frames.double()[:, None] * frequencies  # (F, 8)
+    tables = []
+    for of_frames, of_places in ((angles.cos(), within.cos), (angles.sin(), within.sin)):
+        both = (
+            of_frames.float()[:, None].expand(-1, height * width, -1),
+            of_places.expand(len(frames), -1, -1),
+        )
+        tables.append(torch.cat(both, dim=-1).flatten(0, 1))
+    return Rotary(*tables)
+
+
+@lru_cache(maxsize=16)
+def _rotary_tables(height: int, width: int, device: torch.device) -> tuple[Tensor, Rotary]:
+    """Compute what all frames share: the frame axis' frequencies (8,), and the angles of every
+    row and column, (height·width, 24), which a rollout asks for at every denoising step."""
+
+    def frequencies(dims: int) -> Tensor:
+        return ROTARY_THETA ** -(torch.arange(0, dims, 2, device=device).double() / dims)
+
+    of_frame, of_row, of_column = (frequencies(dims) for dims in ROTARY_DIMS)
+    rows = torch.arange(height, device=device).double().repeat_interleave(width)
+    columns = torch.arange(width, device=device).double().repeat(height)
+    angles = torch.cat([rows[:, None] * of_row, columns[:, None] * of_column], dim=-1)
+    return of_frame, Rotary(angles.cos().float(), angles.sin().float())
 
 
 class Conditioning(nn.Module):

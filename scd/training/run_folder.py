@@ -72,6 +72,13 @@ class RunLog:
             except OSError as error:
                 raise ScdError(f"{self.path}: cannot be written ({error})") from error
 
+    def write_where_it_changed(self, entry: dict[str, Any]) -> None:
+        """Write what a run computes on and with, unless the last such entry says the same."""
+        before = read_log(self.path) if self.path.exists() else []
+        said = [{**old, "step": entry["step"]} for old in before if "precision" in old]
+        if said[-1:] != [entry]:
+            self.write(entry)
+
     def validated(self, step: int) -> bool:
         """Whether there is a validation of this step."""
         if not self.path.exists():

@@ -113,7 +113,7 @@ class Trainer:
         options, t = self.options, self.options.train
         if self.main:
             used = write_run_files(options.output, options, self.accelerator, self.precision)
-            self.log.write({"step": self.step, **used})
+            self.log.write_where_it_changed({"step": self.step, **used})
             print(f"{options.name}: training in {used['precision']} on {used['device']}")
         self.accelerator.init_trackers(options.name, config=for_trackers(options))
         meter = Meter(run_identity(options, self.accelerator.num_processes)["clips_per_step"])

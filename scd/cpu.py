@@ -1,0 +1,69 @@
+"""Prepare a process for computing on the CPU: memory it keeps, threads that do not fight.
+
+Both are settings of C libraries: they change no result, and last for the whole process.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+
+# Parameters of glibc's mallopt, from <malloc.h>.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_MOST = 2**31 - 1  # bytes; mallopt takes an int
+
+LOOK_SECONDS = 0.25
+BUSY_CORES = 0.4  # taken by others, in all: more than what an idle desktop does
+# A user who sets one of these has chosen; LOCAL_WORLD_SIZE: the launcher has divided the cores.
+CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LOCAL_WORLD_SIZE")
+
+
+def prepare_process() -> None:
+    """Set up memory and threads; call it before torch is imported."""
+    keep_freed_memory()
+    if "torch" not in sys.modules and not any(name in os.environ for name in CHOSEN):
+        choose_waiting()
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed instead of giving it back to the system.
+
+    By default glibc asks the system for every large tensor and gives it back when it is freed. The
+    next step then pays for its pages once more, which takes up to a fifth of a training step and
+    of I3D features. Does nothing under another C library.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _MOST)
+    libc.mallopt(_M_TRIM_THRESHOLD, _MOST)
+
+
+def choose_waiting() -> None:
+    """Let OpenMP's threads sleep while they wait, if other programs want the cores.
+
+    Idle threads of libgomp spin for milliseconds. On free cores that is what makes small operations
+    fast (asleep, a training step of the Doom model takes 1.25 times as long); beside a busy program
+    they burn the time that the thread they wait for would need, and it takes 3.2 times as long
+    instead of twice. What OpenMP reads at its start can't be changed later, so this looks once.
+    """
+    busy, cores = busy_cores()
+    if busy < BUSY_CORES:
+        return
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # also for the processes that this one starts
+    print(
+        f"note: other programs keep {busy:.1f} of {cores} cores busy: threads sleep while they "
+        f"wait (OMP_WAIT_POLICY=passive; set it to choose otherwise)",
+        file=sys.stderr,
+    )
+
+
+def busy_cores() -> tuple[float, int]:
+    """Measure how many of this process's cores others use now, and count its cores."""
+    import psutil
+
+    shares = psutil.cpu_percent(LOOK_SECONDS, percpu=True)
+    mine = getattr(os, "sched_getaffinity", lambda _: range(len(shares)))(0)
+    of_mine = [share / 100 for core, share in enumerate(shares) if core in mine]
+    return sum(of_mine), len(of_mine)

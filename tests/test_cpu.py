@@ -1,0 +1,78 @@
+"""How a process is prepared for the CPU; in processes of their own, for it can't be undone."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from scd import cpu
+
+CODE = """
+import resource, torch
+from scd.cpu import keep_freed_memory
+
+{first}
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+tensor = torch.ones(2**24)
+held = resident()
+del tensor
+print((held - resident()) / 2**26)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc only")
+def test_freed_memory_is_kept():
+    def given_back(first: str) -> float:
+        code = CODE.format(first=first)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout)
+
+    # Shares of a tensor of 64 MiB that go back to the system when it is freed.
+    assert given_back("") > 0.9
+    assert given_back("keep_freed_memory()") < 0.1
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A process that has not loaded torch, whose user has chosen nothing."""
+    for name in cpu.CHOSEN:
+        monkeypatch.setenv(name, "")  # restored afterwards, whatever the code under test sets
+        monkeypatch.delenv(name)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("busy", "policy"), [(0.1, None), (1.0, "passive")])
+def test_threads_sleep_beside_a_busy_program(fresh, capsys, busy, policy):
+    fresh.setattr(cpu, "busy_cores", lambda: (busy, 2))
+    cpu.prepare_process()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    said = capsys.readouterr().err
+    assert ("other programs keep 1.0 of 2 cores busy" in said) == (policy is not None)
+
+
+def test_nothing_is_chosen_for_a_user_who_has(fresh):
+    fresh.setattr(cpu, "busy_cores", lambda: pytest.fail("looked"))
+    fresh.setenv("GOMP_SPINCOUNT", "7")
+    cpu.prepare_process()
+    fresh.delenv("GOMP_SPINCOUNT")
+    fresh.setitem(sys.modules, "torch", object())  # too late
+    cpu.prepare_process()
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
+def test_a_busy_program_is_seen():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            busy, cores = cpu.busy_cores()
+        finally:
+            other.kill()
+    assert cpu.BUSY_CORES < busy <= cores == len(os.sched_getaffinity(0))
