@@ -198,7 +198,8 @@ def test_rotary_angles_written_out():
     angles += [2 / 10000 ** (2 * i / 24) for i in range(12)]
     angles += [4 / 10000 ** (2 * i / 24) for i in range(12)]
     expected = torch.tensor(angles)
-    assert torch.allclose(rotary.cos[token], expected.cos(), atol=1e-6)
+    assert torch.allclose(rotary.cos[token], expected.cos().repeat(2), atol=1e-6)
+    assert torch.allclose(rotary.sin[token], torch.cat([-expected.sin(), expected.sin()]))
     x = torch.randn(1, 1, 15, HEAD_DIM)
     one, other = x[0, 0, token].chunk(2)
     turned = torch.complex(one, other) * torch.exp(1j * expected)

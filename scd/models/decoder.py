@@ -87,7 +87,7 @@ class FrameDecoder(nn.Module):
         rotary = rotary_positions(torch.zeros(1, device=noisy.device), rows, columns)
         if x.shape[2] == 2 * tokens:
             # Context tokens carry the same row and column as the noisy tokens.
-            rotary = Rotary(rotary.cos.repeat(2, 1), rotary.sin.repeat(2, 1))
+            rotary = Rotary(*(table.repeat(2, 1) for table in rotary))
         depth = len(self.blocks)
         of_blocks: Sequence[Tensor | BlockModulation]
         of_norm_out: Tensor | Modulated | None

@@ -27,24 +27,20 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the position angles, (tokens, HEAD_DIM / 2) each."""
+    """Cosines and sines of the position angles, (tokens, HEAD_DIM) each: every angle twice, its
+    sine first with a minus."""
 
     cos: Tensor
     sin: Tensor
 
-    def last(self, tokens: int) -> "Rotary":
-        """Of the last tokens only."""
-        return Rotary(self.cos[-tokens:], self.sin[-tokens:])
-
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotate the pairs (x_i, x_{i + 32}) of every head of x (B, heads, tokens, HEAD_DIM).
+        """Rotate the pairs (x_i, x_{i + 32}) of every head of x (..., heads, tokens, HEAD_DIM).
 
         The reference pairs neighbours instead: the same up to the order of a head's channels, but
         strided and several times slower. Its checkpoints are reordered when they are read.
         """
-        one, other = x.chunk(2, dim=-1)
         cos, sin = self.cos.type_as(x), self.sin.type_as(x)
-        return torch.cat([one * cos - other * sin, one * sin + other * cos], dim=-1)
+        return torch.addcmul(x * cos, x.roll(HEAD_DIM // 2, dims=-1), sin)
 
 
 def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
@@ -57,20 +53,23 @@ def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
     frequencies, within = _rotary_tables(height, width, frames.device)
     # In double precision: in single, the angles of frame 10,000 would be off by half a thousandth.
     angles = frames.double()[:, None] * frequencies  # (F, 8)
-    tables = []
-    for of_frames, of_places in ((angles.cos(), within.cos), (angles.sin(), within.sin)):
-        both = (
-            of_frames.float()[:, None].expand(-1, height * width, -1),
-            of_places.expand(len(frames), -1, -1),
-        )
-        tables.append(torch.cat(both, dim=-1).flatten(0, 1))
-    return Rotary(*tables)
+
+    def table(of_frames: Tensor, of_places: Tensor, sign: int) -> Tensor:
+        shape = (len(frames), height * width, -1)
+        of_frames = of_frames.float()[:, None].expand(shape)
+        half = torch.cat([of_frames, of_places.expand(shape)], dim=-1).flatten(0, 1)
+        return torch.cat([sign * half, half], dim=-1)
+
+    cosines, sines = within
+    return Rotary(table(angles.cos(), cosines, 1), table(angles.sin(), sines, -1))
 
 
 @lru_cache(maxsize=16)
-def _rotary_tables(height: int, width: int, device: torch.device) -> tuple[Tensor, Rotary]:
-    """Compute what all frames share: the frame axis' frequencies (8,), and the angles of every
-    row and column, (height·width, 24), which a rollout asks for at every denoising step."""
+def _rotary_tables(
+    height: int, width: int, device: torch.device
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Compute what all frames share and a rollout asks for at every step: the frequencies (8,) of
+    the frame axis, and cosines and sines of every row and column, (height·width, 24) each."""
 
     def frequencies(dims: int) -> Tensor:
         return ROTARY_THETA ** -(torch.arange(0, dims, 2, device=device).double() / dims)
@@ -79,7 +78,7 @@ def _rotary_tables(height: int, width: int, device: torch.device) -> tuple[Tenso
     rows = torch.arange(height, device=device).double().repeat_interleave(width)
     columns = torch.arange(width, device=device).double().repeat(height)
     angles = torch.cat([rows[:, None] * of_row, columns[:, None] * of_column], dim=-1)
-    return of_frame, Rotary(angles.cos().float(), angles.sin().float())
+    return of_frame, (angles.cos().float(), angles.sin().float())
 
 
 class Conditioning(nn.Module):
@@ -155,18 +154,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, keep: int | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D), or (B, keep, D): of the last tokens only."""
-        q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, d=HEAD_DIM)
+        qkv = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, d=HEAD_DIM)
+        weights = torch.stack([self.norm_q, self.norm_k])[:, None, None, None]
+        # q and k at once, and contiguous: a third of the time of one after the other.
+        normed = nn.functional.rms_norm(qkv[:2].contiguous(), (HEAD_DIM,), eps=NORM_EPS)
+        q, k = rotary.rotate(normed * weights.type_as(normed))
         if keep is not None:
             q = q[:, :, -keep:]
-        q = rotary.last(q.shape[2]).rotate(_rms_norm(q, self.norm_q))
-        k = rotary.rotate(_rms_norm(k, self.norm_k))
-        return self.out(rearrange(attend(q, k, v), "b h t d -> b t (h d)"))
-
-
-def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x / sqrt(mean x²) · weight over the last axis, the mean in float32, the rest as x is."""
-    mean = x.square().mean(dim=-1, keepdim=True, dtype=torch.float32)
-    return x * torch.rsqrt(mean + NORM_EPS).type_as(x) * weight.type_as(x)
+        return self.out(rearrange(attend(q, k, qkv[2]), "b h t d -> b t (h d)"))
 
 
 class MLP(nn.Module):

@@ -12,6 +12,9 @@ from scd.precision import has_bf16
 
 # The layout that oneDNN chooses for about this many rows serves 16 to 2000 of them equally well.
 PACKED_FOR_ROWS = 256
+# Without AVX-512, oneDNN's GELU takes three times as long as the same in six simple operations
+# (256 rows of 4096: 3.1 against 1.0 ms); with it, a third.
+FUSES_GELU = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 _in_use: ContextVar[Mapping[nn.Module, Tensor] | None] = ContextVar("packed weights", default=None)
 
@@ -24,10 +27,18 @@ class Linear(nn.Linear):
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             packed = (_in_use.get() or {}).get(self)
             if packed is not None and packed.dtype == x.dtype:
-                activation: Any = ("gelu", [], "tanh") if gelu else ("none", [], "")
-                return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, *activation)
+                fused = gelu and FUSES_GELU
+                activation: Any = ("gelu", [], "tanh") if fused else ("none", [], "")
+                y = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, *activation)
+                return _gelu_(y) if gelu and not fused else y
         y = super().forward(x)
         return nn.functional.gelu(y, approximate="tanh") if gelu else y
+
+
+def _gelu_(y: Tensor) -> Tensor:
+    """Take the tanh-GELU of y in place, as y·sigmoid(2u) with u = √(2/π)·(y + 0.044715·y³)."""
+    u = y.square().mul_(0.0713548162726).add_(1.5957691216057).mul_(y)
+    return y.mul_(u.sigmoid_())
 
 
 class PackedWeights:
