@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
+from scd import precision
 from scd.data.encode import encode_dataset
 from scd.environment import git_commit
 from scd.errors import ScdError
@@ -111,6 +113,43 @@ def test_resumed_equals_uninterrupted_to_the_bit(options, extra):
     assert [entry.get("precision") for entry in logs[0]] == ["fp32", *[None] * 6]
     losses = [[entry.get("loss") for entry in log] for log in logs]
     assert losses[0] == losses[1]
+
+
+def test_resumed_on_another_kind_of_machine(options, monkeypatch, capsys, fresh_accelerate):
+    """Begun where bf16 is fast, it goes on where it is not, says so, and is the same run."""
+    o = options("name=moved", "train.mixed_precision=auto")
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    train(o, stop_after=4)
+    assert "moved: training in bf16 on CPU" in capsys.readouterr().out
+    AcceleratorState._reset_state()
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
+    folder = train(o)
+    said = capsys.readouterr().out
+    assert "continuing moved from step 4" in said
+    assert "it was trained in bf16 so far, and goes on in fp32" in said
+    assert load_checkpoint(latest_checkpoint(folder)).run["precision"] == "fp32"
+    written = json.loads((o.output / "environment.json").read_text())
+    assert written["precision"] == written["best_precision"] == "fp32"
+    used = [entry for entry in read_log(o.output / "log.jsonl") if "precision" in entry]
+    assert [(entry["step"], entry["precision"]) for entry in used] == [(0, "bf16"), (4, "fp32")]
+    # On the same machine nothing more is said.
+    AcceleratorState._reset_state()
+    train(options("name=moved", "train.mixed_precision=auto", "train.steps=8"))
+    assert "so far" not in capsys.readouterr().out
+
+
+def test_checkpoints_from_before_auto_go_on(options, monkeypatch, capsys, fresh_accelerate):
+    """Their options name a precision, and their manifests none."""
+    o = options("name=old", "train.mixed_precision=no")
+    folder = train(o, stop_after=4)
+    manifest = latest_checkpoint(folder) / "manifest.json"
+    written = json.loads(manifest.read_text())
+    del written["run"]["precision"]
+    manifest.write_text(json.dumps(written))
+    AcceleratorState._reset_state()
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    train(options("name=old", "train.mixed_precision=auto"))
+    assert "it was trained in fp32 so far, and goes on in bf16" in capsys.readouterr().out
 
 
 def test_worker_counts_do_not_matter(options):
