@@ -25,7 +25,7 @@ stage "install into .venv" env SCD_VENV=1 bash scripts/setup_env.sh
 source scripts/common.sh
 stage "fetch the metrics' weights" fetch_weights
 stage "record Doom episodes (data/doom)" \
-    .venv/bin/scd record --root data/doom --train-episodes 64 --val-episodes 32
+    .venv/bin/scd record --root data/doom --train-episodes 40 --val-episodes 32
 stage "encode them into latents" .venv/bin/scd encode --opt $options
 stage "train $options" bash scripts/train.sh $options
 stage "generate and measure" measure
