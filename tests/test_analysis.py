@@ -27,10 +27,9 @@ from scd.errors import ScdError
 from scd.evaluation import measures
 from scd.evaluation.weights import MetricUnavailable
 from scd.flow.noise import FlowDraws
-from scd.flow.objective import FlowObjective
+from scd.flow.objective import FlowObjective, with_scaled_latents
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT
-from scd.models.autoencoder import PixelCodec
 from scd.models.load import load_checkpoint_for_use
 from scd.options import FlowOptions, load_options
 from tests.test_causal_dit import make as make_model
@@ -295,7 +294,7 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
     )
     assert same(loss_by_level(model, clips, 0), found)
     monkeypatch.undo()
-    objective = FlowObjective(model, PixelCodec(), FlowOptions(context_noise=0.0), 0)
+    objective = FlowObjective(model, FlowOptions(context_noise=0.0), 0)
     shape = (B, 1, K + NEW)
     for number, level in enumerate(LEVELS[:-1]):
         draws = FlowDraws(
@@ -410,8 +409,8 @@ def test_fine_tuning_learns_and_leaves_the_model_alone(trained, muon):
 
     def loss():
         with torch.no_grad():
-            objective = FlowObjective(model, loaded.codec, loaded.options.flow, 0)
-            return float(objective(batch)["loss"])
+            objective = FlowObjective(model, loaded.options.flow, 0)
+            return float(objective(with_scaled_latents(batch, loaded.codec))["loss"])
 
     losses = [
         loss()

@@ -102,11 +102,11 @@ def test_estimate_is_what_a_real_step_takes(name):
     assert found.state_bytes == 20 * found.total_parameters
     batch = {
         "sample": torch.arange(2),
-        "video": torch.rand(2, 5, 3, 64, 64),
+        "latents": torch.rand(2, 5, 3, 64, 64),
         "actions": torch.zeros(2, 5, dtype=torch.long),
     }
     with FlopCounterMode(display=False) as counter:
-        FlowObjective(model, PixelCodec(), options.flow, 0)(batch)["loss"].backward()
+        FlowObjective(model, options.flow, 0)(batch)["loss"].backward()
     assert abs(found.flops / counter.get_total_flops() - 1) < 0.01
 
 

@@ -5,7 +5,6 @@ import torch
 
 from scd.flow.noise import draw_noise
 from scd.flow.objective import FlowObjective
-from scd.models.autoencoder import PixelCodec
 from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import continue_videos
 from tests.test_model import make_model
@@ -15,7 +14,7 @@ TOKENS = 4
 
 
 def objective(model=None, **options) -> FlowObjective:
-    return FlowObjective(model or make_model(channels=C), PixelCodec(), FlowOptions(**options), 0)
+    return FlowObjective(model or make_model(channels=C), FlowOptions(**options), 0)
 
 
 def draws_of(made: FlowObjective, latents, samples=(0, 1, 2)):
@@ -202,7 +201,7 @@ def test_it_learns():
     model = SCD(channels=C, patch_size=2, heads=1, encoder_layers=1, decoder_layers=1)
     made = objective(model)
     optimizer = torch.optim.AdamW(made.parameters(), 3e-3)
-    batch = {"video": torch.rand(2, F, C, H, W)}
+    batch = {"latents": torch.rand(2, F, C, H, W) * 2 - 1}
     losses = []
     for step in range(120):
         loss = made({"sample": torch.tensor([2 * step, 2 * step + 1]), **batch})["loss"]

@@ -1,17 +1,25 @@
 """What tests/test_processes.py launches on two processes: train as the arguments say.
 
 torchrun --nproc_per_node=2 tests/train_on_processes.py plain|sharded OPTIONS [key=value ...]
+
+Accelerate shards on accelerators only. `sharded` stands for it on the CPU: it takes the settings of
+`scripts/accelerate/fsdp2.yaml` as `accelerate launch` would hand them over.
 """
 
+import os
 import sys
+from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+import yaml
+from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from scd.options import load_options
 from scd.training.run import build_task
-from scd.training.trainer import Trainer, make_accelerator
+from scd.training.trainer import Trainer, make_accelerator, sharding_plugin
+
+CONFIG = Path(__file__).parent.parent / "scripts/accelerate/fsdp2.yaml"
 
 
 def main() -> None:
@@ -20,18 +28,24 @@ def main() -> None:
     options = load_options(path, overrides)
     accelerator = make_accelerator(options)
     assert accelerator.num_processes == 2
-    if kind == "sharded":  # accelerate itself shards on accelerators only
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Block"],
-            cpu_ram_efficient_loading=False,
-        )
+    if kind == "sharded":
+        os.environ.update(launcher_variables())
+        precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+        accelerator.state.fsdp_plugin = sharding_plugin(precision)
         accelerator.state.distributed_type = DistributedType.FSDP
     trainer = Trainer(options, build_task(options, accelerator), accelerator)
     parameters = list(trainer.task.network.parameters())
     assert all(isinstance(p, DTensor) == (kind == "sharded") for p in parameters)
     trainer.run()
+
+
+def launcher_variables() -> dict[str, str]:
+    """What `accelerate launch --config_file` tells the processes that it starts."""
+    config = yaml.safe_load(CONFIG.read_text())
+    assert config["distributed_type"] == "FSDP"
+    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+    settings = {names.get(k, k.upper()): str(v) for k, v in config["fsdp_config"].items()}
+    return {"ACCELERATE_USE_FSDP": "true", **settings}
 
 
 main()

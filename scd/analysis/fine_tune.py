@@ -7,7 +7,7 @@ import torch
 from scd.data.clips import TrainingClips, clip_folder
 from scd.data.encode import check_training_latents
 from scd.errors import ScdError
-from scd.flow.objective import FlowObjective
+from scd.flow.objective import FlowObjective, with_scaled_latents
 from scd.models import WorldModel
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel
@@ -56,7 +56,7 @@ def fine_tuning(
     yield 0
     t = options.train
     model.set_gradient_checkpointing(t.gradient_checkpointing)
-    objective = FlowObjective(model, codec, options.flow, options.seed)
+    objective = FlowObjective(model, options.flow, options.seed)
     optimizer = make_optimizer(parameter_groups(model, options.optim), options.optim)
     rates = [group["lr"] for group in optimizer.param_groups]
     device = model.device
@@ -67,6 +67,7 @@ def fine_tuning(
             first = ((t.steps + step) * t.gradient_accumulation + part) * t.batch_size
             read = [clips[number] for number in range(first, first + t.batch_size)]
             batch = {key: torch.stack([clip[key] for clip in read]).to(device) for key in read[0]}
+            batch = with_scaled_latents(batch, codec)
             with autocast(device, precision):
                 loss = objective(batch)["loss"]
             (loss / t.gradient_accumulation).backward()

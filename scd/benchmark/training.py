@@ -11,7 +11,6 @@ from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, TrainCase
 from scd.benchmark.machine import measure_machine, peak_bytes, seconds
 from scd.flow.objective import FlowObjective
 from scd.models import SCD
-from scd.models.autoencoder import PixelCodec
 from scd.options import FlowOptions
 from scd.precision import autocast
 
@@ -28,8 +27,7 @@ def run_training(case: TrainCase, device: torch.device) -> dict[str, Any]:
         condition="action",
         num_conditions=ACTIONS,
     ).to(device)
-    # Its latents are given: the pixel codec scales nothing.
-    objective = FlowObjective(model, PixelCodec(), FlowOptions(noise_draws=case.draws), seed=0)
+    objective = FlowObjective(model, FlowOptions(noise_draws=case.draws), seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     average = EMAModel(model.parameters())
     shape = (case.batch, case.frames)

@@ -13,7 +13,7 @@ class FlowDraws(NamedTuple):
 
     level: Tensor  # (B, K, F), normal: the logit of the noise level before mean and spread
     noise: Tensor  # (B, K, F, C, H, W), ε
-    context_noise: Tensor  # (B, F, N, D), ζ
+    context_noise: Tensor | None  # (B, F, N, D), ζ
     drop_condition: Tensor  # (B,), bool
     clean_frame: Tensor  # (B, F), bool: frames the mixed encoder input leaves clean
     history_level: Tensor  # (B,), of the noise in the history
@@ -25,12 +25,13 @@ def draw_noise(
     seed: int,
     samples: list[int],
     latents: Tensor,
-    context_shape: tuple[int, int],
+    context_shape: tuple[int, int] | None,
 ) -> FlowDraws:
     """Draws for clips (B, F, C, H, W) with the given sample numbers.
 
     Args:
-        context_shape: tokens in a frame and width, (N, D).
+        context_shape: tokens in a frame and width, (N, D); None: no context is perturbed. Its
+            noise is by far the largest draw.
     """
     frames, picture = latents.shape[1], tuple(latents.shape[2:])
     k = options.noise_draws
@@ -45,7 +46,7 @@ def draw_noise(
     return FlowDraws(
         level=normal("level", k, frames),
         noise=normal("noise", k, frames, *picture),
-        context_noise=normal("context", frames, *context_shape),
+        context_noise=None if context_shape is None else normal("context", frames, *context_shape),
         drop_condition=uniform("drop", 1)[:, 0] < options.condition_dropout,
         clean_frame=uniform("clean", frames) < options.clean_fraction,
         history_level=options.history_noise * uniform("history", 1)[:, 0],

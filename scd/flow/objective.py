@@ -25,6 +25,19 @@ class NoisyFrames(NamedTuple):
     sigmas: Tensor
 
 
+@torch.no_grad()
+def with_scaled_latents(batch: dict[str, Tensor], codec: Codec) -> dict[str, Tensor]:
+    """Replace a batch's `video` (B, F, 3, H, W), or its unscaled `latents`, by scaled latents.
+
+    It runs before the objective, not in it: what accelerate wraps is sharded, synchronised and
+    autocast, none of which a frozen autoencoder needs or bears.
+    """
+    if "latents" in batch:
+        return {**batch, "latents": codec.scale(batch["latents"])}
+    rest = {key: value for key, value in batch.items() if key != "video"}
+    return {**rest, "latents": codec.encode(batch["video"])}
+
+
 class FlowObjective(nn.Module):
     """Batch -> loss, for the training loop.
 
@@ -32,27 +45,38 @@ class FlowObjective(nn.Module):
     one pass over the clean frames and the same actions.
     """
 
-    def __init__(self, model: WorldModel, codec: Codec, options: FlowOptions, seed: int):
+    def __init__(self, model: WorldModel, options: FlowOptions, seed: int):
         super().__init__()
         self.model = model
-        self.codec = codec
         self.options = options
         self.seed = seed
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`sample` (B,), `latents` (B, F, C, h, w) or `video`, `actions` (B, F) or `label` (B,)."""
-        if "latents" in batch:
-            latents = self.codec.scale(batch["latents"])
-        else:
-            latents = self.codec.encode(batch["video"])
+        """Compute the loss of clips as `with_scaled_latents` gives them.
+
+        Args:
+            batch: `sample`, the clips' numbers, best as a list or on the CPU, since they are read;
+                `latents` (B, F, C, h, w); `actions` (B, F) or `label` (B,) where the model has
+                such conditions, which nobody checks here: their readers have.
+        """
+        latents = batch["latents"]
         tokens = self.model.tokens_per_frame(*latents.shape[-2:])
         draws = draw_noise(
-            self.options, self.seed, batch["sample"].tolist(), latents, (tokens, self.model.width)
+            self.options,
+            self.seed,
+            [int(number) for number in batch["sample"]],
+            latents,
+            (tokens, self.model.width) if self._perturbs else None,
         )
         conditions = self.model.frame_conditions(
             latents.shape[:2], batch.get("actions"), batch.get("label")
         )
         return {"loss": self.loss(latents, conditions, draws)}
+
+    @property
+    def _perturbs(self) -> bool:
+        """Whether contexts are perturbed: the dense baseline has none."""
+        return self.model.has_context and self.options.context_noise > 0
 
     def loss(self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws) -> Tensor:
         """The loss for given noise.
@@ -67,7 +91,7 @@ class FlowObjective(nn.Module):
             null = torch.full_like(conditions, self.model.null_condition)
             conditions = torch.where(draws.drop_condition[:, None], null, conditions)
         perturbation = None
-        if self.model.has_context:
+        if draws.context_noise is not None:
             perturbation = self.options.context_noise * draws.context_noise[:, first:]
         velocity = self.model(
             self._history(latents, frames, conditions, draws),

@@ -54,6 +54,9 @@ class AutoencoderTask:
         self.training_data = clip_folder(options, options.data.train_list, "video")
         self.validation_data = clip_folder(options, options.data.val_list, "video")
 
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return batch
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         lr, scale = self.options.optim.lr, self.options.optim.decoder_lr_scale
         encoding: list[nn.Parameter] = []

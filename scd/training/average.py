@@ -30,10 +30,14 @@ class Average:
         self.ema.optimization_step = step - 1
         self.ema.step(averaged_tensors(self.network).values())
 
-    def state(self) -> dict[str, Tensor]:
-        """The network's state dict with averaged weights, whole on every process, on the CPU."""
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
+        """The network's state dict with averaged weights, whole, on the CPU.
+
+        Args:
+            keep: see `whole_on_cpu`.
+        """
         averages = zip(averaged_tensors(self.network), self.ema.shadow_params, strict=True)
-        return whole_on_cpu({**self.network.state_dict(), **dict(averages)})
+        return whole_on_cpu({**self.network.state_dict(), **dict(averages)}, keep)
 
     def as_network(self) -> nn.Module:
         """A copy of the network with its averaged weights, whole on every process."""

@@ -24,14 +24,19 @@ def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor
 
 
-def whole_on_cpu(state: Any) -> Any:
-    """A state dict, nested or not, with whole tensors that share no memory with it."""
+def whole_on_cpu(state: Any, keep: bool = True) -> Any:
+    """A state dict, nested or not, with whole tensors that share no memory with it.
+
+    Args:
+        keep: False: this process only takes part in gathering, and gets None for every tensor.
+    """
     if isinstance(state, Tensor):
-        return whole(state.detach()).cpu().clone()
+        gathered = whole(state.detach())
+        return gathered.cpu().clone() if keep else None
     if isinstance(state, dict):
-        return {key: whole_on_cpu(value) for key, value in state.items()}
+        return {key: whole_on_cpu(value, keep) for key, value in state.items()}
     if isinstance(state, list):
-        return [whole_on_cpu(value) for value in state]
+        return [whole_on_cpu(value, keep) for value in state]
     return state
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from scd.data.clips import ClipFolder
 
@@ -27,6 +27,10 @@ class Task(Protocol):
     @property
     def network(self) -> nn.Module:
         """The part that is optimised, averaged and saved."""
+        ...
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Do with a batch, on the device, what is to stay outside of the wrapped objective."""
         ...
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -1,16 +1,21 @@
 """The training loop, for any task, on any number of processes that accelerate was launched with."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from itertools import zip_longest
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+    gather_object,
+)
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 from scd.data.clips import TrainingClips
@@ -18,8 +23,8 @@ from scd.errors import ScdError, Stopped
 from scd.files import write_whole_folder
 from scd.models.weights import load_matching
 from scd.options import Options
-from scd.precision import resolve_precision
-from scd.processes import processes, together
+from scd.precision import DTYPES, resolve_precision
+from scd.processes import together
 from scd.training.average import Average
 from scd.training.batches import batches_from
 from scd.training.broken_clips import BrokenClips
@@ -166,19 +171,21 @@ class Trainer:
         self._write_checkpoint(self._state())
 
     def _state(self) -> TrainingState:
+        """Gather what a checkpoint holds, on the main process alone; collective."""
+        keep = self.main
         state = TrainingState(
             self.step,
             run_identity(self.options, self.accelerator.num_processes)
             | {"precision": self.precision},
-            model=whole_on_cpu(self.task.network.state_dict()),
-            ema=self.average.state(),
-            optimizer=whole_on_cpu(self.learner.optimizer.state_dict()),
+            model=whole_on_cpu(self.task.network.state_dict(), keep),
+            ema=self.average.state(keep),
+            optimizer=whole_on_cpu(self.learner.optimizer.state_dict(), keep),
             bad_steps=self.bad_steps.in_a_row,
         )
         if self.adversary is not None:
             state.adversary = {
-                "model": whole_on_cpu(self.adversary.network.state_dict()),
-                "optimizer": whole_on_cpu(self.adversary.optimizer.state_dict()),
+                "model": whole_on_cpu(self.adversary.network.state_dict(), keep),
+                "optimizer": whole_on_cpu(self.adversary.optimizer.state_dict(), keep),
             }
         return state
 
@@ -222,12 +229,15 @@ class Trainer:
         self.statistics.keep()
         for micro_step in range(accumulation):
             batch = self.broken_clips.taken_from(meter.next_batch(batches), self.step + 1)
-            samples = batch["sample"]
-            batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
+            samples = batch.pop("sample")
+            batch = self.task.prepare(
+                {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
+            )
             # DDP reduces gradients once a step, with the last batch.
             last = micro_step == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                values = self.objective(batch)
+                # Numbers stay off the device, where reading them would wait for it.
+                values = self.objective({**batch, "sample": samples.tolist()})
                 self.accelerator.backward(values["loss"] / accumulation)
             for name, value in values.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulation
@@ -307,17 +317,35 @@ class Trainer:
 
 def run_precision(options: Options) -> str:
     """Resolve `train.mixed_precision` to what all processes of the run have: `fp32` or `bf16`."""
-    mine = resolve_precision(options.train.mixed_precision, processes().device)
+    # With the usual limit on collective operations: a rank that hangs must not hold the others for
+    # as long as `processes` lets the slowest part of an evaluation take.
+    device = PartialState(cpu=not torch.cuda.is_available()).device
+    mine = resolve_precision(options.train.mixed_precision, device)
     return "bf16" if set(gather_object([mine])) == {"bf16"} else "fp32"
+
+
+def sharding_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
+    """Set up FSDP2 as the launcher's variables say; None where they do not ask for it.
+
+    Accelerate's own policy would sum gradients over the processes, and round inputs and loss, in
+    bf16. This one does all of it in float32, as data parallel training does; only the weights
+    travel in bf16.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
 
 
 def make_accelerator(options: Options) -> Accelerator:
     """The processes and devices of this run, as `accelerate launch` set them up."""
+    precision = run_precision(options)
     return Accelerator(
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[run_precision(options)],
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+        fsdp_plugin=sharding_plugin(precision),
         log_with=list(options.train.trackers) or None,
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
         cpu=not torch.cuda.is_available(),
-        # The others wait while the main process validates, which takes longer than the default.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scd.data.clips import clip_folder
 from scd.data.encode import check_training_latents
 from scd.evaluation.run import evaluate_in_passing
-from scd.flow.objective import FlowObjective
+from scd.flow.objective import FlowObjective, with_scaled_latents
 from scd.models.autoencoder import load_codec
 from scd.models.build import build_world_model
 from scd.models.load import OPTIONS
@@ -38,11 +38,14 @@ class WorldModelTask:
         if options.init_from is not None:
             load_matching(self.network, read_weights(Path(options.init_from))[0], options.init_from)
         self.network.set_gradient_checkpointing(options.train.gradient_checkpointing)
-        self.objective = FlowObjective(self.network, self.codec, options.flow, options.seed)
+        self.objective = FlowObjective(self.network, options.flow, options.seed)
         self.training_data = clip_folder(options, options.data.train_list, options.data.source)
         self.validation_data = clip_folder(options, options.data.val_list, "video")
         if options.data.source == "latents":
             check_training_latents(self.training_data, self.codec, options)
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return with_scaled_latents(batch, self.codec)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.network, self.options.optim)
