@@ -10,7 +10,6 @@ from scd.errors import ScdError
 from scd.flow.objective import FlowObjective
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT, attention, causal_dit
-from scd.models.autoencoder import PixelCodec
 from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import Rollout, generate
 
@@ -57,7 +56,7 @@ def test_dense_equals_a_mask_over_the_whole_sequence(inputs):
     # What CUDA computes long sequences with.
     tokens = q.shape[2]
     admits = attention.clean_context(n, clean, first)
-    blocks = attention.flex_blocks(admits, tokens, tokens, q.device)
+    blocks = attention.flex_blocks(admits, n, tokens, tokens, q.device)
     assert (flex_attention(q, k, v, block_mask=blocks) - expected).abs().max() < 1e-5
 
 
@@ -143,7 +142,7 @@ def test_a_sliding_window_shows_so_many_past_frames(monkeypatch, kept, first_fra
         rollout.reset(video[:, :known], actions[:, :known])
         found[known] = rollout.step(actions[:, known], noise[:, known])
 
-    def masked(q, k, v, tokens_per_frame, clean_frames, first):
+    def masked(q, k, v, tokens_per_frame, clean_frames, first, blocks=None):
         frame = torch.tensor([*range(clean_frames), *range(first, clean_frames + 1)])
         frame = frame.repeat_interleave(n)
         token = torch.arange(len(frame))
@@ -179,7 +178,7 @@ def test_trains_every_parameter(inputs, kind, prediction):
     """Also the start that first frames begin from, and under gradient checkpointing the same."""
     latents, _, _, actions = inputs
     model = make(kind, first_frame=True, prediction=prediction).train()
-    objective = FlowObjective(model, PixelCodec(), FlowOptions(condition_dropout=0.5), 0)
+    objective = FlowObjective(model, FlowOptions(condition_dropout=0.5), 0)
     batch = {"sample": torch.arange(B), "latents": latents, "actions": actions}
     gradients = []
     for checkpointing in (False, True):

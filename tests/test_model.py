@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from scd.errors import ScdError
@@ -183,11 +183,40 @@ def test_flex_blocks_admit_what_a_dense_mask_admits(past):
     queries, keys = frames * n, (past + frames) * n
     g = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, 3, t, HEAD_DIM, generator=g) for t in (queries, keys, keys))
-    blocks = attention.flex_blocks(
-        attention.block_causal(n, queries, keys), queries, keys, torch.device("cpu")
-    )
+    blocks = attention.block_causal_blocks(n, queries, keys, torch.device("cpu"))
     found = flex_attention(q, k, v, block_mask=blocks)
     assert (found - block_causal_attention(q, k, v, n)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("n", [6, 16, 64, 100, 128, 192])
+@pytest.mark.parametrize("past", [0, 3])
+def test_blocks_are_those_that_torch_finds(n, past):
+    """Which are left out, which are masked and which need no mask, for frames of any size."""
+    device = torch.device("cpu")
+    queries, keys, tokens = 9 * n, (past + 9) * n, (7 + 2 * 6) * n
+    for of_query, of_key, admits, blocks in (
+        (
+            queries,
+            keys,
+            attention.block_causal(n, queries, keys),
+            attention.block_causal_blocks(n, queries, keys, device),
+        ),
+        (
+            tokens,
+            tokens,
+            attention.clean_context(n, 7, 2),
+            attention.clean_context_blocks(n, 7, 2, tokens, device),
+        ),
+    ):
+        expected = create_block_mask(
+            lambda _, __, q, k, admits=admits: admits(q, k), None, None, of_query, of_key, device
+        )
+        for kind in ("kv", "full_kv"):
+            counts, found = (getattr(b, f"{kind}_num_blocks")[0, 0] for b in (expected, blocks))
+            assert torch.equal(counts, found)
+            pairs = (getattr(b, f"{kind}_indices")[0, 0] for b in (expected, blocks))
+            for one, other, count in zip(*pairs, counts, strict=True):
+                assert torch.equal(one[:count], other[:count])
 
 
 def test_rotary_angles_written_out():

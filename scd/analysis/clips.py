@@ -57,7 +57,9 @@ class ProbeClips:
 
     def conditions(self, model: WorldModel) -> Tensor | None:
         """(n, F), of every frame."""
-        return model.frame_conditions(self.latents.shape[:2], self.actions, self.labels)
+        conditions = model.frame_conditions(self.latents.shape[:2], self.actions, self.labels)
+        model.check_conditions(conditions)
+        return conditions
 
     def noise(self, seed: int) -> Tensor:
         """(n, new frames, C, h, w), what the new frames start from."""

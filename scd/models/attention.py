@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 Admits = Callable[[Tensor, Tensor], Tensor]
@@ -28,6 +28,7 @@ QUERIES_AT_ONCE = 128
 # Up to this many tokens CUDA takes all at once, with a mask; beyond it, masks of (queries, keys)
 # would be the largest thing in memory.
 MASKED_TOKENS = 1024
+BLOCK = 128  # queries and keys in a block of FlexAttention
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -69,21 +70,24 @@ def _head_by_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return out
 
 
-def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
+def block_causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, blocks: BlockMask | None = None
+) -> Tensor:
     """A token sees all tokens of its own and of earlier frames (section 3 of the model).
 
     Args:
         q: (B, heads, F·N, head_dim), the queries of the newest F frames.
         k, v: (B, heads, P·N + F·N, head_dim), of P past frames and those F frames.
         tokens_per_frame: N.
+        blocks: what `block_causal_blocks` gives for these sizes; a compiled model must bring it.
     """
     n, queries, keys = tokens_per_frame, q.shape[2], k.shape[2]
     if queries <= n:
         return full_attention(q, k, v)
     admits = block_causal(n, queries, keys)
     if q.device.type == "cuda":
-        if keys > MASKED_TOKENS:
-            return _flex(q, k, v, _block_causal_blocks(n, queries, keys, q.device))
+        if needs_blocks(keys, q.device):
+            return _flex(q, k, v, blocks or block_causal_blocks(n, queries, keys, q.device))
         return full_attention(q, k, v, _mask(admits, _numbers(queries, q), _numbers(keys, q)))
     of_query, of_key, out = _numbers(queries, q), _numbers(keys, q), []
     for some in _some_at_once(queries, n):
@@ -95,7 +99,13 @@ def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: in
 
 
 def clean_context_attention(
-    q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, clean_frames: int, first: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    clean_frames: int,
+    first: int,
+    blocks: BlockMask | None = None,
 ) -> Tensor:
     """Teacher forcing in one sequence: clean frames 0..C-1, then draws of noisy frames first..C.
 
@@ -106,13 +116,15 @@ def clean_context_attention(
         q, k, v: (B, heads, C·N + K·(C + 1 - first)·N, head_dim), for K draws.
         tokens_per_frame: N.
         clean_frames: C.
+        blocks: what `clean_context_blocks` gives for these sizes; a compiled model must bring it.
     """
     n, tokens = tokens_per_frame, q.shape[2]
     split, of_draw = clean_frames * n, (clean_frames + 1 - first) * n
     admits, numbers = clean_context(n, clean_frames, first), _numbers(tokens, q)
     if q.device.type == "cuda":
-        if tokens > MASKED_TOKENS:
-            return _flex(q, k, v, _clean_context_blocks(n, clean_frames, first, tokens, q.device))
+        if needs_blocks(tokens, q.device):
+            blocks = blocks or clean_context_blocks(n, clean_frames, first, tokens, q.device)
+            return _flex(q, k, v, blocks)
         return full_attention(q, k, v, _mask(admits, numbers, numbers))
     clean = block_causal_attention(q[:, :, :split], k[:, :, :split], v[:, :, :split], n)
     draws, batch = (tokens - split) // of_draw, q.shape[0]
@@ -171,25 +183,81 @@ def _some_at_once(queries: int, n: int) -> list[slice]:
     return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
-def flex_blocks(admits: Admits, queries: int, keys: int, device: torch.device) -> BlockMask:
-    return create_block_mask(
-        lambda _, __, query, key: admits(query, key), None, None, queries, keys, device=device
+def flex_blocks(admits: Admits, n: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """Which blocks of BLOCK queries and keys FlexAttention visits, and which it need not mask.
+
+    `admits` is constant within a frame, so that a block is known by one token of each of its
+    frames. torch's own `create_block_mask` would try every pair of tokens: 15 GiB for the dense
+    baseline's 57,000.
+
+    Args:
+        n: tokens of a frame; queries and keys are whole frames.
+    """
+    of_query, of_key = (_one_a_frame(tokens, n, device) for tokens in (queries, keys))
+    admitted = admits(of_query[:, None, :, None], of_key[None, :, None, :]).flatten(2)
+    touched, whole = admitted.any(dim=2), admitted.all(dim=2)
+    # The kernel cuts off what lies behind the last token only where it masks.
+    whole &= (of_query[:, :1] + BLOCK <= queries) & (of_key[:, 0] + BLOCK <= keys)
+    partial_count, partial_blocks = _ordered(touched & ~whole)
+    whole_count, whole_blocks = _ordered(whole)
+    return BlockMask.from_kv_blocks(
+        partial_count,
+        partial_blocks,
+        whole_count,
+        whole_blocks,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=lambda _, __, query, key: admits(query, key),
+        seq_lengths=(queries, keys),
     )
 
 
-# All layers, and all steps with clips of one length, ask for the same blocks.
+def _one_a_frame(tokens: int, n: int, device: torch.device) -> Tensor:
+    """Of every block, its first token and the first of every further frame: (blocks, most)."""
+    starts = torch.arange(0, tokens, BLOCK, device=device)[:, None]
+    following = (starts // n + torch.arange(1, BLOCK // n + 2, device=device)) * n
+    last = (starts + BLOCK).clamp(max=tokens)
+    return torch.cat([starts, torch.where(following < last, following, starts)], dim=1)
 
 
-@lru_cache(maxsize=8)
-def _block_causal_blocks(n: int, queries: int, keys: int, device: torch.device) -> BlockMask:
-    return flex_blocks(block_causal(n, queries, keys), queries, keys, device)
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of each row (queries, keys) are set, and their numbers first, as int32 (1, 1, …)."""
+    numbers = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1)[None, None].int(), numbers[None, None].int()
 
 
-@lru_cache(maxsize=8)
-def _clean_context_blocks(
+# A compiled model asks for its blocks before its layers: what dynamo traces knows no cache, and
+# would make them anew in every layer.
+
+
+@torch.compiler.disable
+def block_causal_blocks(n: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+    """The blocks of `block_causal_attention`."""
+    return _kept_blocks(block_causal, (n, queries, keys), n, queries, keys, device)
+
+
+@torch.compiler.disable
+def clean_context_blocks(
     n: int, clean_frames: int, first: int, tokens: int, device: torch.device
 ) -> BlockMask:
-    return flex_blocks(clean_context(n, clean_frames, first), tokens, tokens, device)
+    """The blocks of `clean_context_attention`."""
+    return _kept_blocks(clean_context, (n, clean_frames, first), n, tokens, tokens, device)
+
+
+@lru_cache(maxsize=16)  # all layers, and all steps with clips of one length, ask for the same
+def _kept_blocks(
+    admits: Callable[..., Admits],
+    arguments: tuple[int, ...],
+    n: int,
+    queries: int,
+    keys: int,
+    device: torch.device,
+) -> BlockMask:
+    return flex_blocks(admits(*arguments), n, queries, keys, device)
+
+
+def needs_blocks(keys: int, device: torch.device) -> bool:
+    """Whether so many keys are computed by FlexAttention."""
+    return device.type == "cuda" and keys > MASKED_TOKENS
 
 
 @lru_cache(maxsize=1)

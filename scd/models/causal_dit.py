@@ -11,7 +11,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scd.models.attention import clean_context_attention
+from scd.models.attention import (
+    clean_context_attention,
+    clean_context_blocks,
+    needs_blocks,
+)
 from scd.models.layers import (
     HEAD_DIM,
     Attend,
@@ -100,11 +104,16 @@ class CausalDiT(WorldModel):
             conditions = torch.cat([conditions[:, :-1], of_draws], dim=1)
         positions = torch.arange(count + 1, device=latents.device)
         positions = torch.cat([positions[:-1], *[positions[first:]] * draws])
+        n = self.tokens_per_frame(*latents.shape[-2:])
+        blocks = None
+        if needs_blocks(tokens := frames.shape[1] * n, latents.device):
+            blocks = clean_context_blocks(n, count, first, tokens, latents.device)
         attend = partial(
             clean_context_attention,
-            tokens_per_frame=self.tokens_per_frame(*latents.shape[-2:]),
+            tokens_per_frame=n,
             clean_frames=count,
             first=first,
+            blocks=blocks,
         )
         e = self.conditioning(times, conditions)  # (B, all frames, D)
         depth = len(self.blocks)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scd.models.attention import block_causal_attention
+from scd.models.attention import block_causal_attention, block_causal_blocks, needs_blocks
 from scd.models.layers import (
     Attend,
     Block,
@@ -68,7 +68,11 @@ class CausalEncoder(nn.Module):
         count = frames if self.start is None else 1 + frames
         e = self._conditioning((batch, count), conditions)  # (B, F, D)
         rows, columns = self._grid(latents)
-        attend = partial(block_causal_attention, tokens_per_frame=rows * columns)
+        n, tokens = rows * columns, count * rows * columns
+        blocks = None
+        if needs_blocks(tokens, latents.device):
+            blocks = block_causal_blocks(n, tokens, tokens, latents.device)
+        attend = partial(block_causal_attention, tokens_per_frame=n, blocks=blocks)
         depth = len(self.blocks)
         x = self._run(latents, 0, [e] * depth, [attend] * depth)
         return self.norm_out(x, e, perturbation)

@@ -111,6 +111,7 @@ class SCD(WorldModel):
             (B, F, N, D).
         """
         conditions = self.frame_conditions(latents.shape[:2], actions, labels)
+        self.check_conditions(conditions)
         if conditions is not None:
             conditions = torch.cat([conditions, conditions[:, -1:]], dim=1)[
                 :, self.first_predicted :

@@ -164,6 +164,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         """
         first = self.first_predicted
         conditions = self.frame_conditions(latents.shape[:2], actions, labels)
+        self.check_conditions(conditions)
         return self(latents, noisy[:, None, first:], timesteps[:, None, first:], conditions)[:, 0]
 
     def frame_conditions(
@@ -171,8 +172,10 @@ class WorldModel(ModelMixin, ConfigMixin):
     ) -> Tensor | None:
         """The condition index of every frame, (B, F); None for a model without conditions.
 
+        The values are looked at by `check_conditions` alone: on a GPU that waits for the device.
+
         Raises:
-            ScdError: a condition that the model does not have, or of another shape.
+            ScdError: a kind of condition that the model does not have, or of another shape.
         """
         kind = self.config.condition
         if (actions is not None and kind != "action") or (labels is not None and kind != "label"):
@@ -190,12 +193,18 @@ class WorldModel(ModelMixin, ConfigMixin):
             conditions = labels[:, None].expand(shape)
         else:
             return torch.full(tuple(shape), self.null_condition, device=self.device)
-        if (
-            conditions.numel()
-            and not 0 <= conditions.min() <= conditions.max() <= self.null_condition
-        ):
-            raise ScdError(f"conditions must lie in 0..{self.null_condition} (null)")
         return conditions
+
+    def check_conditions(self, conditions: Tensor | None) -> None:
+        """Refuse indices of conditions, of any shape, that the model does not have.
+
+        Raises:
+            ScdError: one lies outside of 0 to the null condition.
+        """
+        if conditions is None:
+            return
+        if ((conditions < 0) | (conditions > self.null_condition)).any():
+            raise ScdError(f"conditions must lie in 0..{self.null_condition} (null)")
 
     def _as_velocity(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """The network's prediction for frames (..., C, H, W) at timesteps (...) as velocities."""

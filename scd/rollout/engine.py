@@ -90,7 +90,9 @@ class Rollout:
                 "first frames (model.first_frame)"
             )
         model = self.model
-        # Wrong labels are refused before they serve as numbers of rows.
+        # Before they serve as numbers of rows, and where they are: on the CPU nothing waits.
+        for given in (actions, labels):
+            model.check_conditions(given)
         model.frame_conditions((batch, frames), actions, labels)
         self._packed = PackedWeights(model)
         self._graph: Callable[..., Tensor] | None = None  # made for the shapes of this reset
@@ -132,6 +134,7 @@ class Rollout:
         if self._newest is None:
             raise ScdError("step before reset")
         model = self.model
+        model.check_conditions(action)
         actions = None if action is None else action.to(model.device)[:, None]
         condition = self._numbers(actions, 1)
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])

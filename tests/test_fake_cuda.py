@@ -1,0 +1,139 @@
+"""CUDA's code paths without CUDA: fake tensors that say they are on `cuda:0`.
+
+They compute nothing, but find what would fail on a GPU: tensors on mixed devices, masks of another
+size, masks too large for memory. Forward only: autograd's engine wants a real device.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention.flex_attention import BlockMask
+
+import scd.flow.objective
+import scd.flow.sampler
+import scd.rollout.engine
+from scd import seeding
+from scd.flow.objective import FlowObjective
+from scd.models import SCD, CausalDiT, WorldModel, attention, layers
+from scd.options import FlowOptions, RolloutOptions
+from scd.rollout import Rollout
+
+CUDA = torch.device("cuda:0")
+B, CHANNELS = 2, 4
+
+
+@pytest.fixture(autouse=True)
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything inside is fake; stubbed is only what reads values or needs a CUDA generator."""
+    levels = scd.flow.sampler.noise_levels
+
+    def real_levels(*arguments, **keywords):
+        with unset_fake_temporarily():
+            return levels(*arguments, **keywords)
+
+    def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+        assert blocks.kv_num_blocks.device == blocks.kv_indices.device == q.device
+        assert blocks.seq_lengths == (q.shape[2], k.shape[2])
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    for module in (scd.flow.objective, scd.rollout.engine):
+        monkeypatch.setattr(module, "noise_levels", real_levels)
+    monkeypatch.setattr(seeding, "generator", lambda device, *key: None)
+    monkeypatch.setattr(WorldModel, "check_conditions", lambda self, conditions: None)
+    monkeypatch.setattr(attention, "_flex", flex)
+    for cached in (attention._kept_blocks, layers._rotary_tables):
+        cached.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+    for cached in (attention._kept_blocks, layers._rotary_tables):
+        cached.cache_clear()
+
+
+def make(kind: type, **config) -> WorldModel:
+    layers = {"layers": 2} if kind is CausalDiT else {"encoder_layers": 2, "decoder_layers": 2}
+    condition = {"condition": "action", "num_conditions": 3}
+    with CUDA:
+        return kind(**{"channels": CHANNELS, "heads": 1, **condition, **layers, **config})
+
+
+@pytest.mark.parametrize("kind", [SCD, CausalDiT])
+@pytest.mark.parametrize(
+    ("config", "flow"),
+    [
+        ({}, {}),
+        ({}, {"encoder_input": "noisy"}),
+        ({}, {"encoder_input": "mixed"}),
+        ({}, {"history_noise": 0.2}),
+        ({}, {"own_history": 0.5}),
+        ({"first_frame": True}, {}),
+        ({"prediction": "data"}, {}),
+    ],
+)
+@pytest.mark.parametrize(("frames", "side"), [(4, 2), (40, 6)])  # with masks; by FlexAttention
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_forward(kind, config, flow, frames, side, checkpointing):
+    model = make(kind, **config)
+    model.set_gradient_checkpointing(checkpointing)
+    batch = {
+        "sample": [0, 1],
+        "latents": torch.empty(B, frames, CHANNELS, side, side, device=CUDA),
+        "actions": torch.zeros(B, frames, dtype=torch.long, device=CUDA),
+    }
+    loss = FlowObjective(model, FlowOptions(**flow), 0)(batch)["loss"]
+    assert loss.device == CUDA and loss.dtype == torch.float32 and loss.requires_grad
+
+
+@pytest.mark.parametrize("fusion", ["add", "concat", "token_concat_with_proj"])
+def test_every_fusion(fusion):
+    test_a_training_forward(SCD, {"fusion": fusion}, {}, 4, 2, False)
+
+
+@pytest.mark.parametrize("kind", [SCD, CausalDiT])
+@pytest.mark.parametrize("inputs_on", ["cpu", "cuda:0"])
+@pytest.mark.parametrize(
+    ("settings", "known", "side"),
+    [
+        ({"guidance": "none"}, 5, 2),
+        ({"guidance": "condition"}, 5, 2),
+        ({"guidance": "context"}, 5, 2),
+        ({"guidance": "none", "window": 4}, 9, 2),
+        ({"guidance": "none", "window": 4, "window_first": 2}, 9, 2),
+        ({"guidance": "none"}, 40, 6),
+        ({"guidance": "none"}, 0, 2),
+    ],
+)
+def test_a_rollout(kind, inputs_on, settings, known, side):
+    if kind is CausalDiT and settings["guidance"] == "context":
+        pytest.skip("the dense baseline has no context to perturb")
+    model = make(kind, first_frame=not known).eval()
+    rollout = Rollout(model, RolloutOptions(3, **settings), known + 2)
+    rollout.reset(
+        torch.empty(B, known, CHANNELS, side, side, device=inputs_on),
+        torch.zeros(B, known, dtype=torch.long, device=inputs_on),
+    )
+    for _ in range(2):
+        frame = rollout.step(torch.zeros(B, dtype=torch.long, device=inputs_on))
+    assert frame.device == CUDA and frame.shape == (B, CHANNELS, side, side)
+
+
+def test_block_masks_are_never_dense():
+    """Of the paper's dense baseline on Minecraft: 299 clean and 2·299 noisy frames of 64 tokens."""
+    n, clean, draws = 64, 299, 2
+    tokens = (clean + draws * clean) * n
+    largest = 0
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel() * out.element_size())
+            return out
+
+    with Sizes():
+        blocks = attention.clean_context_blocks(n, clean, 1, tokens, CUDA)
+    assert blocks.kv_indices.shape[-2:] == (449, 449)
+    assert 0 < largest < 2**25  # bytes; a dense mask alone would have 3.3e9

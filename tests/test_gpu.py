@@ -1,0 +1,215 @@
+"""What only a GPU can show, in one call: `python -m pytest tests/test_gpu.py -s`.
+
+Skipped without CUDA. Figures are printed beside the assertions, so that one run tells them all.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scd.benchmark.run import benchmark
+from scd.evaluation.run import evaluate_checkpoint
+from scd.flow.objective import FlowObjective
+from scd.models import SCD, CausalDiT, attention
+from scd.models.layers import HEAD_DIM
+from scd.options import FlowOptions, RolloutOptions, load_options
+from scd.precision import has_bf16
+from scd.rollout import Rollout
+from scd.training.checkpoint import latest_checkpoint, load_checkpoint
+from scd.training.run_folder import read_log
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+ROOT = Path(__file__).parent.parent
+OPTIONS = ROOT / "options/scd_doom_tiny.yml"
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def true_float32():
+    """TF32 would hide what is compared here."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def make(kind: type, **config):
+    layers = {"layers": 2} if kind is CausalDiT else {"encoder_layers": 2, "decoder_layers": 2}
+    torch.manual_seed(0)
+    model = kind(**{"channels": 4, "heads": 2, "condition": "action", "num_conditions": 3} | layers)
+    for parameter in model.parameters():  # nothing starts at zero, so everything has a say
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def batch_of(frames: int, side: int, device: torch.device) -> dict:
+    g = torch.Generator().manual_seed(1)
+    return {
+        "sample": [0, 1],
+        "latents": torch.randn(2, frames, 4, side, side, generator=g).to(device),
+        "actions": torch.randint(3, (2, frames), generator=g).to(device),
+    }
+
+
+@pytest.mark.parametrize("past", [0, 5])
+def test_flex_equals_masked_equals_cpu(past):
+    n, frames = 64, 20
+    g = torch.Generator().manual_seed(2)
+    q = torch.randn(2, 2, frames * n, HEAD_DIM, generator=g)
+    k, v = torch.randn(2, 2, 2, (past + frames) * n, HEAD_DIM, generator=g)
+    on_cpu = attention.block_causal_attention(q, k, v, n)
+    q, k, v = (x.to(GPU).requires_grad_() for x in (q, k, v))
+    flex = attention.block_causal_attention(q, k, v, n)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "MASKED_TOKENS", 10**9)
+        masked = attention.block_causal_attention(q, k, v, n)
+    assert (flex - masked).abs().max() < 1e-4
+    assert (flex.cpu() - on_cpu).abs().max() < 1e-4
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (flex, masked)]
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).norm() < 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("kind", [SCD, CausalDiT])
+@pytest.mark.parametrize(("frames", "side"), [(4, 4), (24, 8)])  # with masks; by FlexAttention
+def test_compiled_equals_eager_equals_cpu(kind, frames, side):
+    losses, gradients = [], []
+    for device, compiled in ((CPU, False), (GPU, False), (GPU, True)):
+        model = make(kind).to(device)
+        if compiled:
+            for part in model.children():
+                for module in part if isinstance(part, torch.nn.ModuleList) else [part]:
+                    module.compile()
+        # Noise comes from the CPU, so that all three see the same.
+        objective = FlowObjective(model, FlowOptions(context_noise=0.0), 0)
+        latents, actions = (batch_of(frames, side, CPU)[key] for key in ("latents", "actions"))
+        g = torch.Generator().manual_seed(3)
+        noisy = torch.randn(2, 2, frames - 1, *latents.shape[2:], generator=g)
+        times = 1000 * torch.rand(2, 2, frames - 1, generator=g)
+        out = objective.model(*(x.to(device) for x in (latents, noisy, times, actions)))
+        loss = out.square().mean()
+        loss.backward()
+        losses.append(float(loss))
+        gradients.append([p.grad.cpu() for p in model.parameters() if p.grad is not None])
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-4)
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            assert (a - b).norm() <= 1e-2 * a.norm() + 1e-6
+
+
+@pytest.mark.parametrize("guidance", ["none", "context"])
+def test_graph_equals_eager_equals_cpu(guidance):
+    frames = {}
+    g = torch.Generator().manual_seed(4)
+    context, noise = torch.randn(2, 2, 6, 4, 4, 4, generator=g)
+    for name, device, compiled in (
+        ("cpu", CPU, False),
+        ("eager", GPU, False),
+        ("graph", GPU, True),
+    ):
+        settings = RolloutOptions(4, guidance=guidance, guidance_noise=0.0, compile=compiled)
+        rollout = Rollout(make(SCD).to(device), settings, 12)
+        rollout.reset(context, torch.zeros(2, 6, dtype=torch.long), generator=torch.Generator())
+        made = [rollout.step(torch.tensor([1, 2]), noise[:, i]) for i in range(4)]
+        frames[name] = torch.stack(made).cpu()
+    assert (frames["eager"] - frames["cpu"]).abs().max() < 1e-3
+    assert (frames["graph"] - frames["eager"]).abs().max() < 1e-3
+
+
+def small(root: Path, out: Path, *more: str) -> list[str]:
+    return [
+        f"data.root={root}",
+        f"output_root={out}",
+        *("data.source=video", "data.frames=4", "train.steps=6", "train.save_every=3"),
+        *("train.batch_size=2", "train.workers=0", "train.log_every=1", "train.sample_every=6"),
+        *("eval.context_frames=4", "eval.new_frames=12", "eval.videos=2"),
+        *more,
+    ]
+
+
+def launch(launcher: list[str], overrides: list[str], **environment: str) -> None:
+    command = [sys.executable, "-m", *launcher, "--module", "scd.cli", "train", "--opt"]
+    done = subprocess.run(
+        [*command, str(OPTIONS), *overrides],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+ONE = ["torch.distributed.run", "--nproc_per_node=1"]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("compile_", ["false", "true"])
+def test_a_run_resumes_where_it_was(doom_root, tmp_path, precision, compile_):
+    """With the fused optimiser and Muon; weights within rounding of an uninterrupted run."""
+    more = [f"train.mixed_precision={precision}", f"train.compile={compile_}"]
+    more += ["optim.schedule=constant"]
+    launch(ONE, small(doom_root, tmp_path, "name=whole", *more))
+    launch(ONE, small(doom_root, tmp_path, "name=parts", *more, "train.steps=3"))
+    launch(ONE, small(doom_root, tmp_path, "name=parts", *more))
+    states = [
+        load_checkpoint(latest_checkpoint(tmp_path / name / "checkpoints"))
+        for name in ("whole", "parts")
+    ]
+    assert [state.step for state in states] == [6, 6]
+    log = read_log(tmp_path / "whole/log.jsonl")
+    print(log[0], [entry["seconds"] for entry in log if "seconds" in entry])
+    start = load_checkpoint(tmp_path / "whole/checkpoints/step-00000003").model
+    for name, tensor in states[0].model.items():
+        moved = (tensor - start[name]).norm()
+        assert (tensor - states[1].model[name]).norm() <= 0.05 * moved + 1e-7, name
+
+
+@pytest.mark.parametrize("gpus", sorted({1, torch.cuda.device_count() or 1}))
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_sharded_trains_as_data_parallel(doom_root, tmp_path, gpus, precision):
+    options = (f"train.mixed_precision={precision}", "optim.muon_lr=null")
+    for name in ("ddp", "fsdp2"):
+        config = ["--config_file", str(ROOT / f"scripts/accelerate/{name}.yaml")]
+        launcher = ["accelerate.commands.launch", *config, "--num_processes", str(gpus)]
+        launch(launcher, small(doom_root, tmp_path, f"name={name}", *options))
+    ddp, fsdp = (
+        [e["loss"] for e in read_log(tmp_path / name / "log.jsonl") if "loss" in e]
+        for name in ("ddp", "fsdp2")
+    )
+    print(gpus, precision, ddp, fsdp)
+    assert fsdp == pytest.approx(ddp, rel=1e-4 if precision == "no" else 5e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_evaluation(doom_root, tmp_path, precision):
+    evaluate_checkpoint(
+        ROOT / "assets/pretrained/scd_doom",
+        None,
+        [
+            f"data.root={doom_root}",
+            f"output_root={tmp_path}",
+            f"eval.fvd_precision={precision}",
+            *("eval.context_frames=8", "eval.new_frames=16", "eval.videos=2"),
+        ],
+    )
+    found = json.loads((tmp_path / "scd_doom/metrics.json").read_text())["rows"]
+    print(found["model"])
+    assert found["model"]["psnr"] > found["repeat last context frame"]["psnr"]
+
+
+def test_bf16_is_at_hand():
+    print(torch.cuda.get_device_name(), "bf16:", has_bf16(GPU))
+    major, _ = torch.cuda.get_device_capability()
+    assert has_bf16(GPU) == (major >= 8)
+
+
+def test_the_benchmark(tmp_path):
+    benchmark(tmp_path, "SCD-M, context 36", plots=False)
+    print((tmp_path / "benchmark.md").read_text())
+    assert load_options(OPTIONS).name == "scd_doom_tiny"
