@@ -1,13 +1,13 @@
 """The precision of arithmetic: what a device is good at, and what a run asked for.
 
 bfloat16 halves the time of a matrix product where the device has instructions for it. Where it has
-none, as on x86 processors without AVX-512, bfloat16 is emulated and 20 to 100 times slower than
-float32. Training, encoding, the optimiser, metrics, rollouts and benchmarks all ask here.
+none, bfloat16 is emulated: 20 to 100 times slower than float32 on x86 processors without AVX-512.
+Training, encoding, the optimiser, metrics, rollouts and benchmarks all ask here.
 """
 
+import math
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from functools import cache
@@ -19,7 +19,7 @@ from torch import nn
 Module = TypeVar("Module", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBE_SIZE = 256  # side of the matrices that are multiplied to find out
-PROBES = 5
+PROBES = 20
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
@@ -51,7 +51,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def for_computing(module: Module) -> Module:
-    """Return a module itself, or a float32 copy of one in bf16 that its device would emulate."""
+    """Return the module, or a float32 copy if it is bf16 on a device that only emulates bf16."""
     weight = next(module.parameters())
     if weight.dtype != torch.bfloat16 or has_bf16(weight.device):
         return module
@@ -64,26 +64,29 @@ def _cpu_has_bf16() -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     a = torch.randn(PROBE_SIZE, PROBE_SIZE)
-    b = a.bfloat16()
-    # The fastest of several: a busy neighbour slows single ones, hardly ever all.
-    return _fastest(lambda: b @ b) <= _fastest(lambda: a @ a)
+    fp32, bf16 = _fastest_of_each(a, a.bfloat16())
+    return bf16 <= fp32
 
 
-def _fastest(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs, after one that warms up."""
-    run()
-    seconds = []
+def _fastest_of_each(*matrices: torch.Tensor) -> list[float]:
+    """Seconds of the fastest of several squares of each matrix, taken in turn.
+
+    So a busy neighbour slows them alike, and hardly ever all of one kind.
+    """
+    fastest = [math.inf] * len(matrices)
     for _ in range(PROBES):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        for number, matrix in enumerate(matrices):
+            started = time.perf_counter()
+            _ = matrix @ matrix
+            fastest[number] = min(fastest[number], time.perf_counter() - started)
+    return fastest
 
 
 @cache
 def _warn_of_emulation(device: torch.device) -> None:
     print(
-        f"note: bf16 was asked for, but this device ({device.type}) only emulates it: expect 20 to "
-        f"100 times the time of fp32; `auto` would take fp32",
+        f"note: bf16 was asked for, but this device ({device.type}) only emulates it"
+        + (": expect 20 to 100 times the time of fp32" if device.type == "cpu" else "")
+        + "; `auto` would take fp32",
         file=sys.stderr,
     )

@@ -18,7 +18,9 @@ stage() {
 }
 
 measure() {
-    bash scripts/inference.sh "$(ls -d $output/checkpoints/step-* | tail -n 1)/ema.safetensors"
+    local newest
+    newest=$(ls -d $output/checkpoints/step-* | tail -n 1)
+    bash scripts/inference.sh "$newest/ema.safetensors"
 }
 
 stage "install into .venv" env SCD_VENV=1 bash scripts/setup_env.sh

@@ -22,7 +22,7 @@ else
     hint="source .venv/bin/activate"
 fi
 
-# What pip is at, in one line that is written over, or in a log only its last steps.
+# What pip is at, in one line that is written over; in a log, every 20th package.
 show_progress() {
     local line packages=0
     while IFS= read -r line; do
@@ -35,6 +35,8 @@ show_progress() {
             line="${line#"${line%%[![:space:]]*}"}"
             printf '\r\033[K%d:%02d  package %d  %.60s' \
                 $((SECONDS / 60)) $((SECONDS % 60)) "$packages" "$line"
+        elif [[ $line == Collecting* ]] && ((packages % 20 == 0)); then
+            echo "$packages packages after $SECONDS s"
         fi
     done
     [ ! -t 1 ] || printf '\r\033[K'

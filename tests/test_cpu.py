@@ -76,3 +76,12 @@ def test_a_busy_program_is_seen():
         finally:
             other.kill()
     assert cpu.BUSY_CORES < busy <= cores == len(os.sched_getaffinity(0))
+
+
+def test_a_system_that_does_not_tell_is_no_error(fresh, capsys):
+    def unknown() -> tuple[float, int]:
+        raise FileNotFoundError("/proc/stat")
+
+    fresh.setattr(cpu, "busy_cores", unknown)
+    cpu.prepare_process()
+    assert "OMP_WAIT_POLICY" not in os.environ and capsys.readouterr().err == ""

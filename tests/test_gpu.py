@@ -14,10 +14,9 @@ import torch
 
 from scd.benchmark.run import benchmark
 from scd.evaluation.run import evaluate_checkpoint
-from scd.flow.objective import FlowObjective
 from scd.models import SCD, CausalDiT, attention
 from scd.models.layers import HEAD_DIM
-from scd.options import FlowOptions, RolloutOptions, load_options
+from scd.options import RolloutOptions
 from scd.precision import has_bf16
 from scd.rollout import Rollout
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -38,22 +37,13 @@ def true_float32():
     torch.set_float32_matmul_precision(before)
 
 
-def make(kind: type, **config):
+def make(kind: type):
     layers = {"layers": 2} if kind is CausalDiT else {"encoder_layers": 2, "decoder_layers": 2}
     torch.manual_seed(0)
     model = kind(**{"channels": 4, "heads": 2, "condition": "action", "num_conditions": 3} | layers)
     for parameter in model.parameters():  # nothing starts at zero, so everything has a say
         torch.nn.init.normal_(parameter, std=0.05)
     return model.eval()
-
-
-def batch_of(frames: int, side: int, device: torch.device) -> dict:
-    g = torch.Generator().manual_seed(1)
-    return {
-        "sample": [0, 1],
-        "latents": torch.randn(2, frames, 4, side, side, generator=g).to(device),
-        "actions": torch.randint(3, (2, frames), generator=g).to(device),
-    }
 
 
 @pytest.mark.parametrize("past", [0, 5])
@@ -77,21 +67,23 @@ def test_flex_equals_masked_equals_cpu(past):
 
 @pytest.mark.parametrize("kind", [SCD, CausalDiT])
 @pytest.mark.parametrize(("frames", "side"), [(4, 4), (24, 8)])  # with masks; by FlexAttention
-def test_compiled_equals_eager_equals_cpu(kind, frames, side):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_equals_eager_equals_cpu(kind, frames, side, checkpointing):
     losses, gradients = [], []
     for device, compiled in ((CPU, False), (GPU, False), (GPU, True)):
         model = make(kind).to(device)
+        model.set_gradient_checkpointing(checkpointing)
         if compiled:
             for part in model.children():
                 for module in part if isinstance(part, torch.nn.ModuleList) else [part]:
                     module.compile()
-        # Noise comes from the CPU, so that all three see the same.
-        objective = FlowObjective(model, FlowOptions(context_noise=0.0), 0)
-        latents, actions = (batch_of(frames, side, CPU)[key] for key in ("latents", "actions"))
+        # Noise comes from the CPU, so that all see the same.
         g = torch.Generator().manual_seed(3)
+        latents = torch.randn(2, frames, 4, side, side, generator=g)
+        actions = torch.randint(3, (2, frames), generator=g)
         noisy = torch.randn(2, 2, frames - 1, *latents.shape[2:], generator=g)
         times = 1000 * torch.rand(2, 2, frames - 1, generator=g)
-        out = objective.model(*(x.to(device) for x in (latents, noisy, times, actions)))
+        out = model(*(x.to(device) for x in (latents, noisy, times, actions)))
         loss = out.square().mean()
         loss.backward()
         losses.append(float(loss))
@@ -212,4 +204,3 @@ def test_bf16_is_at_hand():
 def test_the_benchmark(tmp_path):
     benchmark(tmp_path, "SCD-M, context 36", plots=False)
     print((tmp_path / "benchmark.md").read_text())
-    assert load_options(OPTIONS).name == "scd_doom_tiny"

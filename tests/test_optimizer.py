@@ -34,10 +34,10 @@ def fill_gradients(layers, seed):
 def test_each_optimiser_has_its_parameters(layers):
     """A bias moves as with AdamW alone; a matrix by lr sqrt(64 / 32) in each of its 32 directions,
     whatever its gradient's size: times 0.7 to 1.2, which five Newton-Schulz iterations leave."""
-    optimizer = make_optimizer(groups(layers), OptimOptions(muon_lr=0.01))
+    optimizer = make_optimizer(groups(layers), OptimOptions(muon_lr=0.01), True)
     assert isinstance(optimizer, AdamWithMuon)
     biases = [layer.bias.detach().clone().requires_grad_() for layer in layers]
-    alone = make_optimizer([{"params": biases, "lr": 0.02}], OptimOptions())
+    alone = make_optimizer([{"params": biases, "lr": 0.02}], OptimOptions(), True)
     fill_gradients(layers, 1)
     layers[0].weight.grad *= 1e-3
     before = [layer.weight.detach().clone() for layer in layers]
@@ -53,7 +53,7 @@ def test_each_optimiser_has_its_parameters(layers):
 
 def test_schedule_and_saved_state_reach_both(layers):
     """What is saved, loaded into a new optimiser, goes on to the bit; a rate of 0 stops all."""
-    optimizer = make_optimizer(groups(layers), OptimOptions(muon_lr=0.01))
+    optimizer = make_optimizer(groups(layers), OptimOptions(muon_lr=0.01), True)
     fill_gradients(layers, 1)
     optimizer.step()
     saved = deepcopy(optimizer.state_dict())
@@ -62,7 +62,7 @@ def test_schedule_and_saved_state_reach_both(layers):
     twins = [nn.Linear(32, 64), nn.Linear(32, 64)]
     for twin, layer in zip(twins, layers, strict=True):
         twin.load_state_dict(layer.state_dict())
-    other = make_optimizer(groups(twins), OptimOptions(muon_lr=0.01))
+    other = make_optimizer(groups(twins), OptimOptions(muon_lr=0.01), True)
     other.load_state_dict(saved)
     for pair, its in ((layers, optimizer), (twins, other)):
         fill_gradients(pair, 2)

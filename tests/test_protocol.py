@@ -38,7 +38,7 @@ from scd.evaluation.protocol import (
 from scd.evaluation.run import evaluate, evaluate_checkpoint, measure_folder
 from scd.evaluation.samples import SampleFolder
 from scd.evaluation.sweep import sweep_combinations
-from scd.evaluation.table import row, table
+from scd.evaluation.table import COLUMNS, Column, _best, row, table
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.build import build_world_model
 from scd.options import load_options, options_from_json, options_to_dict
@@ -567,6 +567,14 @@ def test_the_table_goes_to_the_trackers(options, checkpoint, no_weights, tmp_pat
     assert b"| model " in events.read_bytes() and b"evaluation/model/psnr" in events.read_bytes()
     assert list(tmp_path.rglob("offline-run-*"))
     wandb.teardown()  # it would write the runs of later tests here
+
+
+@pytest.mark.parametrize(("better", "best"), [("↓", 0.1), ("↑", 0.9)])
+def test_the_best_trajectory_is_the_better_one(monkeypatch, better, best):
+    """Of a metric that nobody has thought of yet: the direction stands with its column."""
+    monkeypatch.setitem(COLUMNS, "mse", Column("MSE", better, 3))
+    values = torch.tensor([0.1, 0.9])[:, None, None].expand(2, 3, 4)  # trajectories, videos, frames
+    assert _best("mse", values) == pytest.approx(best)
 
 
 def test_the_script_that_samples_videos(checkpoint, tmp_path, monkeypatch, capsys):

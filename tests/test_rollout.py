@@ -308,7 +308,7 @@ def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
         shown |= index[None] < kept + start
     mask = (shown & (index[None] <= index[:, None])).repeat_interleave(6, 0).repeat_interleave(6, 1)
 
-    def masked(q, k, v, tokens_per_frame):
+    def masked(q, k, v, tokens_per_frame, blocks=None):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -324,6 +324,8 @@ def test_wrong_labels_are_refused(inputs):
     labelled = make_model(condition="label", num_conditions=5)
     with pytest.raises(ScdError, match=r"0\.\.5"):
         Rollout(labelled, plain(1), 8).reset(context, labels=torch.tensor([1, 500]))
+    with pytest.raises(ScdError, match="actions given"):
+        Rollout(labelled, plain(1), 8).reset(context, torch.zeros(B, K, dtype=torch.long))
     unconditional = make_model(condition="none", num_conditions=0)
     with pytest.raises(ScdError, match="labels given"):
         Rollout(unconditional, plain(1), 8).reset(context, labels=torch.tensor([3, 3]))

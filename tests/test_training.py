@@ -115,6 +115,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(options, extra):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about processors")
 def test_resumed_on_another_kind_of_machine(options, monkeypatch, capsys, fresh_accelerate):
     """Begun where bf16 is fast, it goes on where it is not, says so, and is the same run."""
     o = options("name=moved", "train.mixed_precision=auto")
@@ -138,6 +139,7 @@ def test_resumed_on_another_kind_of_machine(options, monkeypatch, capsys, fresh_
     assert "so far" not in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about processors")
 def test_checkpoints_from_before_auto_go_on(options, monkeypatch, capsys, fresh_accelerate):
     """Their options name a precision, and their manifests none."""
     o = options("name=old", "train.mixed_precision=no")

@@ -12,7 +12,7 @@ from scd.models import WorldModel
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel
 from scd.options import Options
-from scd.precision import autocast, resolve_precision
+from scd.precision import autocast, has_bf16, resolve_precision
 from scd.training.optimizer import make_optimizer
 from scd.training.world_model_task import parameter_groups
 
@@ -57,7 +57,9 @@ def fine_tuning(
     t = options.train
     model.set_gradient_checkpointing(t.gradient_checkpointing)
     objective = FlowObjective(model, options.flow, options.seed)
-    optimizer = make_optimizer(parameter_groups(model, options.optim), options.optim)
+    optimizer = make_optimizer(
+        parameter_groups(model, options.optim), options.optim, has_bf16(model.device)
+    )
     rates = [group["lr"] for group in optimizer.param_groups]
     device = model.device
     precision = resolve_precision(t.mixed_precision, device)
@@ -66,10 +68,11 @@ def fine_tuning(
         for part in range(t.gradient_accumulation):
             first = ((t.steps + step) * t.gradient_accumulation + part) * t.batch_size
             read = [clips[number] for number in range(first, first + t.batch_size)]
-            batch = {key: torch.stack([clip[key] for clip in read]).to(device) for key in read[0]}
-            batch = with_scaled_latents(batch, codec)
+            batch = {key: torch.stack([clip[key] for clip in read]) for key in read[0]}
+            samples = batch.pop("sample").tolist()
+            batch = with_scaled_latents({k: v.to(device) for k, v in batch.items()}, codec)
             with autocast(device, precision):
-                loss = objective(batch)["loss"]
+                loss = objective({**batch, "sample": samples})["loss"]
             (loss / t.gradient_accumulation).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.optim.max_grad_norm)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

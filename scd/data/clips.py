@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from scd.data.framing import Framing, as_images, framing_of
-from scd.data.latents import read_latents
+from scd.data.latents import LatentFile
 from scd.data.lists import ClipEntry, read_list
 from scd.data.npz_video import NpzVideo, open_video
 from scd.data.video import VideoFile
@@ -92,8 +92,8 @@ class ClipFolder:
             raise ScdError(f"{path}: {length} frames, but the clip needs {span}")
         start = 0 if rng is None else int(rng.integers(length - span + 1))
         indices = np.arange(start, start + span, stride)
-        if isinstance(opened, Tensor):
-            key, values = "latents", opened[torch.from_numpy(indices)].float()
+        if isinstance(opened, LatentFile):
+            key, values = "latents", opened.frames(indices).float()
         else:
             video = as_images(opened.frames(indices))
             if self.framing is not None:
@@ -110,9 +110,9 @@ class ClipFolder:
             clip["label"] = torch.tensor(self._checked_label(number))
         return clip
 
-    def _open(self, entry: ClipEntry) -> tuple[VideoFile | NpzVideo | Tensor, int, Path]:
+    def _open(self, entry: ClipEntry) -> tuple[VideoFile | NpzVideo | LatentFile, int, Path]:
         path = self.root / str(entry.video_path if self.source == "video" else entry.latent_path)
-        opened = open_video(path) if self.source == "video" else read_latents(path)
+        opened = open_video(path) if self.source == "video" else LatentFile(path)
         return opened, len(opened), path
 
     def _actions(self, entry: ClipEntry, length: int) -> Tensor:

@@ -4,10 +4,14 @@ Own files are safetensors with the key `latents`; the `.pt` tensors of published
 too, as plain tensors only.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -18,34 +22,73 @@ from scd.files import write_whole
 from scd.tensor_files import is_plain, read_pt
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SAFE_FLOATS = ("F16", "BF16", "F32", "F64")  # the same, as safetensors names them
+
+
+class LatentFile:
+    """A file of latents (F, C, h, w), of which only those frames are read that are wanted.
+
+    The `.pt` files of published data sets can be read whole alone.
+
+    Raises:
+        ScdError: the file is missing, damaged or of another shape.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._whole: Tensor | None = None
+        if not path.is_file():
+            raise ScdError(f"{path}: no such latent file")
+        if path.suffix == ".pt":
+            latents = read_pt(path)
+            plain = is_plain(latents) and latents.dtype in FLOATS
+            self._whole = latents.detach() if plain else None
+            self.shape = tuple(latents.shape) if plain else ()
+        else:
+            with self._opened() as file:
+                part = file.get_slice("latents")
+                floats = part.get_dtype() in SAFE_FLOATS
+                self.shape = tuple(part.get_shape()) if floats else ()
+        if len(self.shape) != 4 or 0 in self.shape:
+            raise ScdError(f"{path}: expected one floating-point tensor (frames, C, h, w)")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def frames(self, indices: np.ndarray) -> Tensor:
+        """Read the latents (n, C, h, w) of frames in ascending order.
+
+        Raises:
+            ScdError: they cannot be read, or are not finite.
+        """
+        first, last = int(indices[0]), int(indices[-1]) + 1
+        if self._whole is not None:
+            latents = self._whole[first:last]
+        else:
+            with self._opened() as file:
+                latents = file.get_slice("latents")[first:last]
+        latents = latents[torch.from_numpy(indices - first)]
+        if not torch.isfinite(latents).all():
+            raise ScdError(f"{self.path}: latents are not finite")
+        return latents
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                yield file
+        except Exception as error:  # damaged files raise many kinds
+            raise ScdError(f"{self.path}: not a readable latent file ({reason(error)})") from error
 
 
 def read_latents(path: Path) -> Tensor:
-    """Read (F, C, h, w) latents.
+    """Read all (F, C, h, w) latents of a file.
 
     Raises:
         ScdError: the file is missing, damaged, not finite or of another shape.
     """
-    if not path.is_file():
-        raise ScdError(f"{path}: no such latent file")
-    if path.suffix == ".pt":
-        latents = read_pt(path)
-    else:
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                latents = file.get_tensor("latents")
-        except Exception as error:  # damaged files raise many kinds
-            raise ScdError(f"{path}: not a readable latent file ({reason(error)})") from error
-    if (
-        not is_plain(latents)
-        or latents.ndim != 4
-        or not latents.numel()
-        or latents.dtype not in FLOATS
-    ):
-        raise ScdError(f"{path}: expected one floating-point tensor (frames, C, h, w)")
-    if not torch.isfinite(latents).all():
-        raise ScdError(f"{path}: latents are not finite")
-    return latents.detach()
+    file = LatentFile(path)
+    return file.frames(np.arange(len(file)))
 
 
 def write_latents(path: Path, latents: Tensor, made_by: str) -> None:

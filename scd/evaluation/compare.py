@@ -118,7 +118,7 @@ def comparison(candidates: list[Candidate]) -> Table:
     first = candidates[0].evaluation["protocol"]
     metrics = [key for key in COLUMNS if key in candidates[0].evaluation["rows"][MODEL]]
     heads = ["name", "model", "parameters", "s/frame ↓", "ratio"]
-    heads += [COLUMNS[k][0] + (of_fvd([first]) if k == "fvd" else "") for k in metrics]
+    heads += [COLUMNS[k].head + (of_fvd([first]) if k == "fvd" else "") for k in metrics]
     lines = []
     for candidate in candidates:
         row = candidate.evaluation["rows"][MODEL]
@@ -129,7 +129,7 @@ def comparison(candidates: list[Candidate]) -> Table:
                 f"{_parameters(candidate) / 1e6:.1f} M",
                 f"{candidate.frame_seconds:.3f}",
                 f"{candidate.frame_seconds / fastest:.2f}",
-                *(f"{row[key]:.{COLUMNS[key][1]}f}" if key in row else "–" for key in metrics),
+                *(COLUMNS[key].format(row.get(key)) for key in metrics),
             ]
         )
     note = (

@@ -5,7 +5,7 @@ videos. FVD: over whole clips, for each trajectory, then the mean.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +20,31 @@ from scd.evaluation.samples import SampleFolder
 from scd.options import RolloutOptions
 
 FIRST_FRAMES = 4
-COLUMNS = {  # key in a row -> head, decimals
-    "psnr": ("PSNR ↑", 2),
-    "ssim": ("SSIM ↑", 3),
-    "lpips": ("LPIPS ↓", 3),
-    f"psnr_first_{FIRST_FRAMES}": (f"PSNR +1…+{FIRST_FRAMES} ↑", 2),
-    f"lpips_first_{FIRST_FRAMES}": (f"LPIPS +1…+{FIRST_FRAMES} ↓", 3),
-    "fvd": ("FVD ↓", 1),
+
+
+class Column(NamedTuple):
+    """How a metric is named, which way is better (`↑` or `↓`), and with how many decimals."""
+
+    name: str
+    better: str
+    decimals: int
+
+    @property
+    def head(self) -> str:
+        return f"{self.name} {self.better}"
+
+    def format(self, value: float | None) -> str:
+        """Write a value, or a dash for none."""
+        return "–" if value is None else f"{value:.{self.decimals}f}"
+
+
+COLUMNS = {  # key in a row ->
+    "psnr": Column("PSNR", "↑", 2),
+    "ssim": Column("SSIM", "↑", 3),
+    "lpips": Column("LPIPS", "↓", 3),
+    f"psnr_first_{FIRST_FRAMES}": Column(f"PSNR +1…+{FIRST_FRAMES}", "↑", 2),
+    f"lpips_first_{FIRST_FRAMES}": Column(f"LPIPS +1…+{FIRST_FRAMES}", "↓", 3),
+    "fvd": Column("FVD", "↓", 1),
 }
 
 
@@ -157,16 +175,13 @@ def _make_table(
     """Names, then the metrics that any line has."""
     shown = {key: c for key, c in COLUMNS.items() if any(key in values for _, values in lines)}
     heads = list(lines[0][0])
-    for key, (head, _) in shown.items():
+    for key, column in shown.items():
+        head = column.head
         if key == "fvd":
             head += of_fvd([evaluation.protocol for evaluation in evaluations])
         heads.append(head)
     cells = [
-        [*names.values()]
-        + [
-            f"{values[key]:.{decimals}f}" if key in values else "–"
-            for key, (_, decimals) in shown.items()
-        ]
+        [*names.values()] + [column.format(values.get(key)) for key, column in shown.items()]
         for names, values in lines
     ]
     missing = {metric: why for e in evaluations for metric, why in e.missing.items()}
@@ -177,5 +192,5 @@ def _make_table(
 def _best(metric: str, values: Tensor) -> float:
     """(trajectories, n, frames): mean over frames, best trajectory of each video, mean."""
     by_video = values.double().mean(dim=-1)
-    best = by_video.amin(dim=0) if metric == "lpips" else by_video.amax(dim=0)
+    best = by_video.amin(dim=0) if COLUMNS[metric].better == "↓" else by_video.amax(dim=0)
     return float(best.mean())

@@ -29,8 +29,8 @@ class NoisyFrames(NamedTuple):
 def with_scaled_latents(batch: dict[str, Tensor], codec: Codec) -> dict[str, Tensor]:
     """Replace a batch's `video` (B, F, 3, H, W), or its unscaled `latents`, by scaled latents.
 
-    It runs before the objective, not in it: what accelerate wraps is sharded, synchronised and
-    autocast, none of which a frozen autoencoder needs or bears.
+    It runs before the objective, not in it: what accelerate wraps is sharded, kept in step between
+    processes and autocast. A frozen autoencoder cannot be sharded, and need not be the others.
     """
     if "latents" in batch:
         return {**batch, "latents": codec.scale(batch["latents"])}

@@ -79,7 +79,7 @@ def block_causal_attention(
         q: (B, heads, F·N, head_dim), the queries of the newest F frames.
         k, v: (B, heads, P·N + F·N, head_dim), of P past frames and those F frames.
         tokens_per_frame: N.
-        blocks: what `block_causal_blocks` gives for these sizes; a compiled model must bring it.
+        blocks: what `block_causal_blocks` gives for these sizes; a compiled model must pass it in.
     """
     n, queries, keys = tokens_per_frame, q.shape[2], k.shape[2]
     if queries <= n:
@@ -116,7 +116,7 @@ def clean_context_attention(
         q, k, v: (B, heads, C·N + K·(C + 1 - first)·N, head_dim), for K draws.
         tokens_per_frame: N.
         clean_frames: C.
-        blocks: what `clean_context_blocks` gives for these sizes; a compiled model must bring it.
+        blocks: what `clean_context_blocks` gives for these sizes; a compiled model must pass it in.
     """
     n, tokens = tokens_per_frame, q.shape[2]
     split, of_draw = clean_frames * n, (clean_frames + 1 - first) * n
@@ -256,7 +256,7 @@ def _kept_blocks(
 
 
 def needs_blocks(keys: int, device: torch.device) -> bool:
-    """Whether so many keys are computed by FlexAttention."""
+    """Whether this many keys go through FlexAttention."""
     return device.type == "cuda" and keys > MASKED_TOKENS
 
 

@@ -50,7 +50,9 @@ def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
         frames: (F,) frame indices.
         height, width: tokens in a column and in a row.
     """
-    frequencies, within = _rotary_tables(height, width, frames.device)
+    # What dynamo traces knows no cache.
+    tables = _make_tables if torch.compiler.is_compiling() else _rotary_tables
+    frequencies, within = tables(height, width, frames.device)
     # In double precision: in single, the angles of frame 10,000 would be off by half a thousandth.
     angles = frames.double()[:, None] * frequencies  # (F, 8)
 
@@ -64,8 +66,7 @@ def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
     return Rotary(table(angles.cos(), cosines, 1), table(angles.sin(), sines, -1))
 
 
-@lru_cache(maxsize=16)
-def _rotary_tables(
+def _make_tables(
     height: int, width: int, device: torch.device
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Compute what all frames share and a rollout asks for at every step: the frequencies (8,) of
@@ -79,6 +80,9 @@ def _rotary_tables(
     columns = torch.arange(width, device=device).double().repeat(height)
     angles = torch.cat([rows[:, None] * of_row, columns[:, None] * of_column], dim=-1)
     return of_frame, (angles.cos().float(), angles.sin().float())
+
+
+_rotary_tables = lru_cache(maxsize=16)(_make_tables)
 
 
 class Conditioning(nn.Module):
@@ -158,6 +162,7 @@ class Attention(nn.Module):
         weights = torch.stack([self.norm_q, self.norm_k])[:, None, None, None]
         # q and k at once, and contiguous: a third of the time of one after the other.
         normed = nn.functional.rms_norm(qkv[:2].contiguous(), (HEAD_DIM,), eps=NORM_EPS)
+        normed = normed.type_as(qkv)  # which autocast gives back in float32
         q, k = rotary.rotate(normed * weights.type_as(normed))
         if keep is not None:
             q = q[:, :, -keep:]

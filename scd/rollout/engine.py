@@ -90,10 +90,10 @@ class Rollout:
                 "first frames (model.first_frame)"
             )
         model = self.model
-        # Before they serve as numbers of rows, and where they are: on the CPU nothing waits.
+        # Before they index the table, on the device they came on: on the CPU that costs no sync.
+        model.frame_conditions((batch, frames), actions, labels)
         for given in (actions, labels):
             model.check_conditions(given)
-        model.frame_conditions((batch, frames), actions, labels)
         self._packed = PackedWeights(model)
         self._graph: Callable[..., Tensor] | None = None  # made for the shapes of this reset
         context = context.to(model.device)
@@ -134,8 +134,10 @@ class Rollout:
         if self._newest is None:
             raise ScdError("step before reset")
         model = self.model
-        model.check_conditions(action)
-        actions = None if action is None else action.to(model.device)[:, None]
+        actions = None if action is None else action[:, None]
+        model.frame_conditions((self._batch, 1), actions, self._labels)
+        model.check_conditions(actions)
+        actions = None if actions is None else actions.to(model.device)
         condition = self._numbers(actions, 1)
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
         if noise is None:

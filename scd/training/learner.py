@@ -17,13 +17,15 @@ class Learner:
     """The task's network, or the adversary that learns against it.
 
     Args:
-        groups: see `scd.training.optimizer.make_optimizer`.
+        groups, bf16: see `scd.training.optimizer.make_optimizer`.
     """
 
-    def __init__(self, network: nn.Module, groups: list[dict[str, Any]], options: Options):
+    def __init__(
+        self, network: nn.Module, groups: list[dict[str, Any]], options: Options, bf16: bool
+    ):
         self.network = network
         self.options = options
-        self.optimizer = make_optimizer(groups, options.optim)
+        self.optimizer = make_optimizer(groups, options.optim, bf16)
 
     def start(
         self, prepared: torch.optim.Optimizer, step: int, moments: dict[str, Any] | None

@@ -8,15 +8,16 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from scd.options import OptimOptions
-from scd.precision import has_bf16
 
 Groups = list[dict[str, Any]]
 
 
-def make_optimizer(groups: Groups, options: OptimOptions) -> Optimizer:
-    """
+def make_optimizer(groups: Groups, options: OptimOptions, bf16: bool) -> Optimizer:
+    """Build AdamW, or with Muon groups both as one.
+
     Args:
         groups: parameters with `lr` each, and `muon`: True where Muon is to train them.
+        bf16: whether Muon orthogonalises in bf16; the same on every process.
     """
     matrices = [group for group in groups if is_muon(group)]
     adamw = AdamW(
@@ -27,14 +28,20 @@ def make_optimizer(groups: Groups, options: OptimOptions) -> Optimizer:
     )
     if not matrices:
         return adamw
-    return AdamWithMuon(adamw, Muon(matrices, weight_decay=options.weight_decay))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return AdamWithMuon(adamw, Muon(matrices, dtype, weight_decay=options.weight_decay))
 
 
 class Muon(torch.optim.Muon):
-    """Step like torch's Muon, but orthogonalise in float32 where the device only emulates bf16.
+    """Step like torch's Muon, but orthogonalise in a type of choice.
 
-    There torch's own, which always takes bf16, costs ten times the rest of a training step.
+    Torch's own always takes bf16. On a device that only emulates it, that costs ten times the rest
+    of a training step.
     """
+
+    def __init__(self, params: Groups | list[Tensor], dtype: torch.dtype, **settings: Any):
+        super().__init__(params, **settings)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -48,17 +55,16 @@ class Muon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 mean = state["momentum_buffer"]
                 mean.lerp_(p.grad, 1 - momentum)
-                update = orthogonalise(p.grad.lerp(mean, momentum))  # Nesterov's
+                update = orthogonalise(p.grad.lerp(mean, momentum), self.dtype)  # Nesterov's
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update, alpha=-lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
+def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Move the singular values of a matrix to about 1 by five Newton-Schulz steps.
 
     Of the fifth order, with the coefficients of Keller Jordan's Muon, as in `torch.optim.Muon`.
     """
-    dtype = torch.bfloat16 if has_bf16(matrix.device) else torch.float32
     wide = matrix.shape[0] <= matrix.shape[1]  # the smaller Gram matrix
     x = matrix.to(dtype) if wide else matrix.to(dtype).T
     x = x / x.norm().clamp(min=1e-7)

@@ -30,7 +30,7 @@ class Task(Protocol):
         ...
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Do with a batch, on the device, what is to stay outside of the wrapped objective."""
+        """Preprocess a batch on the device, outside the module that accelerate wraps."""
         ...
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from itertools import zip_longest
 
 import torch
@@ -23,7 +24,7 @@ from scd.errors import ScdError, Stopped
 from scd.files import write_whole_folder
 from scd.models.weights import load_matching
 from scd.options import Options
-from scd.precision import DTYPES, resolve_precision
+from scd.precision import DTYPES, has_bf16, resolve_precision
 from scd.processes import together
 from scd.training.average import Average
 from scd.training.batches import batches_from
@@ -55,6 +56,9 @@ from scd.training.sharding import whole_on_cpu
 from scd.training.signals import StopRequest, stop_request
 from scd.training.tasks import Task
 
+# For another process, which may write a large checkpoint; one that takes longer hangs.
+LONGEST_WAIT = timedelta(minutes=30)
+
 
 class Trainer:
     """Trains a task to `options.train.steps` steps, from the newest checkpoint if there is one.
@@ -75,11 +79,12 @@ class Trainer:
         self.precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
         self.step = 0
         self.saved_step = 0
-        self.learner = Learner(task.network, task.parameter_groups(), options)
+        bf16 = all_have_bf16(accelerator.device)
+        self.learner = Learner(task.network, task.parameter_groups(), options, bf16)
         self.adversary: Learner | None = None
         if task.adversary is not None:
             group = {"params": list(task.adversary.parameters()), "lr": options.optim.adversary_lr}
-            self.adversary = Learner(task.adversary, [group], options)
+            self.adversary = Learner(task.adversary, [group], options, bf16)
         task.objective.to(accelerator.device)
         state = self._newest_state()
         data = options.data
@@ -317,11 +322,14 @@ class Trainer:
 
 def run_precision(options: Options) -> str:
     """Resolve `train.mixed_precision` to what all processes of the run have: `fp32` or `bf16`."""
-    # With the usual limit on collective operations: a rank that hangs must not hold the others for
-    # as long as `processes` lets the slowest part of an evaluation take.
-    device = PartialState(cpu=not torch.cuda.is_available()).device
+    device = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT).device
     mine = resolve_precision(options.train.mixed_precision, device)
     return "bf16" if set(gather_object([mine])) == {"bf16"} else "fp32"
+
+
+def all_have_bf16(device: torch.device) -> bool:
+    """Whether every process of the run has fast bf16."""
+    return all(gather_object([has_bf16(device)]))
 
 
 def sharding_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:

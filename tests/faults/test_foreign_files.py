@@ -204,7 +204,9 @@ def checkpoint(folder: Path) -> Kind:
         refuse_other_run(state.run, now, str(path))
         load_matching(network, state.ema, str(path))
         load_matching(network, state.model, str(path))
-        learner = Learner(network, [{"params": list(network.parameters()), "lr": 1e-3}], options)
+        learner = Learner(
+            network, [{"params": list(network.parameters()), "lr": 1e-3}], options, True
+        )
         learner.start(learner.optimizer, state.step, state.optimizer)
         for parameter in network.parameters():
             parameter.grad = torch.ones_like(parameter)
