@@ -26,8 +26,8 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     """Turn an option's word into `fp32` or `bf16`.
 
     Args:
-        wanted: `auto`: the fastest that the device has; `bf16`: obeyed everywhere, but where it is
-            emulated one line on stderr says what that costs; `no` or `fp32`.
+        wanted: `auto`: the fastest that the device has; `bf16`: always obeyed, with one line on
+            stderr where the device only emulates it; `no` or `fp32`.
     """
     if wanted == "auto":
         return "bf16" if has_bf16(device) else "fp32"

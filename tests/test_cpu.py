@@ -75,7 +75,7 @@ def test_a_busy_program_is_seen():
             busy, cores = cpu.busy_cores()
         finally:
             other.kill()
-    assert cpu.BUSY_CORES < busy <= cores == len(os.sched_getaffinity(0))
+    assert cpu.BUSY_CORES < busy <= cores
 
 
 def test_a_system_that_does_not_tell_is_no_error(fresh, capsys):

@@ -27,9 +27,10 @@ from scd.options import Options, load_options
 from scd.pipeline import SCDPipeline
 from scd.training import checkpoint, heartbeat, lock, run
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
+from scd.training.launch import make_accelerator
 from scd.training.run import sums_in_fixed_order
 from scd.training.run_folder import read_log
-from scd.training.trainer import Trainer, make_accelerator
+from scd.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 

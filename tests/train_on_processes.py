@@ -16,8 +16,9 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from scd.options import load_options
+from scd.training.launch import make_accelerator, sharding_plugin
 from scd.training.run import build_task
-from scd.training.trainer import Trainer, make_accelerator, sharding_plugin
+from scd.training.trainer import Trainer
 
 CONFIG = Path(__file__).parent.parent / "scripts/accelerate/fsdp2.yaml"
 

@@ -33,7 +33,7 @@ def make_optimizer(groups: Groups, options: OptimOptions, bf16: bool) -> Optimiz
 
 
 class Muon(torch.optim.Muon):
-    """Step like torch's Muon, but orthogonalise in a type of choice.
+    """Step like torch's Muon, but orthogonalise in a chosen type.
 
     Torch's own always takes bf16. On a device that only emulates it, that costs ten times the rest
     of a training step.

@@ -11,9 +11,10 @@ from scd.files import remove_unfinished
 from scd.options import Options
 from scd.processes import together
 from scd.training.heartbeat import last_word
+from scd.training.launch import make_accelerator
 from scd.training.lock import only_run_in
 from scd.training.tasks import Task
-from scd.training.trainer import Trainer, make_accelerator
+from scd.training.trainer import Trainer
 
 
 def run_experiment(options: Options) -> None:

@@ -1,22 +1,13 @@
 """The training loop, for any task, on any number of processes that accelerate was launched with."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from itertools import zip_longest
 
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    FullyShardedDataParallelPlugin,
-    ProjectConfiguration,
-    gather_object,
-)
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 from scd.data.clips import TrainingClips
@@ -24,7 +15,6 @@ from scd.errors import ScdError, Stopped
 from scd.files import write_whole_folder
 from scd.models.weights import load_matching
 from scd.options import Options
-from scd.precision import DTYPES, has_bf16, resolve_precision
 from scd.processes import together
 from scd.training.average import Average
 from scd.training.batches import batches_from
@@ -43,6 +33,7 @@ from scd.training.faults import (
     refuse_unequal_weights,
 )
 from scd.training.heartbeat import Heartbeat
+from scd.training.launch import all_have_bf16
 from scd.training.learner import Learner
 from scd.training.meter import Meter
 from scd.training.resume import (
@@ -55,9 +46,6 @@ from scd.training.run_folder import RunLog, for_trackers, write_run_files
 from scd.training.sharding import whole_on_cpu
 from scd.training.signals import StopRequest, stop_request
 from scd.training.tasks import Task
-
-# For another process, which may write a large checkpoint; one that takes longer hangs.
-LONGEST_WAIT = timedelta(minutes=30)
 
 
 class Trainer:
@@ -318,42 +306,3 @@ class Trainer:
             if before not in (None, self.precision):
                 print(f"it was trained in {before} so far, and goes on in {self.precision}")
         return state
-
-
-def run_precision(options: Options) -> str:
-    """Resolve `train.mixed_precision` to what all processes of the run have: `fp32` or `bf16`."""
-    device = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT).device
-    mine = resolve_precision(options.train.mixed_precision, device)
-    return "bf16" if set(gather_object([mine])) == {"bf16"} else "fp32"
-
-
-def all_have_bf16(device: torch.device) -> bool:
-    """Whether every process of the run has fast bf16."""
-    return all(gather_object([has_bf16(device)]))
-
-
-def sharding_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """Set up FSDP2 as the launcher's variables say; None where they do not ask for it.
-
-    Accelerate's own policy would sum gradients over the processes, and round inputs and loss, in
-    bf16. This one does all of it in float32, as data parallel training does; only the weights
-    travel in bf16.
-    """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return None
-    policy = MixedPrecisionPolicy(
-        param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
-
-
-def make_accelerator(options: Options) -> Accelerator:
-    """The processes and devices of this run, as `accelerate launch` set them up."""
-    precision = run_precision(options)
-    return Accelerator(
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
-        fsdp_plugin=sharding_plugin(precision),
-        log_with=list(options.train.trackers) or None,
-        project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
-        cpu=not torch.cuda.is_available(),
-    )

@@ -1,0 +1,58 @@
+"""Set up what a run computes on: its processes, its precision, the sharding of its weights."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+    gather_object,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from scd.options import Options
+from scd.precision import DTYPES, has_bf16, resolve_precision
+
+# For another process, which may write a large checkpoint; one that takes longer hangs.
+LONGEST_WAIT = timedelta(minutes=30)
+
+
+def run_precision(options: Options) -> str:
+    """Resolve `train.mixed_precision` to what all processes of the run have: `fp32` or `bf16`."""
+    device = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT).device
+    mine = resolve_precision(options.train.mixed_precision, device)
+    return "bf16" if set(gather_object([mine])) == {"bf16"} else "fp32"
+
+
+def all_have_bf16(device: torch.device) -> bool:
+    """Whether every process of the run has fast bf16."""
+    return all(gather_object([has_bf16(device)]))
+
+
+def sharding_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
+    """Set up FSDP2 as the launcher's variables say; None where they do not ask for it.
+
+    Accelerate's own policy would sum gradients over the processes, and round inputs and loss, in
+    bf16. This one does all of it in float32, as data parallel training does; only the weights
+    travel in bf16.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    policy = MixedPrecisionPolicy(
+        param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
+
+
+def make_accelerator(options: Options) -> Accelerator:
+    """Join the processes and devices of this run, as `accelerate launch` set them up."""
+    precision = run_precision(options)
+    return Accelerator(
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+        fsdp_plugin=sharding_plugin(precision),
+        log_with=list(options.train.trackers) or None,
+        project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
+        cpu=not torch.cuda.is_available(),
+    )
