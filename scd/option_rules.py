@@ -25,6 +25,7 @@ CHOICES = {
     "rollout.guidance": ("none", "context", "condition"),
     "rollout.solver": ("euler", "multistep"),
     "rollout.spacing": ("reference", "even"),
+    "rollout.precision": ("auto", "fp32", "tf32", "bf16"),
     "eval.fvd_precision": ("fp32", "bf16"),
 }
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")

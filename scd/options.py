@@ -155,6 +155,7 @@ class RolloutOptions:
     window: int = 0  # newest frames that a frame to come can see; 0: all
     window_first: int = 0  # of the window, for the first frames of the video, which then stay
     compile: bool = False  # the denoising steps: torch.compile, and on CUDA one graph a frame
+    precision: str = "fp32"  # | tf32 | bf16 | auto (bf16 where the device has it, else fp32)
 
 
 @dataclass

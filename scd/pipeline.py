@@ -10,10 +10,10 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.models.autoencoder import LatentCodec, PixelCodec
+from scd.models.autoencoder import Codec, LatentCodec, PixelCodec
 from scd.models.world_model import WorldModel
 from scd.options import RolloutOptions
-from scd.precision import for_computing
+from scd.precision import with_weights_in
 from scd.rollout import Rollout
 
 
@@ -89,11 +89,16 @@ class SCDPipeline(DiffusionPipeline):
             raise ScdError(
                 f"actions are {tuple(actions.shape)}, expected {(len(video), known + num_frames)}"
             )
-        codec = PixelCodec() if self.vae is None else LatentCodec(for_computing(self.vae))
         device = self.transformer.device
         video = video.to(device)
         settings = self._settings(num_inference_steps, rollout)
         engine = Rollout(self.transformer, settings, known + num_frames)
+        codec: Codec = PixelCodec()
+        if self.vae is not None:
+            # Autocast takes weights of either type.
+            in_bf16 = engine.precision == "bf16"
+            vae = self.vae if in_bf16 else with_weights_in(self.vae, engine.precision)
+            codec = LatentCodec(vae, engine.precision)
         past = None if actions is None else actions[:, :known]
         engine.reset(codec.encode(video), past, labels, generator)
         to_come = [None if actions is None else actions[:, known + i] for i in range(num_frames)]

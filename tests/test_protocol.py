@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from scd import precision as arithmetic
 from scd.cli import main
 from scd.data.clips import clip_folder
 from scd.data.video import VideoFile
@@ -36,11 +37,12 @@ from scd.evaluation.protocol import (
     swap_new_actions,
 )
 from scd.evaluation.run import evaluate, evaluate_checkpoint, measure_folder
-from scd.evaluation.samples import SampleFolder
+from scd.evaluation.samples import EVALUATIONS, SampleFolder
 from scd.evaluation.sweep import sweep_combinations
 from scd.evaluation.table import COLUMNS, Column, _best, row, table
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.build import build_world_model
+from scd.models.load import LoadedModel
 from scd.options import load_options, options_from_json, options_to_dict
 
 ROOT = Path(__file__).parent.parent
@@ -256,6 +258,33 @@ def test_another_precision_is_another_measurement(
     bf16 = "FVD ↓ (n=3, bf16)"
     fp32 = "FVD ↓ (n=3)"
     assert heads == [({"fp32"}, fp32), ({"bf16"}, bf16), (set(), bf16), (set(), fp32)]
+
+
+def test_precision_is_part_of_what_samples_are(monkeypatch, checkpoint, no_weights, options):
+    """Of `auto`, what the device has: another device never goes on with these samples."""
+    folders = {}
+    for has_bf16, wanted in ((True, "auto"), (False, "auto"), (True, "bf16"), (True, "tf32")):
+        monkeypatch.setattr(arithmetic, "_cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        evaluate_checkpoint(checkpoint, None, [*FEW, f"rollout.precision={wanted}"])
+        found = json.loads((options.output / "metrics.json").read_text())
+        folders[has_bf16, wanted] = found["protocol"]["rollout_precision"]
+    assert list(folders.values()) == ["bf16", "fp32", "bf16", "fp32"]
+    assert len(list((options.output / EVALUATIONS).iterdir())) == 2
+
+
+def test_validating_in_bf16_leaves_what_is_trained(model, options, tiny_autoencoder_path):
+    codec = load_codec(tiny_autoencoder_path)
+    options.rollout.precision = "bf16"
+    loaded = LoadedModel(model, codec, options, UNSAVED)
+    used = loaded.for_rollouts()
+    assert (codec.precision, used.codec.precision) == ("fp32", "bf16")
+    assert (loaded.model.dtype, used.model.dtype) == (torch.float32, torch.bfloat16)
+    video = torch.rand(1, 2, 3, 64, 64)
+    exact, rough = codec.encode(video), used.codec.encode(video)
+    assert exact.dtype == rough.dtype == torch.float32
+    assert 1e-4 < (rough - exact).norm() / exact.norm() < 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(video), exact)  # as in training, under autocast
 
 
 def test_best_of_trajectories():
@@ -510,6 +539,7 @@ def test_sweep_texts():
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
+from scd import precision as arithmetic
 from scd.cli import main
 from scd.errors import ScdError
 from scd.processes import processes, together

@@ -11,7 +11,9 @@ from scd.errors import ScdError
 from scd.evaluation.protocol import read_evaluation_batch
 from scd.models import WorldModel
 from scd.models.load import LoadedModel
-from scd.rollout import generate
+from scd.options import RolloutOptions
+from scd.precision import autocast, resolve_precision
+from scd.rollout import continue_videos
 from scd.seeding import generator
 
 CLIPS_AT_ONCE = 16  # in one pass; bounds the memory
@@ -27,6 +29,8 @@ class ProbeClips:
     labels: Tensor | None  # (n,)
     known: int
     numbers: tuple[int, ...]  # of the clips in the validation list; randomness is a function of it
+    precision: str = "fp32"  # that probes compute in: fp32, tf32 or bf16
+    precision: str  # what probes compute in, as `scd.precision.resolve_precision` gives it
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -91,6 +95,8 @@ def clip_numbers(text: str) -> tuple[int, ...]:
 def read_probe_clips(loaded: LoadedModel, numbers: tuple[int, ...], new_frames: int) -> ProbeClips:
     """Clips of the validation list, cut as an evaluation of `new_frames` cuts them.
 
+    They are encoded, and will be probed, in `rollout.precision`.
+
     Raises:
         ScdError: they are missing, broken, too short, or the options give too little context.
     """
@@ -109,21 +115,24 @@ def read_probe_clips(loaded: LoadedModel, numbers: tuple[int, ...], new_frames: 
             f"{max(numbers)}"
         )
     batch = read_evaluation_batch(data, list(numbers), options, loaded.model.device)
+    precision = resolve_precision(options.rollout.precision, loaded.model.device)
+    loaded.codec.precision = precision
     latents = loaded.codec.encode(batch["video"])
-    return ProbeClips(
-        latents, batch["video"], batch.get("actions"), batch.get("label"), known, numbers
-    )
+    actions, labels = batch.get("actions"), batch.get("label")
+    return ProbeClips(latents, batch["video"], actions, labels, known, numbers, precision)
 
 
 def roll_out(model: WorldModel, clips: ProbeClips, steps: int, seed: int) -> Tensor:
     """The clips' new frames, (n, new frames, C, h, w), without guidance."""
-    return generate(
-        model,
-        clips.latents[:, : clips.known],
-        actions=clips.actions,
-        labels=clips.labels,
-        num_frames=clips.new_frames,
-        num_steps=steps,
-        guidance="none",
-        noise=clips.noise(seed),
-    )
+    # For bf16 a rollout would copy the model, of which probes hold the original in their hands.
+    own = "fp32" if clips.precision == "bf16" else clips.precision
+    with autocast(model.device, clips.precision):
+        return continue_videos(
+            model,
+            RolloutOptions(steps, guidance="none", precision=own),
+            clips.latents[:, : clips.known],
+            clips.new_frames,
+            clips.actions,
+            clips.labels,
+            noise=clips.noise(seed),
+        )

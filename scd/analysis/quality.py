@@ -16,6 +16,7 @@ from scd.evaluation.measures import Measures
 from scd.models import WorldModel
 from scd.models.autoencoder import Codec
 from scd.models.world_model import MAX_TIMESTEP
+from scd.precision import autocast, float32_products
 from scd.seeding import generator
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ
@@ -49,7 +50,8 @@ def loss_by_level(
         sigma = levels[None, :, None, None, None, None]
         noisy = sigma * noise + (1 - sigma) * clean
         times = (MAX_TIMESTEP * levels)[None, :, None].expand(noisy.shape[:3])
-        with around(clip):
+        device, precision = model.device, clip.precision
+        with around(clip), autocast(device, precision), float32_products(precision):
             velocity = model(clip.latents, noisy, times, clip.conditions(model))
         error = (velocity - (noise - clean)).square()
         if last_frame:

@@ -40,7 +40,10 @@ def run_stream(case: StreamCase, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
     count = case.context + case.frames + 2
     settings = RolloutOptions(
-        case.steps, guidance=case.guidance, compile=device.type == "cuda" and model.has_context
+        case.steps,
+        guidance=case.guidance,
+        compile=device.type == "cuda" and model.has_context,
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
     )
     rollout = Rollout(model, settings, max(case.capacity, count))
     known = case.context if case.prefill else 1

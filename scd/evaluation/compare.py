@@ -144,7 +144,7 @@ def comparison(candidates: list[Candidate]) -> Table:
 
 
 def _candidate(path: Path, overrides: list[str] | None) -> Candidate:
-    loaded = load_checkpoint_for_use(path, None, overrides)
+    loaded = load_checkpoint_for_use(path, None, overrides).for_rollouts()
     data = clip_folder(loaded.options, loaded.options.data.val_list, "video")
     metrics = evaluation_folder(loaded.options, loaded.source, data) / "metrics.json"
     if not metrics.is_file():

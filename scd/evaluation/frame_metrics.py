@@ -5,13 +5,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scd.errors import ScdError
 from scd.evaluation.weights import load_lpips_weights
+from scd.precision import float32_products
 
 HIGHEST_PSNR = 100.0  # dB
 _ROUNDING = 1e-4  # how far (x + 1) / 2 and the like may leave [0, 1]
@@ -47,22 +47,8 @@ def measuring(device: torch.device) -> Iterator[None]:
     Autocast and TF32, which is on by default for convolutions on a GPU, would change the third
     digit of the metrics from machine to machine.
     """
-    backends: Any = torch.backends  # mypy does not know what follows
-    operators = (
-        backends.cudnn.conv,
-        backends.mkldnn.conv,
-        backends.cuda.matmul,
-        backends.mkldnn.matmul,
-    )
-    before = [operator.fp32_precision for operator in operators]
-    try:
-        for operator in operators:
-            operator.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for operator, precision in zip(operators, before, strict=True):
-            operator.fp32_precision = precision
+    with float32_products("fp32"), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def psnr(videos: Tensor, others: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from scd.errors import ScdError
 from scd.evaluation.frame_metrics import check_videos, measuring
 from scd.evaluation.weights import load_i3d_weights
+from scd.option_rules import CHOICES
 from scd.precision import DTYPES, resolve_precision
 
 FEATURES = 400
@@ -203,8 +204,9 @@ def i3d_features(
         raise ScdError(f"FVD needs videos of at least {SHORTEST} frames, these have {frames}")
     if batch_size is not None and batch_size < 1:
         raise ScdError(f"batch_size: {batch_size}, wanted at least 1")
-    if precision not in DTYPES:
-        raise ScdError(f"precision: {precision!r}, known are {', '.join(DTYPES)}")
+    known = CHOICES["eval.fvd_precision"]
+    if precision not in known:
+        raise ScdError(f"precision: {precision!r}, known are {', '.join(known)}")
     device = videos.device if device is None else torch.device(device)
     network = load_i3d(device, precision)
     chunks = videos.split(batch_size or max(1, FRAMES_AT_ONCE // frames))

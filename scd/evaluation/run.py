@@ -23,7 +23,7 @@ from scd.evaluation.sweep import sweep_combinations
 from scd.evaluation.table import Evaluation, summarise, table
 from scd.evaluation.tracking import track_table
 from scd.models.autoencoder import Codec
-from scd.models.load import load_checkpoint_for_use, options_for_use
+from scd.models.load import LoadedModel, load_checkpoint_for_use, options_for_use
 from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.processes import processes, together
@@ -57,7 +57,7 @@ def evaluate_checkpoint(
             raise ScdError("--track: train.trackers is empty; add train.trackers=[tensorboard]")
     done: list[Done] = []
     for varied, setting in zip(combinations, settings, strict=True):
-        loaded = load_checkpoint_for_use(path, options_path, setting)
+        loaded = load_checkpoint_for_use(path, options_path, setting).for_rollouts()
         options = loaded.options
         data = clip_folder(options, options.data.val_list, "video")
         folder = evaluation_folder(options, loaded.source, data)
@@ -97,9 +97,10 @@ def evaluate_in_passing(
     with together():
         if main:
             shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left
-    unsaved = {"path": None, "sha256": None, "step": None}
+    unsaved: dict[str, str | int | None] = {"path": None, "sha256": None, "step": None}
     alone = replace(options, eval=replace(options.eval, comparisons=[]))
-    found = evaluate(model, codec, data, alone, scratch, unsaved)
+    loaded = LoadedModel(model, codec, alone, unsaved).for_rollouts()
+    found = evaluate(loaded.model, loaded.codec, data, loaded.options, scratch, unsaved)
     if found is None:
         return {}
     write_samples(SampleFolder(scratch), options, pictures)

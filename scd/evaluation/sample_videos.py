@@ -28,7 +28,7 @@ def sample_videos(
     """
     if count < 1:
         raise ScdError(f"--num-videos must be at least 1, not {count}")
-    loaded = load_checkpoint_for_use(checkpoint, opt, overrides)
+    loaded = load_checkpoint_for_use(checkpoint, opt, overrides).for_rollouts()
     options = loaded.options
     folder = output or options.output / "videos"
     data = clip_folder(options, options.data.val_list, "video")

@@ -31,8 +31,8 @@ from scd.errors import ScdError
 from scd.evaluation.pictures import to_bytes
 from scd.files import read_json, write_json, write_whole
 from scd.models.autoencoder import autoencoder_hash
+from scd.option_rules import CHOICES
 from scd.options import Options
-from scd.precision import DTYPES
 
 MANIFEST = "manifest.json"
 EVALUATIONS = "evaluation"  # the folder of an experiment's sample folders
@@ -101,7 +101,7 @@ class SampleFolder:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples ({error})") from error
         numbers = (self.videos, self.context_frames, self.frames)
         fits = fits and all(type(number) is int and 0 <= number <= MOST for number in numbers)
-        fits = fits and self.fvd_precision in list(DTYPES)
+        fits = fits and self.fvd_precision in list(CHOICES["eval.fvd_precision"])
         if not fits or not self.videos or not self.context_frames < self.frames:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples, or a damaged one")
 

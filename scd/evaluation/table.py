@@ -156,6 +156,7 @@ def rollout_text(r: RolloutOptions) -> str:
             f"spacing {r.spacing}",
             f"{r.guidance} guidance {r.guidance_scale}" if guided else "no guidance",
             f"window of {r.window} frames" if r.window else "all past frames",
+            r.precision,
         ]
     )
 

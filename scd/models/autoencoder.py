@@ -7,6 +7,8 @@ Three kinds of latents: pixels as they are, those of a deep-compression autoenco
 import hashlib
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +22,7 @@ from scd.errors import ScdError, reason
 from scd.files import read_json, sha256
 from scd.models.weights import SHOWN_DIFFERENCES, load_matching, read_state_dict
 from scd.options import AutoencoderOptions
+from scd.precision import autocast, float32_products
 
 CHUNK_FRAMES = 64  # frames in one pass of the autoencoder; bounds its memory
 ENCODING = ("encoder.", "quant_conv.")  # the weights of either kind that latents depend on
@@ -37,6 +40,7 @@ class PixelCodec(nn.Module):
 
     channels = 3
     downsampling = 1
+    precision = "fp32"
 
     def scale(self, latents: Tensor) -> Tensor:
         return latents
@@ -54,11 +58,13 @@ class LatentCodec(nn.Module):
 
     Args:
         autoencoder: maps images (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f) and back.
+        precision: of `encode` and `decode`, as `scd.precision.resolve_precision` gives it.
     """
 
-    def __init__(self, autoencoder: Autoencoder):
+    def __init__(self, autoencoder: Autoencoder, precision: str = "fp32"):
         super().__init__()
         self.autoencoder = autoencoder
+        self.precision = precision
         self.channels = autoencoder.config.latent_channels
         self.downsampling = downsampling(autoencoder)
         self.factor = autoencoder.config.scaling_factor
@@ -71,16 +77,25 @@ class LatentCodec(nn.Module):
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """(B, F, 3, H, W) in [0, 1] -> scaled latents (B, F, C, H/f, W/f)."""
-        return self.scale(self._per_frame(self.encode_images, video))
+        with self._arithmetic():
+            return self.scale(self._per_frame(self.encode_images, video))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, F, C, h, w) -> (B, F, 3, H, W) in [0, 1]."""
-        return self._per_frame(self._decode_images, latents).clamp(0, 1)
+        with self._arithmetic():
+            return self._per_frame(self._decode_images, latents).clamp(0, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> unscaled latents (B, C, h, w)."""
         return unscaled_latents(self.autoencoder, self._as_input(images * 2 - 1)).float()
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Compute in this codec's precision, whatever autocast it is called under."""
+        device = next(self.autoencoder.parameters()).device
+        with autocast(device, self.precision), float32_products(self.precision):
+            yield
 
     def _decode_images(self, latents: Tensor) -> Tensor:
         unscaled = self._as_input(latents / self.factor + self.shift)

@@ -30,6 +30,7 @@ from scd.models.layers import (
     rotary_positions,
     unpatchify,
 )
+from scd.models.linear import Float32Linear
 from scd.models.world_model import (
     CLEAN_TIMESTEP,
     Cache,
@@ -74,7 +75,7 @@ class CausalDiT(WorldModel):
         self.conditioning = Conditioning(width, num_conditions)
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
-        self.unembed = nn.Linear(width, channels * patch_size**2)
+        self.unembed = Float32Linear(width, channels * patch_size**2)
         initialise(self)
         nn.init.zeros_(self.unembed.weight)
 
@@ -195,12 +196,14 @@ class CausalDiT(WorldModel):
         patch = self.config.patch_size
         rotary = rotary_positions(positions, height // patch, width // patch)
         x = self.embed(patchify(frames, patch).to(self.embed.weight.dtype))  # (B, F, N, D)
+        if self.config.prediction == "data":  # it is divided by σ, which magnifies its rounding
+            x = x.float()
         for block, e, attend in zip(self.blocks, of_blocks, attends, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, e, rotary, attend, use_reentrant=False)
             else:
                 x = block(x, e, rotary, attend)
-        x = self.unembed(self.norm_out(x, of_norm_out))  # (B, F, N, C·p·p)
+        x = self.unembed(self.norm_out(x.float(), of_norm_out))  # (B, F, N, C·p·p)
         return unpatchify(x, patch, height, width)
 
 

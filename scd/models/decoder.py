@@ -21,6 +21,7 @@ from scd.models.layers import (
     rotary_positions,
     unpatchify,
 )
+from scd.models.linear import Float32Linear
 
 FUSIONS = ("token_concat", "token_concat_with_proj", "concat", "add")
 
@@ -32,6 +33,9 @@ class FrameDecoder(nn.Module):
         fusion: how context and noisy tokens are joined: along the sequence (`token_concat`), so
             after a LayerNorm and Linear of the context (`token_concat_with_proj`), by a Linear of
             the two side by side (`concat`), or by their sum (`add`).
+        exact_residuals: what the blocks add up stays in float32 also where they compute in bf16:
+            for a prediction that is divided by σ, which magnifies its rounding. The last norm and
+            Linear are in float32 anyway.
     """
 
     def __init__(
@@ -43,10 +47,12 @@ class FrameDecoder(nn.Module):
         num_conditions: int,
         modulate_output: bool,
         fusion: str,
+        exact_residuals: bool = False,
     ):
         super().__init__()
         self.patch_size = patch_size
         self.fusion = fusion
+        self.exact_residuals = exact_residuals
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels * patch_size**2, width)
         self.conditioning = Conditioning(width, num_conditions)
@@ -57,7 +63,7 @@ class FrameDecoder(nn.Module):
             self.fuse = nn.Linear(2 * width, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
-        self.unembed = nn.Linear(width, channels * patch_size**2)
+        self.unembed = Float32Linear(width, channels * patch_size**2)
         initialise(self)
         nn.init.zeros_(self.unembed.weight)
         if fusion == "token_concat_with_proj":
@@ -83,7 +89,8 @@ class FrameDecoder(nn.Module):
         tokens = rows * columns
         # Every frame is frame 0 of a sequence of its own: (B·F, 1, N, D).
         x = self.embed(patchify(noisy, self.patch_size).to(self.embed.weight.dtype)).flatten(0, 1)
-        x = self._join(context.flatten(0, 1), x).unsqueeze(1)
+        x = self._join(context.flatten(0, 1).type_as(x), x).unsqueeze(1)
+        x = x.float() if self.exact_residuals else x
         rotary = rotary_positions(torch.zeros(1, device=noisy.device), rows, columns)
         if x.shape[2] == 2 * tokens:
             # Context tokens carry the same row and column as the noisy tokens.
@@ -107,7 +114,7 @@ class FrameDecoder(nn.Module):
                 )
             else:
                 x = block(x, of_block, rotary, full_attention, keep)
-        x = self.unembed(self.norm_out(x, of_norm_out))
+        x = self.unembed(self.norm_out(x.float(), of_norm_out))
         return unpatchify(x.squeeze(1).unflatten(0, (batch, -1)), self.patch_size, height, width)
 
     def modulations(self, timesteps: Tensor, conditions: Tensor) -> Modulations:
@@ -122,4 +129,4 @@ class FrameDecoder(nn.Module):
             return self.fuse(torch.cat([x, context], dim=-1))
         if self.fusion == "token_concat_with_proj":
             context = self.context_proj(self.context_norm(context))
-        return torch.cat([context.type_as(x), x], dim=1)
+        return torch.cat([context, x], dim=1)

@@ -20,10 +20,15 @@ _in_use: ContextVar[Mapping[nn.Module, Tensor] | None] = ContextVar("packed weig
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with packed weights inside `PackedWeights.in_use`."""
+    """`nn.Linear`, with packed weights inside `PackedWeights.in_use`.
+
+    Of bf16 weights it takes float32 inputs too: a residual stream may be more exact than they are.
+    """
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x·Wᵀ + b, and of that, where asked for, the tanh-GELU."""
+        if self.weight.dtype == torch.bfloat16:
+            x = x.bfloat16()
         if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             packed = (_in_use.get() or {}).get(self)
             if packed is not None and packed.dtype == x.dtype:
@@ -33,6 +38,14 @@ class Linear(nn.Linear):
                 return _gelu_(y) if gelu and not fused else y
         y = super().forward(x)
         return nn.functional.gelu(y, approximate="tanh") if gelu else y
+
+
+class Float32Linear(nn.Linear):
+    """`nn.Linear` in float32, whatever autocast or the type of its weights says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 def _gelu_(y: Tensor) -> Tensor:

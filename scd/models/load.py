@@ -1,5 +1,6 @@
 """From a weights file to a model that is ready to use."""
 
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from scd.models.build import build_world_model
 from scd.models.reference import load_reference_checkpoint
 from scd.models.weights import build_to_fit, read_metadata, read_weights
 from scd.models.world_model import WorldModel
-from scd.options import ModelOptions, Options, load_options, options_from_json
+from scd.options import (
+    ModelOptions,
+    Options,
+    RolloutOptions,
+    load_options,
+    options_from_json,
+)
+from scd.precision import resolve_precision, with_weights_in
 from scd.tensor_files import is_torch_archive
 
 OPTIONS = "options.yml"  # in a folder
@@ -31,6 +39,23 @@ class LoadedModel:
     codec: Codec
     options: Options
     source: dict[str, str | int | None]  # path, sha256, step
+
+    def for_rollouts(self) -> "LoadedModel":
+        """Resolve `rollout.precision` on the model's device; put weights and codec into it."""
+        rollout = resolved_on(self.model.device, self.options.rollout)
+        codec = copy(self.codec)  # a run that is validated goes on training with its own
+        codec.precision = rollout.precision
+        return replace(
+            self,
+            codec=codec,
+            model=with_weights_in(self.model, rollout.precision),
+            options=replace(self.options, rollout=rollout),
+        )
+
+
+def resolved_on(device: torch.device, rollout: RolloutOptions) -> RolloutOptions:
+    """Replace a `precision` of `auto` by what the device has."""
+    return replace(rollout, precision=resolve_precision(rollout.precision, device))
 
 
 def load_checkpoint_for_use(

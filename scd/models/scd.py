@@ -63,7 +63,7 @@ class SCD(WorldModel):
             *shared, encoder_layers, num_conditions, modulate_context, first_frame
         )
         self.decoder = FrameDecoder(
-            *shared, decoder_layers, num_conditions, modulate_output, fusion
+            *shared, decoder_layers, num_conditions, modulate_output, fusion, prediction == "data"
         )
 
     @property

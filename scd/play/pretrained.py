@@ -49,9 +49,9 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
         )
     options = load_options(folder / OPTIONS, overrides)
     _check_playable(options, folder)
-    loaded = load_folder(folder, options)
+    loaded = load_folder(folder, options).for_rollouts()
     loaded.model.requires_grad_(False)
-    return Pretrained(folder, loaded.model, loaded.codec, options)
+    return Pretrained(folder, loaded.model, loaded.codec, loaded.options)
 
 
 def _check_playable(options: Options, folder: Path) -> None:

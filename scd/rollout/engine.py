@@ -13,7 +13,7 @@ from scd.models.scd import DecoderField
 from scd.models.world_model import MAX_TIMESTEP, VelocityField, WorldModel
 from scd.option_rules import check_rollout
 from scd.options import RolloutOptions
-from scd.precision import for_computing
+from scd.precision import float32_products, resolve_precision, with_weights_in
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.graph import graphed
 
@@ -27,7 +27,10 @@ class Rollout:
     Guidance `context`: the negative branch has a perturbed context (one encoder pass; SCD only);
     `condition`: it has the null action or label everywhere.
 
-    A model in bf16 is copied to float32 on a device that only emulates bf16.
+    Weights in bf16 are computed with in bf16, as diffusers' `torch_dtype` promises, and in float32
+    where bf16 is slow; others in `settings.precision`. A model whose weights are of another type is
+    copied: whoever makes many rollouts brings it in the right one
+    (`scd.precision.with_weights_in`).
 
     Args:
         settings: how a frame is made, and how much of the past it sees.
@@ -50,7 +53,9 @@ class Rollout:
             )
         if s.compile and not model.has_context:
             raise ScdError(f"{type(model).__name__}: only the steps of an SCD can be compiled")
-        self.model = model = for_computing(model)
+        wanted = "auto" if model.dtype == torch.bfloat16 else s.precision
+        self.precision = resolve_precision(wanted, model.device)
+        self.model = model = with_weights_in(model, self.precision)
         self.settings = settings
         if s.compile and model.decoder._compiled_call_impl is None:
             model.decoder.compile()
@@ -110,7 +115,7 @@ class Rollout:
         # All but the newest frame, which may need the action that is yet to come. What the window
         # holds goes in at once, the rest slides in.
         known, fits = frames - 1, self.window.frames - model.start_places
-        with self._packed.in_use():
+        with self._packed.in_use(), float32_products(self.precision):
             if frames > model.first_predicted:
                 self._take_in(context, conditions, 0, min(known, fits))
             for first in range(fits, known, SLIDING_FRAMES):
@@ -147,7 +152,7 @@ class Rollout:
             noise_of_context = self._randn((tokens, model.width))[:, None]
             perturbation = self.settings.guidance_noise * noise_of_context
         start = noise.to(model.device, torch.float32)[:, None]
-        with self._packed.in_use():
+        with self._packed.in_use(), float32_products(self.precision):
             field = model.next_frame(
                 self._both(self._newest),
                 self._with_null(self._newest_condition),
