@@ -19,6 +19,8 @@ from scd.training.world_model_task import MATRICES
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ROOT / "options/scd_doom_tiny.yml"
+SCRIPT = ROOT / "tests/train_on_processes.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Adam divides by small second moments: rounding of sums in another order grows to a share of a
 # step. Of a step (lr 1e-4), after four steps; measured: 0.02.
 TOLERANCE = 0.1 * 1e-4
@@ -54,15 +56,22 @@ def overrides(doom_root, tmp_path):
 
 
 def on_two(kind: str, overrides: list[str]) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    done = subprocess.run(
+        [sys.executable, *command, str(SCRIPT), kind, str(OPTIONS), *overrides],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    command += [str(ROOT / "tests/train_on_processes.py"), kind, str(OPTIONS), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+        return free.getsockname()[1]
 
 
 def state_of(folder: Path) -> TrainingState:
@@ -157,3 +166,28 @@ def test_sharded_with_an_autoencoder_trains_as_data_parallel(
     assert all(torch.equal(again.model[name], tensor) for name, tensor in whole.model.items())
     validations = [entry["step"] for entry in read_log(log) if "validation" in entry]
     assert validations == [2, 4]
+
+
+def test_a_lost_process_ends_the_run_and_is_named(overrides):
+    """One that neither answers nor dies; the other waits for it in a collective operation."""
+    overrides = [*overrides, "name=lost", "train.batch_size=1"]
+    # Without a launcher, which would wait half a minute for the one that stands still.
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), "lost", str(OPTIONS), *overrides],
+            env={**ENVIRONMENT, **launched, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    )
+    try:
+        _, said = first.communicate(timeout=200)
+    finally:
+        first.kill()
+        second.kill()
+    told = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert first.returncode == 1
+    assert len(told) == 1 and "process 1 (" in told[0] and "is lost" in told[0], said[-3000:]

@@ -1,21 +1,26 @@
 """What tests/test_processes.py launches on two processes: train as the arguments say.
 
-torchrun --nproc_per_node=2 tests/train_on_processes.py plain|sharded OPTIONS [key=value ...]
+torchrun --nproc_per_node=2 tests/train_on_processes.py plain|sharded|lost OPTIONS [key=value ...]
 
 Accelerate shards on accelerators only. `sharded` stands for it on the CPU: it takes the settings of
-`scripts/accelerate/fsdp2.yaml` as `accelerate launch` would hand them over.
+`scripts/accelerate/fsdp2.yaml` as `accelerate launch` would hand them over. In `lost`, the second
+process stands still after the first step, as one does whose machine is gone, and seconds are
+enough to notice it.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from scd.options import load_options
+from scd.training import lost_process
 from scd.training.launch import make_accelerator, sharding_plugin
 from scd.training.run import build_task
 from scd.training.trainer import Trainer
@@ -37,7 +42,14 @@ def main() -> None:
     trainer = Trainer(options, build_task(options, accelerator), accelerator)
     parameters = list(trainer.task.network.parameters())
     assert all(isinstance(p, DTensor) == (kind == "sharded") for p in parameters)
-    trainer.run()
+    if kind != "lost":
+        trainer.run()
+        return
+    lost_process.BEAT_SECONDS, lost_process.SILENT_BEATS = 0.25, 8
+    if accelerator.process_index == 1:
+        trainer.log.write = lambda entry: os.kill(os.getpid(), signal.SIGSTOP)
+    with lost_process.lost_process_ends_run(PartialState()):
+        trainer.run()
 
 
 def launcher_variables() -> dict[str, str]:

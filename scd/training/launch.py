@@ -15,8 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from scd.options import Options
 from scd.precision import DTYPES, has_bf16, resolve_precision
 
-# For another process, which may write a large checkpoint; one that takes longer hangs.
-LONGEST_WAIT = timedelta(minutes=30)
+LONGEST_WAIT = timedelta(minutes=10)  # for another process; torch's own for NCCL
 
 
 def run_precision(options: Options) -> str:

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from scd.files import remove_unfinished
 from scd.options import Options
@@ -13,6 +13,7 @@ from scd.processes import together
 from scd.training.heartbeat import last_word
 from scd.training.launch import make_accelerator
 from scd.training.lock import only_run_in
+from scd.training.lost_process import lost_process_ends_run
 from scd.training.tasks import Task
 from scd.training.trainer import Trainer
 
@@ -27,6 +28,7 @@ def run_experiment(options: Options) -> None:
     main = accelerator.is_main_process
     with ExitStack() as held:
         held.enter_context(sums_in_fixed_order(accelerator.device))
+        held.enter_context(lost_process_ends_run(PartialState()))
         with together():
             if main:
                 held.enter_context(only_run_in(options.output))

@@ -32,7 +32,7 @@ def whole_on_cpu(state: Any, keep: bool = True) -> Any:
     """
     if isinstance(state, Tensor):
         gathered = whole(state.detach())
-        return gathered.cpu().clone() if keep else None
+        return gathered.to("cpu", copy=True) if keep else None
     if isinstance(state, dict):
         return {key: whole_on_cpu(value, keep) for key, value in state.items()}
     if isinstance(state, list):

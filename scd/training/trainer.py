@@ -15,16 +15,15 @@ from scd.errors import ScdError, Stopped
 from scd.files import write_whole_folder
 from scd.models.weights import load_matching
 from scd.options import Options
-from scd.processes import together
 from scd.training.average import Average
 from scd.training.batches import batches_from
 from scd.training.broken_clips import BrokenClips
 from scd.training.checkpoint import (
     TrainingState,
     load_checkpoint,
-    save_checkpoint,
     set_aside_newer,
 )
+from scd.training.checkpoint_writer import CheckpointWriter, saves_in_background
 from scd.training.faults import (
     BadSteps,
     RunningStatistics,
@@ -91,6 +90,12 @@ class Trainer:
             learner.start(optimizer, self.step, moments)
         output = options.output
         self.heartbeat = Heartbeat(output, self.main)
+        self.checkpoints = CheckpointWriter(
+            output / "checkpoints",
+            options.train.keep_checkpoints,
+            self.main,
+            saves_in_background(accelerator.device),
+        )
         self.log = RunLog(output / "log.jsonl", self.step, self.main)
         bad_log = RunLog(output / "bad-steps.jsonl", self.step, self.main)
         self.bad_steps = BadSteps(bad_log, self.clips, state.bad_steps if state else 0)
@@ -124,7 +129,7 @@ class Trainer:
             mininterval=1.0,
         )
         to_come = batches_from(self.step, self.clips, t, self.accelerator)
-        with bar, stop_request() as request, to_come as batches:
+        with bar, stop_request() as request, to_come as batches, self.checkpoints:
             self._validate_if_killed_before()
             while self.step < t.steps:
                 self.heartbeat.beat("training", self.step)
@@ -142,6 +147,7 @@ class Trainer:
                     if not last:
                         self.log.draw()
                 if stop:
+                    self.checkpoints.finish()
                     self.accelerator.end_training()
                     told = request.signal.name if request.signal else "a signal to another process"
                     raise Stopped(
@@ -150,6 +156,7 @@ class Trainer:
                     )
                 if self._validation_is_due():
                     self._validate()
+            self.checkpoints.finish()
         self.heartbeat.beat("exporting", self.step)
         self.log.draw()  # with the last entries, even if a kill came between save and picture
         network = self.average.as_network()
@@ -160,8 +167,14 @@ class Trainer:
         self.accelerator.end_training()
 
     def save(self) -> None:
-        """Write a checkpoint; every process leaves when it is there, or raises."""
-        self._write_checkpoint(self._state())
+        """Begin to write a checkpoint (see `CheckpointWriter`), once the one before is there."""
+        self._save_step(self.step, self.bad_steps.in_a_row)
+
+    def _save_step(self, step: int, bad_steps: int) -> None:
+        self.heartbeat.beat("saving", self.step)
+        self.checkpoints.finish()
+        self.checkpoints.write(replace(self._state(), step=step, bad_steps=bad_steps))
+        self.saved_step = step
 
     def _state(self) -> TrainingState:
         """Gather what a checkpoint holds, on the main process alone; collective."""
@@ -173,7 +186,6 @@ class Trainer:
             model=whole_on_cpu(self.task.network.state_dict(), keep),
             ema=self.average.state(keep),
             optimizer=whole_on_cpu(self.learner.optimizer.state_dict(), keep),
-            bad_steps=self.bad_steps.in_a_row,
         )
         if self.adversary is not None:
             state.adversary = {
@@ -182,20 +194,13 @@ class Trainer:
             }
         return state
 
-    def _write_checkpoint(self, state: TrainingState) -> None:
-        self.heartbeat.beat("saving", self.step)
-        folder = self.options.output / "checkpoints"
-        with together():
-            if self.main:
-                save_checkpoint(folder, state, self.options.train.keep_checkpoints)
-        self.saved_step = state.step
-
     def _give_up(self) -> None:
         """Save the last good state, unless it is saved already, and tell why the run ends."""
         in_a_row = self.bad_steps.in_a_row
         good = self.step - in_a_row
         if good > self.saved_step:
-            self._write_checkpoint(replace(self._state(), step=good, bad_steps=0))
+            self._save_step(good, bad_steps=0)
+        self.checkpoints.finish()
         kept = f"the weights of step {good} are saved" if good else "no weights were changed"
         raise ScdError(
             f"step {self.step}: {in_a_row} steps in a row could not be applied, the last with "
@@ -238,7 +243,10 @@ class Trainer:
         norms = [learner.clip(self.accelerator) for learner in self._learners()]
         totals |= zip(("grad_norm", "adversary_grad_norm"), norms, strict=False)
         judged = is_bad(totals["loss"], norms, self.options.optim.skip_grad_norm)
-        bad, stop = agree(self.accelerator, judged, request.signal is not None)
+        asked = request.signal is not None
+        bad, stop, unsaved = agree(self.accelerator, judged, asked, self.checkpoints.failed)
+        if unsaved:
+            self.checkpoints.finish()  # which raises
         for learner in self._learners():
             learner.step(apply=not bad)
         self.step += 1
