@@ -130,7 +130,7 @@ class TrainOptions:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     mixed_precision: str = "auto"  # bf16 where the device has it, else fp32 | bf16 | no
-    compile: bool = False  # torch.compile; needs a C++ compiler on the CPU
+    compile: bool = False  # torch.compile; needs a C++ compiler, on a GPU a C compiler
     workers: int = 2  # data loading processes
     log_every: int = 10
     sample_every: int = 0  # steps between samples and metrics on the validation set; 0: never

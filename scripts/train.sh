@@ -7,4 +7,6 @@ if [[ "${1:-}" == *.yml || "${1:-}" == *.yaml ]]; then
     options=$1
     shift
 fi
+# On a GPU, memory grows in place: a validation's shapes leave no holes that a step does not fit in.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 launch train --opt "$options" "$@"

@@ -1,6 +1,7 @@
 """Set up what a run computes on: its processes, its precision, the sharding of its weights."""
 
 import os
+import shutil
 from datetime import timedelta
 
 import torch
@@ -12,6 +13,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from scd.errors import ScdError
 from scd.options import Options
 from scd.precision import DTYPES, has_bf16, resolve_precision
 
@@ -55,3 +57,21 @@ def make_accelerator(options: Options) -> Accelerator:
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
         cpu=not torch.cuda.is_available(),
     )
+
+
+def refuse_missing_compiler(device: torch.device) -> None:
+    """Tell before the first step that `train.compile` has nothing to compile with.
+
+    Raises:
+        ScdError: there is no C++ compiler for inductor's CPU code, or no C compiler, with which
+            Triton builds what launches its kernels.
+    """
+    variable, names = ("CC", ("gcc", "clang", "cc"))
+    if device.type == "cpu":
+        variable, names = ("CXX", ("g++", "clang++", "c++"))
+    chosen = os.environ.get(variable)
+    if not any(map(shutil.which, [chosen] if chosen else names)):
+        raise ScdError(
+            f"train.compile=true needs a compiler, and there is no {chosen or names[0]}: install "
+            f"one, name one in {variable}, or set train.compile=false"
+        )

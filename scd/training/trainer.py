@@ -32,7 +32,7 @@ from scd.training.faults import (
     refuse_unequal_weights,
 )
 from scd.training.heartbeat import Heartbeat
-from scd.training.launch import all_have_bf16
+from scd.training.launch import all_have_bf16, refuse_missing_compiler
 from scd.training.learner import Learner
 from scd.training.meter import Meter
 from scd.training.resume import (
@@ -101,6 +101,7 @@ class Trainer:
         self.bad_steps = BadSteps(bad_log, self.clips, state.bad_steps if state else 0)
         self.statistics = RunningStatistics([learner.network for learner in learners])
         if options.train.compile:
+            refuse_missing_compiler(accelerator.device)
             for part in task.network.children():  # encoder and decoder, or a list of blocks
                 for module in part if isinstance(part, nn.ModuleList) else [part]:
                     module.compile()
