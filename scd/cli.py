@@ -114,6 +114,16 @@ def export(arguments: argparse.Namespace) -> None:
     export_checkpoint(Path(a.checkpoint), Path(a.out), getattr(torch, a.dtype), a.overrides)
 
 
+def starts(arguments: argparse.Namespace) -> None:
+    from scd.options import load_options
+
+    a = arguments
+    options = load_options(a.opt, a.overrides)
+    from scd.play.starts import make_starts, named_clips
+
+    make_starts(options, a.out, named_clips(a.clips, a.names), a.frames, a.doom)
+
+
 def play(arguments: argparse.Namespace) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -280,6 +290,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=export)
+
+    p = commands.add_parser("starts", help="cut clips for `scd play` to begin with")
+    p.add_argument("--opt", required=True, help="options file (YAML) of the model to be played")
+    p.add_argument("--out", required=True, type=Path, help="folder, for scd play --starts")
+    p.add_argument(
+        "--clips", default="8", help="first validation clips, or numbers as 3,17,40 (default: 8)"
+    )
+    p.add_argument("--names", help="of these clips, as lamps,red_gate (default: their numbers)")
+    p.add_argument("--frames", type=int, default=24, help="of each clip (default: 24)")
+    p.add_argument(
+        "--doom",
+        action="store_true",
+        help="play these validation episodes of `scd record` anew, to show Doom beside the model",
+    )
+    p.add_argument("overrides", nargs="*", metavar="key=value")
+    p.set_defaults(run=starts)
 
     p = commands.add_parser("play", help="serve a world to walk in, for a browser")
     p.add_argument(

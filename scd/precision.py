@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache
 from typing import Any, TypeVar
@@ -57,6 +57,13 @@ def has_tf32(device: torch.device) -> bool:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Compute matrix products and convolutions in bf16 within the block, if that is `precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Compute in the types that tensors have within the block, whatever it stands in."""
+    if not torch.amp.is_autocast_available(device.type):  # `meta` has none
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

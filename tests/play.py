@@ -1,7 +1,7 @@
 """What the tests of play share: a small pretrained model, start clips, and a player."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 import yaml
 from websockets.asyncio.client import ClientConnection, connect
 
+from scd.data.lists import ClipEntry, write_list
+from scd.data.video import write_video
 from scd.models import SCD, CausalDiT, WorldModel
 from scd.models.autoencoder import LatentCodec, load_codec
 from scd.pipeline import SCDPipeline
@@ -23,11 +25,13 @@ ACTIONS = ["none", "turn left", "turn right", "forward"]
 WINDOW = 4
 
 
-def pretrained_folder(folder: Path, autoencoder: str, kind: str = "scd") -> Path:
+def pretrained_folder(
+    folder: Path, autoencoder: str, kind: str = "scd", actions: Sequence[str] = ACTIONS
+) -> Path:
     """Random weights, 64x64 pixels, a window of 4 frames."""
     torch.manual_seed(0)
     shared: dict[str, Any] = {"channels": 8, "patch_size": 4, "heads": 1}
-    shared |= {"condition": "action", "num_conditions": 4, "prediction": "data"}
+    shared |= {"condition": "action", "num_conditions": len(actions), "prediction": "data"}
     layers: dict[str, int] = {"layers": 2}
     model: WorldModel = CausalDiT(**layers, **shared)
     if kind == "scd":
@@ -41,10 +45,10 @@ def pretrained_folder(folder: Path, autoencoder: str, kind: str = "scd") -> Path
     options = {
         "name": "tiny",
         "task": "world_model",
-        "data": {"root": "nowhere", "frame_size": 64, "action_names": ACTIONS},
+        "data": {"root": "nowhere", "frame_size": 64, "action_names": list(actions)},
         "autoencoder": {"path": "elsewhere"},
         "model": {"type": kind, "patch_size": 4, "heads": 1, "condition": "action"}
-        | {"num_conditions": 4, **layers},
+        | {"num_conditions": len(actions), **layers},
         "flow": {"prediction": "data"},
         "train": {"steps": 1, "batch_size": 1},
         "rollout": {"steps": 2, "guidance": "none", "guidance_scale": 1.0, "window": WINDOW},
@@ -58,7 +62,19 @@ def some_start(name: str = "here", seed: int = 1_000_000, frames: int = 6) -> St
     """Of noise."""
     rng = np.random.default_rng(0)
     actions = tuple(int(action) for action in rng.integers(0, 4, frames))
-    return Start(name, seed, actions, rng.integers(0, 256, (frames, 64, 64, 3), np.uint8))
+    return Start(name, actions, rng.integers(0, 256, (frames, 64, 64, 3), np.uint8), seed)
+
+
+def own_data(root: Path, clips: int, frames: int, actions: int, size: int = 64) -> None:
+    """A validation list of videos of noise with actions, as anybody's data are."""
+    rng = np.random.default_rng(0)
+    entries = []
+    for number in range(clips):
+        pictures = rng.integers(0, 256, (frames, size, size, 3), np.uint8)
+        write_video(root / f"{number}.mp4", pictures, 10, crf=0)
+        np.savez(root / f"{number}.npz", actions=rng.integers(0, actions, frames))
+        entries.append(ClipEntry(f"{number}.mp4", f"{number}.npz"))
+    write_list(root / "val.json", entries)
 
 
 def small_offer(root: Path, autoencoder: str) -> Offer:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "options/scd_doom_tiny.yml")
 PIXELS = ["data.source=video", "autoencoder.path=null", "model.patch_size=16"]
 COMMANDS = ("record", "make-lists", "validate", "train", "encode", "evaluate", "measure", "compare")
+COMMANDS += ("starts", "play")
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from scd.data import archives, hub, hub_repository
@@ -29,6 +28,7 @@ from scd.errors import ScdError
 from scd.models import load_reference_checkpoint
 from scd.models.autoencoder import build_autoencoder, convert_published, load_codec
 from scd.options import AutoencoderOptions, load_options
+from tests.test_locks import holder_of
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "c0ffee" + "0" * 34
@@ -374,12 +374,11 @@ def test_full_disk_is_told_before_anything_is_fetched(tiny, tmp_path, monkeypatc
 
 
 def test_two_processes_do_not_fetch_into_one_folder(tiny, tmp_path):
-    (tmp_path / "tiny" / hub.STATE).mkdir(parents=True)
-    with (
-        FileLock(tmp_path / "tiny" / hub.STATE / "lock"),
-        pytest.raises(ScdError, match="another process"),
-    ):
-        fetch_data_set(TINY, tmp_path, tiny.url)
+    with holder_of(tmp_path / "tiny" / hub.STATE / "lock") as holder:
+        told = f"tiny: another process is fetching into it .process {holder.pid} on "
+        with pytest.raises(ScdError, match=told):
+            fetch_data_set(TINY, tmp_path, tiny.url)
+    fetch_data_set(TINY, tmp_path, tiny.url)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,19 @@ def test_no_gradient_flows_through_the_own_history(clips):
     assert not seen.requires_grad
 
 
+@pytest.mark.parametrize("own_history", [0.0, 1.0])
+def test_every_parameter_gets_a_gradient_under_autocast(clips, own_history):
+    """Though the same weights were used without gradients first, to make the own history."""
+    latents, actions = clips
+    made = objective(own_history=own_history)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = made.loss(latents, actions, draws_of(made, latents))
+    loss.backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
+
+
 @torch.no_grad()
 def test_condition_dropout_and_context_noise(clips):
     latents, actions = clips

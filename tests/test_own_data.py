@@ -44,6 +44,7 @@ def run(command: str) -> None:
     """One command of the page, small: few and short episodes, one step of a tiny model."""
     command = re.sub(r"(--train-episodes) \d+", r"\1 3", command)
     command = re.sub(r"(--frames) \d+", r"\1 20", command)
+    command = re.sub(r"(--clips) \d+", r"\1 1", command)
     program, *arguments = shlex.split(command.replace("step-00000040", "step-00000001"))
     if program == "rm":
         subprocess.run(["bash", "-c", command], check=True)
@@ -54,11 +55,15 @@ def run(command: str) -> None:
         arguments = [action, *([] if action == "evaluate" else ["--opt"]), *arguments]
     else:
         assert program == "scd"
-    small = {"train": SMALL_MODEL, "evaluate": SMALL_EVALUATION}.get(arguments[0], [])
+    small = {
+        "train": SMALL_MODEL,
+        "evaluate": SMALL_EVALUATION,
+        "play": ["--measure", "2", "rollout.steps=1"],
+    }.get(arguments[0], [])
     assert main([*arguments, *small]) == 0, command
 
 
-def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
+def test_the_commands_of_the_page_work(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (options,) = blocks("yaml")
     (tmp_path / "options").mkdir()
     (tmp_path / "options/mine.yml").write_text(options)
@@ -75,6 +80,9 @@ def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
         report = json.loads((tmp_path / f"experiments/{name}/metrics.json").read_text())
         assert np.isfinite(report["rows"]["model"]["psnr"])
         assert (tmp_path / f"experiments/{name}/samples/00000.mp4").exists()
+    told = capsys.readouterr().out.splitlines()
+    (played,) = (json.loads(line) for line in told if line.startswith('{"results"'))
+    assert [result["worlds"] for result in played["results"]] == [["model"]]  # no Doom beside it
 
 
 def test_every_option_that_the_page_names_is_one() -> None:

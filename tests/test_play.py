@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from scd import cli
+from scd.data.clips import clip_folder
 from scd.doom.simulator import DoomSimulator
 from scd.errors import ScdError
 from scd.evaluation import psnr
+from scd.options import load_options
 from scd.pipeline import SCDPipeline
 from scd.play import history, worlds
 from scd.play.game import Game
@@ -21,11 +24,12 @@ from scd.play.messages import AGAIN, GIVEN, Close, Closed, parse
 from scd.play.messages import pack as pack_message
 from scd.play.offer import Offer, load_offer
 from scd.play.pretrained import load_pretrained
-from scd.play.starts import Start, load_starts, record_starts
+from scd.play.starts import Start, load_starts, make_starts
 from scd.play.worlds import ModelWorld, RealWorld, Settings, View
-from tests.play import WINDOW, pretrained_folder, read, small_offer
+from tests.play import WINDOW, own_data, pretrained_folder, read, small_offer
 
 ROOT = Path(__file__).parents[1]
+DOOM = load_options(ROOT / "options/scd_doom_tiny.yml")
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4  # of latents of size 1: the same sums in another order
 
@@ -162,8 +166,8 @@ def test_refused_starts_change_nothing(game):
 
 def test_the_real_world_is_the_recorded_episode(tmp_path):
     """Its frames are those that a recording shows, and a rewind finds them again."""
-    record_starts(tmp_path, {"one": 3}, frames=12)
-    (start,) = load_starts(tmp_path, 64, 4)
+    make_starts(DOOM, tmp_path / "starts", {"one": 3}, frames=12, doom=True)
+    (start,) = load_starts(tmp_path / "starts", 64, 4)
     assert start.seed == 1_000_003
     nothing = Settings(1, 1.0)
     with closing(RealWorld(64)) as world, closing(DoomSimulator(64)) as simulator:
@@ -191,7 +195,7 @@ def test_the_real_world_is_the_recorded_episode(tmp_path):
 def test_a_long_replay_is_not_tried(monkeypatch):
     monkeypatch.setattr(worlds, "MAX_REPLAY", 3)
     with closing(RealWorld(64)) as world:
-        start = Start("x", 1, (0, 3, 3, 3), np.zeros((4, 64, 64, 3), np.uint8))
+        start = Start("x", (0, 3, 3, 3), np.zeros((4, 64, 64, 3), np.uint8), 1)
         views = world.begin(start, Settings(1, 1.0))
         world.go_to(views, start.actions, False, Settings(2, 1.0))  # where it is already
         views.append(world.step(3, 4))
@@ -327,7 +331,7 @@ def test_starts_that_are_wrong(tmp_path):
         ({"seed": "1"}, "seed '1'"),
         ({"actions": [4] * 24}, "numbers below 4"),
         ({"actions": [0] * 23}, "24 frames, but 23 actions"),
-        ({"more": 1}, "a start has name, seed and actions"),
+        ({"more": 1}, "a start has name, actions and perhaps seed"),
         ({"name": "nowhere"}, "nowhere.mp4: no such video"),
     ):
         (tmp_path / "starts.json").write_text(json.dumps([listed[0] | changes]))
@@ -341,6 +345,78 @@ def test_starts_that_are_wrong(tmp_path):
     (tmp_path / "starts.json").write_text(json.dumps(listed))
     with pytest.raises(ScdError, match="the model has 32"):
         load_starts(tmp_path, 32, 4)
+
+
+def test_starts_of_ones_own_clips(tmp_path, tiny_autoencoder_path, capsys):
+    """By the command: their frames and actions, and no Doom beside a model of something else."""
+    own_data(tmp_path / "data", clips=3, frames=9, actions=3, size=96)
+    actions = ["left", "right", "jump"]
+    folder = pretrained_folder(tmp_path / "model", tiny_autoencoder_path, actions=actions)
+    changes = [f"data.root={tmp_path / 'data'}", "data.resize_shorter=80"]
+    out = tmp_path / "starts"
+
+    def starts(*arguments: str) -> int:
+        opt = ["--opt", str(folder / "options.yml"), *changes]
+        return cli.main(["starts", *opt, "--out", str(out), *arguments])
+
+    assert starts("--clips", "2,0", "--names", "second,first", "--frames", "4") == 0
+    made = load_starts(out, 64, 3)
+    assert [start.name for start in made] == ["second", "first"]
+    options = load_options(folder / "options.yml", changes)
+    clip = clip_folder(options, "val.json", "video").read(2, 4)
+    assert made[0].actions == tuple(clip["actions"].tolist()) and made[0].seed is None
+    error = made[0].frames - 255 * clip["video"].movedim(1, -1).numpy()
+    assert 10 * np.log10(255**2 / (error**2).mean()) > 28  # the start is compressed once more
+    offer = load_offer(folder, None, out)
+    assert offer.worlds == ["model"] and list(offer.missing) == ["baseline"]
+    with closing(Game(offer)) as game:
+        assert game.step(2).views[0].picture.shape == (64, 64, 3)
+
+    assert starts("--clips", "1", "--frames", "5") == 0  # over the old ones
+    assert [start.name for start in load_starts(out, 64, 3)] == ["clip_0"]
+    assert sorted(path.name for path in out.iterdir()) == ["clip_0.mp4", "starts.json"]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    for arguments, told in (
+        (["--clips", "4"], "val.json has clips 0 to 2, none of number 3"),
+        (["--clips", "1,x"], "--clips 1,x: give how many"),
+        (["--clips", "0"], "--clips 0: give how many"),
+        (["--clips", "1,1"], "different numbers"),
+        (["--clips", "2", "--names", "a"], "2 clips need as many different names"),
+        (["--clips", "2", "--names", "a,../b"], "'../b' is no name"),
+        (["--frames", "0"], "--frames 0"),
+        (["--clips", "1", "--frames", "10"], "9 frames, but the clip needs 10"),
+        (["--doom"], "--doom, but data.action_names are not none, turn_left"),
+        (["model.condition=none", "model.num_conditions=0"], "only a world model under actions"),
+        (["--out", str(tmp_path / "data")], "is there and holds no starts.json"),
+    ):
+        assert starts(*arguments) == 1
+        assert told in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_doom_beside_models_of_doom_alone(tmp_path, tiny_autoencoder_path):
+    """Its actions alone do not make a model one of Doom, nor do starts in Doom."""
+    own_data(tmp_path / "data", clips=1, frames=6, actions=4)
+    folder = pretrained_folder(tmp_path / "doom", tiny_autoencoder_path)
+    options = load_options(folder / "options.yml", [f"data.root={tmp_path / 'data'}"])
+    make_starts(options, tmp_path / "starts", {"here": 0}, frames=6)
+    assert load_offer(folder, None, tmp_path / "starts").worlds == ["model"]
+    other = pretrained_folder(tmp_path / "other", tiny_autoencoder_path, actions=["a", *"bcd"])
+    offer = load_offer(other, None, ROOT / "assets/starts")
+    assert offer.worlds == ["model"] and list(offer.missing) == ["baseline"]
+    assert load_offer(folder, None, ROOT / "assets/starts").worlds == ["model", "real"]
+
+
+def test_the_shipped_starts_are_those_of_the_command(tmp_path):
+    """As README.md says they were made; here two of them."""
+    shipped = {start.name: start for start in load_starts(ROOT / "assets/starts", 64, 4)}
+    make_starts(DOOM, tmp_path / "starts", {"lamps": 60, "red_gate": 12}, frames=24, doom=True)
+    for start in load_starts(tmp_path / "starts", 64, 4):
+        there = shipped[start.name]
+        assert (start.seed, start.actions) == (there.seed, there.actions)
+        error = start.frames.astype(float) - there.frames
+        assert 10 * np.log10(255**2 / max((error**2).mean(), 1e-9)) > 35
 
 
 def test_the_shipped_starts():

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -31,8 +32,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from scd.data.video import VideoFile
+from scd.options import load_options
 from scd.play.server import STATIC, Address, listen
-from tests.play import pretrained_folder
+from scd.play.starts import make_starts
+from tests.play import own_data, pretrained_folder
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.common.exceptions import TimeoutException  # noqa: E402
@@ -63,9 +66,9 @@ window.WebSocket = class extends WebSocket {
 class Server:
     """`scd play` as a process of its own; started again, it has the same address."""
 
-    def __init__(self, model: Path, baseline: Path):
+    def __init__(self, model: Path, *more: str):
         self._command = [sys.executable, "-m", "scd.cli", "play", "--sessions", "1"]
-        self._command += ["--model", str(model), "--baseline", str(baseline)]
+        self._command += ["--model", str(model), *more]
         self._port = 0
         self.start()
 
@@ -196,8 +199,8 @@ class Page:
 def server(tmp_path_factory, tiny_autoencoder_path) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("pretrained")
     kinds = ("scd", "causal_dit")
-    folders = [pretrained_folder(root / kind, tiny_autoencoder_path, kind) for kind in kinds]
-    server = Server(*folders)
+    model, dense = (pretrained_folder(root / kind, tiny_autoencoder_path, kind) for kind in kinds)
+    server = Server(model, "--baseline", str(dense))
     yield server
     server.kill()
 
@@ -476,7 +479,7 @@ def test_other_touch_screens(page, size):
     page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
     try:
         assert page.js("return document.documentElement.scrollWidth") == width
-        for button in page.all("#pad button"):
+        for button in page.all("#pad button:not([hidden])"):
             box = button.rect
             assert min(box["width"], box["height"]) >= 44
             assert box["y"] + box["height"] <= height
@@ -555,6 +558,48 @@ def test_killed_server_comes_back(page, server):
     page.wait_for_frame(BEGIN)
     page.wait(lambda: page.js(there) == chosen, "the same start as before")
     page.step()
+
+
+@pytest.fixture
+def own_server(tmp_path, tiny_autoencoder_path) -> Iterator[Server]:
+    """A model of other actions, none of which stands for no key, that begins in clips of noise."""
+    names = ["left", "right", "move_forward", "back", "jump", "use item"]
+    folder = pretrained_folder(tmp_path / "own", tiny_autoencoder_path, actions=names)
+    own_data(tmp_path, clips=2, frames=BEGIN + 1, actions=len(names))
+    options = load_options(folder / "options.yml", [f"data.root={tmp_path}"])
+    make_starts(options, tmp_path / "starts", {"one": 0, "two": 1}, frames=BEGIN + 1)
+    server = Server(folder, "--starts", str(tmp_path / "starts"))
+    yield server
+    server.kill()
+
+
+def test_other_actions_than_dooms(driver, own_server):
+    page = Page(driver)
+    page.open(own_server.url)
+    assert [b.get_attribute("data-world") for b in page.all("#beside button")] == [
+        "model",
+        "baseline",
+    ]
+    assert "Doom" not in page.js("return document.body.innerText")
+    assert [b.get_attribute("data-move") for b in page.all("#pad button") if b.is_displayed()] == [
+        *("left", "forward", "right", "back"),
+    ]
+    assert [b.text for b in page.all("#others button")] == ["jump Q", "use item E"]
+    for keys, action in ((Keys.ARROW_DOWN, 3), ("w", 2), ("q", 4), ("e", 5), ("a", 0)):
+        page.hold(keys)
+        page.wait(lambda action=action: set(page.actions(3)) == {action}, f"action {action}")
+        page.release(keys)
+    assert not page.paused
+    page.wait(lambda: len({page.frame, time.sleep(0.5), page.frame} - {None}) == 1, "a still world")
+    frame = page.frame
+    button = page.all("#others button")[1]
+    ActionChains(driver).click_and_hold(button).perform()
+    page.wait(lambda: set(page.actions(3)) == {5}, "the button's action")
+    assert button.get_attribute("class") == "lit"
+    ActionChains(driver).release().perform()
+    assert page.frame > frame
+    page.press("?")
+    assert "other actions" in page.find("#keys").text and "walk back" in page.find("#keys").text
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -109,6 +111,38 @@ def test_keys_make_pictures(offer):
             await quiet(player)
 
     run(test, offer)
+
+
+def test_where_no_action_stands_for_no_key_the_world_waits(offer):
+    model = offer.first
+    data = replace(model.options.data, action_names=["left", "right", "jump", "duck"])
+    model = replace(model, options=replace(model.options, data=data))
+
+    async def test(place: str) -> None:
+        async with playing(place) as player:
+            assert player.hello["idle"] is None and offer.idle == 0
+            await player.say("pause", paused=False)
+            await player.told("state")
+            await player.say("step")
+            await quiet(player)
+            await player.say("input", action=0, seq=1)
+            pictures = [await player.picture() for _ in range(3)]
+            assert [p["action"] for p in pictures] == [0, 0, 0]
+            await player.say("input", seq=2)
+            with suppress(TimeoutError):  # those that were under way
+                while True:
+                    await asyncio.wait_for(player.picture(), 0.3)
+            await quiet(player)
+            await player.say("pause", paused=True)
+            await player.told("state")
+            await player.say("input", action=3, seq=3)  # a tap
+            await player.say("input", seq=4)
+            await player.say("step")
+            assert (await player.picture())["action"] == 3
+            await player.say("input", action=4, seq=5)
+            assert (await closed(player))[0] == Close.BAD_MESSAGE
+
+    run(test, Offer({"model": model}, offer.starts))
 
 
 def test_commands(offer):

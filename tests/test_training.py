@@ -1,6 +1,5 @@
 """Training: exact resume, data order, accumulation, EMA, checkpoints, what a run leaves behind."""
 
-import errno
 import json
 import multiprocessing
 import os
@@ -25,7 +24,7 @@ from scd.models.autoencoder import LatentCodec, load_codec
 from scd.models.load import load_checkpoint_for_use
 from scd.options import Options, load_options
 from scd.pipeline import SCDPipeline
-from scd.training import checkpoint, heartbeat, lock, run
+from scd.training import checkpoint, heartbeat, run
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.launch import make_accelerator
 from scd.training.run import sums_in_fixed_order
@@ -529,16 +528,6 @@ def test_log_entries_and_heartbeat(options, monkeypatch):
     assert entry.keys() >= {"step", "loss", "grad_norm", "lr"}
     assert 0 < entry["data_wait"] < 1 and entry["memory_gib"] > 0.1
     assert entry["clips_per_second"] == pytest.approx(2 / entry["seconds"])
-
-
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(lock.fcntl, "lockf", no_locks)
-    with lock.only_run_in(tmp_path / "run"):
-        pass
-    assert "no locks ([Errno 37] No locks available): nothing keeps" in capsys.readouterr().out
 
 
 def test_a_bad_step_leaves_running_statistics_alone(doom_root, tmp_path):

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from scd.data.archives import check_name, unpack
 from scd.data.hub_repository import HubFile, Repository
 from scd.data.published import adopt_lists
 from scd.errors import ScdError
 from scd.files import read_json, sha256, write_json
+from scd.locks import hold_lock
 from scd.models.autoencoder import convert_published
 from scd.options import load_options
 
@@ -258,11 +257,9 @@ def _sole_use(folder: Path) -> Iterator[Path]:
     """The state folder inside `folder`, while no other process may use it."""
     state = folder / STATE
     try:
-        state.mkdir(parents=True, exist_ok=True)
-        with FileLock(state / "lock", timeout=0):
+        busy = f"{folder}: another process is fetching into it"
+        with hold_lock(state / "lock", busy, "wait for it"):
             yield state
-    except Timeout as error:
-        raise ScdError(f"{folder}: another process is fetching into it") from error
     except OSError as error:
         raise ScdError(f"{folder}: cannot be written ({error.strerror or error})") from error
 

@@ -144,6 +144,9 @@ class FlowObjective(nn.Module):
             return self.model(latents, x[:, None], timesteps[:, None], conditions)[:, 0]
 
         own = integrate(velocity, draws.noise[:, 0, first:], levels, "multistep")
+        # Before pytorch's #165068, autocast kept the weights that it had cast without gradients
+        # and gave them to the pass with gradients as well: no Linear would have learned.
+        torch.clear_autocast_cache()
         return torch.cat([latents[:, :first], own], dim=1)
 
 

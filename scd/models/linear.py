@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scd.precision import has_bf16
+from scd.precision import has_bf16, without_autocast
 
 # The layout that oneDNN chooses for about this many rows serves 16 to 2000 of them equally well.
 PACKED_FOR_ROWS = 256
@@ -44,7 +44,7 @@ class Float32Linear(nn.Linear):
     """`nn.Linear` in float32, whatever autocast or the type of its weights says."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
 
 

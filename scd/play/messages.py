@@ -50,7 +50,7 @@ class Message:
 
 # type -> field -> kind; a question mark: optional.
 FIELDS: dict[str, dict[str, str]] = {
-    "input": {"action": "number", "seq": "number"},
+    "input": {"action": "number?", "seq": "number"},
     "seen": {"serial": "number"},
     "pause": {"paused": "flag"},
     "step": {},

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from scd.errors import ScdError
 from scd.play.pretrained import Pretrained, load_pretrained
-from scd.play.starts import Start, load_starts
+from scd.play.starts import Start, are_dooms, load_starts
 from scd.play.worlds import ModelWorld, RealWorld, Settings, World
 
 MAX_STEPS = 16
 MAX_GUIDANCE = 4.0
 MAX_SEED = 2**31 - 1
-REAL = "real"
+REAL = "real"  # Doom itself
+IDLE = ("none", "noop", "no-op", "no_op", "idle", "nothing")  # names, in lower case
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Offer:
     Args:
         models: by the name of their world, the first one is what a player begins with.
         missing: worlds that cannot be had, and why.
+        real: Doom itself can be shown beside the models.
     """
 
     models: dict[str, Pretrained]
     starts: list[Start]
     missing: dict[str, str] = field(default_factory=dict)
+    real: bool = False
 
     @property
     def first(self) -> Pretrained:
@@ -35,7 +38,7 @@ class Offer:
     @property
     def worlds(self) -> list[str]:
         """Names; a world's place is its number on the wire."""
-        return [*self.models, *([] if REAL in self.missing else [REAL])]
+        return [*self.models, *([REAL] if self.real else [])]
 
     @property
     def size(self) -> int:
@@ -44,6 +47,12 @@ class Offer:
     @property
     def actions(self) -> list[str]:
         return self.first.options.data.action_names
+
+    @property
+    def idle(self) -> int | None:
+        """The action of a player who presses nothing; None: there is none, worlds stand still."""
+        names = [name.lower() for name in self.actions]
+        return next((names.index(name) for name in IDLE if name in names), None)
 
     @property
     def settings(self) -> Settings:
@@ -63,7 +72,7 @@ class Offer:
         """Raises: ScdError: there is no such world, or it does not start."""
         if name in self.models:
             return ModelWorld(self.models[name])
-        if name != REAL or REAL in self.missing:
+        if name != REAL or not self.real:
             why = self.missing.get(name, f"there are {', '.join(self.worlds)}")
             raise ScdError(f"no world {name!r} ({why})")
         return RealWorld(self.size)
@@ -89,8 +98,10 @@ def load_offer(
         first, other = (m.options.data for m in models.values())
         if (first.frame_size, first.action_names) != (other.frame_size, other.action_names):
             raise ScdError(f"{baseline}: other actions or another frame size than {model}")
-    if importlib.util.find_spec("vizdoom") is None:
-        missing[REAL] = "the package vizdoom is not installed"
     data = models["model"].options.data
     found = load_starts(starts, data.frame_size, len(data.action_names))
-    return Offer(models, found, missing)
+    # A model of Doom has the simulator's actions, and begins in episodes that can be played anew.
+    real = are_dooms(data.action_names) and all(start.seed is not None for start in found)
+    if real and importlib.util.find_spec("vizdoom") is None:
+        real, missing[REAL] = False, "the package vizdoom is not installed"
+    return Offer(models, found, missing, real)

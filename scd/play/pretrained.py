@@ -60,7 +60,8 @@ def _check_playable(options: Options, folder: Path) -> None:
         raise ScdError(f"{where}: only a world model under actions can be played")
     if len(names) != options.model.num_conditions:
         raise ScdError(
-            f"{where}: {len(names)} data.action_names for {options.model.num_conditions} actions"
+            f"{where}: {len(names)} data.action_names for {options.model.num_conditions} actions: "
+            f"a player needs a name of each"
         )
     if rollout.window < 1 or rollout.window_first:
         raise ScdError(

@@ -91,6 +91,7 @@ class Session:
             "missing": offer.missing,
             "starts": [start.name for start in offer.starts],
             "actions": offer.actions,
+            "idle": offer.idle,
             "size": offer.size,
             "limits": {
                 "steps": [1, MAX_STEPS],
@@ -114,7 +115,10 @@ class _Connection:
         self._commands: deque[Message] = deque()
         self._news = asyncio.Event()
         self._single_steps = 0
-        self._held = self._tapped = self._seq = 0
+        self._idle = session.game.offer.idle
+        self._held: int | None = None
+        self._tapped: int | None = None
+        self._seq = 0
         self._tapped_at = 0.0
         self._serial = self._seen = 0
         self._due = 0.0
@@ -166,10 +170,11 @@ class _Connection:
             return
         session.last_input = time.monotonic()
         if message.type == "input":
-            if fields["action"] >= len(session.game.offer.actions):
+            action = fields.get("action", self._idle)
+            if action is not None and action >= len(session.game.offer.actions):
                 raise Closed(Close.BAD_MESSAGE, "input: no such action")
-            self._held, self._seq = fields["action"], fields["seq"]
-            if self._held:
+            self._held, self._seq = None if action == self._idle else action, fields["seq"]
+            if self._held is not None:
                 self._tapped, self._tapped_at = self._held, session.last_input
         elif message.type == "step":
             self._single_steps = 1
@@ -200,6 +205,8 @@ class _Connection:
             if wait <= 0:
                 raise Closed(Close.IDLE, f"no input for {self.session.limits.idle:g} seconds")
             wanted = self._single_steps or not self.session.paused
+            if self._action(now) is None:  # time stands still until a key is pressed
+                wanted, self._single_steps = False, 0
             if wanted and self._serial - self._seen < self.session.limits.unseen:
                 if self._single_steps or self._due <= now:
                     await self._step(now)
@@ -214,14 +221,21 @@ class _Connection:
         # A frame that is late does not make those after it hurry.
         self._due = max(self._due + 1 / self.session.fps, now)
         self._single_steps = 0
-        # A key that was pressed and released since the last frame still moves one frame.
-        fresh = now - self._tapped_at < max(TAP_LASTS, 1 / self.session.fps)
-        action, seq = self._held or (self._tapped if fresh else 0), self._seq
-        self._tapped = 0
-        if self._held:  # a key that stays down sends nothing, and is played with all the same
+        action, seq = self._action(now), self._seq
+        assert action is not None  # see `_play`
+        self._tapped = None
+        if self._held is not None:  # a key that stays down sends nothing, but is playing
             self.session.last_input = now
         frame = await self.session.work(self.session.game.step, action)
         await self._show(frame, 0, seq, 1e3 * (time.monotonic() - now))
+
+    def _action(self, now: float) -> int | None:
+        """Of the next frame; None: nothing is held, and no action stands for that."""
+        if self._held is not None:
+            return self._held
+        # A key that was pressed and released since the last frame still moves one frame.
+        fresh = now - self._tapped_at < max(TAP_LASTS, 1 / self.session.fps)
+        return self._tapped if fresh and self._tapped is not None else self._idle
 
     async def _carry_out(self, message: Message) -> None:
         session, fields = self.session, dict(message.fields)

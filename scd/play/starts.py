@@ -1,17 +1,20 @@
 """Start clips: the first frames of real episodes, from which worlds go on."""
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from scd.data.clips import clip_folder
 from scd.data.video import VideoFile, write_video
 from scd.doom.navigator import FreeSpace, Navigator
 from scd.doom.record import SPLIT_SEEDS
-from scd.doom.simulator import FRAMES_PER_SECOND, NONE, DoomSimulator
+from scd.doom.simulator import ACTIONS, NONE, DoomSimulator
 from scd.errors import ScdError
-from scd.files import read_json, write_json
+from scd.files import read_json, write_json, write_whole_folder
+from scd.options import Options
 
 LISTED = "starts.json"
 MAX_FRAMES = 1000
@@ -22,15 +25,20 @@ class Start:
     """A clip to go on from.
 
     Args:
-        seed: of the Doom episode that begins so.
-        actions: (K,), the action that led to each frame; the first one is `none`.
+        actions: (K,), the action that led to each frame.
         frames: (K, H, W, 3) uint8.
+        seed: of the Doom episode that begins so; None: it is a clip of a data set.
     """
 
     name: str
-    seed: int
     actions: tuple[int, ...]
     frames: np.ndarray
+    seed: int | None = None
+
+
+def are_dooms(action_names: Sequence[str]) -> bool:
+    """Whether actions are those of the simulator, by their names (spaces or underscores)."""
+    return [name.replace(" ", "_") for name in action_names] == list(ACTIONS)
 
 
 def load_starts(folder: Path, size: int, num_actions: int) -> list[Start]:
@@ -50,11 +58,15 @@ def load_starts(folder: Path, size: int, num_actions: int) -> list[Start]:
 
 def _load_start(folder: Path, entry: object, size: int, num_actions: int) -> Start:
     where = folder / LISTED
-    if not isinstance(entry, dict) or entry.keys() != {"name", "seed", "actions"}:
-        raise ScdError(f"{where}: a start has name, seed and actions, not {str(entry)[:80]}")
-    name, seed, actions = entry["name"], entry["seed"], entry["actions"]
-    if not (isinstance(name, str) and name.isidentifier() and type(seed) is int):
-        raise ScdError(f"{where}: name {str(name)[:40]!r} or seed {str(seed)[:40]!r} of a start")
+    if not isinstance(entry, dict) or entry.keys() - {"seed"} != {"name", "actions"}:
+        raise ScdError(
+            f"{where}: a start has name, actions and perhaps seed, not {str(entry)[:80]}"
+        )
+    name, seed, actions = entry["name"], entry.get("seed"), entry["actions"]
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise ScdError(f"{where}: name {str(name)[:40]!r} of a start")
+    if seed is not None and type(seed) is not int:
+        raise ScdError(f"{where}: seed {str(seed)[:40]!r} of a start")
     known = range(num_actions)
     if (
         not isinstance(actions, list)
@@ -67,25 +79,101 @@ def _load_start(folder: Path, entry: object, size: int, num_actions: int) -> Sta
         raise ScdError(f"{video.path}: {len(video)} frames, but {len(actions)} actions")
     frames = video.frames(np.arange(len(video)))
     if frames.shape[1:] != (size, size, 3):
-        raise ScdError(f"{video.path}: frames of {frames.shape[1:3]} pixels, the model has {size}")
-    return Start(name, seed, tuple(actions), frames)
+        raise ScdError(
+            f"{video.path}: frames of {frames.shape[1:3]} pixels, the model has {size}: "
+            f"`scd starts` makes others"
+        )
+    return Start(name, tuple(actions), frames, seed)
 
 
-def record_starts(folder: Path, episodes: dict[str, int], frames: int, size: int = 64) -> None:
-    """Record the first frames of validation episodes, as `scd record` plays and compresses them.
+def named_clips(clips: str, names: str | None = None) -> dict[str, int]:
+    """Name of a start -> number of its clip.
 
     Args:
-        episodes: name of a start -> number of the episode.
+        clips: `8`, the first 8 clips, or their numbers, `3,17,40`.
+        names: `lamps,red_gate,machines`; None: the clips are called by their numbers.
 
     Raises:
-        ScdError: ViZDoom is missing, an episode ends too early, or the folder cannot be written.
+        ScdError: it says something else, or there are more or fewer names than clips.
     """
+    try:
+        numbers = [int(part) for part in clips.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        numbers = list(range(numbers[0]))
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise ScdError(f"--clips {clips}: give how many, or different numbers such as 3,17,40")
+    called = [f"clip_{number}" for number in numbers] if names is None else names.split(",")
+    if len(set(called)) < len(called) or len(called) != len(numbers):
+        raise ScdError(f"--names {names}: {len(numbers)} clips need as many different names")
+    if wrong := [name for name in called if not name.isidentifier()]:
+        raise ScdError(f"--names: {wrong[0]!r} is no name: letters, digits and _ make one")
+    return dict(zip(called, numbers, strict=True))
+
+
+def make_starts(
+    options: Options,
+    folder: Path,
+    clips: Mapping[str, int],
+    frames: int,
+    doom: bool = False,
+) -> None:
+    """Write the folder of start clips that `scd play --starts` takes; an older one is replaced.
+
+    Args:
+        clips: name of a start -> number in the validation list, from 0.
+        frames: of each clip, from its beginning.
+        doom: play the validation episodes of these numbers anew in ViZDoom, so that it can be shown
+            beside a model.
+
+    Raises:
+        ScdError: the options are of no world under actions, a clip cannot be had or is too short,
+            or the folder holds something else or cannot be written.
+    """
+    if options.task != "world_model" or options.model.condition != "action":
+        raise ScdError("starts: only a world model under actions can be played")
+    if doom and not are_dooms(options.data.action_names):
+        raise ScdError(f"starts: --doom, but data.action_names are not {', '.join(ACTIONS)}")
+    if not 1 <= frames <= MAX_FRAMES:
+        raise ScdError(f"starts: --frames {frames}, but a start has 1 to {MAX_FRAMES}")
+    if folder.exists() and not (folder / LISTED).is_file():
+        raise ScdError(f"{folder} is there and holds no {LISTED}: choose another folder")
+    starts = (_play_doom if doom else _cut_clips)(options, clips, frames)
+    write_whole_folder(folder, lambda aside: _write(aside, starts, options.data.fps))
+    print(f"{folder}: {len(clips)} starts of {frames} frames: {', '.join(clips)}")
+
+
+def _write(folder: Path, starts: Iterable[Start], fps: float) -> None:
     entries = []
-    with closing(DoomSimulator(size)) as simulator:
+    for start in starts:
+        write_video(folder / f"{start.name}.mp4", start.frames, fps)
+        entry = asdict(start)
+        entries.append({k: v for k, v in entry.items() if k != "frames" and v is not None})
+    write_json(folder / LISTED, entries)
+
+
+def _cut_clips(options: Options, clips: Mapping[str, int], frames: int) -> Iterator[Start]:
+    """The beginnings of validation clips, as the model sees them: scaled and cropped."""
+    data = clip_folder(options, options.data.val_list, "video")
+    if max(clips.values()) >= len(data):
+        raise ScdError(
+            f"--clips: {data.list_path} has clips 0 to {len(data) - 1}, none of number "
+            f"{max(clips.values())}"
+        )
+    for name, number in clips.items():
+        clip = data.read(number, frames)
+        pictures = (clip["video"] * 255).round().byte().movedim(1, -1)
+        yield Start(name, tuple(clip["actions"].tolist()), pictures.contiguous().numpy())
+
+
+def _play_doom(options: Options, clips: Mapping[str, int], frames: int) -> Iterator[Start]:
+    """The beginnings of validation episodes, as `scd record` plays them."""
+    with closing(DoomSimulator(options.data.frame_size)) as simulator:
         simulator.reset(0)
         pose = simulator.pose
         space = FreeSpace(simulator.walls(), simulator.items(), (pose.x, pose.y))
-        for name, episode in episodes.items():
+        for name, episode in clips.items():
             seed = SPLIT_SEEDS["val"] + episode
             navigator = Navigator(space, np.random.default_rng(seed))
             pictures, actions = [simulator.reset(seed)], [NONE]
@@ -95,7 +183,4 @@ def record_starts(folder: Path, episodes: dict[str, int], frames: int, size: int
                 if picture is None:
                     raise ScdError(f"{name}: episode {episode} ends before {frames} frames")
                 pictures.append(picture)
-            start = Start(name, seed, tuple(actions), np.stack(pictures))
-            write_video(folder / f"{name}.mp4", start.frames, FRAMES_PER_SECOND)
-            entries.append({k: v for k, v in asdict(start).items() if k != "frames"})
-    write_json(folder / LISTED, entries)
+            yield Start(name, tuple(actions), np.stack(pictures), seed)

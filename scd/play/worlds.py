@@ -169,6 +169,7 @@ class RealWorld:
 
     def begin(self, start: Start, settings: Settings) -> list[View]:
         """See `World`: the episode's own frames, which the start's video shows compressed."""
+        assert start.seed is not None  # else Doom is not offered
         self._seed = start.seed
         return self._replay(start.actions)
 

@@ -6,7 +6,7 @@ Weights carry the experiment's options in their metadata, so one file is enough 
 Nothing else is state: data order and noise are functions of the step (`scd.seeding`).
 
 A name that begins with a dot is a folder on its way in or out. Only the holder of the experiment's
-lock writes here (`scd.training.lock`), so what it finds under such a name was left by a dead run.
+lock writes here (`scd.locks`), so what it finds under such a name was left by a dead run.
 """
 
 import json

@@ -8,14 +8,16 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from scd.files import remove_unfinished
+from scd.locks import hold_lock
 from scd.options import Options
 from scd.processes import together
 from scd.training.heartbeat import last_word
 from scd.training.launch import make_accelerator
-from scd.training.lock import only_run_in
 from scd.training.lost_process import lost_process_ends_run
 from scd.training.tasks import Task
 from scd.training.trainer import Trainer
+
+LOCK = "run.lock"  # in an experiment's folder, held by its run
 
 
 def run_experiment(options: Options) -> None:
@@ -31,7 +33,9 @@ def run_experiment(options: Options) -> None:
         held.enter_context(lost_process_ends_run(PartialState()))
         with together():
             if main:
-                held.enter_context(only_run_in(options.output))
+                busy = f"{options.output}: a run is going on here"
+                advice = "wait for it, stop it, or choose another name=..."
+                held.enter_context(hold_lock(options.output / LOCK, busy, advice))
                 remove_unfinished(options.output)
         with last_word(options.output, main):
             Trainer(options, build_task(options, accelerator), accelerator).run()

@@ -1,7 +1,5 @@
 // The keyboard: moves go to the controls, other keys do what they name; after a click keys walk again.
 
-import { moveOf } from "./controls.js";
-
 const NAMES = {
   " ": "pause", ".": "step", Backspace: "rewind", b: "branch", r: "record", v: "beside",
   f: "full", "?": "help",
@@ -19,7 +17,7 @@ export function listen(controls, actions, start, silent) {
 
     if (key === "ArrowDown") event.preventDefault(); // beside the keys that walk: the page stays
     if (key === "Escape") document.getElementById("stage").focus();
-    else if (moveOf(event)) controls.press(event);
+    else if (controls.moveOf(event)) controls.press(event);
     else if (event.repeat) return;
     else if (/^[1-9]$/.test(key)) start(key - 1);
     else if (NAMES[key]) actions[NAMES[key]]();

@@ -25,6 +25,7 @@ let seq = 0;
 let hidden = false; // paused because nobody can see the page
 let earlier = null; // what a session was like that is gone
 let wasLost = false;
+let waiting = false; // for a key: no action stands for none
 
 const memory = new Memory();
 const worlds = new Worlds($("worlds"));
@@ -32,7 +33,9 @@ const stats = new Stats($("stats"));
 const timeline = new Timeline($("timeline"), memory, rewind);
 const branches = new Branches($("branches"), memory, returnTo);
 const recorder = new Recorder($("record"), say);
-const controls = new Controls($("pad"), { changed: held, pressed: (name) => actions[name]() });
+const controls = new Controls($("pad"), $("others"), {
+  changed: held, pressed: (name) => actions[name](),
+});
 const panel = new Panel({
   start: (choice) => connection.command({ type: "start", ...choice }),
   settings: (changes) => connection.command({ type: "settings", ...changes }),
@@ -50,7 +53,7 @@ function onStatus(status) {
   if (status.phase === "lost" && hello) wasLost = true;
   if (status.phase === "ended") wasLost = false;
   picture = null; // its serial means nothing to another connection
-  stats.begin(state?.fps ?? 10, status.phase === "open" && state?.paused === false);
+  stats.begin(state?.fps ?? 10, status.phase === "open" && running());
   notice.show(status);
 }
 
@@ -65,7 +68,11 @@ function onHello(message) {
   }
   hello = message;
   document.body.classList.add("greeted");
-  controls.actions = message.actions;
+  controls.offer(message.actions, message.idle);
+  $("invitation").classList.toggle("no-walk", $("pad").hidden);
+  for (const row of document.querySelectorAll("#keys [data-needs]")) {
+    row.hidden = !controls.has(row.dataset.needs);
+  }
   worlds.about = message.about;
   panel.offer(message);
   wasLost = false;
@@ -82,7 +89,7 @@ function onState(message, command, refused) {
     comeBack();
     input();
   }
-  if (command.type !== "keep") stats.begin(message.fps, !message.paused);
+  if (command.type !== "keep") stats.begin(message.fps, running());
   worlds.names = message.worlds;
   if (!connection.waiting) panel.follow(message); // else a slider has moved on
   recorder.follow(newest);
@@ -126,12 +133,14 @@ function show() {
 
 function input() {
   seq += 1;
-  connection.send({ type: "input", action: controls.next(), seq });
+  const action = controls.next();
+  connection.send({ type: "input", ...(action === null ? {} : { action }), seq });
 }
 
 function held() {
   if (!state) return;
   if (atStart() && controls.holding) actions.pause();
+  if (waiting !== controls.waiting) stats.begin(state.fps, running());
   input();
   if (!state.paused) stats.pressed(seq);
 }
@@ -186,6 +195,11 @@ document.addEventListener("visibilitychange", () => {
 
 function firstFrame() {
   return Math.max(state.oldest, state.given - 1, newest - LONGEST + 1);
+}
+
+function running() {
+  waiting = controls.waiting;
+  return state?.paused === false && !waiting;
 }
 
 function atStart() {

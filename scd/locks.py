@@ -1,4 +1,4 @@
-"""One run at a time in an experiment's folder."""
+"""Locks on files: one process at a time does something in a folder."""
 
 import fcntl
 import json
@@ -12,38 +12,41 @@ from pathlib import Path
 from scd.errors import ScdError, reason
 from scd.files import read_json
 
-NAME = "run.lock"
-
 
 @contextmanager
-def only_run_in(output: Path) -> Iterator[None]:
-    """Hold the lock of an experiment's folder: `run.lock`, which names who holds it.
+def hold_lock(path: Path, busy: str, advice: str) -> Iterator[None]:
+    """Hold the lock on a file, which is made where it is missing and names who holds it.
 
-    It is the operating system's (POSIX record lock), so it is free the moment its process is dead,
-    however it died. Forked data workers do not inherit it: one that outlives its run for a moment
-    does not keep the next run out. Where the file system knows no locks, one line says so.
+    It is a POSIX record lock, which belongs to a process: the operating system frees it the moment
+    that process is dead, however it died, and forked children (data workers) do not inherit it. A
+    worker that outlives its run for a moment would keep the next run out under `flock`, which
+    belongs to the open file. The other side of it: within one process nothing is kept out.
+
+    Where the file system knows no locks, one line says so, and nothing is locked.
+
+    Args:
+        path: of the lock. Nothing else in this process may open it meanwhile: closing it frees a
+            record lock.
+        busy: the message where another process holds it; who that is comes after it.
+        advice: what to do then.
 
     Raises:
-        ScdError: another run holds it, or the folder cannot be written to.
+        ScdError: another process holds it, or the file cannot be written.
     """
-    path = output / NAME
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open as long as it is locked
     except OSError as error:
-        raise ScdError(f"{output}: cannot be written ({error.strerror or error})") from error
+        raise ScdError(f"{path.parent}: cannot be written ({error.strerror or error})") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # either, says POSIX
-            raise ScdError(
-                f"{output}: a run is going on here ({_holder(path)}); "
-                f"wait for it, stop it, or choose another name=..."
-            ) from error
+            raise ScdError(f"{busy} ({_holder(path)}); {advice}") from error
         except OSError as error:
             print(
                 f"{path}: this file system has no locks ({reason(error)}): "
-                f"nothing keeps a second run out"
+                f"nothing keeps a second process out"
             )
         now = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now}
