@@ -178,7 +178,7 @@ def test_sharded_trains_as_data_parallel(doom_root, tmp_path, gpus, precision):
     assert fsdp == pytest.approx(ddp, rel=1e-4 if precision == "no" else 5e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_an_evaluation(doom_root, tmp_path, precision):
     evaluate_checkpoint(
         ROOT / "assets/pretrained/scd_doom",
@@ -186,12 +186,15 @@ def test_an_evaluation(doom_root, tmp_path, precision):
         [
             f"data.root={doom_root}",
             f"output_root={tmp_path}",
-            f"eval.fvd_precision={precision}",
+            f"rollout.precision={precision}",
+            f"eval.fvd_precision={'bf16' if precision == 'bf16' else 'fp32'}",
             *("eval.context_frames=8", "eval.new_frames=16", "eval.videos=2"),
         ],
     )
-    found = json.loads((tmp_path / "scd_doom/metrics.json").read_text())["rows"]
-    print(found["model"])
+    metrics = json.loads((tmp_path / "scd_doom/metrics.json").read_text())
+    assert metrics["protocol"]["rollout_precision"] == precision
+    found = metrics["rows"]
+    print(precision, found["model"])
     assert found["model"]["psnr"] > found["repeat last context frame"]["psnr"]
 
 
