@@ -1,7 +1,6 @@
 """`scd export`: a checkpoint as a folder for others: diffusers pipeline, options, model card."""
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from scd.evaluation.samples import EVALUATIONS
 from scd.evaluation.table import rollout_text
 from scd.files import read_json, write_whole_folder
 from scd.models.load import LoadedModel, load_checkpoint_for_use
-from scd.options import Options, options_to_yaml
-from scd.pipeline import SCDPipeline
+from scd.options import Options
+from scd.pipeline import pipeline_of
 from scd.training.run_folder import read_log
 
 CARD_HEAD = """---
@@ -51,14 +50,13 @@ def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -
     vae = getattr(loaded.codec, "autoencoder", None)
     # Not ModelMixin's own `to`, which warns of a list of layers that is empty here.
     model = nn.Module.to(loaded.model, "cpu", dtype)
-    SCDPipeline(model, vae, asdict(loaded.options.rollout)).save_pretrained(aside)
+    pipeline_of(loaded.options, model, vae).save_pretrained(aside)
     path = loaded.options.autoencoder.path
     if path is not None and Path(path).resolve().parent == folder.resolve().parent:
         for file in (aside / "vae").iterdir():
             if (Path(path) / file.name).is_file():
                 file.unlink()
                 os.symlink(Path("..", "..", Path(path).name, file.name), file)
-    (aside / "options.yml").write_text(options_to_yaml(loaded.options), encoding="utf-8")
     (aside / "README.md").write_text(model_card(loaded, folder.name, dtype), encoding="utf-8")
 
 

@@ -1,20 +1,25 @@
 """`SCDPipeline`: the model and its autoencoder as one diffusers pipeline."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import yaml
 from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from scd.errors import ScdError
-from scd.models.autoencoder import Codec, LatentCodec, PixelCodec
+from scd.errors import ScdError, reason
+from scd.models.autoencoder import Codec, LatentCodec, PixelCodec, downsampling
 from scd.models.world_model import WorldModel
-from scd.options import RolloutOptions
+from scd.options import OPTIONS_FILE, Options, RolloutOptions, options_to_dict
 from scd.precision import with_weights_in
 from scd.rollout import Rollout
+
+ROUNDING = 1e-3  # how far floats may leave [0, 1]: as bf16 leaves them
 
 
 @dataclass
@@ -28,13 +33,15 @@ class SCDPipelineOutput(BaseOutput):
 class SCDPipeline(DiffusionPipeline):
     """Continue videos, frame by frame, under actions or a label.
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` work as in every diffusers pipeline.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` work as in every diffusers pipeline, and
+    carry the experiment's `options.yml`, by which `scd play` uses what comes back.
 
     Args:
         transformer: the world model.
         vae: its autoencoder; None for a model of pixels.
         rollout: fields of `RolloutOptions`, which are saved with it: how this model's frames are
             made unless a call says otherwise.
+        options: the experiment that the model is from, as `options_to_dict` gives it.
     """
 
     _optional_components = ["vae"]
@@ -44,10 +51,26 @@ class SCDPipeline(DiffusionPipeline):
         transformer: WorldModel,
         vae: AutoencoderDC | AutoencoderKL | None = None,
         rollout: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(rollout=asdict(RolloutOptions(**(rollout or {}))))
+        self.register_to_config(rollout=asdict(RolloutOptions(**(rollout or {}))), options=options)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """See diffusers; with `options.yml`, where the model's experiment is known."""
+        if self.config.options is not None:
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)  # diffusers pushes what it finds there
+            text = yaml.safe_dump(dict(self.config.options), sort_keys=False, allow_unicode=True)
+            (folder / OPTIONS_FILE).write_text(text, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: between frames the model's cache stays on its device, and so must the model."""
+        raise ScdError("SCDPipeline cannot offload its model to the CPU: use pipeline.to(device)")
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
 
     @torch.no_grad()
     def __call__(
@@ -55,8 +78,8 @@ class SCDPipeline(DiffusionPipeline):
         video: Tensor | np.ndarray,
         *,
         num_frames: int,
-        actions: Tensor | None = None,
-        labels: Tensor | None = None,
+        actions: Tensor | np.ndarray | Sequence | None = None,
+        labels: Tensor | np.ndarray | Sequence | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pt",
@@ -66,29 +89,24 @@ class SCDPipeline(DiffusionPipeline):
 
         Args:
             video: (B, K, 3, H, W), or NumPy frames (B, K, H, W, 3); uint8, or floats in [0, 1].
-            actions: (B, K + num_frames), of the given and the new frames; None: the null action.
-            labels: (B,).
+            actions: (B, K + num_frames) integers, of the given and the new frames; of one video,
+                a flat list will do. None: the null action.
+            labels: (B,) integers.
             num_inference_steps: a frame; None: as saved with the model.
             output_type: `pt` or `np`.
             rollout: other fields of `RolloutOptions`, such as guidance_scale, solver or window.
 
         Raises:
-            ScdError: shapes that do not fit together, or an unknown setting.
+            ScdError: values or shapes that do not fit, or an unknown setting.
         """
         if output_type not in ("pt", "np"):
             raise ScdError(f"output_type is {output_type!r}, not pt or np")
-        if isinstance(video, np.ndarray):
-            video = torch.from_numpy(video).movedim(-1, 2)
-        if video.dtype != torch.uint8 and not video.is_floating_point():
-            raise ScdError(f"video holds {video.dtype}, not uint8 or floats")
-        video = video.float() / (255 if video.dtype == torch.uint8 else 1)
-        if video.ndim != 5 or video.shape[2] != 3:
-            raise ScdError(f"video is {tuple(video.shape)}, expected (B, K, 3, H, W)")
+        if not isinstance(num_frames, int) or num_frames < 1:
+            raise ScdError(f"num_frames is {num_frames!r}, not a number of frames")
+        video = self._checked(video)
         known = video.shape[1]
-        if actions is not None and tuple(actions.shape) != (len(video), known + num_frames):
-            raise ScdError(
-                f"actions are {tuple(actions.shape)}, expected {(len(video), known + num_frames)}"
-            )
+        actions = _integers("actions", actions, (len(video), known + num_frames))
+        labels = _integers("labels", labels, (len(video),))
         device = self.transformer.device
         video = video.to(device)
         settings = self._settings(num_inference_steps, rollout)
@@ -112,6 +130,38 @@ class SCDPipeline(DiffusionPipeline):
             return SCDPipelineOutput(frames=frames.movedim(2, -1).cpu().numpy())
         return SCDPipelineOutput(frames=frames)
 
+    def _checked(self, video: Tensor | np.ndarray) -> Tensor:
+        """The frames as (B, K, 3, H, W) floats, if they are in [0, 1] and of a size for the model.
+
+        Raises:
+            ScdError: naming what they are instead.
+        """
+        if isinstance(video, np.ndarray):
+            video = torch.from_numpy(video)
+            if video.ndim == 5:
+                video = video.movedim(-1, 2)
+        if not isinstance(video, Tensor):
+            raise ScdError(f"video is a {type(video).__name__}, not a tensor or NumPy array")
+        if video.dtype != torch.uint8 and not video.is_floating_point():
+            raise ScdError(f"video holds {video.dtype}, not uint8 or floats")
+        if video.ndim != 5 or video.shape[2] != 3:
+            raise ScdError(f"video is {tuple(video.shape)}, expected (B, K, 3, H, W)")
+        cell = self.transformer.config.patch_size
+        cell *= 1 if self.vae is None else downsampling(self.vae)
+        height, width = video.shape[-2:]
+        if not height or not width or height % cell or width % cell:
+            raise ScdError(f"video has frames of {height}x{width}, which {cell} does not divide")
+        if video.dtype == torch.uint8:
+            return video.float() / 255
+        video = video.float()
+        low, high = (float(value) for value in video.aminmax()) if video.numel() else (0.0, 1.0)
+        if not -ROUNDING <= low <= high <= 1 + ROUNDING:  # nor if one is NaN
+            raise ScdError(
+                f"video has values from {low:.4g} to {high:.4g}: floats must lie in [0, 1], and "
+                f"0..255 be uint8"
+            )
+        return video
+
     def _settings(self, steps: int | None, changes: dict[str, Any]) -> RolloutOptions:
         if steps is not None:
             changes = {**changes, "steps": steps}
@@ -120,3 +170,31 @@ class SCDPipeline(DiffusionPipeline):
             if name not in known:
                 raise ScdError(f"unknown setting {name!r}; known: {', '.join(known)}")
         return replace(RolloutOptions(**self.config.rollout), **changes)
+
+
+def pipeline_of(
+    options: Options, model: WorldModel, vae: AutoencoderDC | AutoencoderKL | None
+) -> SCDPipeline:
+    """The pipeline of an experiment's model."""
+    return SCDPipeline(model, vae, asdict(options.rollout), options_to_dict(options))
+
+
+def _integers(name: str, values: Any, shape: tuple[int, ...]) -> Tensor | None:
+    """Indices of conditions, of whatever kind of list or integer, as a tensor of a shape.
+
+    Raises:
+        ScdError: they are none, or of another shape.
+    """
+    if values is None:
+        return None
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ScdError(f"{name} are no numbers of one shape ({reason(error)})") from error
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ScdError(f"{name} are {tensor.dtype}, not integers")
+    if shape[0] == 1 and tuple(tensor.shape) == shape[1:]:
+        tensor = tensor[None]
+    if tuple(tensor.shape) != shape:
+        raise ScdError(f"{name} are {tuple(tensor.shape)}, expected {shape}")
+    return tensor.long()

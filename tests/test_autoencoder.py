@@ -1,6 +1,7 @@
 """Codecs and the two stages of an autoencoder's training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,30 @@ def test_a_variational_autoencoder_is_a_codec(kl_path, tmp_path):
     decoded = codec.autoencoder.decode(mode).sample
     expected = ((decoded + 1) / 2).clamp(0, 1)
     torch.testing.assert_close(codec.decode(latents).flatten(0, 1), expected)
+
+
+@torch.no_grad()
+def test_a_mean_and_a_deviation_for_every_channel(kl_path, tmp_path):
+    """`latents_mean` and `latents_std`, as newer configs of diffusers have them."""
+    folder = tmp_path / "kl"
+    shutil.copytree(kl_path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    mean, std = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 1.5]
+    numbers = {"latents_mean": mean, "latents_std": std, "shift_factor": None}
+    (folder / "config.json").write_text(json.dumps({**config, **numbers}))
+    codec = load_codec(str(folder))
+    video = torch.rand(1, 2, 3, 16, 16)
+    mode = codec.encode_images(video[0])
+    latents = codec.encode(video)[0]
+    for channel in range(4):
+        expected = (mode[:, channel] - mean[channel]) * 0.5 / std[channel]
+        torch.testing.assert_close(latents[:, channel], expected)
+    decoded = (codec.autoencoder.decode(mode).sample + 1) / 2
+    torch.testing.assert_close(codec.decode(latents[None])[0], decoded.clamp(0, 1))
+    for wrong in ([0.1, 0.2], [0.1, 0.2, 0.3, "x"], 1.0):
+        (folder / "config.json").write_text(json.dumps({**config, "latents_mean": wrong}))
+        with pytest.raises(ScdError, match=r"latents_mean is .*, not a number a channel"):
+            load_codec(str(folder))
 
 
 @torch.no_grad()

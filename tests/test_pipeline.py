@@ -1,11 +1,16 @@
 """`SCDPipeline` in diffusers' own terms."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from diffusers.utils import hub_utils as diffusers_hub
 
 from scd.errors import ScdError
 from scd.models.autoencoder import LatentCodec, load_codec
+from scd.options import load_options
 from scd.pipeline import SCDPipeline
 from scd.rollout import generate
 from tests.test_model import make_model
@@ -87,6 +92,74 @@ def test_pixel_space_and_numpy(tmp_path):
     assert np.array_equal(again[:, :3], out[:, :3])
     with pytest.raises(ScdError, match="int64, not uint8 or floats"):
         pixel(frames.astype(np.int64), **given)
+
+
+def test_actions_of_any_kind(pipeline):
+    """Lists, arrays, small integers; of one video, a flat list."""
+    video, given = arguments()
+    frames = [
+        pipeline(video[:1], generator=torch.Generator().manual_seed(0), **{**given, "actions": a})
+        for a in (
+            given["actions"][:1],
+            given["actions"][0].tolist(),
+            given["actions"][:1].numpy().astype(np.uint8),
+            given["actions"][:1].to(torch.int8),
+        )
+    ]
+    assert all(torch.equal(one.frames, frames[0].frames) for one in frames)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda v: v * 2 - 1, r"values from -\S+ to \S+: floats must lie in \[0, 1\]"),
+        (lambda v: v * 255, r"values from .* to 25\d"),
+        (lambda v: v.masked_fill(v > 0.99, float("nan")), "values from nan"),
+        (lambda v: v[..., :60], "frames of 64x60, which 16 does not divide"),
+        (lambda v: v.numpy().tolist(), "a list, not a tensor"),
+    ],
+)
+def test_videos_that_are_refused(pipeline, change, told):
+    video, given = arguments()
+    with pytest.raises(ScdError, match=told):
+        pipeline(change(video), **given)
+
+
+@pytest.mark.parametrize(
+    ("actions", "told"),
+    [
+        ([[0, 1], [1, 1, 0]], "no numbers of one shape"),
+        (torch.rand(2, 5), "float32, not integers"),
+        ([["left"] * 5] * 2, "no numbers"),
+        (torch.full((2, 5), 9), r"conditions must lie in 0\.\.3"),
+    ],
+)
+def test_actions_that_are_refused(pipeline, actions, told):
+    video, given = arguments()
+    with pytest.raises(ScdError, match=told):
+        pipeline(video, **{**given, "actions": actions})
+
+
+def test_what_is_pushed_can_be_played(tmp_path, monkeypatch):
+    """`options.yml` goes along, also of a pipeline that was loaded."""
+    pushed = {}
+
+    def upload(self, folder, *args, **kwargs):
+        pushed.update({p.name: p.read_text() for p in Path(folder).glob("*.yml")})
+
+    monkeypatch.setattr(SCDPipeline, "_upload_folder", upload)
+    monkeypatch.setattr(diffusers_hub, "create_repo", lambda *a, **k: SimpleNamespace(repo_id="x"))
+    shipped = Path(__file__).parent.parent / "assets/pretrained/scd_doom"
+    SCDPipeline.from_pretrained(shipped).push_to_hub("someone/scd_doom")
+    path = tmp_path / "options.yml"
+    path.write_text(pushed["options.yml"])
+    assert load_options(path) == load_options(shipped / "options.yml")
+
+
+def test_a_model_is_not_offloaded(pipeline):
+    for refuse in (pipeline.enable_model_cpu_offload, pipeline.enable_sequential_cpu_offload):
+        with pytest.raises(ScdError, match="cannot offload"):
+            refuse()
 
 
 def test_refusals(pipeline):

@@ -28,7 +28,7 @@ from scd.models.autoencoder import Codec
 from scd.models.build import build_world_model
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.models.weights import load_matching
-from scd.options import Options, options_to_dict, options_to_yaml
+from scd.options import OPTIONS_FILE, Options, options_to_dict, options_to_yaml
 
 FRESH = ("encoder.norm_out.", "encoder.start")  # has no counterpart in a dense model
 
@@ -141,7 +141,7 @@ def split_checkpoint(
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     write_whole(weights, lambda aside: _save(tensors, aside, metadata))
     text = options_to_yaml(replace(options, init_from=str(weights)))
-    write_whole(out / "options.yml", lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_whole(out / OPTIONS_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
     print(f"weights: {weights}\ntrain:   ./scripts/train.sh {out / 'options.yml'}")
 
 

@@ -56,6 +56,9 @@ class PixelCodec(nn.Module):
 class LatentCodec(nn.Module):
     """An autoencoder. The diffusion model sees (latents - shift_factor) * scaling_factor.
 
+    Where diffusers' config has them, `latents_mean` takes the place of the shift, and `latents_std`
+    divides as well: one number a channel.
+
     Args:
         autoencoder: maps images (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f) and back.
         precision: of `encode` and `decode`, as `scd.precision.resolve_precision` gives it.
@@ -65,10 +68,16 @@ class LatentCodec(nn.Module):
         super().__init__()
         self.autoencoder = autoencoder
         self.precision = precision
+        self.shift: Tensor
+        self.factor: Tensor
         self.channels = autoencoder.config.latent_channels
         self.downsampling = downsampling(autoencoder)
-        self.factor = autoencoder.config.scaling_factor
-        self.shift = autoencoder.config.get("shift_factor") or 0.0  # AutoencoderDC has none
+        config = autoencoder.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        shift = config.get("shift_factor") or 0.0 if mean is None else mean  # of AutoencoderDC none
+        shift, std = (torch.tensor(x).view(-1, 1, 1) for x in (shift, 1.0 if std is None else std))
+        self.register_buffer("shift", shift, persistent=False)  # (C or 1, 1, 1)
+        self.register_buffer("factor", config.scaling_factor / std, persistent=False)
 
     def scale(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder gives them -> as the diffusion model sees them."""
@@ -240,6 +249,15 @@ def _check_announced(config: dict[str, Any], folder: Path) -> None:
         value = config.get(key)
         if value is not None and not (_is_number(value) and lowest <= value <= 1e6):
             raise ScdError(f"{where}: {key} is {str(value)[:60]}")
+    for key in ("latents_mean", "latents_std"):
+        values = config.get(key)
+        lowest = 1e-6 if key == "latents_std" else -1e6
+        if values is not None and not (
+            isinstance(values, list)
+            and len(values) == config.get("latent_channels", len(values))
+            and all(_is_number(value) and lowest <= value <= 1e6 for value in values)
+        ):
+            raise ScdError(f"{where}: {key} is {str(values)[:60]}, not a number a channel")
     for key in ("in_channels", "out_channels"):
         if config.get(key, 3) != 3:
             raise ScdError(f"{where}: {key} is {str(config[key])[:60]}, but videos have 3")

@@ -15,6 +15,7 @@ from scd.models.reference import load_reference_checkpoint
 from scd.models.weights import build_to_fit, read_metadata, read_weights
 from scd.models.world_model import WorldModel
 from scd.options import (
+    OPTIONS_FILE,
     ModelOptions,
     Options,
     RolloutOptions,
@@ -24,7 +25,6 @@ from scd.options import (
 from scd.precision import resolve_precision, with_weights_in
 from scd.tensor_files import is_torch_archive
 
-OPTIONS = "options.yml"  # in a folder
 REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no options
 # What makes the same tensors another model. Of the autoencoder only the place may change.
 FIXED = [f"model.{field.name}" for field in fields(ModelOptions)]
@@ -146,11 +146,12 @@ def options_for_use(
 def _own_options(path: Path, overrides: list[str] | None = None) -> Options | None:
     """The options that a checkpoint or a folder carries; None for the reference's files."""
     if path.is_dir():
-        if not (path / OPTIONS).is_file():
+        if not (path / OPTIONS_FILE).is_file():
             raise ScdError(
-                f"{path}: no such weights file, and a folder without {OPTIONS} is no exported model"
+                f"{path}: no such weights file, and a folder without {OPTIONS_FILE} is no exported "
+                f"model"
             )
-        return load_options(path / OPTIONS, overrides)
+        return load_options(path / OPTIONS_FILE, overrides)
     metadata = _metadata(path)
     if "options" not in metadata:
         return None

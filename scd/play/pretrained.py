@@ -5,9 +5,9 @@ from pathlib import Path
 
 from scd.errors import ScdError
 from scd.models.autoencoder import Codec
-from scd.models.load import OPTIONS, load_folder
+from scd.models.load import load_folder
 from scd.models.world_model import WorldModel
-from scd.options import Options, load_options
+from scd.options import OPTIONS_FILE, Options, load_options
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
             f"{folder}: no such folder; --model names one with a pretrained model (transformer/, "
             f"vae/, options.yml)"
         )
-    options = load_options(folder / OPTIONS, overrides)
+    options = load_options(folder / OPTIONS_FILE, overrides)
     _check_playable(options, folder)
     loaded = load_folder(folder, options).for_rollouts()
     loaded.model.requires_grad_(False)
@@ -55,7 +55,7 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
 
 
 def _check_playable(options: Options, folder: Path) -> None:
-    where, names, rollout = folder / "options.yml", options.data.action_names, options.rollout
+    where, names, rollout = folder / OPTIONS_FILE, options.data.action_names, options.rollout
     if options.task != "world_model" or options.model.condition != "action":
         raise ScdError(f"{where}: only a world model under actions can be played")
     if len(names) != options.model.num_conditions:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from scd.environment import environment
 from scd.errors import ScdError
 from scd.files import write_json, write_whole
-from scd.options import Options, options_to_dict, options_to_yaml
+from scd.options import OPTIONS_FILE, Options, options_to_dict, options_to_yaml
 from scd.training.resume import flat_options
 
 
@@ -30,7 +30,7 @@ def write_run_files(
         "processes": accelerator.num_processes,
     }
     text = options_to_yaml(options)
-    write_whole(output / "options.yml", lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_whole(output / OPTIONS_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
     write_json(output / "environment.json", {**found, **used})
     return used
 

@@ -1,7 +1,7 @@
 """Training the world model."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from scd.evaluation.run import evaluate_in_passing
 from scd.flow.objective import FlowObjective, with_scaled_latents
 from scd.models.autoencoder import load_codec
 from scd.models.build import build_world_model
-from scd.models.load import OPTIONS
 from scd.models.weights import load_matching, read_weights
 from scd.models.world_model import WorldModel
-from scd.options import OptimOptions, Options, options_to_yaml
-from scd.pipeline import SCDPipeline
+from scd.options import OptimOptions, Options
+from scd.pipeline import pipeline_of
 from scd.precision import resolve_precision
 from scd.processes import processes
 
@@ -70,8 +69,7 @@ class WorldModelTask:
 
     def export(self, network: WorldModel, folder: Path) -> None:
         vae = getattr(self.codec, "autoencoder", None)
-        SCDPipeline(network, vae, asdict(self.options.rollout)).save_pretrained(folder)
-        (folder / OPTIONS).write_text(options_to_yaml(self.options), encoding="utf-8")
+        pipeline_of(self.options, network, vae).save_pretrained(folder)
 
 
 def parameter_groups(network: WorldModel, options: OptimOptions) -> list[dict[str, Any]]:
