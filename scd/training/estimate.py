@@ -1,6 +1,7 @@
 """What a training step of a world model takes, worked out on tensors that have no memory."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,24 @@ def estimate_step(options: Options, codec: Codec) -> StepEstimate:
         state_bytes=total * 4 * 5,
         activation_bytes=sum(kept.values()),
     )
+
+
+class ClipCost(NamedTuple):
+    """Of one clip in a training step."""
+
+    tokens: int  # each once, however often it is noised
+    flops: int  # see `StepEstimate`, without what gradient checkpointing computes a second time
+
+
+def clip_cost(options: Options, codec: Codec) -> ClipCost:
+    """Count what the model itself asks for, by which training speed is judged.
+
+    Attention counts for the keys that a query may see. A frozen autoencoder and a history of the
+    model's own frames (`flow.own_history`) are left out.
+    """
+    train = replace(options.train, batch_size=1, gradient_checkpointing=False)
+    found = estimate_step(replace(options, train=train), codec)
+    return ClipCost(found.tokens, found.flops)
 
 
 def counterpart(options: Options) -> Options:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from scd.options import Options
 from scd.precision import DTYPES, has_bf16, resolve_precision
+from scd.tracking import trackers_of
 
 # For another process, which may write a large checkpoint; one that takes longer hangs.
 LONGEST_WAIT = timedelta(minutes=30)
@@ -52,7 +53,7 @@ def make_accelerator(options: Options) -> Accelerator:
     return Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
         fsdp_plugin=sharding_plugin(precision),
-        log_with=list(options.train.trackers) or None,
+        log_with=trackers_of(options, "train") or None,
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
         cpu=not torch.cuda.is_available(),
     )
