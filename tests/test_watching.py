@@ -18,6 +18,7 @@ from scd.errors import ScdError
 from scd.flow.objective import LEVELS
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.build import build_world_model
+from scd.models.load import load_checkpoint_for_use
 from scd.options import Options, load_options
 from scd.training import held_out, meter, run, step_trace
 from scd.training.estimate import ClipCost, clip_cost, estimate_step
@@ -130,7 +131,10 @@ def test_watching_changes_nothing_and_a_restart_tells_the_same(options):
     assert [entry["step"] for entry in entries[0]] == [2, 4, 6]
     assert all(list(entry) == ["step", *(f"val_{name}" for name in NAMES)] for entry in entries[0])
     assert entries[1] == entries[0]
-    assert entries[0][0]["val_loss"] != entries[0][1]["val_loss"]  # of the weights of that step
+    # Of the averaged weights of that step.
+    ema = load_checkpoint_for_use(watched / "step-00000004/ema.safetensors")
+    measured = held_out_of(ema.options)(ema.model, "fp32")
+    assert entries[0][1] == {"step": 4, **{f"val_{name}": v for name, v in measured.items()}}
 
 
 # --- Speed
@@ -328,7 +332,7 @@ def test_what_wandb_is_told(options, offline):
 
 
 def test_a_restarted_run_goes_on_in_the_same_wandb_run(options, offline):
-    """Steps that are made again are told again; wandb would drop them, were they its own step."""
+    """Steps that are made again are told again. Wandb's server would drop them, were they its own."""
     tracked = "train.trackers=[wandb]"
     train(options(tracked), stop_after=3)
     pytest.importorskip("wandb").finish()  # what the system does for a process that dies
@@ -340,6 +344,7 @@ def test_a_restarted_run_goes_on_in_the_same_wandb_run(options, offline):
     assert run_of(second).resume
     assert [row["step"] for row in history_of(first)] == [1, 2, 3]
     assert [row["step"] for row in history_of(second)] == [3, 4, 5, 6]
+    assert [row["_step"] for row in history_of(second)] == [0, 1, 2, 3]  # left to wandb
     axes = [r.metric for r in records_of(second) if r.WhichOneof("record_type") == "metric"]
     assert ("*", "step") in [(axis.glob_name, axis.step_metric) for axis in axes]
     # In another folder it is another run; so is an evaluation.
