@@ -332,7 +332,7 @@ def test_what_wandb_is_told(options, offline):
 
 
 def test_a_restarted_run_goes_on_in_the_same_wandb_run(options, offline):
-    """Steps that are made again are told again. Wandb's server would drop them, were they its own."""
+    """What is done again is told again: wandb would drop it, were the steps its own."""
     tracked = "train.trackers=[wandb]"
     train(options(tracked), stop_after=3)
     pytest.importorskip("wandb").finish()  # what the system does for a process that dies
