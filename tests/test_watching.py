@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,10 @@ from tests.test_training import assert_same_state, train
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+DENSE = [
+    *("model.type=causal_dit", "model.layers=4"),
+    *("model.encoder_layers=0", "model.decoder_layers=0"),
+]
 NAMES = ["loss", *(f"loss_at_{level:g}" for level in LEVELS)]
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
@@ -186,8 +191,17 @@ def test_peaks_are_those_of_the_device(monkeypatch, name, bf16, fp32):
     assert peak_flops(CPU, "bf16") is None
 
 
-def test_what_a_clip_costs(options):
-    """What is computed a second time is no work of the model's."""
+@pytest.mark.parametrize(
+    "depth",
+    [
+        ["model.encoder_layers=4", "model.decoder_layers=3"],
+        ["model.encoder_layers=1", "model.decoder_layers=3", "model.first_frame=true"],
+        DENSE,
+    ],
+)
+def test_what_a_clip_costs(options, depth):
+    """What is computed a second time is no work of the model's; few layers tell of many."""
+    options = partial(options, *depth)
     o = options("data.frames=5", "train.batch_size=3")
     cost, step = clip_cost(o, PixelCodec()), estimate_step(o, PixelCodec())
     assert (3 * cost.tokens, 3 * cost.flops) == (step.tokens, step.flops)
