@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from scd import tracking
 from scd.data.encode import encode_dataset
@@ -406,7 +407,8 @@ def test_tensorboard_shows_grids(options):
     (path,) = (o.output / "trackers/watched").glob("events.out.tfevents*")
     events = accumulator.EventAccumulator(str(path)).Reload()
     (grid,) = events.Images("val/grid")
-    assert grid.step == 2 and grid.width > grid.height
+    with Image.open(o.output / "samples/step-00000002/grid.png") as drawn:
+        assert (grid.step, grid.width, grid.height) == (2, *drawn.size)
     assert [event.step for event in events.Scalars("train/tokens_per_second")] == [1, 2]
     (loss,) = events.Scalars("val/loss_at_0.5")
     entry = next(e for e in read_log(o.output / "log.jsonl") if "val_loss" in e)
