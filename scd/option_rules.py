@@ -73,6 +73,7 @@ NOT_NEGATIVE = [
     "optim.warmup_steps",
     "train.workers",
     "train.sample_every",
+    "train.val_loss_every",
     "train.check_weights_every",
     "rollout.guidance_scale",
     "rollout.guidance_noise",
@@ -170,6 +171,18 @@ def check(options: "Options", source: str) -> None:
     ):
         for one in chosen:
             require(one in known, f"{key}: unknown {one!r}; known: {', '.join(known)}")
+    profiled, project = options.train.profile_steps, options.train.wandb_project
+    require(
+        not profiled
+        or (len(profiled) == 2 and 0 < profiled[0] <= profiled[1] <= options.train.steps),
+        f"train.profile_steps={profiled}: the first and the last step of those to profile, of 1 to "
+        f"train.steps={options.train.steps}",
+    )
+    require(
+        0 < len(project) <= 128 and project.isprintable() and not set(project) & set("/\\#?%:"),
+        f"train.wandb_project must do as the name of a wandb project (128 characters at most, "
+        f"none of /\\#?%:), but is {project!r}",
+    )
     model, data, evaluation = options.model, options.data, options.eval
     name, betas = options.name, options.optim.betas
     require(
@@ -219,6 +232,10 @@ def check(options: "Options", source: str) -> None:
     require(
         muon_lr is None or options.task == "world_model",
         "optim.muon_lr: only task world_model has blocks with matrices for Muon",
+    )
+    require(
+        options.train.val_loss_every == 0 or options.task == "world_model",
+        "train.val_loss_every: only task world_model has a loss by noise level",
     )
     if options.task == "autoencoder":
         a = options.autoencoder

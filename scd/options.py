@@ -135,11 +135,14 @@ class TrainOptions:
     workers: int = 2  # data loading processes
     log_every: int = 10
     sample_every: int = 0  # steps between samples and metrics on the validation set; 0: never
+    val_loss_every: int = 0  # between losses on held-out clips, by noise level; 0: never
+    profile_steps: list[int] = field(default_factory=list)  # the first and the last; empty: none
     save_every: int = 1000
     keep_checkpoints: int = 2
     max_bad_steps: int = 3  # so many in a row that are not applied end the run
     check_weights_every: int = 0  # steps between comparisons over all processes; 0: never
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb
+    wandb_project: str = "scd"  # in which a run has the experiment's name
 
 
 @dataclass

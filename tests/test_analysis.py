@@ -14,7 +14,7 @@ from scd.analysis.clips import ProbeClips, clip_numbers, roll_out
 from scd.analysis.context import CHANGES, context_given, contexts, of_newest
 from scd.analysis.fine_tune import fine_tuning, open_training_clips
 from scd.analysis.hooks import all_blocks, past_blocks, step_blocks
-from scd.analysis.quality import LEVELS, increase, loss_by_level, paired
+from scd.analysis.quality import increase, loss_by_level, paired
 from scd.analysis.redundancy import (
     principal_pictures,
     redundancy,
@@ -27,7 +27,7 @@ from scd.errors import ScdError
 from scd.evaluation import measures
 from scd.evaluation.weights import MetricUnavailable
 from scd.flow.noise import FlowDraws
-from scd.flow.objective import FlowObjective, with_scaled_latents
+from scd.flow.objective import LEVELS, FlowObjective, with_scaled_latents
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT
 from scd.models.load import load_checkpoint_for_use

@@ -103,8 +103,8 @@ def assert_close(one: TrainingState, other: TrainingState) -> None:
     [
         ("plain", []),
         ("sharded", []),
-        ("plain", ["optim.muon_lr=null"]),
-        ("sharded", ["optim.muon_lr=null", "train.sample_every=4"]),
+        ("plain", ["optim.muon_lr=null", "train.val_loss_every=2"]),
+        ("sharded", ["optim.muon_lr=null", "train.sample_every=4", "train.val_loss_every=2"]),
     ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, tmp_path):
@@ -115,6 +115,14 @@ def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, 
     whole = state_of(tmp_path / "one")
     assert_close(state_of(tmp_path / "two"), whole)
     assert (tmp_path / "two/exported/model_index.json").is_file()
+    # Each process has one of the two held-out clips; the weights differ by rounding.
+    held_out = [
+        [entry for entry in read_log(tmp_path / name / "log.jsonl") if "val_loss" in entry]
+        for name in ("one", "two")
+    ]
+    assert len(held_out[0]) == len(held_out[1]) == (2 if options[1:] else 0)
+    for one, two in zip(*held_out, strict=True):
+        assert two == pytest.approx(one, rel=1e-6)
     # The last half anew, on one process, from what two of them left.
     shutil.rmtree(tmp_path / "two/checkpoints/step-00000004")
     run_experiment(load_options(OPTIONS, [*overrides, "name=two", "train.batch_size=2"]))

@@ -9,9 +9,10 @@ from scd.analysis import figures
 from scd.analysis.bench import TOLERANCE, Bench, Variant, percent
 from scd.analysis.fine_tune import WARMUP
 from scd.analysis.hooks import all_blocks, past_blocks, step_blocks
-from scd.analysis.quality import LEVELS, increase
+from scd.analysis.quality import increase
 from scd.analysis.report import Section
 from scd.analysis.surgery import frame_diagonal, layers_skipped, left_out
+from scd.flow.objective import LEVELS
 from scd.models import SCD
 
 GENTLE = 0.3  # of the training's learning rates, for a short fine-tune

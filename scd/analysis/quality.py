@@ -13,13 +13,12 @@ from torch import Tensor
 from scd.analysis.clips import ProbeClips, roll_out
 from scd.evaluation.fvd import SHORTEST, frechet_distance
 from scd.evaluation.measures import Measures
+from scd.flow.objective import errors_by_level
 from scd.models import WorldModel
 from scd.models.autoencoder import Codec
-from scd.models.world_model import MAX_TIMESTEP
 from scd.precision import autocast, float32_products
 from scd.seeding import generator
 
-LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ
 FVD_CLIPS = 64  # below, FVD hardly tells a bad model from real video
 
 
@@ -37,26 +36,17 @@ def loss_by_level(
 ) -> Tensor:
     """Mean squared error of the velocity ε − x under teacher forcing, (n, levels).
 
-    Of every frame that can be predicted, or of the last one only; the same ε at all levels.
+    Of every frame that can be predicted, or of the last one only; see `errors_by_level`.
     """
-    first = model.first_predicted
-    levels = torch.tensor(LEVELS, device=model.device).clamp(min=model.config.sigma_min)
     losses = []
     for clip in clips.parts(1):
-        clean = clip.latents[:, None, first:]
+        shape = clip.latents[:, None, model.first_predicted :].shape
         of_clip = generator("cpu", "probe loss", seed, clip.numbers[0])
-        noise = torch.randn(clean.shape, generator=of_clip).to(model.device)
-        # The levels are draws of one clip, which share a pass over its clean frames.
-        sigma = levels[None, :, None, None, None, None]
-        noisy = sigma * noise + (1 - sigma) * clean
-        times = (MAX_TIMESTEP * levels)[None, :, None].expand(noisy.shape[:3])
-        device, precision = model.device, clip.precision
-        with around(clip), autocast(device, precision), float32_products(precision):
-            velocity = model(clip.latents, noisy, times, clip.conditions(model))
-        error = (velocity - (noise - clean)).square()
-        if last_frame:
-            error = error[:, :, -1:]
-        losses.append(error.mean(dim=(0, 2, 3, 4, 5)))
+        noise = torch.randn(shape, generator=of_clip).to(model.device)
+        computing = autocast(model.device, clip.precision)
+        with around(clip), computing, float32_products(clip.precision):
+            errors = errors_by_level(model, clip.latents, clip.conditions(model), noise)[0]
+        losses.append(errors[:, -1] if last_frame else errors.mean(dim=1))
     return torch.stack(losses).cpu()
 
 

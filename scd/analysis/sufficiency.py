@@ -3,8 +3,8 @@
 from scd.analysis import figures
 from scd.analysis.bench import TOLERANCE, Bench, percent
 from scd.analysis.context import CHANGES, context_given, contexts, of_newest
-from scd.analysis.quality import LEVELS
 from scd.analysis.report import Section
+from scd.flow.objective import LEVELS
 from scd.models import SCD
 
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from scd.analysis import figures
 from scd.analysis.bench import TOLERANCE, Bench
-from scd.analysis.quality import LEVELS, increase
+from scd.analysis.quality import increase
 from scd.analysis.report import Section
 from scd.analysis.split import Split, split_model, split_options
 from scd.evaluation.compare import Candidate, time_frames
 from scd.evaluation.table import Table
+from scd.flow.objective import LEVELS
 from scd.models import CausalDiT, WorldModel
 from scd.models.build import build_world_model
 from scd.options import Options

@@ -23,7 +23,7 @@ from scd.options import Options
 
 MAX_ACTION_BYTES = 2**26  # of one clip: days of video
 # Sub-streams of the seed; a stream never shares a number with another.
-ORDER_STREAM, START_STREAM, FRAMING_STREAM = 1, 2, 4  # 3: evaluation
+ORDER_STREAM, START_STREAM, FRAMING_STREAM, HELD_OUT_STREAM = 1, 2, 4, 5  # 3: evaluation
 
 
 class ClipFolder:

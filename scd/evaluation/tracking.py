@@ -6,15 +6,17 @@ from accelerate.utils import ProjectConfiguration
 
 from scd.evaluation.table import Table
 from scd.options import Options
+from scd.tracking import trackers_of
 
 
 def track_table(options: Options, step: int, table: Table, scalars: dict[str, float]) -> None:
     """Log a table, and numbers by name, to the trackers of `train.trackers` (main process only).
 
-    Wandb wants a login, or WANDB_MODE=offline.
+    Raises:
+        ScdError: see `scd.tracking.WandB.start`.
     """
     accelerator = Accelerator(
-        log_with=list(options.train.trackers),
+        log_with=trackers_of(options, "evaluation"),
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
         cpu=not torch.cuda.is_available(),
     )

@@ -14,6 +14,7 @@ from scd.models.autoencoder import Codec
 from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.options import FlowOptions
 
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ that models are measured at
 OWN_HISTORY_STEPS = 2  # more would cost more than the training step itself
 
 
@@ -148,6 +149,27 @@ class FlowObjective(nn.Module):
         # and gave them to the pass with gradients as well: no Linear would have learned.
         torch.clear_autocast_cache()
         return torch.cat([latents[:, :first], own], dim=1)
+
+
+@torch.no_grad()
+def errors_by_level(
+    model: WorldModel, latents: Tensor, conditions: Tensor | None, noise: Tensor
+) -> Tensor:
+    """Mean squared error of the velocity ε − x under teacher forcing, (B, levels, F').
+
+    Args:
+        latents: (B, F, C, H, W), clean.
+        conditions: (B, F).
+        noise: (B, 1, F', C, H, W), ε of the frames that can be predicted, the same at all levels.
+    """
+    levels = torch.tensor(LEVELS, device=latents.device).clamp(min=model.config.sigma_min)
+    clean = latents[:, None, model.first_predicted :]
+    # The levels are draws of one clip, which share a pass over its clean frames.
+    sigma = levels[None, :, None, None, None, None]
+    noisy = sigma * noise + (1 - sigma) * clean
+    times = (MAX_TIMESTEP * levels)[None, :, None].expand(noisy.shape[:3])
+    velocity = model(latents, noisy, times, conditions)
+    return (velocity - (noise - clean)).square().mean(dim=(3, 4, 5))
 
 
 def _of_frames(values: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ SHOWN = 16  # reconstructions in the picture
 class AutoencoderTask:
     """See `scd.training.tasks.Task`."""
 
+    pictures = {"reconstructions.png": "real above reconstructed"}
+    held_out = None  # there are no noise levels
+
     def __init__(self, options: Options, device: torch.device):
         self.options = options
         self.device = device
@@ -56,6 +59,9 @@ class AutoencoderTask:
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
+
+    def clip_cost(self) -> None:
+        return None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         lr, scale = self.options.optim.lr, self.options.optim.decoder_lr_scale

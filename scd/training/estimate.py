@@ -1,6 +1,7 @@
 """What a training step of a world model takes, worked out on tensors that have no memory."""
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,37 @@ def estimate_step(options: Options, codec: Codec) -> StepEstimate:
         state_bytes=total * 4 * 5,
         activation_bytes=sum(kept.values()),
     )
+
+
+class ClipCost(NamedTuple):
+    """Of one clip in a training step."""
+
+    tokens: int  # each once, however often it is noised
+    flops: int  # see `StepEstimate`, without what gradient checkpointing computes a second time
+
+
+def clip_cost(options: Options, codec: Codec) -> ClipCost:
+    """Count what the model itself asks for, by which training speed is judged.
+
+    Attention counts for the keys that a query may see. A frozen autoencoder and a history of the
+    model's own frames (`flow.own_history`) are left out.
+
+    Every further layer costs as much as the second: counting all twelve of the dense baseline, on
+    300 frames, would keep a run from starting for a minute.
+    """
+    train = replace(options.train, batch_size=1, gradient_checkpointing=False)
+    names = ("encoder_layers", "decoder_layers", "layers")
+    depths = {name: depth for name in names if (depth := getattr(options.model, name))}
+
+    def count(**layers: int) -> StepEstimate:
+        shallow: dict[str, Any] = {**dict.fromkeys(depths, 1), **layers}
+        model = replace(options.model, **shallow)
+        return estimate_step(replace(options, model=model, train=train), codec)
+
+    one = count()
+    further = {name: count(**{name: 2}).flops - one.flops for name in depths if depths[name] > 1}
+    flops = one.flops + sum((depths[name] - 1) * more for name, more in further.items())
+    return ClipCost(one.tokens, flops)
 
 
 def counterpart(options: Options) -> Options:

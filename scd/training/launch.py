@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from scd.errors import ScdError
 from scd.options import Options
 from scd.precision import DTYPES, has_bf16, resolve_precision
+from scd.tracking import trackers_of
 
 LONGEST_WAIT = timedelta(minutes=10)  # for another process; torch's own for NCCL
 
@@ -53,7 +54,7 @@ def make_accelerator(options: Options) -> Accelerator:
     return Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
         fsdp_plugin=sharding_plugin(precision),
-        log_with=list(options.train.trackers) or None,
+        log_with=trackers_of(options, "train") or None,
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
         cpu=not torch.cuda.is_available(),
     )

@@ -79,11 +79,11 @@ class RunLog:
         if said[-1:] != [entry]:
             self.write(entry)
 
-    def validated(self, step: int) -> bool:
-        """Whether there is a validation of this step."""
+    def has(self, key: str, step: int) -> bool:
+        """Whether an entry of this step has this key."""
         if not self.path.exists():
             return False
-        return any(e["step"] == step and "validation" in e for e in read_log(self.path))
+        return any(e["step"] == step and key in e for e in read_log(self.path))
 
     def draw(self) -> None:
         """Write `loss.png` beside the log."""

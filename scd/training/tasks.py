@@ -6,12 +6,20 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from scd.data.clips import ClipFolder
+from scd.training.estimate import ClipCost
+from scd.training.held_out import HeldOutLoss
 
 
 class Task(Protocol):
     """One thing that can be trained."""
 
     training_data: ClipFolder
+    pictures: dict[str, str]  # that `validate` writes, by glob pattern, and their captions
+
+    @property
+    def held_out(self) -> HeldOutLoss | None:
+        """The loss on held-out clips; None where `train.val_loss_every` does not ask for it."""
+        ...
 
     @property
     def objective(self) -> nn.Module:
@@ -31,6 +39,10 @@ class Task(Protocol):
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Preprocess a batch on the device, outside the module that accelerate wraps."""
+        ...
+
+    def clip_cost(self) -> ClipCost | None:
+        """Work out what a clip costs; None: it cannot be."""
         ...
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import zip_longest
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from scd.errors import ScdError, Stopped
 from scd.files import write_whole_folder
 from scd.models.weights import load_matching
 from scd.options import Options
+from scd.tracking import log_pictures
 from scd.training.average import Average
 from scd.training.batches import batches_from
 from scd.training.broken_clips import BrokenClips
@@ -34,7 +36,7 @@ from scd.training.faults import (
 from scd.training.heartbeat import Heartbeat
 from scd.training.launch import all_have_bf16, refuse_missing_compiler
 from scd.training.learner import Learner
-from scd.training.meter import Meter
+from scd.training.meter import Meter, peak_flops
 from scd.training.resume import (
     newest_checkpoint,
     precision_before,
@@ -44,6 +46,7 @@ from scd.training.resume import (
 from scd.training.run_folder import RunLog, for_trackers, write_run_files
 from scd.training.sharding import whole_on_cpu
 from scd.training.signals import StopRequest, stop_request
+from scd.training.step_trace import StepTrace
 from scd.training.tasks import Task
 
 
@@ -119,8 +122,16 @@ class Trainer:
             used = write_run_files(options.output, options, self.accelerator, self.precision)
             self.log.write_where_it_changed({"step": self.step, **used})
             print(f"{options.name}: training in {used['precision']} on {used['device']}")
-        self.accelerator.init_trackers(options.name, config=for_trackers(options))
-        meter = Meter(run_identity(options, self.accelerator.num_processes)["clips_per_step"])
+        with together():
+            self.accelerator.init_trackers(options.name, config=for_trackers(options))
+        processes = self.accelerator.num_processes
+        meter = Meter(
+            run_identity(options, processes)["clips_per_step"],
+            processes,
+            self.task.clip_cost() if self.main else None,
+            peak_flops(self.accelerator.device, self.precision),
+        )
+        trace = StepTrace(options.output, t.profile_steps, self.main)
         bar = tqdm(
             total=t.steps,
             initial=self.step,
@@ -130,11 +141,12 @@ class Trainer:
             mininterval=1.0,
         )
         to_come = batches_from(self.step, self.clips, t, self.accelerator)
-        with bar, stop_request() as request, to_come as batches, self.checkpoints:
-            self._validate_if_killed_before()
+        with bar, stop_request() as request, to_come as batches, trace, self.checkpoints:
+            self._validate()
             while self.step < t.steps:
                 self.heartbeat.beat("training", self.step)
-                values, bad, stop = self._train_step(batches, meter, request)
+                with trace.step(self.step + 1):
+                    values, bad, stop = self._train_step(batches, meter, request)
                 bar.update()
                 last = self.step == t.steps
                 if self.step % t.log_every == 0 or last:
@@ -155,8 +167,7 @@ class Trainer:
                         f"{options.output}: stopped by {told}, saved at step {self.step} of "
                         f"{t.steps}; started again, it goes on"
                     )
-                if self._validation_is_due():
-                    self._validate()
+                self._validate()
             self.checkpoints.finish()
         self.heartbeat.beat("exporting", self.step)
         self.log.draw()  # with the last entries, even if a kill came between save and picture
@@ -271,23 +282,37 @@ class Trainer:
         self.log.write({"step": self.step, **entry, **({"applied": False} if bad else {})})
         self.accelerator.log({f"train/{k}": v for k, v in entry.items()}, step=self.step)
 
-    def _validation_is_due(self) -> bool:
-        every, steps = self.options.train.sample_every, self.options.train.steps
-        return every > 0 and self.step > 0 and (self.step % every == 0 or self.step == steps)
+    def _is_due(self, every: int, key: str) -> bool:
+        """Whether what is done every so many steps, and at the end, is due and not in the log yet.
 
-    def _validate_if_killed_before(self) -> None:
-        """Make up for a validation between whose checkpoint and whose end the run was stopped."""
-        missing = self.main and self._validation_is_due() and not self.log.validated(self.step)
-        if agree(self.accelerator, missing)[0]:
-            self._validate()
+        In a run that goes on it may be: killed between a checkpoint and what was due at its step.
+        """
+        at_end = self.step == self.options.train.steps
+        if not every or not self.step or (self.step % every and not at_end):
+            return False
+        return agree(self.accelerator, self.main and not self.log.has(key, self.step))[0]
 
     def _validate(self) -> None:
+        """Measure the mean of the weights in the ways that are due."""
+        t = self.options.train
+        loss_due = self._is_due(t.val_loss_every, "val_loss")
+        samples_due = self._is_due(t.sample_every, "validation")
+        if not loss_due and not samples_due:
+            return
         self.heartbeat.beat("validating", self.step)
-        folder = self.options.output / f"samples/step-{self.step:08d}"
-        network = self.average.as_network().to(self.accelerator.device)
-        metrics = self.task.validate(network, folder)
-        self.log.write({"step": self.step, "validation": metrics})
-        self.accelerator.log({f"val/{k}": v for k, v in metrics.items()}, step=self.step)
+        network: Any = self.average.as_network().to(self.accelerator.device)
+        if loss_due:
+            assert self.task.held_out is not None
+            losses = self.task.held_out(network, self.precision)
+            self.log.write({"step": self.step, **{f"val_{k}": v for k, v in losses.items()}})
+            self.accelerator.log({f"val/{k}": v for k, v in losses.items()}, step=self.step)
+        if samples_due:
+            folder = self.options.output / f"samples/step-{self.step:08d}"
+            metrics = self.task.validate(network, folder)
+            self.log.write({"step": self.step, "validation": metrics})
+            self.accelerator.log({f"val/{k}": v for k, v in metrics.items()}, step=self.step)
+            if self.main:
+                log_pictures(self.accelerator.trackers, folder, self.task.pictures, self.step)
         self.accelerator.wait_for_everyone()
 
     def _newest_state(self) -> TrainingState | None:

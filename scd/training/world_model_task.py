@@ -20,6 +20,8 @@ from scd.options import OptimOptions, Options
 from scd.pipeline import pipeline_of
 from scd.precision import resolve_precision
 from scd.processes import processes
+from scd.training.estimate import ClipCost, clip_cost
+from scd.training.held_out import HeldOutLoss
 
 MATRICES = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight")
 VALIDATION_VIDEOS = 16  # while training; a full evaluation is `scd evaluate`
@@ -29,6 +31,10 @@ class WorldModelTask:
     """See `scd.training.tasks.Task`."""
 
     adversary = None
+    pictures = {
+        "grid.png": "generated above real, given frames framed",
+        "*.mp4": "left generated, right real, given frames framed",
+    }
 
     def __init__(self, options: Options, device: torch.device):
         self.options = options
@@ -45,9 +51,15 @@ class WorldModelTask:
         self.validation_data = clip_folder(options, options.data.val_list, "video")
         if options.data.source == "latents":
             check_training_latents(self.training_data, self.codec, options)
+        self.held_out = None
+        if options.train.val_loss_every:
+            self.held_out = HeldOutLoss(self.validation_data, self.codec, options, device)
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return with_scaled_latents(batch, self.codec)
+
+    def clip_cost(self) -> ClipCost:
+        return clip_cost(self.options, self.codec)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.network, self.options.optim)
