@@ -107,9 +107,9 @@ def test_a_step_waits_once(
     with batches_from(0, trainer.clips, options.train, accelerator) as batches:
         read = [next(batches) for _ in range(4)]
         first, second = iter(read[:2]), iter(read[2:])
-        trainer._train_step(first, Meter(2), request)  # type: ignore[arg-type]
+        trainer._train_step(first, Meter(2, 1, None, None), request)  # type: ignore[arg-type]
         with watched(monkeypatch) as found:  # now the optimiser has its moments
-            trainer._train_step(second, Meter(2), request)  # type: ignore[arg-type]
+            trainer._train_step(second, Meter(2, 1, None, None), request)  # type: ignore[arg-type]
     # The clips' numbers and a scheduler's noise levels never were on the device.
     of_host = ("trainer.py _train_step", "sampler.py")
     assert [place for place in found if not place.startswith(of_host)] == ["faults.py agree"]

@@ -30,7 +30,6 @@ class ProbeClips:
     known: int
     numbers: tuple[int, ...]  # of the clips in the validation list; randomness is a function of it
     precision: str = "fp32"  # that probes compute in: fp32, tf32 or bf16
-    precision: str  # what probes compute in, as `scd.precision.resolve_precision` gives it
 
     def __len__(self) -> int:
         return len(self.latents)

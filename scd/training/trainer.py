@@ -16,6 +16,7 @@ from scd.errors import ScdError, Stopped
 from scd.files import write_whole_folder
 from scd.models.weights import load_matching
 from scd.options import Options
+from scd.processes import together
 from scd.tracking import log_pictures
 from scd.training.average import Average
 from scd.training.batches import batches_from
