@@ -413,3 +413,17 @@ def test_tensorboard_shows_grids(options):
     (loss,) = events.Scalars("val/loss_at_0.5")
     entry = next(e for e in read_log(o.output / "log.jsonl") if "val_loss" in e)
     assert loss.value == pytest.approx(entry["val_loss_at_0.5"])
+
+
+def test_after_a_kill_tensorboard_has_each_step_once(options):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracked = "train.trackers=[tensorboard]"
+    train(options(tracked), stop_after=3)
+    AcceleratorState._reset_state()
+    train(options(tracked))
+    folder = options().output / "trackers/watched"
+    assert len(list(folder.glob("events.out.tfevents*"))) == 2  # so step 3 was written twice
+    events = accumulator.EventAccumulator(str(folder)).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
+    losses = [e["loss"] for e in read_log(options().output / "log.jsonl") if "loss" in e]
+    assert [event.value for event in events] == pytest.approx(losses)

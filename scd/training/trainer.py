@@ -124,7 +124,9 @@ class Trainer:
             self.log.write_where_it_changed({"step": self.step, **used})
             print(f"{options.name}: training in {used['precision']} on {used['device']}")
         with together():
-            self.accelerator.init_trackers(options.name, config=for_trackers(options))
+            # TensorBoard leaves out what a killed run had logged beyond the checkpoint.
+            kept = {"tensorboard": {"purge_step": self.step + 1}}
+            self.accelerator.init_trackers(options.name, for_trackers(options), kept)
         processes = self.accelerator.num_processes
         meter = Meter(
             run_identity(options, processes)["clips_per_step"],
