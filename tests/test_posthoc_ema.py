@@ -95,11 +95,12 @@ def test_an_average_made_afterwards_is_the_one_that_was_tracked(
     assert (made - wanted).norm() < tolerance * (wanted - walked[-1]).norm()
 
 
-def test_what_was_kept_comes_back(walk, tmp_path):
+def test_what_was_kept_comes_back(walk, tmp_path, capsys):
     """Of a step in the middle, to half precision; what came later has no say."""
     output, *_ = walk
     kept = load_file(output / SNAPSHOTS / "step-00000200.safetensors")["0.05/weight"]
     write_average(output, 0.05, 200, tmp_path / "ema.safetensors")
+    assert "at step 200, of 10 snapshots" in capsys.readouterr().out
     made = load_file(tmp_path / "ema.safetensors")["weight"]
     assert torch.allclose(made, kept.float(), atol=1e-3)
 

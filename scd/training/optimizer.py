@@ -38,8 +38,9 @@ class Muon(torch.optim.Muon):
     """Step like torch's Muon, but matrix by matrix of a stack, and orthogonalise in a chosen type.
 
     Queries, keys and values are one parameter, but three maps: orthogonalised as one, the map with
-    the largest gradient takes most of the update. Each by itself moves by the same amount, and the
-    three together by as much as before: √(3D/D)·√D = √3·√D, the Frobenius norm of either.
+    the largest gradient takes most of the update. Each by itself, they move equally far, and
+    together as far as the one would: three updates of Frobenius norm √D, each with a rate of
+    √(D/D) = 1, are as long as one of √D with Muon's rate of √(3D/D) for tall matrices.
 
     Torch's own always takes bf16. On a device that only emulates it, that costs ten times the rest
     of a training step.
@@ -63,26 +64,30 @@ class Muon(torch.optim.Muon):
                 mean.lerp_(p.grad, 1 - momentum)
                 # Nesterov's. Singular values are those of whole matrices: gathered once, not in
                 # each of the products.
-                update = whole(p.grad.lerp(mean, momentum)).unflatten(0, (count, -1))
-                rows, columns = update.shape[1:]
-                update = orthogonalise(update, self.dtype).flatten(0, 1)
+                update = whole(p.grad.lerp(mean, momentum))
+                if count > 1:
+                    update = update.unflatten(0, (count, -1))
+                rows, columns = update.shape[-2:]
+                update = orthogonalise(update, self.dtype).reshape(p.shape)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(sharded_like(update, p), alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Move the singular values of matrices (n, rows, columns) to about 1, by five Newton-Schulz
-    steps.
+    """Move the singular values of a matrix, or of each of (n, rows, columns), to about 1.
 
-    Of the fifth order, with the coefficients of Keller Jordan's Muon, as in `torch.optim.Muon`.
+    By five Newton-Schulz steps of the fifth order, with the coefficients of Keller Jordan's Muon,
+    as in `torch.optim.Muon`.
     """
-    wide = matrices.shape[1] <= matrices.shape[2]  # the smaller Gram matrix
+    # In bf16 on the CPU, a batch of one takes 1.1 to 1.3 times as long as a matrix.
+    add_product = torch.addmm if matrices.ndim == 2 else torch.baddbmm
+    wide = matrices.shape[-2] <= matrices.shape[-1]  # the smaller Gram matrix
     x = matrices.to(dtype) if wide else matrices.to(dtype).mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        fifth = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, fifth, x, beta=3.4445)
+        fifth = add_product(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = add_product(x, fifth, x, beta=3.4445)
     return x if wide else x.mT
 
 
