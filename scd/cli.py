@@ -105,6 +105,13 @@ def split(arguments: argparse.Namespace) -> None:
     split_checkpoint(Path(a.checkpoint), wanted, Path(a.out), a.opt, a.overrides)
 
 
+def ema(arguments: argparse.Namespace) -> None:
+    from scd.training.posthoc_ema import write_average
+
+    a = arguments
+    write_average(Path(a.run_folder), a.sigma_rel, a.step, Path(a.out))
+
+
 def export(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -278,6 +285,17 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, help="folder for model.safetensors and options.yml")
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=split)
+
+    p = commands.add_parser("ema", help="average a run's weights as long as is chosen afterwards")
+    p.add_argument(
+        "run_folder", metavar="run", help="experiments/NAME, trained with train.snapshot_every"
+    )
+    p.add_argument(
+        "--sigma-rel", type=float, required=True, help="length, as a share of the training so far"
+    )
+    p.add_argument("--step", type=int, help="of a snapshot (default: the newest)")
+    p.add_argument("--out", required=True, metavar="FILE", help="to write, .safetensors")
+    p.set_defaults(run=ema)
 
     p = commands.add_parser("export", help="write a checkpoint as a pipeline with a model card")
     p.add_argument("checkpoint", help="ema.safetensors of this project, or the reference's ema.pth")

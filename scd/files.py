@@ -41,8 +41,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         flush(path.parent)
     except (FileExistsError, NotADirectoryError) as error:
         raise ScdError(f"{path}: cannot be written ({error.filename} is not a folder)") from error
-    except OSError as error:
-        raise ScdError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        problem = getattr(error, "strerror", None) or reason(error)
+        raise ScdError(f"{path}: cannot be written ({problem})") from error
     finally:
         with suppress(OSError):
             aside.unlink()

@@ -20,7 +20,7 @@ CHOICES = {
     "model.condition": ("none", "action", "label"),
     "flow.prediction": ("velocity", "data"),
     "flow.encoder_input": ("clean", "noisy", "mixed"),
-    "optim.schedule": ("constant", "cosine"),
+    "optim.schedule": ("constant", "cosine", "wsd"),
     "train.mixed_precision": ("auto", "bf16", "no"),
     "rollout.guidance": ("none", "context", "condition"),
     "rollout.solver": ("euler", "multistep"),
@@ -71,9 +71,11 @@ NOT_NEGATIVE = [
     "flow.context_noise",
     "optim.weight_decay",
     "optim.warmup_steps",
+    "optim.decay_steps",
     "train.workers",
     "train.sample_every",
     "train.val_loss_every",
+    "train.snapshot_every",
     "train.check_weights_every",
     "rollout.guidance_scale",
     "rollout.guidance_noise",
@@ -88,8 +90,10 @@ FRACTIONS = [
     "flow.history_noise",
     "flow.own_history",
     "flow.condition_dropout",
+    "optim.min_lr_ratio",
     "optim.ema_decay",
 ]
+MAX_SIGMA_REL = 0.28  # a plain mean over all of training has 0.289
 COMPARISONS = ("repeat", "autoencoder", "other")
 TRACKERS = ("tensorboard", "wandb")
 
@@ -227,6 +231,8 @@ def check(options: "Options", source: str) -> None:
         options.init_from is None or options.task == "world_model",
         "init_from: only task world_model starts from given weights",
     )
+    _check_schedule(options, require)
+    _check_snapshots(options, require)
     muon_lr = options.optim.muon_lr
     require(muon_lr is None or muon_lr > 0, f"optim.muon_lr must be above 0, not {muon_lr}")
     require(
@@ -322,6 +328,37 @@ def check(options: "Options", source: str) -> None:
     require(
         not (data.source == "latents" and options.autoencoder.path is None),
         "data.source=latents needs autoencoder.path, to see pixels again",
+    )
+
+
+def _check_schedule(options: "Options", require: Require) -> None:
+    o, steps = options.optim, options.train.steps
+    require(
+        (o.decay_steps > 0) == (o.schedule == "wsd"),
+        f"optim.decay_steps={o.decay_steps} with optim.schedule={o.schedule}: wsd needs it above "
+        f"0, the others have none",
+    )
+    require(
+        o.schedule != "wsd" or o.warmup_steps + o.decay_steps <= steps,
+        f"optim.warmup_steps={o.warmup_steps} and optim.decay_steps={o.decay_steps} are more than "
+        f"train.steps={steps}",
+    )
+    require(
+        o.min_lr_ratio == 0 or o.schedule != "constant",
+        f"optim.min_lr_ratio={o.min_lr_ratio}: optim.schedule=constant falls to nothing",
+    )
+
+
+def _check_snapshots(options: "Options", require: Require) -> None:
+    widths = options.optim.ema_sigma_rel
+    require(
+        0 < len(widths) == len(set(widths)) and all(0 < width <= MAX_SIGMA_REL for width in widths),
+        f"optim.ema_sigma_rel={widths}: one or more different numbers above 0, at most "
+        f"{MAX_SIGMA_REL}",
+    )
+    require(
+        options.train.snapshot_every == 0 or options.task == "world_model",
+        "train.snapshot_every: `scd ema` averages world models, not autoencoders",
     )
 
 

@@ -117,11 +117,18 @@ class OptimOptions:
     adversary_lr: float = 1e-4  # of the discriminator, if there is one
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
     weight_decay: float = 0.0
-    schedule: str = "constant"  # | cosine (to zero at the last step); both after the warm-up
-    warmup_steps: int = 0
+    # After the warm-up: constant | cosine (falls until the last step) | wsd (falls as 1 - sqrt in
+    # the last decay_steps, so that a run can be made longer until then).
+    schedule: str = "constant"
+    warmup_steps: int = 0  # of a linear rise; the last of them has the full rate
+    decay_steps: int = 0  # of wsd
+    min_lr_ratio: float = 0.0  # what cosine and wsd fall to, as a share of each rate
     max_grad_norm: float = 1.0
     skip_grad_norm: float | None = None  # steps above are not applied; null: unless not finite
     ema_decay: float = 0.9999
+    # With train.snapshot_every: lengths of the averages that others are made of afterwards
+    # (`scd ema`), as shares of the training so far (arXiv 2312.02696, section 3).
+    ema_sigma_rel: list[float] = field(default_factory=lambda: [0.05, 0.1])
 
 
 @dataclass
@@ -139,6 +146,7 @@ class TrainOptions:
     profile_steps: list[int] = field(default_factory=list)  # the first and the last; empty: none
     save_every: int = 1000
     keep_checkpoints: int = 2
+    snapshot_every: int = 0  # steps between snapshots for `scd ema`, which all stay; 0: none
     max_bad_steps: int = 3  # so many in a row that are not applied end the run
     check_weights_every: int = 0  # steps between comparisons over all processes; 0: never
     trackers: list[str] = field(default_factory=list)  # tensorboard, wandb

@@ -92,7 +92,7 @@ def assert_same_state(one: Path, other: Path, tolerance: float = 0.0) -> None:
         {f"{i}.{k}": v for i, s in state.optimizer["state"].items() for k, v in s.items()}
         for state in (a, b)
     ]
-    for left, right in ((a.model, b.model), (a.ema, b.ema), moments):
+    for left, right in ((a.model, b.model), (a.ema, b.ema), (a.averages, b.averages), moments):
         assert left.keys() == right.keys()
         for name, tensor in left.items():
             assert (tensor - right[name]).abs().max() <= tolerance, name
@@ -100,7 +100,12 @@ def assert_same_state(one: Path, other: Path, tolerance: float = 0.0) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["train.gradient_accumulation=2", "train.batch_size=1"], ["optim.muon_lr=null"]],
+    [
+        [],
+        ["train.gradient_accumulation=2", "train.batch_size=1"],
+        ["optim.muon_lr=null"],
+        ["optim.schedule=wsd", "optim.warmup_steps=1", "optim.decay_steps=3"],
+    ],
 )
 def test_resumed_equals_uninterrupted_to_the_bit(options, extra):
     """Killed after step 5, it goes on from the checkpoint of step 4 — across an epoch's end."""

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -139,18 +138,10 @@ def split_checkpoint(
         "split": f"{split.name} of {loaded.source['sha256']}",
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    write_whole(weights, lambda aside: _save(tensors, aside, metadata))
+    write_whole(weights, lambda aside: save_file(tensors, aside, metadata))
     text = options_to_yaml(replace(options, init_from=str(weights)))
     write_whole(out / OPTIONS_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
     print(f"weights: {weights}\ntrain:   ./scripts/train.sh {out / 'options.yml'}")
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Raises OSError, which `write_whole` tells, also where safetensors has an error of its own."""
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:  # such as a full disk
-        raise OSError(str(error)) from error
 
 
 def dense_model(loaded: LoadedModel, path: Path) -> CausalDiT:

@@ -1,7 +1,7 @@
 """Checkpoints: a folder that is whole or absent, with everything a run needs to go on.
 
 `step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt`, with an adversary
-`adversary.pt`, and `manifest.json`.
+`adversary.pt`, with snapshots `averages.safetensors`, and `manifest.json`.
 Weights carry the experiment's options in their metadata, so one file is enough to use a model.
 Nothing else is state: data order and noise are functions of the step (`scd.seeding`).
 
@@ -12,7 +12,7 @@ lock writes here (`scd.locks`), so what it finds under such a name was left by a
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from scd.tensor_files import read_pt
 FORMAT = 2
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
 ADVERSARY = "adversary.pt"
+AVERAGES = "averages.safetensors"
 MANIFEST = "manifest.json"
 
 
@@ -42,6 +43,7 @@ class TrainingState:
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     adversary: dict[str, Any] | None = None  # its `model` and `optimizer`
+    averages: dict[str, Tensor] = field(default_factory=dict)  # see `scd.training.posthoc_ema`
     bad_steps: int = 0  # the last steps, one after the other, that were not applied
 
 
@@ -64,6 +66,8 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
     )
     if state.adversary is not None:
         contents[ADVERSARY] = state.adversary
+    if state.averages:
+        contents[AVERAGES] = state.averages
     metadata = {"options": json.dumps(state.run["options"]), "step": str(state.step)}
     try:
         shutil.rmtree(aside, ignore_errors=True)  # of a dead process with the same number
@@ -124,6 +128,7 @@ def load_checkpoint(path: Path) -> TrainingState:
             ema=_read(path / FILES[1]),
             optimizer=_read(path / FILES[2]),
             adversary=_read(path / ADVERSARY) if ADVERSARY in manifest["files"] else None,
+            averages=_read(path / AVERAGES) if AVERAGES in manifest["files"] else {},
             bad_steps=int(manifest["bad_steps"]),
         )
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
@@ -215,7 +220,7 @@ def _damage(path: Path) -> str | None:
             return "its manifest is damaged"
         if path.name != f"step-{manifest['step']:08d}":
             return f"its manifest is that of step {manifest['step']}"
-        if not {*FILES} <= {*manifest["files"]} <= {*FILES, ADVERSARY}:
+        if not {*FILES} <= {*manifest["files"]} <= {*FILES, ADVERSARY, AVERAGES}:
             return "its manifest names other files"
         for name, wanted in manifest["files"].items():
             size = (path / name).stat().st_size

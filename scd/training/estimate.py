@@ -22,7 +22,7 @@ class StepEstimate:
     parameters: dict[str, int]  # of each part
     tokens: int  # of the clips, each once
     flops: int  # forward and backward, matrix products and attention only
-    state_bytes: int  # weights, gradients, Adam's moments and the EMA, in float32
+    state_bytes: int  # weights, gradients, Adam's moments and averages, in float32
     activation_bytes: int  # kept for the backward pass
 
     @property
@@ -56,12 +56,13 @@ def estimate_step(options: Options, codec: Codec) -> StepEstimate:
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
     total = sum(p.numel() for p in model.parameters())
+    averages = len(options.optim.ema_sigma_rel) if options.train.snapshot_every else 0
     side = options.data.frame_size // codec.downsampling
     return StepEstimate(
         parameters={name: size for name, size in sizes.items() if size},
         tokens=options.train.batch_size * options.data.frames * model.tokens_per_frame(side, side),
         flops=counter.get_total_flops(),
-        state_bytes=total * 4 * 5,
+        state_bytes=total * 4 * (5 + averages),
         activation_bytes=sum(kept.values()),
     )
 

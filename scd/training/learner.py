@@ -1,14 +1,15 @@
 """One network under training: its optimiser, its learning rate schedule, its gradient norm."""
 
+import math
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from scd.errors import ScdError
-from scd.options import Options
+from scd.options import OptimOptions, Options
 from scd.training.optimizer import kept_of_parameters, make_optimizer
 from scd.training.sharding import sharded_optimizer_state, whole
 
@@ -45,15 +46,9 @@ class Learner:
             prepared.load_state_dict({**state, "param_groups": groups})
             for group in prepared.param_groups:
                 group["initial_lr"] = group["lr"]  # the schedule goes on from there
-        o = self.options.optim
+        o, steps = self.options.optim, self.options.train.steps
         # Left out of accelerate's hands, which would advance it once for every process.
-        self.schedule = get_scheduler(
-            "cosine" if o.schedule == "cosine" else "constant_with_warmup",
-            prepared,
-            num_warmup_steps=o.warmup_steps,
-            num_training_steps=self.options.train.steps,
-            last_epoch=step - 1,
-        )
+        self.schedule = LambdaLR(prepared, lambda done: share_of_rate(done, o, steps), step - 1)
 
     def clip(self, accelerator: Accelerator) -> Tensor:
         """Limit the gradient's norm; returns what it was."""
@@ -66,6 +61,28 @@ class Learner:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
+
+
+def share_of_rate(done: int, options: OptimOptions, steps: int) -> float:
+    """The share of its learning rate that a step takes; a function of the steps `done` before it.
+
+    A linear warm-up, whose last step is the first at the full rate. Then `constant`, half a
+    `cosine` (arXiv 1608.03983), or for `wsd` (warm-up, stable, decay) constant up to the last
+    `decay_steps`, where it falls as 1 - √x: the shape that beat a straight line in
+    arXiv 2405.18392. After `steps` both have come down to `min_lr_ratio`.
+    """
+    o = options
+    if done < o.warmup_steps:
+        return (done + 1) / o.warmup_steps
+    if o.schedule == "constant":
+        return 1.0
+    falling = steps - o.warmup_steps if o.schedule == "cosine" else o.decay_steps
+    fallen = min(max((done - (steps - falling)) / max(falling, 1), 0.0), 1.0)
+    if o.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * fallen))
+    else:
+        left = 1 - math.sqrt(fallen)
+    return o.min_lr_ratio + (1 - o.min_lr_ratio) * left
 
 
 def _refuse_other_moments(

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from scd.options import OptimOptions
+from scd.training.sharding import sharded_like, whole
 
 Groups = list[dict[str, Any]]
 
@@ -16,7 +17,8 @@ def make_optimizer(groups: Groups, options: OptimOptions, bf16: bool) -> Optimiz
     """Build AdamW, or with Muon groups both as one.
 
     Args:
-        groups: parameters with `lr` each, and `muon`: True where Muon is to train them.
+        groups: parameters with `lr` each, and `muon`: where Muon is to train them, of how many
+            matrices each parameter is a stack, one above the other; else empty or absent.
         bf16: whether Muon orthogonalises in bf16; the same on every process.
     """
     matrices = [group for group in groups if is_muon(group)]
@@ -33,7 +35,12 @@ def make_optimizer(groups: Groups, options: OptimOptions, bf16: bool) -> Optimiz
 
 
 class Muon(torch.optim.Muon):
-    """Step like torch's Muon, but orthogonalise in a chosen type.
+    """Step like torch's Muon, but matrix by matrix of a stack, and orthogonalise in a chosen type.
+
+    Queries, keys and values are one parameter, but three maps: orthogonalised as one, the map with
+    the largest gradient takes most of the update. Each by itself, they move equally far, and
+    together as far as the one would: three updates of Frobenius norm √D, each with a rate of
+    √(D/D) = 1, are as long as one of √D with Muon's rate of √(3D/D) for tall matrices.
 
     Torch's own always takes bf16. On a device that only emulates it, that costs ten times the rest
     of a training step.
@@ -47,7 +54,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            for p in group["params"]:
+            for p, count in zip(group["params"], group["muon"], strict=True):
                 if p.grad is None:
                     continue
                 state = self.state[p]
@@ -55,24 +62,33 @@ class Muon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 mean = state["momentum_buffer"]
                 mean.lerp_(p.grad, 1 - momentum)
-                update = orthogonalise(p.grad.lerp(mean, momentum), self.dtype)  # Nesterov's
+                # Nesterov's. Singular values are those of whole matrices: gathered once, not in
+                # each of the products.
+                update = whole(p.grad.lerp(mean, momentum))
+                if count > 1:
+                    update = update.unflatten(0, (count, -1))
+                rows, columns = update.shape[-2:]
+                update = orthogonalise(update, self.dtype).reshape(p.shape)
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update, alpha=-lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
+                p.add_(sharded_like(update, p), alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
 
-def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Move the singular values of a matrix to about 1 by five Newton-Schulz steps.
+def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Move the singular values of a matrix, or of each of (n, rows, columns), to about 1.
 
-    Of the fifth order, with the coefficients of Keller Jordan's Muon, as in `torch.optim.Muon`.
+    By five Newton-Schulz steps of the fifth order, with the coefficients of Keller Jordan's Muon,
+    as in `torch.optim.Muon`.
     """
-    wide = matrix.shape[0] <= matrix.shape[1]  # the smaller Gram matrix
-    x = matrix.to(dtype) if wide else matrix.to(dtype).T
-    x = x / x.norm().clamp(min=1e-7)
+    # In bf16 on the CPU, a batch of one takes 1.1 to 1.3 times as long as a matrix.
+    add_product = torch.addmm if matrices.ndim == 2 else torch.baddbmm
+    wide = matrices.shape[-2] <= matrices.shape[-1]  # the smaller Gram matrix
+    x = matrices.to(dtype) if wide else matrices.to(dtype).mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        fifth = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, fifth, x, beta=3.4445)
-    return x if wide else x.T
+        gram = x @ x.mT
+        fifth = add_product(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = add_product(x, fifth, x, beta=3.4445)
+    return x if wide else x.mT
 
 
 class AdamWithMuon(Optimizer):
@@ -100,7 +116,7 @@ class AdamWithMuon(Optimizer):
 
 
 def is_muon(group: dict[str, Any]) -> bool:
-    return group.get("muon", False)
+    return bool(group.get("muon"))
 
 
 def kept_of_parameters(optimizer: Optimizer) -> list[tuple[torch.Tensor, set[str]]]:

@@ -68,6 +68,16 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
     muon = [values.get("optim.muon_lr") for values in (before, after)]
     if (muon[0] is None) != (muon[1] is None):
         changes.append(f"optim.muon_lr was {muon[0]}, is {muon[1]}")
+    # Averages of all steps can be given up, but not begun or changed half way.
+    tracked = [
+        values["optim.ema_sigma_rel"] if values.get("train.snapshot_every") else None
+        for values in (before, after)
+    ]
+    if tracked[1] is not None and tracked[0] != tracked[1]:
+        changes.append(
+            f"the averages for snapshots (optim.ema_sigma_rel, with train.snapshot_every) were "
+            f"{tracked[0] or 'not tracked'}, are {tracked[1]}"
+        )
     was, is_ = saved["clips_per_step"], now["clips_per_step"]
     if was != is_:
         changes.append(

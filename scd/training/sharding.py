@@ -1,6 +1,6 @@
 """Whole tensors from sharded ones (FSDP2) and back; tensors that are not sharded pass through.
 
-Both are collective: every process calls them, for the same tensors in the same order.
+Gathering is collective: every process calls it, for the same tensors in the same order.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, cut and placed as a parameter is."""
+    """A tensor that every process has whole, cut and placed as a parameter is."""
     if isinstance(parameter, DTensor):
-        return distribute_tensor(
-            tensor.to(parameter.device), parameter.device_mesh, parameter.placements
-        )
+        mesh, placements = parameter.device_mesh, parameter.placements
+        # No source: each process takes its part of its own.
+        return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
     return tensor
 
 

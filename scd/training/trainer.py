@@ -38,6 +38,7 @@ from scd.training.heartbeat import Heartbeat
 from scd.training.launch import all_have_bf16, refuse_missing_compiler
 from scd.training.learner import Learner
 from scd.training.meter import Meter, peak_flops
+from scd.training.posthoc_ema import PowerFunctionAverages, remove_newer_snapshots
 from scd.training.resume import (
     newest_checkpoint,
     precision_before,
@@ -54,9 +55,9 @@ from scd.training.tasks import Task
 class Trainer:
     """Trains a task to `options.train.steps` steps, from the newest checkpoint if there is one.
 
-    Results under `options.output`: `checkpoints/`, `samples/`, `log.jsonl`, `loss.png`,
-    `options.yml`, `environment.json`, `heartbeat.json`, where steps could not be applied
-    `bad-steps.jsonl`, and at the end `exported/`.
+    Results under `options.output`: `checkpoints/`, `samples/`, `snapshots/`, `log.jsonl`,
+    `loss.png`, `options.yml`, `environment.json`, `heartbeat.json`, where steps could not be
+    applied `bad-steps.jsonl`, and at the end `exported/`.
 
     Raises:
         ScdError: see `_newest_state`.
@@ -89,6 +90,10 @@ class Trainer:
         self.objective, *prepared = accelerator.prepare(task.objective, *optimizers)
         mean = None if state is None else state.ema
         self.average = Average(task.network, options.optim.ema_decay, mean)
+        saved_averages = {} if state is None else state.averages
+        self.averages = PowerFunctionAverages(task.network, options, saved_averages)
+        if self.main:
+            remove_newer_snapshots(options.output, self.step)
         saved = () if state is None else (state.optimizer, (state.adversary or {}).get("optimizer"))
         for learner, optimizer, moments in zip_longest(learners, prepared, saved[: len(learners)]):
             learner.start(optimizer, self.step, moments)
@@ -158,6 +163,10 @@ class Trainer:
                     self._give_up()
                 if t.check_weights_every and self.step % t.check_weights_every == 0:
                     refuse_unequal_weights(self.task.network, self.step)
+                # Before the checkpoint, behind which nothing is done again.
+                if t.snapshot_every and (self.step % t.snapshot_every == 0 or last):
+                    self.heartbeat.beat("saving", self.step)
+                    self.averages.write_snapshot(self.step)
                 if self.step % t.save_every == 0 or last or stop:
                     self.save()
                     if not last:
@@ -201,6 +210,7 @@ class Trainer:
             model=whole_on_cpu(self.task.network.state_dict(), keep),
             ema=self.average.state(keep),
             optimizer=whole_on_cpu(self.learner.optimizer.state_dict(), keep),
+            averages=self.averages.state(keep),
         )
         if self.adversary is not None:
             state.adversary = {
@@ -270,6 +280,7 @@ class Trainer:
             self.bad_steps.add(self.step, seen, norms[0])
         else:
             self.average.add(self.step)
+            self.averages.add(self.step)
             self.bad_steps.in_a_row = 0
         meter.add_step(time.perf_counter() - began)
         return totals, bad, stop
@@ -279,7 +290,7 @@ class Trainer:
             name: float(self.accelerator.reduce(value.float(), "mean"))
             for name, value in values.items()
         }
-        entry["lr"] = self.learner.schedule.get_last_lr()[0]
+        entry["lr"] = float(self.learner.schedule.get_last_lr()[0])
         entry |= meter.entry(self.accelerator.device)
         bar.set_postfix(loss=f"{entry['loss']:.4f}")
         self.log.write({"step": self.step, **entry, **({"applied": False} if bad else {})})

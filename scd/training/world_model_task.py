@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scd.data.clips import clip_folder
 from scd.data.encode import check_training_latents
@@ -23,7 +23,13 @@ from scd.processes import processes
 from scd.training.estimate import ClipCost, clip_cost
 from scd.training.held_out import HeldOutLoss
 
-MATRICES = ("attention.qkv.weight", "attention.out.weight", "mlp.up.weight", "mlp.down.weight")
+# Parameters of a block for Muon -> of how many matrices each is a stack.
+MATRICES = {
+    "attention.qkv.weight": 3,
+    "attention.out.weight": 1,
+    "mlp.up.weight": 1,
+    "mlp.down.weight": 1,
+}
 VALIDATION_VIDEOS = 16  # while training; a full evaluation is `scd evaluate`
 
 
@@ -86,10 +92,14 @@ class WorldModelTask:
 
 def parameter_groups(network: WorldModel, options: OptimOptions) -> list[dict[str, Any]]:
     """Encoder and decoder have a rate each; Muon takes the matrices of attention and MLPs."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
-        of_muon = options.muon_lr if name.endswith(MATRICES) else None
+        stacked = [count for ending, count in MATRICES.items() if name.endswith(ending)]
+        of_muon = options.muon_lr if stacked else None
         rate = options.lr if of_muon is None else of_muon
         rate *= options.decoder_lr_scale if name.startswith("decoder.") else 1.0
-        groups.setdefault((rate, of_muon is not None), []).append(parameter)
-    return [{"params": p, "lr": rate, "muon": muon} for (rate, muon), p in groups.items()]
+        muon = of_muon is not None
+        group = groups.setdefault((rate, muon), {"params": [], "lr": rate, "muon": []})
+        group["params"].append(parameter)
+        group["muon"] += stacked if muon else []
+    return list(groups.values())
