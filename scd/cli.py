@@ -250,8 +250,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", default="experiments/compare", help="(default: %(default)s)")
     p.set_defaults(run=compare)
 
-    p = commands.add_parser("benchmark", help="seconds a frame and memory, beside the floor")
-    p.add_argument("--only", metavar="TEXT", help="the cases whose name contains it")
+    p = commands.add_parser("benchmark", help="seconds a frame beside the floor; clips a second")
+    p.add_argument("--only", metavar="TEXT", help="the cases whose name contains it, as data")
     p.add_argument("--plots", action="store_true", help="also cost against context and steps")
     p.add_argument("--out", default="experiments/benchmark", help="folder (default: %(default)s)")
     p.set_defaults(run=benchmark)

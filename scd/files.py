@@ -154,8 +154,9 @@ def read_npz(path: Path, key: str, most: int = MAX_ARRAY_BYTES) -> np.ndarray:
     Raises:
         ScdError: see `npz_header`.
     """
-    npz_header(path, key, most)
     with _npz_member(path, key) as member:
+        _array_header(path, key, member, most)
+        member.seek(0)
         return np.lib.format.read_array(member, allow_pickle=False)
 
 

@@ -33,10 +33,13 @@ launch() {
     python=$(find_python)
     gpus=${NUM_GPUS:-$("$python" -c "import torch; print(torch.cuda.device_count())")}
     if [ -n "${ACCELERATE_CONFIG:-}" ]; then
+        # The sizes of parallelism_config are heard only where the file asks for it (hsdp.yaml).
         exec "$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" \
             --num_processes "${NUM_PROCS:-$((gpus * ${NUM_NODES:-1}))}" \
             --num_machines "${NUM_NODES:-1}" --machine_rank "${NODE_RANK:-0}" \
             --main_process_ip "${MAIN_HOST:-127.0.0.1}" --main_process_port "$port" \
+            --parallelism_config_dp_replicate_size "${NUM_NODES:-1}" \
+            --parallelism_config_dp_shard_size "$gpus" \
             --module scd.cli "$@"
     elif [ "$gpus" -gt 1 ]; then
         exec "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" \

@@ -1,20 +1,22 @@
-"""The benchmark's arithmetic and its output; it times nothing here."""
+"""The benchmark's arithmetic and its output; what it times here is too small to mean anything."""
 
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd.benchmark import cases, run
-from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, StreamCase
+from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, DataCase, StreamCase
+from scd.benchmark.data import SETTING, clips_taken, flops_of_clip, wandering, worker_counts
 from scd.benchmark.floor import frame_floor
 from scd.benchmark.machine import Machine
 from scd.benchmark.streaming import build
 from scd.errors import ScdError
 from scd.models import linear
-from scd.options import RolloutOptions
+from scd.options import RolloutOptions, load_options
 from scd.rollout import Rollout
 
 
@@ -59,13 +61,18 @@ def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
         "StreamCase": stream | {"decode_seconds": [0.1, 0.15, 0.2]},
         "TrainCase": {"step_seconds": [1.0, 2.0, 3.0]} | figures,
         "EndlessCase": {"frame_seconds": [0.02] * 10, "bytes_after_each_tenth": [10**6] * 10},
+        "DataCase": {
+            "rates": [{"workers": 0, "clips_per_second": 20.0, "cpu_seconds_a_clip": 0.05}],
+            "file_bytes": 3e6,
+            "taken": {"clips_per_second": 40.0},
+        },
     }
-    monkeypatch.setattr(run, "_in_own_process", lambda case: results[type(case).__name__])
+    monkeypatch.setattr(run, "_in_own_process", lambda case, folder: results[type(case).__name__])
     run.benchmark(tmp_path, None, plots=True)
     text = (tmp_path / "benchmark.md").read_text(encoding="utf-8")
     assert "1.100" in text and "0.80" in text and "200 / 300" in text and "2.20" in text
     written = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
-    left_out = [case for case in cases.TABLE if case.dtype == "bfloat16" and not bf16]
+    left_out = [case for case in cases.TABLE if run._in_bf16(case) and not bf16]
     assert len(written["cases"]) == len(cases.TABLE) - len(left_out)
     said = capsys.readouterr().out
     assert all(f"only emulates bf16: {case.name}" in said for case in left_out)
@@ -76,5 +83,78 @@ def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
     with pytest.raises(ScdError, match="no case contains 'SCD-XXL'"):
         run.benchmark(tmp_path, "SCD-XXL", plots=False)
     if not bf16:
-        with pytest.raises(ScdError, match="all cases that contain 'bf16' are in bf16"):
-            run.benchmark(tmp_path, "bf16", plots=False)
+        with pytest.raises(ScdError, match="all cases that contain ', bf16' are in bf16"):
+            run.benchmark(tmp_path, ", bf16", plots=False)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(
+    "suffix, stored, bytes_each",
+    [
+        (".safetensors", "float32", 8 * 32 * 2 * 2 * 4),
+        (".safetensors", "bfloat16", 8 * 32 * 2 * 2 * 2),
+        (".pt", "float32", 8 * 32 * 2 * 2 * 4),
+        (".mp4", "float32", 0),
+    ],
+)
+def test_data_go_through_the_loader_of_training(
+    suffix, stored, bytes_each, tmp_path, monkeypatch, capsys
+):
+    case = DataCase(
+        "data: tiny", suffix, stored, frames=4, clips=3, episode=8, size=32, workers=[0, 1],
+        seconds=0.0,
+    )  # fmt: skip
+    monkeypatch.setattr(cases, "TABLE", [case])
+    # In this process: another one would load torch once more.
+    monkeypatch.setattr(
+        run, "_in_own_process",
+        lambda case, folder: run.run_case("DataCase", vars(case), str(folder)),
+    )  # fmt: skip
+    run.benchmark(tmp_path, "data", plots=False)
+    (found,) = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
+    assert [rate["workers"] for rate in found["rates"]] == [0, 1]
+    assert all(rate["clips_per_second"] > 0 for rate in found["rates"])
+    # Beside the latents or the video: headers, and eight actions in an npz.
+    assert bytes_each + 8 * 8 < found["file_bytes"] < bytes_each + 8 * 8 + 5000
+    assert found["taken"]["clips_per_second"] == pytest.approx(
+        8 * 989e12 * 0.4 / found["flops_of_clip"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("| data: tiny") for line in lines) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "benchmark.md"}
+
+
+def test_what_gpus_would_take():
+    assert clips_taken(2e13) == pytest.approx(158.24)  # 8 x 989e12 x 0.4 / 2e13
+    assert clips_taken(1e12, gpus=1, peak=1e14, utilisation=0.5) == pytest.approx(50)
+
+
+def test_operations_of_a_clip_by_hand():
+    """One layer each, no recomputation: products of every token, and attention."""
+    overrides = ["model.heads=16", "model.encoder_layers=1", "model.decoder_layers=1"]
+    overrides += ["data.frames=3", "flow.noise_draws=1", "train.gradient_checkpointing=false"]
+    options = load_options(SETTING, overrides)
+    width, tokens = 1024, 64
+    products = 2 * tokens * 12 * width**2  # q, k, v, out and the two of the MLP; of a frame
+    # Two frames of context, the second sees both; two frames to predict, each beside its context,
+    # of which the last layer needs q, k, v alone.
+    encoder = 2 * products + 4 * (tokens * tokens + tokens * 2 * tokens) * width
+    decoder = 2 * (products + 2 * tokens * 3 * width**2 + 4 * tokens * 2 * tokens * width)
+    # Forward and twice that backward; embeddings and modulations are a few percent.
+    assert flops_of_clip(options) == pytest.approx(3 * (encoder + decoder), rel=0.05)
+
+
+def test_worker_counts():
+    assert worker_counts(1) == [0, 1]
+    assert worker_counts(2) == [0, 1, 2]
+    assert worker_counts(6) == [0, 1, 2, 4, 6]
+    assert worker_counts(16) == [0, 1, 2, 4, 8, 16]
+
+
+def test_pictures_wander():
+    """Each differs from the one before, but far less than from one long after."""
+    video = wandering(np.random.default_rng(0), 200, 64).astype(float)
+    assert video.shape == (200, 64, 64, 3) and video.std() > 20
+    step = [abs(video[n + 1] - video[n]).mean() for n in range(199)]
+    far = [abs(video[n + 99] - video[n]).mean() for n in range(101)]
+    assert 0 < np.mean(step) < 0.5 * np.mean(far)

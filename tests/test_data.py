@@ -8,15 +8,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import decord
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
+from scd import files
 from scd.data import encode
-from scd.data.clips import ClipFolder, StepSampler, TrainingClips, read_actions
+from scd.data import latents as latent_files
+from scd.data.clips import (
+    ClipFolder,
+    StepSampler,
+    TrainingClips,
+    read_actions,
+    with_float_pixels,
+)
 from scd.data.encode import encode_dataset
 from scd.data.latents import LatentHeader, latent_header, read_latents, write_latents
 from scd.data.lists import ClipEntry, read_list, write_list
@@ -388,7 +397,7 @@ def test_processes_share_what_one_would_see(clips: TrainingClips) -> None:
 
 def test_an_epoch_visits_each_entry_once(tmp_path: Path) -> None:
     class Numbers(ClipFolder):
-        def read(self, number, frames, stride=1, rng=None, framing_rng=None):
+        def read_bytes(self, number, frames, stride=1, rng=None, framing_rng=None):
             return {"number": torch.tensor(number), "start": torch.tensor(rng.integers(10**6))}
 
     write_list(tmp_path / "l.json", [ClipEntry(video_path=f"{n}.mp4") for n in range(50)])
@@ -645,3 +654,53 @@ def test_actions_of_dmlab_are_read(real_clips: Path) -> None:
     actions = read_actions(real_clips / "dmlab.npz")
     assert actions.shape == (300,) and actions.dtype == np.int64
     assert set(actions.tolist()) == {0, 1, 2}
+
+
+def test_training_videos_stay_in_bytes_up_to_the_device(clips: TrainingClips) -> None:
+    clip = clips[4]
+    assert clip["video"].dtype == torch.uint8
+    start, _ = (np.random.default_rng([clips.seed, stream, 4]) for stream in (2, 4))
+    whole = clips.folder.read(clips.number(4), 3, 2, start)
+    assert whole["video"].dtype == torch.float32
+    found = with_float_pixels(clip)
+    assert torch.equal(found["video"], whole["video"])
+    assert with_float_pixels(found) is found  # floats stay
+    assert torch.equal(found["actions"], whole["actions"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_latent_that_is_not_finite_is_found(value, dtype, tmp_path):
+    latents = torch.randn(3, 2, 4, 4).to(dtype)
+    for name in ("first", "middle", "last"):
+        path, wrong = tmp_path / f"{name}.safetensors", latents.clone()
+        wrong.flatten()[{"first": 0, "middle": 50, "last": -1}[name]] = value
+        path.write_bytes(save({"latents": wrong}))
+        assert "not finite" in refused(path, lambda path=path: read_latents(path))
+
+
+def test_a_clip_of_latents_opens_each_of_its_files_once(tmp_path, monkeypatch):
+    write_latents(tmp_path / "0.safetensors", torch.randn(6, 2, 4, 4), "x")
+    np.savez(tmp_path / "0.npz", actions=np.zeros(6, dtype=np.int64))
+    entry = ClipEntry(latent_path="0.safetensors", action_path="0.npz")
+    write_list(tmp_path / "train.json", [entry])
+    folder = ClipFolder(tmp_path, "train.json", "latents", "action", 4)
+    opened = []
+    for module, name in ((latent_files, "safe_open"), (files, "_open_npz")):
+        plain = getattr(module, name)
+
+        def counting(path, plain=plain, **settings):
+            opened.append(Path(path).name)
+            return plain(path, **settings)
+
+        monkeypatch.setattr(module, name, counting)
+    folder.read(0, 3)
+    assert sorted(opened) == ["0.npz", "0.safetensors"]
+
+
+def test_keyframes_are_near(tmp_path):
+    """Of pictures that hardly change: a coder left to itself makes one in 250."""
+    frames = np.random.default_rng(0).integers(256, size=(1, 64, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "still.mp4", frames.repeat(100, axis=0), 20)
+    keyframes = decord.VideoReader(str(tmp_path / "still.mp4")).get_key_indices()
+    assert np.diff([*keyframes, 100]).max() <= 24

@@ -126,6 +126,19 @@ def test_latents_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_main_process_alone_checks_latents(root, options, monkeypatch):
+    encode_dataset(options)
+    codec = load_codec(options.autoencoder.path)
+    folder = clip_folder(options, "train.json", "latents")
+    (root / str(folder.entries[0].latent_path)).unlink()
+    monkeypatch.setattr(PartialState, "is_main_process", False)
+    check_training_latents(folder, codec, options)
+    assert folder.frame_shape == (8, 8, 8)  # which every process goes by
+    monkeypatch.setattr(PartialState, "is_main_process", True)
+    with pytest.raises(ScdError, match="missing or damaged"):
+        check_training_latents(folder, codec, options)
+
+
 def test_every_entry_is_checked_before_training(root: Path, options: Options) -> None:
     encode_dataset(options)
     codec = load_codec(options.autoencoder.path)

@@ -119,7 +119,7 @@ def test_crops_are_a_function_of_seed_and_sample(wide_root: Path) -> None:
         clips = TrainingClips(folder, 4, 1, seed)
         sampler = StepSampler(2, 0, 1, 0, 4)
         loader = DataLoader(clips, batch_sampler=sampler, num_workers=workers)
-        return [batch["video"] for batch in loader]
+        return [batch["video"].float() for batch in loader]
 
     alone, with_workers, other = load(0), load(2), load(0, seed=6)
     assert all(torch.equal(a, b) for a, b in zip(alone, with_workers, strict=True))

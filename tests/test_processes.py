@@ -1,4 +1,4 @@
-"""Training on two processes (gloo): the same weights as one process, sharded or not."""
+"""Training on several processes (gloo): the same weights as one process, sharded or not."""
 
 import os
 import shutil
@@ -56,7 +56,11 @@ def overrides(doom_root, tmp_path):
 
 
 def on_two(kind: str, overrides: list[str]) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    on_several(2, kind, overrides)
+
+
+def on_several(count: int, kind: str, overrides: list[str]) -> None:
+    command = ["-m", "torch.distributed.run", f"--nproc_per_node={count}"]
     command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     done = subprocess.run(
         [sys.executable, *command, str(SCRIPT), kind, str(OPTIONS), *overrides],
@@ -128,6 +132,17 @@ def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, 
     shutil.rmtree(tmp_path / "two/checkpoints/step-00000004")
     run_experiment(load_options(OPTIONS, [*overrides, "name=two", "train.batch_size=2"]))
     assert_close(state_of(tmp_path / "two"), whole)
+
+
+def test_hybrid_sharding_equals_one_with_four_times_the_batch(overrides, tmp_path):
+    """Two copies of the weights, each spread over two processes; one process goes on with it."""
+    on_several(4, "hybrid", [*overrides, "name=four", "train.batch_size=1"])
+    run_experiment(load_options(OPTIONS, [*overrides, "name=one", "train.batch_size=4"]))
+    whole = state_of(tmp_path / "one")
+    assert_close(state_of(tmp_path / "four"), whole)
+    shutil.rmtree(tmp_path / "four/checkpoints/step-00000004")
+    run_experiment(load_options(OPTIONS, [*overrides, "name=four", "train.batch_size=4"]))
+    assert_close(state_of(tmp_path / "four"), whole)
 
 
 def test_sharded_resumes_from_one_process(overrides, tmp_path):

@@ -1,11 +1,12 @@
-"""What tests/test_processes.py launches on two processes: train as the arguments say.
+"""What tests/test_processes.py launches on two or four processes: train as the arguments say.
 
-torchrun --nproc_per_node=2 tests/train_on_processes.py plain|sharded|lost OPTIONS [key=value ...]
+torchrun --nproc_per_node=2 tests/train_on_processes.py KIND OPTIONS [key=value ...]
 
-Accelerate shards on accelerators only. `sharded` stands for it on the CPU: it takes the settings of
-`scripts/accelerate/fsdp2.yaml` as `accelerate launch` would hand them over. In `lost`, the second
-process stands still after the first step, as one does whose machine is gone, and seconds are
-enough to notice it.
+KIND is plain, sharded, hybrid or lost. Accelerate shards on accelerators only. `sharded` and
+`hybrid` stand for it on the CPU: they take the settings of `scripts/accelerate/fsdp2.yaml` and
+`hsdp.yaml` as `accelerate launch` hands them over; `hybrid` as on nodes of two. In `lost`, the
+second process stands still after the first step, as one does whose machine is gone, and seconds
+are enough to notice it.
 """
 
 import os
@@ -14,10 +15,11 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
+from accelerate import Accelerator, PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, ParallelismConfig
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from scd.options import load_options
 from scd.training import lost_process
@@ -25,7 +27,7 @@ from scd.training.launch import make_accelerator, sharding_plugin
 from scd.training.run import build_task
 from scd.training.trainer import Trainer
 
-CONFIG = Path(__file__).parent.parent / "scripts/accelerate/fsdp2.yaml"
+CONFIGS = Path(__file__).parent.parent / "scripts/accelerate"
 
 
 def main() -> None:
@@ -33,15 +35,14 @@ def main() -> None:
     torch.set_num_threads(1)
     options = load_options(path, overrides)
     accelerator = make_accelerator(options)
-    assert accelerator.num_processes == 2
-    if kind == "sharded":
-        os.environ.update(launcher_variables())
-        precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-        accelerator.state.fsdp_plugin = sharding_plugin(precision)
-        accelerator.state.distributed_type = DistributedType.FSDP
+    if kind in ("sharded", "hybrid"):
+        shard(accelerator, "hsdp" if kind == "hybrid" else "fsdp2")
     trainer = Trainer(options, build_task(options, accelerator), accelerator)
-    parameters = list(trainer.task.network.parameters())
-    assert all(isinstance(p, DTensor) == (kind == "sharded") for p in parameters)
+    for parameter in trainer.task.network.parameters():
+        assert isinstance(parameter, DTensor) == (kind in ("sharded", "hybrid"))
+        if kind == "hybrid":
+            assert parameter.device_mesh.shape == (accelerator.num_processes // 2, 2)
+            assert parameter.placements == (Replicate(), Shard(0))
     if kind != "lost":
         trainer.run()
         return
@@ -52,13 +53,25 @@ def main() -> None:
         trainer.run()
 
 
-def launcher_variables() -> dict[str, str]:
-    """What `accelerate launch --config_file` tells the processes that it starts."""
-    config = yaml.safe_load(CONFIG.read_text())
-    assert config["distributed_type"] == "FSDP"
-    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
-    settings = {names.get(k, k.upper()): str(v) for k, v in config["fsdp_config"].items()}
-    return {"ACCELERATE_USE_FSDP": "true", **settings}
+def shard(accelerator: Accelerator, config: str) -> None:
+    nodes = accelerator.num_processes // 2
+    command = ["--config_file", str(CONFIGS / f"{config}.yaml"), "--main_process_port", "0"]
+    command += ["--num_processes", str(accelerator.num_processes), "--num_machines", "1"]
+    command += ["--parallelism_config_dp_replicate_size", str(nodes)]
+    command += ["--parallelism_config_dp_shard_size", "2", "script"]
+    launch, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    named = ("FSDP_", "ACCELERATE_USE_", "PARALLELISM_")
+    variables = prepare_multi_gpu_env(launch).items()
+    os.environ.update({key: value for key, value in variables if key.startswith(named)})
+    # What `Accelerator` does on accelerators.
+    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    state = accelerator.state
+    state.fsdp_plugin = sharding_plugin(precision)
+    state.distributed_type = DistributedType.FSDP
+    if "ACCELERATE_USE_PARALLELISM_CONFIG" in os.environ:
+        state.parallelism_config = ParallelismConfig()
+        state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
+        state.parallelism_config._validate_accelerator(accelerator)
 
 
 main()

@@ -57,7 +57,32 @@ class EndlessCase:
     dtype: str = "float32"
 
 
-Case = StreamCase | TrainCase | EndlessCase
+@dataclass(frozen=True)
+class DataCase:
+    """Clips through the loader of training, from a data set of its own.
+
+    Args:
+        suffix: of its files: `.safetensors` and `.pt` hold latents, `.mp4` video.
+        stored: type of the latents' numbers on disk.
+        frames: of a clip.
+        clips: in the data set, of `episode` frames each.
+        size: of the frames, pixels; latents have a sixteenth of it.
+        workers: how many, in turn; None: `worker_counts` of all cores.
+        seconds: that each count is timed for, at least.
+    """
+
+    name: str
+    suffix: str
+    stored: str = "float32"
+    frames: int = 300
+    clips: int = 24
+    episode: int = 300
+    size: int = 128
+    workers: list[int] | None = None
+    seconds: float = 3.0
+
+
+Case = StreamCase | TrainCase | EndlessCase | DataCase
 
 _SCD = StreamCase("SCD-M", dtype="bfloat16")
 _DENSE = StreamCase("Causal DiT-M", encoder_layers=0, decoder_layers=12, dtype="bfloat16")
@@ -81,6 +106,11 @@ TABLE: list[Case] = [
     TrainCase("training, 384 wide, 4+2 layers, 32 frames, batch 2, K = 2, fp32", dtype="float32"),
     TrainCase("training, 384 wide, 4+2 layers, 32 frames, batch 2, K = 2, bf16"),
     EndlessCase("2000 frames through a window of 48, 256 wide, 4+2 layers, 4 steps, fp32", 2000),
+    DataCase("data: latents, safetensors fp32, 300 frames", ".safetensors"),
+    DataCase("data: latents, safetensors bf16, 300 frames", ".safetensors", "bfloat16"),
+    DataCase("data: latents, published .pt fp32, 300 frames", ".pt"),
+    DataCase("data: video, mp4, 300 frames", ".mp4"),
+    DataCase("data: video, mp4, 16 of 300 frames", ".mp4", frames=16),
 ]
 CONTEXTS = [36, 72, 144, 300, 600, 1000]
 STEPS = [1, 2, 5, 10, 20, 50]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from scd.benchmark import cases
-from scd.benchmark.cases import Case, EndlessCase, StreamCase, TrainCase
+from scd.benchmark.cases import Case, DataCase, EndlessCase, StreamCase, TrainCase
 from scd.environment import environment
 from scd.errors import ScdError
 from scd.evaluation.table import Table
@@ -34,13 +34,12 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
         raise ScdError(f"no case contains {only!r}; there are {names}")
     bf16 = has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not bf16:
-        for case in chosen:
-            if case.dtype == "bfloat16":
-                print(f"left out, as this device only emulates bf16: {case.name}")
-        chosen = [case for case in chosen if case.dtype != "bfloat16"]
+        for case in filter(_in_bf16, chosen):
+            print(f"left out, as this device only emulates bf16: {case.name}")
+        chosen = [case for case in chosen if not _in_bf16(case)]
     if not chosen:
         raise ScdError(f"all cases that contain {only!r} are in bf16, which this device emulates")
-    results = [_in_own_process(case) for case in chosen]
+    results = [_in_own_process(case, folder) for case in chosen]
     text = "\n\n".join(table.markdown() for table in _tables(chosen, results))
     figures: dict[str, Any] = {"cases": _paired(chosen, results), "environment": environment()}
     if plots:
@@ -49,7 +48,9 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
         dtype = "bfloat16" if bf16 else "float32"
         for plotted in (cases.by_context, cases.by_steps):
             plot = plotted(dtype)
-            figures[plotted.__name__] = _paired(plot, [_in_own_process(case) for case in plot])
+            figures[plotted.__name__] = _paired(
+                plot, [_in_own_process(case, folder) for case in plot]
+            )
         draw_scaling(folder / "scaling.png", figures["by_context"], figures["by_steps"])
     write_json(folder / "benchmark.json", figures)
     write_whole(
@@ -58,8 +59,12 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
     print(f"\n{text}\n\nfigures: {folder}/benchmark.json, benchmark.md")
 
 
-def run_case(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Run one case in this process."""
+def run_case(kind: str, arguments: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Run one case in this process; files that it needs lie in `folder` as long as it runs."""
+    if kind == DataCase.__name__:
+        from scd.benchmark.data import run_data
+
+        return run_data(DataCase(**arguments), Path(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if kind == TrainCase.__name__:
         from scd.benchmark.training import run_training
@@ -72,12 +77,17 @@ def run_case(kind: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return run_stream(StreamCase(**arguments), device)
 
 
-def _in_own_process(case: Case) -> dict[str, Any]:
+def _in_bf16(case: Case) -> bool:
+    return not isinstance(case, DataCase) and case.dtype == "bfloat16"
+
+
+def _in_own_process(case: Case, folder: Path) -> dict[str, Any]:
     """So that its peak memory is its own."""
     print(f"{case.name} ...", flush=True)
     code = "import sys, json; from scd.benchmark.run import run_case; "
-    code += "print(json.dumps(run_case(sys.argv[1], json.loads(sys.argv[2]))))"
-    command = [sys.executable, "-c", code, type(case).__name__, json.dumps(asdict(case))]
+    code += "print(json.dumps(run_case(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])))"
+    arguments = [type(case).__name__, json.dumps(asdict(case)), str(folder)]
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
@@ -94,6 +104,7 @@ def _tables(chosen: list[Case], results: list[dict[str, Any]]) -> list[Table]:
     streams = [(case, result) for case, result in pairs if isinstance(case, StreamCase)]
     trainings = [(case, result) for case, result in pairs if isinstance(case, TrainCase)]
     endless = [(case, result) for case, result in pairs if isinstance(case, EndlessCase)]
+    data = [(case, result) for case, result in pairs if isinstance(case, DataCase)]
     tables = []
     if streams:
         tables.append(_stream_table(streams))
@@ -115,6 +126,10 @@ def _tables(chosen: list[Case], results: list[dict[str, Any]]) -> list[Table]:
             for case, r in endless
         ]
         tables.append(Table(heads, lines, 1, []))
+    if data:
+        from scd.benchmark.data import data_table
+
+        tables.append(data_table(data))
     return tables
 
 

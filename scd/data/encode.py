@@ -102,7 +102,10 @@ def encoding_name(options: Options) -> str:
 
 
 def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -> None:
-    """Refuse a training list whose latents are not what `options` would encode.
+    """Refuse a training list whose latents are not what `options` would encode; collective.
+
+    The main process alone opens the files: hundreds of processes that open all of them keep a
+    shared file system busy for minutes.
 
     Raises:
         ScdError: see `scd.data.latents.check_latents`.
@@ -110,7 +113,9 @@ def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -
     paths = [folder.root / str(entry.latent_path) for entry in folder.entries]
     folder.frame_shape = latent_shape(codec, options)
     broken = options.data.max_broken_clips
-    check_latents(paths, encoding_name(options), folder.frame_shape, broken)
+    with together():
+        if processes().is_main_process:
+            check_latents(paths, encoding_name(options), folder.frame_shape, broken)
 
 
 def latent_shape(codec: Codec, options: Options) -> tuple[int, int, int]:

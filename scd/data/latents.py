@@ -37,6 +37,7 @@ class LatentFile:
     def __init__(self, path: Path):
         self.path = path
         self._whole: Tensor | None = None
+        self._part: Any = None
         if not path.is_file():
             raise ScdError(f"{path}: no such latent file")
         if path.suffix == ".pt":
@@ -45,10 +46,10 @@ class LatentFile:
             self._whole = latents.detach() if plain else None
             self.shape = tuple(latents.shape) if plain else ()
         else:
-            with self._opened() as file:
-                part = file.get_slice("latents")
-                floats = part.get_dtype() in SAFE_FLOATS
-                self.shape = tuple(part.get_shape()) if floats else ()
+            with self._told():
+                self._part = safe_open(str(path), framework="pt").get_slice("latents")
+                floats = self._part.get_dtype() in SAFE_FLOATS
+                self.shape = tuple(self._part.get_shape()) if floats else ()
         if len(self.shape) != 4 or 0 in self.shape:
             raise ScdError(f"{path}: expected one floating-point tensor (frames, C, h, w)")
 
@@ -65,18 +66,18 @@ class LatentFile:
         if self._whole is not None:
             latents = self._whole[first:last]
         else:
-            with self._opened() as file:
-                latents = file.get_slice("latents")[first:last]
-        latents = latents[torch.from_numpy(indices - first)]
-        if not torch.isfinite(latents).all():
+            with self._told():
+                latents = self._part[first:last]
+        latents = latents[torch.from_numpy(indices - first)]  # a copy: the file may go
+        # NaN is passed on. `isfinite` of all of them would take most of the time of reading a clip.
+        if not torch.isfinite(torch.stack(latents.aminmax())).all():
             raise ScdError(f"{self.path}: latents are not finite")
         return latents
 
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _told(self) -> Iterator[None]:
         try:
-            with safe_open(str(self.path), framework="pt") as file:
-                yield file
+            yield
         except Exception as error:  # damaged files raise many kinds
             raise ScdError(f"{self.path}: not a readable latent file ({reason(error)})") from error
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scd.data.clips import with_float_pixels
 from scd.flow.noise import FlowDraws, draw_noise
 from scd.flow.sampler import integrate, noise_levels
 from scd.models.autoencoder import Codec
@@ -36,7 +37,7 @@ def with_scaled_latents(batch: dict[str, Tensor], codec: Codec) -> dict[str, Ten
     if "latents" in batch:
         return {**batch, "latents": codec.scale(batch["latents"])}
     rest = {key: value for key, value in batch.items() if key != "video"}
-    return {**rest, "latents": codec.encode(batch["video"])}
+    return {**rest, "latents": codec.encode(with_float_pixels(batch)["video"])}
 
 
 class FlowObjective(nn.Module):

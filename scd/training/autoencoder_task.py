@@ -9,7 +9,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from scd.data.clips import clip_folder
+from scd.data.clips import clip_folder, with_float_pixels
 from scd.errors import ScdError
 from scd.evaluation.measures import Measures
 from scd.files import write_whole
@@ -58,7 +58,7 @@ class AutoencoderTask:
         self.validation_data = clip_folder(options, options.data.val_list, "video")
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return batch
+        return with_float_pixels(batch)
 
     def clip_cost(self) -> None:
         return None

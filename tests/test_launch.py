@@ -1,0 +1,94 @@
+"""What the scripts hand to accelerate, and what accelerate makes of it; nothing is launched."""
+
+import os
+import shutil
+import socket
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+ROOT = Path(__file__).parent.parent
+# In place of the environment's python: it prints what it is told to run.
+PYTHON = '#!/bin/sh\n[ "$1" = -c ] && exec echo experiments/x\nprintf "%s\\n" "$@"\nexit 1\n'
+
+
+@pytest.fixture
+def project(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    program(tmp_path / ".venv/bin/python", PYTHON)
+    return tmp_path
+
+
+def program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def run(project: Path, *command: str, **environment: str) -> list[str]:
+    environment = {"NUM_GPUS": "8", **environment}
+    return subprocess.run(
+        ["bash", *command], cwd=project, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, check=False, timeout=60,
+    ).stdout.splitlines()  # fmt: skip
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def as_accelerate_reads(printed: list[str]) -> tuple[Namespace, dict[str, str]]:
+    """The launch, and the variables that its processes get."""
+    assert printed[:2] == ["-m", "accelerate.commands.launch"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(printed[2:]))
+    return arguments, prepare_multi_gpu_env(arguments)
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "hsdp"])
+def test_train_sh_takes_each_configuration(name, nodes, project, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where accelerate looks for the file
+    printed = run(
+        project, "scripts/train.sh", "options/x.yml", "a.b=c",
+        ACCELERATE_CONFIG=f"scripts/accelerate/{name}.yaml", NUM_NODES=str(nodes),
+        NODE_RANK=str(nodes - 1), MAIN_HOST="10.0.0.1", PORT=free_port(),
+    )  # fmt: skip
+    launch, variables = as_accelerate_reads(printed)
+    assert launch.module and launch.training_script == "scd.cli"
+    assert launch.training_script_args == ["train", "--opt", "options/x.yml", "a.b=c"]
+    assert (launch.num_processes, launch.nproc_per_node) == (8 * nodes, "8")
+    assert (launch.num_machines, launch.machine_rank) == (nodes, nodes - 1)
+    assert launch.main_process_ip == "10.0.0.1"
+    assert variables["ACCELERATE_MIXED_PRECISION"] == "no"  # the options file decides
+    assert ("ACCELERATE_USE_FSDP" in variables) == (name != "ddp")
+    if name != "ddp":
+        assert variables["FSDP_VERSION"] == "2"
+        assert variables["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "Block"
+        assert variables["FSDP_RESHARD_AFTER_FORWARD"] == "true"
+    sizes = [variables.get(f"PARALLELISM_CONFIG_DP_{part}_SIZE") for part in ("REPLICATE", "SHARD")]
+    assert sizes == ([str(nodes), "8"] if name == "hsdp" else [None, None])
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed", "finished"])
+def test_slurm_launches_on_every_node_and_queues_what_was_stopped(state, project):
+    hosts = '[ "$1" = show ] && exec printf "%s\\n" node-a node-b\necho "$@"\n'
+    program(project / "bin/scontrol", f"#!/bin/sh\n{hosts}")
+    program(project / "bin/srun", '#!/bin/sh\nshift\nSLURM_NODEID=1 exec "$@"\n')
+    (project / "experiments/x").mkdir(parents=True)
+    (project / "experiments/x/heartbeat.json").write_text(f'{{"state": "{state}"}}')
+    printed = run(
+        project, "scripts/slurm.sbatch", "options/x.yml", "a.b=c d",
+        PATH=f"{project}/bin:{os.environ['PATH']}", SLURM_NNODES="2", SLURM_JOB_ID="7",
+        SLURM_JOB_NODELIST="node-[a-b]",
+    )  # fmt: skip
+    arguments = launch_command_parser().parse_args([a for a in printed[2:] if "requeue" not in a])
+    assert (arguments.num_machines, arguments.machine_rank) == (2, 1)
+    assert arguments.main_process_ip == "node-a"
+    assert arguments.training_script_args == ["train", "--opt", "options/x.yml", "a.b=c d"]
+    assert (printed[-1] == "requeue 7") == (state == "stopped")
