@@ -137,6 +137,9 @@ def play(arguments: argparse.Namespace) -> None:
     from scd.play.offer import load_offer
 
     a = arguments
+    from scd.play.door import origin_of
+
+    origins = frozenset(map(origin_of, a.allow_origin))
     # In a thread that ends: had this one a team of OpenMP threads too, beside that of the thread
     # that computes the pictures, libgomp would let neither spin, and a picture take twice as long.
     with ThreadPoolExecutor(1) as loading:
@@ -148,7 +151,7 @@ def play(arguments: argparse.Namespace) -> None:
     else:
         from scd.play.server import Address, serve
 
-        serve(offer, Address(a.host, a.port, a.token), a.sessions)
+        serve(offer, Address(a.host, a.port, a.token, origins), a.sessions)
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -338,7 +341,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    p.add_argument("--token", help="ask for it; made up for a host that others can reach")
+    p.add_argument("--token", help="ask for it; made up where others can reach the server")
+    p.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="where a proxy shows the page, such as https://play.example.org; may be repeated",
+    )
     p.add_argument("--sessions", type=int, default=2, help="players at a time (default: 2)")
     p.add_argument(
         "--measure", type=int, metavar="FRAMES", help="play so many by itself and tell how fast"

@@ -23,6 +23,7 @@ from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.play import measure as measuring
 from scd.play import recording
+from scd.play.door import origin_of
 from scd.play.history import Frame
 from scd.play.limits import Limits
 from scd.play.measure import measure, served
@@ -496,6 +497,48 @@ def test_pages_of_other_origins_cannot_play(offer):
             pass
 
     run(test, offer)
+
+
+def test_behind_a_proxy(offer):
+    """Of the address that the proxy shows, whatever host it names itself; and of no other."""
+    origin = "https://name-8000.preview.example"
+
+    async def test(place: str) -> None:
+        for host in (place, "name-8000.preview.example"):
+            headers = {"Host": host}
+            async with httpx.AsyncClient(base_url=f"http://{place}", headers=headers) as browser:
+                for page, status in ((origin, 200), ("https://evil.example", 403)):
+                    asked = {"Origin": page}
+                    answer = await browser.get("/?token=secret", headers=asked)
+                    assert answer.status_code == status, (host, page)
+                assert (await browser.get("/")).status_code == 403  # it asks for the token
+        async with httpx.AsyncClient(base_url=f"http://{place}") as browser:
+            elsewhere = {"Host": "evil.example"}
+            answer = await browser.get("/?token=secret", headers=elsewhere)
+            assert answer.status_code == 403
+        async with playing(place, "?token=secret", origin=origin):
+            pass
+
+    run(test, offer, token="secret", origins=frozenset([origin]))
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("https://Play.Example.org/", "https://play.example.org"),
+        ("https://play.example.org:443/walk?x=1", "https://play.example.org"),
+        ("http://host:8080", "http://host:8080"),
+        ("play.example.org", None),
+        ("*", None),
+        ("https://", None),
+    ],
+)
+def test_origins(given, origin):
+    if origin is None:
+        with pytest.raises(ScdError, match="the address that the browser shows"):
+            origin_of(given)
+    else:
+        assert origin_of(given) == origin
 
 
 def test_a_token(offer):

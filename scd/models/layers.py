@@ -21,6 +21,7 @@ ROTARY_DIMS = (16, 24, 24)  # of frame, row and column; together HEAD_DIM
 ROTARY_THETA = 10000.0
 TIME_CHANNELS = 256
 NORM_EPS = 1e-6
+WITHOUT_FLOAT64 = ("mps",)  # devices: Apple's GPUs
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v (B, heads, tokens, head_dim) -> (B, heads, tokens, head_dim)."""
@@ -52,13 +53,14 @@ def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
     """
     # What dynamo traces knows no cache.
     tables = _make_tables if torch.compiler.is_compiling() else _rotary_tables
-    frequencies, within = tables(height, width, frames.device)
+    device = frames.device
+    frequencies, within = tables(height, width, device)
     # In double precision: in single, the angles of frame 10,000 would be off by half a thousandth.
-    angles = frames.double()[:, None] * frequencies  # (F, 8)
+    angles = frames.to(frequencies.device).double()[:, None] * frequencies  # (F, 8)
 
     def table(of_frames: Tensor, of_places: Tensor, sign: int) -> Tensor:
         shape = (len(frames), height * width, -1)
-        of_frames = of_frames.float()[:, None].expand(shape)
+        of_frames = of_frames.float().to(device)[:, None].expand(shape)
         half = torch.cat([of_frames, of_places.expand(shape)], dim=-1).flatten(0, 1)
         return torch.cat([sign * half, half], dim=-1)
 
@@ -71,15 +73,16 @@ def _make_tables(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Compute what all frames share and a rollout asks for at every step: the frequencies (8,) of
     the frame axis, and cosines and sines of every row and column, (height·width, 24) each."""
+    exact = device if device.type not in WITHOUT_FLOAT64 else torch.device("cpu")
 
     def frequencies(dims: int) -> Tensor:
-        return ROTARY_THETA ** -(torch.arange(0, dims, 2, device=device).double() / dims)
+        return ROTARY_THETA ** -(torch.arange(0, dims, 2, device=exact).double() / dims)
 
     of_frame, of_row, of_column = (frequencies(dims) for dims in ROTARY_DIMS)
-    rows = torch.arange(height, device=device).double().repeat_interleave(width)
-    columns = torch.arange(width, device=device).double().repeat(height)
+    rows = torch.arange(height, device=exact).double().repeat_interleave(width)
+    columns = torch.arange(width, device=exact).double().repeat(height)
     angles = torch.cat([rows[:, None] * of_row, columns[:, None] * of_column], dim=-1)
-    return of_frame, (angles.cos().float(), angles.sin().float())
+    return of_frame, (angles.cos().float().to(device), angles.sin().float().to(device))
 
 
 _rotary_tables = lru_cache(maxsize=16)(_make_tables)

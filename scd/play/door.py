@@ -7,6 +7,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from scd.errors import ScdError
+
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self'; "
@@ -24,11 +26,15 @@ class Door:
     Args:
         local: the server is this machine's own: a request that names another host is refused. It
             comes from a page whose name was made to point here (DNS rebinding).
+        origins: addresses under which a proxy shows the server, as `origin_of` gives them: their
+            pages may use it, and their hosts be named, whatever host the proxy itself names.
     """
 
-    def __init__(self, app: ASGIApp, local: bool):
+    def __init__(self, app: ASGIApp, local: bool, origins: frozenset[str] = frozenset()):
         self.app = app
         self.local = local
+        self.origins = origins
+        self.hosts = {origin.partition("://")[2] for origin in origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -47,12 +53,30 @@ class Door:
         await self.app(scope, receive, with_headers)
 
     def _problem(self, headers: Headers) -> str | None:
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self.local and not is_local(_split(f"//{host}").hostname or ""):
-            return "this server answers only to localhost"
-        if origin is not None and _split(origin).netloc.lower() != host.lower():
-            return "a page of another origin may not use this server"
+        host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
+        known = host in self.hosts or is_local(_split(f"//{host}").hostname or "")
+        if self.local and not known:
+            return "this server answers only to localhost, and to what --allow-origin names"
+        own = not origin or _split(origin).netloc == host
+        if not own and origin not in self.origins:
+            return "a page of another origin may not use this server; see --allow-origin"
         return None
+
+
+def origin_of(address: str) -> str:
+    """The origin of an address, as browsers write it: `https://name[:port]`.
+
+    Raises:
+        ScdError: it is none.
+    """
+    parts = _split(address.lower())
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+        raise ScdError(
+            f"--allow-origin {address}: give the address that the browser shows, such as "
+            f"https://play.example.org"
+        )
+    default = {"http": ":80", "https": ":443"}[parts.scheme]
+    return f"{parts.scheme}://{parts.netloc.removesuffix(default)}"
 
 
 def is_local(host: str) -> bool:

@@ -39,6 +39,7 @@ def make_app(
     places: int = 2,
     token: str | None = None,
     local: bool = True,
+    origins: frozenset[str] = frozenset(),
     limits: Limits | None = None,
 ) -> Starlette:
     """The application.
@@ -46,7 +47,7 @@ def make_app(
     Args:
         places: players at a time.
         token: what every address but those of `static/` asks for; None: nothing is asked for.
-        local: only names of this machine are answered to (see `Door`).
+        local, origins: whom it answers to (see `Door`).
     """
     worker = ThreadPoolExecutor(1, "play")  # one frame is computed at a time, with all cores
     limits = limits or Limits()
@@ -109,18 +110,23 @@ def make_app(
             WebSocketRoute("/ws", websocket),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
-        middleware=[Middleware(Door, local=local)],
+        middleware=[Middleware(Door, local=local, origins=origins)],
         lifespan=lifespan,
     )
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where to serve; `token` is what an address that others can reach asks for."""
+    """Where to serve; `token` is what an address that others can reach asks for.
+
+    Args:
+        origins: under which a proxy shows the server to others, see `Door`.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     token: str | None = None
+    origins: frozenset[str] = frozenset()
 
     @property
     def local(self) -> bool:
@@ -143,11 +149,13 @@ def serve(offer: Offer, address: Address, places: int) -> None:
     """
     if places < 1:
         raise ScdError(f"play: {places} sessions, but at least one player needs a place")
-    token = address.token or (None if address.local else secrets.token_urlsafe(16))
+    alone = address.local and not address.origins
+    token = address.token or (None if alone else secrets.token_urlsafe(16))
     listening = listen(address)
-    app = make_app(offer, places=places, token=token, local=address.local)
-    url = address.url(listening.getsockname()[1]) + (f"?token={token}" if token else "")
-    print(f"serving {offer.first.folder} at {url} (Ctrl-C ends)", flush=True)
+    app = make_app(offer, places=places, token=token, local=address.local, origins=address.origins)
+    shown = [address.url(listening.getsockname()[1]), *(f"{o}/" for o in sorted(address.origins))]
+    urls = " and ".join(url + (f"?token={token}" if token else "") for url in shown)
+    print(f"serving {offer.first.folder} at {urls} (Ctrl-C ends)", flush=True)
     uvicorn.Server(config(app)).run(sockets=[listening])
 
 
