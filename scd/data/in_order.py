@@ -2,7 +2,7 @@
 
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 
 from scd.data.video import Video, ffmpeg
 from scd.errors import ScdError
+from scd.files import MAX_ARRAY_BYTES
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ def decode(path: Path) -> Decoded:
         ScdError: it has no frames, or is damaged.
     """
     done = subprocess.run(_command(path, "-f", "framecrc"), capture_output=True)
+    told = done.stderr.decode(errors="replace")
+    if "matches no streams" in told:
+        raise ScdError(f"{path}: no pictures in it, sound alone perhaps: leave it out")
+    if "received no packets" in told:
+        raise ScdError(f"{path}: a video without a single frame: leave it out")
     if done.returncode:
-        told = done.stderr.decode(errors="replace")
-        if "matches no streams" in told:
-            raise ScdError(f"{path}: no pictures in it, sound alone perhaps: leave it out")
         raise ScdError(f"{path}: not a readable video ({_reason(told)})")
     times, sums, about = [], [], {}
     for line in done.stdout.decode().splitlines():
@@ -49,8 +52,6 @@ def decode(path: Path) -> Decoded:
             fields = line.split(",")
             times.append(int(fields[2]))
             sums.append(int(fields[5], 16))
-    if not sums:
-        raise ScdError(f"{path}: a video without a single frame: leave it out")
     width, height = map(int, about["dimensions 0"].split("x"))
     numerator, denominator = map(int, about["tb 0"].split("/"))
     span = (times[-1] - times[0]) * numerator / denominator
@@ -93,7 +94,7 @@ class InOrderVideo(Video):
                 count = min(size, self._count - start)
                 yield np.stack([next(decoded) for _ in range(count)])
 
-    def _decode(self, first: int, last: int) -> Iterator[np.ndarray]:
+    def _decode(self, first: int, last: int) -> Generator[np.ndarray]:
         """Frames `first` to `last`.
 
         Raises:
@@ -135,7 +136,8 @@ def _command(path: Path, *output: str) -> list[str]:
     return [
         ffmpeg(path),
         *("-v", "error", "-nostdin", "-max_error_rate", "0"),
-        *("-threads", "1", "-protocol_whitelist", "file", "-i", f"file:{path}"),
+        *("-threads", "1", "-max_pixels", str(MAX_ARRAY_BYTES // 3)),
+        *("-protocol_whitelist", "file", "-i", f"file:{path}"),
         *("-map", "0:v:0", "-fps_mode", "passthrough", "-pix_fmt", "rgb24"),
         *output,
         "-",
