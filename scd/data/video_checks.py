@@ -133,8 +133,8 @@ class VideoChecks:
 def told_in_order(list_path: Path, root: Path, videos: list[str]) -> str:
     """One line on the videos of a list that are slow to read, and the remedy."""
     return (
-        f"{list_path}: {len(videos)} videos are read from their first frame at every clip, which "
-        f"is slow: seeking in them fails or shows other frames. This makes one fast: "
+        f"{list_path}: videos read from their first frame on for every clip, since seeking in them "
+        f"fails or shows other frames: {len(videos)}. To make a fast one, to put in its place: "
         f"{remedy(root / videos[0])}"
     )
 
