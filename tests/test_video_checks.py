@@ -280,7 +280,7 @@ def test_validate_tells_what_is_slow_and_of_another_rate(
     assert "25: 1, 10: 1" in out
 
 
-def test_videos_that_were_never_checked_are_told(
+def test_videos_that_are_not_checked_yet_are_told(
     doom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     root = tmp_path / "doom"
@@ -290,5 +290,5 @@ def test_videos_that_were_never_checked_are_told(
     assert not capsys.readouterr().err  # the recorder checks what it lists
     (root / KEPT).unlink()
     clip_folder(options, "train.json", "video")
-    assert "3 of 3 videos were never checked" in capsys.readouterr().err
+    assert "3 of 3 videos are not checked yet" in capsys.readouterr().err
     assert len(read_list(root / "train.json")) == 3

@@ -152,8 +152,9 @@ def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
     folder = ClipFolder(root, list_file, source, m.condition, m.num_conditions, framing)
     if folder.unchecked and processes().is_main_process:
         print(
-            f"{folder.list_path}: {folder.unchecked} of {len(folder)} videos were never checked: "
-            f"each is, by decoding it whole, when it is first read; scd validate does so once",
+            f"{folder.list_path}: {folder.unchecked} of {len(folder)} videos are not checked "
+            f"yet: each will be, by decoding it whole, when it is first read; scd validate does it "
+            f"once for all",
             file=sys.stderr,
         )
     return folder
