@@ -154,7 +154,7 @@ def test_recording_again_writes_nothing(doom_root: Path, tmp_path: Path) -> None
     new = {name for name, stamp in written().items() if before.get(name) != stamp}
     one, four = "train/00001", "train/00003"
     files = {f"{name}.{ending}" for name in (one, four) for ending in ("mp4", "npz")}
-    assert new == {*files, "train.json", "coverage.png"}
+    assert new == {*files, "train.json", "coverage.png", "video_checks.json"}
     latents = [entry.latent_path for entry in read_list(root / "train.json")]
     assert latents == ["0.pt", None, "2.pt", None]  # of episodes that stayed as they were
 

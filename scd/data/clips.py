@@ -4,6 +4,7 @@ A training clip is a pure function of (seed, sample number): neither the number 
 the history of the run has a say in it. Sample numbers count clips over all processes and steps.
 """
 
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from torch.utils.data import Dataset, Sampler
 from scd.data.framing import Framing, as_images, framing_of
 from scd.data.latents import LatentFile
 from scd.data.lists import ClipEntry, read_list
-from scd.data.npz_video import NpzVideo, open_video
-from scd.data.video import VideoFile
+from scd.data.video import Video
+from scd.data.video_checks import VideoChecks
 from scd.errors import ScdError
 from scd.files import read_npz
 from scd.options import Options
+from scd.processes import processes
 
 MAX_ACTION_BYTES = 2**26  # of one clip: days of video
 # Sub-streams of the seed; a stream never shares a number with another.
@@ -55,6 +57,7 @@ class ClipFolder:
         self.condition = condition
         self.num_conditions = num_conditions
         self.framing = framing
+        self.checks = VideoChecks(root)
         # That all clips share; where nobody else knows it, that of the first clip read.
         self.frame_shape: tuple[int, ...] | None = None
         needed = ["video_path" if source == "video" else "latent_path"]
@@ -67,6 +70,14 @@ class ClipFolder:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def unchecked(self) -> int:
+        """Entries of whose video it is not known yet how it can be read."""
+        if self.source != "video":
+            return 0
+        videos = (str(entry.video_path) for entry in self.entries)
+        return sum(not video.endswith(".npz") and video not in self.checks for video in videos)
 
     def length(self, number: int) -> int:
         """Frames of an entry's video or latents."""
@@ -122,10 +133,13 @@ class ClipFolder:
             clip["label"] = torch.tensor(self._checked_label(number))
         return clip
 
-    def _open(self, entry: ClipEntry) -> tuple[VideoFile | NpzVideo | LatentFile, int, Path]:
-        path = self.root / str(entry.video_path if self.source == "video" else entry.latent_path)
-        opened = open_video(path) if self.source == "video" else LatentFile(path)
-        return opened, len(opened), path
+    def _open(self, entry: ClipEntry) -> tuple[Video | LatentFile, int, Path]:
+        opened: Video | LatentFile
+        if self.source == "video":
+            opened = self.checks.open(str(entry.video_path))
+        else:
+            opened = LatentFile(self.root / str(entry.latent_path))
+        return opened, len(opened), opened.path
 
     def _actions(self, entry: ClipEntry, length: int) -> Tensor:
         path = self.root / str(entry.actions_in)
@@ -155,7 +169,15 @@ def with_float_pixels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
     m = options.model
     root, framing = Path(options.data.root), framing_of(options.data)
-    return ClipFolder(root, list_file, source, m.condition, m.num_conditions, framing)
+    folder = ClipFolder(root, list_file, source, m.condition, m.num_conditions, framing)
+    if folder.unchecked and processes().is_main_process:
+        print(
+            f"{folder.list_path}: {folder.unchecked} of {len(folder)} videos are not checked "
+            f"yet: each will be, by decoding it whole, when it is first read; scd validate does it "
+            f"once for all",
+            file=sys.stderr,
+        )
+    return folder
 
 
 def read_actions(path: Path) -> np.ndarray:

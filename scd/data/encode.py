@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -18,8 +17,8 @@ from scd.data.clips import ClipFolder
 from scd.data.framing import Framing, as_images, framing_of
 from scd.data.latents import LatentHeader, check_latents, latent_header, write_latents
 from scd.data.lists import ClipEntry, read_list, write_list
-from scd.data.npz_video import NpzVideo, open_video
-from scd.data.video import VideoFile
+from scd.data.video import Video
+from scd.data.video_checks import VideoChecks
 from scd.errors import ScdError
 from scd.models.autoencoder import CHUNK_FRAMES, Codec, LatentCodec, encoder_hash, load_codec
 from scd.options import Options
@@ -56,9 +55,10 @@ def encode_dataset(options: Options) -> None:
         video: root / folder / f"{video}.safetensors" for video in _videos(list_path, entries)
     }
     lengths: dict[Path, int] = {}
+    checks = VideoChecks(root)
     with together():
         for video in _progress(share(list(targets))):
-            opened = open_video(root / video)
+            opened = checks.open(video)
             wanted = LatentHeader(made_by, (len(opened), *shape))
             if latent_header(targets[video]) != wanted:
                 latents = _encode_video(opened, codec, framing, precision)
@@ -82,15 +82,12 @@ def encode_dataset(options: Options) -> None:
 
 
 @torch.no_grad()
-def _encode_video(
-    video: VideoFile | NpzVideo, codec: LatentCodec, framing: Framing, precision: str
-) -> Tensor:
+def _encode_video(video: Video, codec: LatentCodec, framing: Framing, precision: str) -> Tensor:
     """The unscaled latents (F, C, h, w) of a whole video, float32 on the CPU."""
     device = codec.autoencoder.device
     chunks = []
-    for start in range(0, len(video), CHUNK_FRAMES):
-        indices = np.arange(start, min(start + CHUNK_FRAMES, len(video)))
-        frames = framing(as_images(video.frames(indices)), video.path).to(device)
+    for images in video.chunks(CHUNK_FRAMES):
+        frames = framing(as_images(images), video.path).to(device)
         with autocast(device, precision):
             chunks.append(codec.encode_images(frames.float() / 255).float().cpu())
     return torch.cat(chunks)

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from scd.data.clips import read_actions
 from scd.data.lists import ClipEntry, write_list
-from scd.data.npz_video import open_video
 from scd.data.ucf101 import SPLITS
+from scd.data.video_checks import VideoChecks, told_in_order
 from scd.errors import ScdError
 from scd.files import npz_keys, write_json
 
@@ -45,9 +45,9 @@ def make_lists(request: ListRequest) -> None:
     """Write a training and a validation list, and print what is in them.
 
     A video `x.mp4` gets the actions of `x.npz` beside it; an `.npz` with `video` is a clip itself.
-    Every video is opened. Those that cannot be, or whose actions are too few, are named and left
-    out. Classes are numbered in alphabetical order, without regard to case; `classes.json` names
-    them.
+    Every video is decoded and checked (`scd.data.video_checks`). Those that cannot be, or whose
+    actions are too few, are named and left out. Classes are numbered in alphabetical order, without
+    regard to case; `classes.json` names them.
 
     Raises:
         ScdError: a list is there already, or fewer than two videos can be used.
@@ -72,7 +72,8 @@ def make_lists(request: ListRequest) -> None:
         train, val = SPLITS[request.split](list(entries))
     if request.labels or request.split != "fraction":
         entries = _with_labels(root, entries)
-    broken = _broken(root, entries)
+    checks = VideoChecks(root)
+    broken = _broken(checks, entries)
     for video, problem in broken.items():
         print(f"left out: {problem}", file=sys.stderr)
         del entries[video]
@@ -82,6 +83,9 @@ def make_lists(request: ListRequest) -> None:
     for path, half in zip(targets, halves, strict=True):
         write_list(path, half)
         print(f"{path}: {_told(half)}")
+        if slow := checks.in_order(str(entry.video_path) for entry in half):
+            print(told_in_order(path, root, slow))
+    checks.save()
     if broken:
         print(f"left out as broken: {len(broken)}, named above")
 
@@ -137,12 +141,13 @@ def _with_labels(root: Path, entries: dict[str, ClipEntry]) -> dict[str, ClipEnt
     return {video: replace(e, label=numbers[names[video]]) for video, e in entries.items()}
 
 
-def _broken(root: Path, entries: dict[str, ClipEntry]) -> dict[str, str]:
+def _broken(checks: VideoChecks, entries: dict[str, ClipEntry]) -> dict[str, str]:
     """The videos that cannot be used, and why."""
+    root = checks.root
 
     def problem(entry: ClipEntry) -> str | None:
         try:
-            frames = len(open_video(root / str(entry.video_path)))
+            frames = len(checks.open(str(entry.video_path)))
             if entry.action_path is not None:
                 actions = len(read_actions(root / entry.action_path))
                 if actions < frames:
@@ -153,7 +158,7 @@ def _broken(root: Path, entries: dict[str, ClipEntry]) -> dict[str, str]:
 
     with ThreadPoolExecutor() as pool:
         found = pool.map(problem, entries.values())
-        bar = tqdm(found, total=len(entries), desc="open", unit="clip", dynamic_ncols=True)
+        bar = tqdm(found, total=len(entries), desc="check", unit="clip", dynamic_ncols=True)
         return {video: told for video, told in zip(entries, bar, strict=True) if told}
 
 

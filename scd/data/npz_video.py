@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 
-from scd.data.video import VideoFile
+from scd.data.video import Video
 from scd.errors import ScdError
 from scd.files import npz_header, read_npz
 
 
-class NpzVideo:
-    """Looks like a `VideoFile`. The array is decompressed as a whole, at the first `frames`.
+class NpzVideo(Video):
+    """The array is decompressed as a whole, at the first `frames`.
 
     Raises:
         ScdError: the file is missing, damaged, larger than `scd.files.MAX_ARRAY_BYTES`, or `video`
@@ -30,24 +30,7 @@ class NpzVideo:
         return self.shape[0]
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
-        """Some frames, (n, H, W, 3) uint8.
-
-        Raises:
-            ScdError: the video is too short or damaged.
-        """
-        if len(indices) and int(indices.max()) >= len(self):
-            raise ScdError(
-                f"{self.path}: {len(self)} frames, but frame {int(indices.max())} was asked for"
-            )
+        self._check_wanted(indices)
         if self._video is None:
             self._video = read_npz(self.path, "video")
         return self._video[indices]
-
-
-def open_video(path: Path) -> VideoFile | NpzVideo:
-    """A video of either kind, by its suffix.
-
-    Raises:
-        ScdError: see `VideoFile` and `NpzVideo`.
-    """
-    return NpzVideo(path) if path.suffix == ".npz" else VideoFile(path)

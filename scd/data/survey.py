@@ -14,7 +14,8 @@ from tqdm import tqdm
 from scd.data.clips import check_actions, read_actions
 from scd.data.latents import latent_header, read_latents
 from scd.data.lists import ClipEntry, read_list
-from scd.data.npz_video import open_video
+from scd.data.video import Video
+from scd.data.video_checks import VideoChecks
 from scd.errors import ScdError
 from scd.files import sha256
 
@@ -47,6 +48,7 @@ class ClipReport:
     problem: str | None = None
     frames: int = 0
     size: str | None = None
+    fps: float | None = None
     actions: Counter[int] = field(default_factory=Counter)
     label: int | None = None
     latents: str | None = None
@@ -60,6 +62,8 @@ class Survey:
     Attributes:
         lengths: frames of each whole clip, in the list's order.
         sizes, actions, labels, latents: how many clips (actions: frames) there are of each kind.
+        fps: frames a second of each whole clip that says so.
+        in_order: videos that are read in order, for seeking fails or shows other frames.
         broken: one line for each broken clip.
         digests: of each whole clip's content, for comparing lists.
     """
@@ -71,6 +75,8 @@ class Survey:
     actions: Counter[int]
     labels: Counter[int]
     latents: Counter[str]
+    fps: list[float]
+    in_order: list[str]
     broken: list[str]
     digests: list[str]
 
@@ -100,6 +106,8 @@ class Survey:
                 key: dict(sorted(getattr(self, key).items()))
                 for key in ("sizes", "actions", "labels", "latents")
             },
+            "fps": dict(sorted(Counter(map(str, self.fps)).items())),
+            "in_order": self.in_order,
             "broken": self.broken,
             "content_hash": self.content_hash,
         }
@@ -111,8 +119,11 @@ class Survey:
         return min(lengths), median_low(lengths), max(lengths)
 
 
-def survey_list(root: Path, list_path: Path, demands: Demands) -> Survey:
+def survey_list(checks: VideoChecks, list_path: Path, demands: Demands) -> Survey:
     """Read everything that a list names; broken clips are reported, not raised.
+
+    Args:
+        checks: of the videos below the data root; those that lack one are checked.
 
     Raises:
         ScdError: the list itself cannot be read.
@@ -122,7 +133,7 @@ def survey_list(root: Path, list_path: Path, demands: Demands) -> Survey:
     def look(numbered: tuple[int, ClipEntry]) -> ClipReport:
         number, entry = numbered
         try:
-            return _look(root, f"{list_path}: entry {number}", entry, demands)
+            return _look(checks, f"{list_path}: entry {number}", entry, demands)
         except ScdError as error:
             return ClipReport(problem=str(error))
 
@@ -140,24 +151,29 @@ def survey_list(root: Path, list_path: Path, demands: Demands) -> Survey:
         actions=sum((report.actions for report in whole), Counter()),
         labels=Counter(report.label for report in whole if report.label is not None),
         latents=Counter(report.latents for report in whole if report.latents is not None),
+        fps=[report.fps for report in whole if report.fps is not None],
+        in_order=checks.in_order(dict.fromkeys(str(entry.video_path) for entry in entries)),
         broken=[report.problem for report in reports if report.problem is not None],
         digests=[report.digest for report in whole],
     )
 
 
-def _look(root: Path, where: str, entry: ClipEntry, demands: Demands) -> ClipReport:
+def _look(checks: VideoChecks, where: str, entry: ClipEntry, demands: Demands) -> ClipReport:
     """Read one clip.
 
     Raises:
         ScdError: whatever is wrong with it.
     """
+    root = checks.root
     for name in demands.needed:
         if getattr(entry, name) is None:
             raise ScdError(f"{where} has no {name.replace('actions_in', 'action_path')}")
     report = ClipReport(label=entry.label)
     hash_ = hashlib.sha256()
     if entry.video_path is not None:
-        report.frames, size = _read_video(root / entry.video_path)
+        video = checks.open(entry.video_path)
+        report.frames, size = len(video), _frame_size(video)
+        report.fps = checks.fps(entry.video_path)
         report.size = f"{size[0]}x{size[1]}"
         if demands.frame_size not in (None, size):
             wanted = "x".join(map(str, demands.frame_size or ()))
@@ -192,14 +208,12 @@ def _look(root: Path, where: str, entry: ClipEntry, demands: Demands) -> ClipRep
     return report
 
 
-def _read_video(path: Path) -> tuple[int, tuple[int, int]]:
-    """Decode every frame; the number of frames and their (H, W)."""
-    video = open_video(path)
+def _frame_size(video: Video) -> tuple[int, int]:
+    """Decode every frame; (H, W)."""
     size = (0, 0)
-    for start in range(0, len(video), CHUNK_FRAMES):
-        frames = video.frames(np.arange(start, min(start + CHUNK_FRAMES, len(video))))
+    for frames in video.chunks(CHUNK_FRAMES):
         size = (frames.shape[1], frames.shape[2])
-    return len(video), size
+    return size
 
 
 def _read_latents(path: Path, demands: Demands) -> tuple[int, str]:

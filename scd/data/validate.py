@@ -4,10 +4,12 @@ from collections import Counter
 from pathlib import Path
 
 from scd.data.survey import Demands, Survey, survey_list
+from scd.data.video_checks import VideoChecks, told_in_order
 from scd.errors import ScdError
 from scd.files import write_json
 from scd.options import Options
 
+FPS_SPREAD = 1.01  # 29.97 and 30 are the same to a model
 SHOWN_KINDS = 12  # in one line of the table; the JSON file has all
 
 
@@ -21,12 +23,14 @@ def validate_experiment(options: Options, report: Path | None) -> None:
         ScdError: a list cannot be read, or a clip is broken (after everything was printed).
     """
     root = Path(options.data.root)
-    train = survey_list(root, root / options.data.train_list, _training_demands(options))
-    val = survey_list(root, root / options.data.val_list, _demands(options))
+    checks = VideoChecks(root)
+    train = survey_list(checks, root / options.data.train_list, _training_demands(options))
+    val = survey_list(checks, root / options.data.val_list, _demands(options))
     names = dict(enumerate(options.data.action_names))
     _conclude(
         [train, val],
         _training_warnings(train, options) + _validation_warnings(train, val, options),
+        checks,
         names,
         report,
     )
@@ -38,13 +42,14 @@ def validate_list(list_path: Path, root: Path, report: Path | None) -> None:
     Raises:
         ScdError: see `validate_experiment`.
     """
-    survey = survey_list(root, list_path, Demands())
+    checks = VideoChecks(root)
+    survey = survey_list(checks, list_path, Demands())
     warnings = []
     if len(survey.sizes) > 1:
         warnings.append(
             f"{list_path}: frames of {len(survey.sizes)} sizes: set data.resize_shorter"
         )
-    _conclude([survey], warnings + _repeats(survey), {}, report)
+    _conclude([survey], warnings + _repeats(survey), checks, {}, report)
 
 
 def _demands(options: Options) -> Demands:
@@ -124,10 +129,36 @@ def _short(survey: Survey, span: int, keys: str) -> list[str]:
     ]
 
 
+def _videos(survey: Survey, root: Path) -> list[str]:
+    """What is slow, or differs, of a list's videos as such."""
+    warnings = [told_in_order(Path(survey.path), root, survey.in_order)] if survey.in_order else []
+    slowest, fastest = min(survey.fps, default=1.0), max(survey.fps, default=1.0)
+    if fastest > FPS_SPREAD * slowest:
+        warnings.append(
+            f"{survey.path}: {slowest:g} to {fastest:g} frames a second: from one frame to the "
+            f"next, time passes unequally in its clips"
+        )
+    return warnings
+
+
+def _kept(checks: VideoChecks) -> list[str]:
+    try:
+        checks.save()
+    except ScdError as error:
+        return [f"{error}: its videos will be checked again by every command"]
+    return []
+
+
 def _conclude(
-    surveys: list[Survey], warnings: list[str], names: dict[int, str], report: Path | None
+    surveys: list[Survey],
+    warnings: list[str],
+    checks: VideoChecks,
+    names: dict[int, str],
+    report: Path | None,
 ) -> None:
     broken = [line for survey in surveys for line in survey.broken]
+    of_videos = [line for survey in surveys for line in _videos(survey, checks.root)]
+    warnings = warnings + of_videos + _kept(checks)
     print(table(surveys, names))
     for line in broken:
         print(f"broken: {line}")
@@ -156,6 +187,8 @@ def table(surveys: list[Survey], action_names: dict[int, str]) -> str:
         "frames a clip: min / median / max", [" / ".join(map(str, s.length_range)) for s in surveys]
     )
     row("clips by frame size", [_kinds(s.sizes) for s in surveys])
+    row("frames a second", [_kinds(Counter(f"{fps:.4g}" for fps in s.fps)) for s in surveys])
+    row("videos read in order", [str(len(s.in_order) or "") for s in surveys])
     row("actions, share of frames", [_shares(s.actions, action_names) for s in surveys])
     row("classes", [_classes(s.labels) for s in surveys])
     row("latents", [_kinds(s.latents) for s in surveys])

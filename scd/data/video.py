@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,7 @@ def write_video(
     coded = f"{scaled}-c:v {coder} -crf {crf} -g {KEYFRAME_EVERY} -threads 1"
 
     def write(aside: Path) -> None:
-        try:
-            ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
-        except RuntimeError as error:
-            raise ScdError(f"{path}: no ffmpeg to write it with ({reason(error)})") from error
-        command = [ffmpeg, "-y", "-v", "error", *raw.split(), *coded.split(), str(aside)]
+        command = [ffmpeg(path), "-y", "-v", "error", *raw.split(), *coded.split(), str(aside)]
         done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
         if done.returncode:
             message = done.stderr.decode(errors="replace").strip() or f"status {done.returncode}"
@@ -65,8 +63,57 @@ def write_video(
     write_whole(path, write)
 
 
-class VideoFile:
-    """Random access to the frames of a video.
+def ffmpeg(path: Path) -> str:
+    """The ffmpeg program, wanted for a video.
+
+    Raises:
+        ScdError: there is none.
+    """
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise ScdError(f"{path}: no ffmpeg to read or write it with ({reason(error)})") from error
+
+
+class Video(ABC):
+    """The frames of a clip, by their number from 0 on."""
+
+    path: Path
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def frames(self, indices: np.ndarray) -> np.ndarray:
+        """Some frames, (n, H, W, 3) uint8.
+
+        Raises:
+            ScdError: the video is too short or damaged.
+        """
+
+    def chunks(self, size: int) -> Iterator[np.ndarray]:
+        """All frames in order, at most `size` of them at once."""
+        for start in range(0, len(self), size):
+            yield self.frames(np.arange(start, min(start + size, len(self))))
+
+    def _check_wanted(self, indices: np.ndarray) -> None:
+        if len(indices) and int(indices.max()) >= len(self):
+            raise ScdError(
+                f"{self.path}: {len(self)} frames, but frame {int(indices.max())} was asked for"
+            )
+
+    def _check_memory(self, count: int, height: int, width: int) -> None:
+        if count * height * width * 3 > MAX_ARRAY_BYTES:
+            raise ScdError(
+                f"{self.path}: {count} frames of {height}x{width} pixels are more than the "
+                f"{MAX_ARRAY_BYTES // 2**30} GiB that are read at once"
+            )
+
+
+class VideoFile(Video):
+    """Random access to the frames of a video whose key frames are where its container says.
+
+    So are those of `write_video`; of files from elsewhere `scd.data.video_checks` knows.
 
     Raises:
         ScdError: the file is missing, or no decoder can read it.
@@ -88,26 +135,19 @@ class VideoFile:
     def __len__(self) -> int:
         return len(self._reader)
 
-    def frames(self, indices: np.ndarray) -> np.ndarray:
-        """Decode frames, (n, H, W, 3) uint8.
+    @property
+    def key_frames(self) -> list[int]:
+        """Where seeking lands, frame 0 among them."""
+        return sorted({0, *map(int, self._reader.get_key_indices())})
 
-        Raises:
-            ScdError: the video is too short or damaged.
-        """
+    def frames(self, indices: np.ndarray) -> np.ndarray:
         import decord
 
-        if len(indices) and int(indices.max()) >= len(self):
-            raise ScdError(
-                f"{self.path}: {len(self)} frames, but frame {int(indices.max())} was asked for"
-            )
+        self._check_wanted(indices)
         try:
             # The first one tells the size, before memory is taken for all of them.
             first = self._reader.get_batch([int(indices[0])]).asnumpy()
-            if first.nbytes * len(indices) > MAX_ARRAY_BYTES:
-                raise ScdError(
-                    f"{self.path}: {len(indices)} frames of {first.shape[1]}x{first.shape[2]} "
-                    f"pixels are more than the {MAX_ARRAY_BYTES // 2**30} GiB that are read at once"
-                )
+            self._check_memory(len(indices), *first.shape[1:3])
             if len(indices) == 1:
                 return first
             others = self._reader.get_batch(list(map(int, indices[1:]))).asnumpy()

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import write_video
+from scd.data.video_checks import VideoChecks
 from scd.doom.navigator import FreeSpace, Navigator
 from scd.doom.simulator import ACTIONS, FRAMES_PER_SECOND, NONE, DoomSimulator
 from scd.errors import ScdError
@@ -81,6 +82,7 @@ def _record_split(
             written.result()
     if entries == listed:
         return False
+    VideoChecks(root).check_all(str(entry.video_path) for entry in entries)
     write_list(list_path, entries)
     return True
 

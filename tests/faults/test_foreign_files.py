@@ -25,7 +25,8 @@ from scd.data.hub_repository import HubFile
 from scd.data.latents import check_latents, latent_header, read_latents
 from scd.data.npz_video import NpzVideo
 from scd.data.published import adopt_lists
-from scd.data.video import VideoFile, write_video
+from scd.data.video import write_video
+from scd.data.video_checks import KEPT, VideoChecks
 from scd.errors import ScdError
 from scd.evaluation.measure import FEATURES
 from scd.evaluation.samples import SampleFolder
@@ -260,8 +261,22 @@ def video(folder: Path) -> Kind:
     return Kind(
         "video",
         {"v.mp4": (folder / "v.mp4").read_bytes()},
-        lambda folder: VideoFile(folder / "v.mp4").frames(np.arange(0, 8, 2)),
+        lambda folder: VideoChecks(folder).open("v.mp4").frames(np.arange(0, 8, 2)),
     )
+
+
+@kind
+def video_checks(folder: Path) -> Kind:
+    write_video(folder / "v.mp4", VIDEO, 8)
+    checks = VideoChecks(folder)
+    checks.check_all(["v.mp4"])
+    whole = (folder / "v.mp4").read_bytes()
+
+    def read(folder: Path) -> None:
+        (folder / "v.mp4").write_bytes(whole)
+        VideoChecks(folder).open("v.mp4").frames(np.arange(0, 8, 2))
+
+    return Kind("checks of videos", {KEPT: (folder / KEPT).read_bytes()}, read)
 
 
 @kind
