@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scd.cli import main
-from scd.data.clips import ClipFolder, TrainingClips, clip_folder
+from scd.data.clips import ClipFolder, TrainingClips, clip_folder, with_float_pixels
 from scd.data.in_order import InOrderVideo, decode, remedy
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import VideoFile, write_video
@@ -88,7 +88,7 @@ def check_clips(root: Path, first_shown: dict[str, int], kinds: int = 1024) -> N
         training = TrainingClips(folder, frames=6, stride=3, seed=1)
         clips = [(training.number(sample), training[sample]) for sample in range(6 * len(folder))]
         clips += [(number, folder.read(number, 40)) for number in range(len(folder))]
-        for number, clip in clips:
+        for number, clip in ((number, with_float_pixels(clip)) for number, clip in clips):
             video = str(folder.entries[number].video_path)
             pictures = (clip["video"].permute(0, 2, 3, 1) * 255).numpy()
             offset = first_shown.get(Path(video).name, 0)
@@ -155,12 +155,12 @@ def test_generated_clips(generated: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_a_cut_video_of_one_key_frame(tmp_path: Path) -> None:
     """Nowhere to seek to, but more frames told than there are."""
-    write_video(tmp_path / "whole.mp4", np.repeat(drawn(10) // 4, 4, axis=0), 25)
+    write_video(tmp_path / "whole.mp4", np.repeat(drawn(5) // 4, 4, axis=0), 25)
     ffmpeg("-ss", "0.4", "-i", tmp_path / "whole.mp4", "-c", "copy", tmp_path / "cut.mp4")
     told = VideoFile(tmp_path / "cut.mp4")
-    assert told.key_frames == [0] and len(told) == 40
+    assert told.key_frames == [0] and len(told) == 20
     check = VideoChecks(tmp_path).check("cut.mp4")
-    assert check.frames == 30 and not check.random_access
+    assert check.frames == 10 and not check.random_access
 
 
 def test_repeated_pictures_are_frames(generated: Path) -> None:
