@@ -30,6 +30,7 @@ from scd.data.encode import encode_dataset
 from scd.data.latents import LatentHeader, latent_header, read_latents, write_latents
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import VideoFile, write_video
+from scd.data.video_checks import identity_of
 from scd.errors import ScdError
 from scd.files import read_json, write_json, write_whole
 from scd.models.autoencoder import encoder_hash, load_codec
@@ -532,7 +533,8 @@ def test_encoded_latents_are_those_of_the_videos(
     for number, entry in enumerate(entries):
         path = root / str(entry.latent_path)
         assert path.is_relative_to(root / "latents" / made_by[:12])
-        assert latent_header(path) == LatentHeader(made_by, (40, 8, 8, 8))
+        identity = identity_of(root / str(entry.video_path))
+        assert latent_header(path) == LatentHeader(made_by, (40, 8, 8, 8), identity)
         pixels, encoded = videos.read(number, 40), latents.read(number, 40)
         assert torch.equal(pixels["actions"], encoded["actions"])
         with torch.no_grad():

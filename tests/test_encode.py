@@ -8,6 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -17,6 +18,7 @@ from scd.data.clips import clip_folder
 from scd.data.encode import check_training_latents, encode_dataset, encoding_name
 from scd.data.latents import read_latents, write_latents
 from scd.data.lists import read_list, write_list
+from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
 from scd.models.autoencoder import load_codec
 from scd.options import Options, load_options
@@ -183,3 +185,43 @@ def test_published_latents_say_nothing_of_their_origin(root: Path, options: Opti
     write_list(root / "train.json", entries[::-1])
     with pytest.raises(ScdError, match=r"2\.pt: latents of 8x4x4"):
         check_training_latents(clip_folder(options, "train.json", "latents"), codec, options)
+
+
+def test_a_video_that_was_replaced_is_encoded_anew(
+    root: Path, options: Options, overrides: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    """By one of the same name and length; training and validate refuse what is older."""
+    encode_dataset(options)
+    folder = clip_folder(options, "train.json", "latents")
+    codec = load_codec(str(options.autoencoder.path))
+    check_training_latents(folder, codec, options)
+    first, second = (folder.entries[i] for i in (0, 1))
+    replaced, other = root / str(first.video_path), root / str(second.video_path)
+    frames = VideoFile(other).frames(np.arange(len(VideoFile(replaced))))
+    write_video(replaced, frames, 8.75)
+    os.utime(replaced, (0, 0))  # as one that was made long before
+    before = [read_latents(root / str(entry.latent_path)) for entry in (first, second)]
+    with pytest.raises(ScdError, match=r"latents of another video than .* is now: run scd encode"):
+        check_training_latents(folder, codec, options)
+    assert main(["validate", "--opt", str(TINY), *overrides]) == 1
+    assert "latents of another video" in capsys.readou.out().err
+    kept = (root / str(second.latent_path)).stat().st_mtime_ns
+    encode_dataset(options)
+    after = [read_latents(root / str(entry.latent_path)) for entry in (first, second)]
+    assert not torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+    assert (root / str(second.latent_path)).stat().st_mtime_ns == kept  # nothing else was
+    check_training_latents(folder, codec, options)
+
+
+def test_latents_that_do_not_say_of_which_video(root: Path, options: Options) -> None:
+    """Those of before, and foreign ones: taken where they are younger than the video."""
+    encode_dataset(options)
+    folder = clip_folder(options, "train.json", "latents")
+    codec = load_codec(str(options.autoencoder.path))
+    entry = folder.entries[0]
+    path, video = root / str(entry.latent_path), root / str(entry.video_path)
+    write_latents(path, read_latents(path), encoding_name(options))
+    check_training_latents(folder, codec, options)
+    os.utime(video, (2**31, 2**31))
+    with pytest.raises(ScdError, match="latents of another video"):
+        check_training_latents(folder, codec, options)

@@ -272,6 +272,26 @@ def test_precision_is_part_of_what_samples_are(monkeypatch, checkpoint, no_weigh
     assert len(list((options.output / EVALUATIONS).iterdir())) == 2
 
 
+def test_changed_actions_are_another_evaluation(
+    doom_root, checkpoint, no_weights, options, tmp_path
+):
+    """Of the same number, in files of the same size."""
+    root = tmp_path / "changed"
+    shutil.copytree(doom_root, root)
+    here = [*FEW, f"data.root={root}"]
+    evaluate_checkpoint(checkpoint, None, here)
+    for path in (root / "val").glob("*.npz"):
+        actions = np.load(path)["actions"]
+        np.savez(path, actions=actions)
+        size = path.stat().st_size
+        evaluate_checkpoint(checkpoint, None, here)  # other bytes, whatever they hold
+        np.savez(path, actions=(actions + 1) % 4)
+        assert path.stat().st_size == size
+    before = len(list((options.output / EVALUATIONS).iterdir()))
+    evaluate_checkpoint(checkpoint, None, here)
+    assert len(list((options.output / EVALUATIONS).iterdir())) == before + 1
+
+
 def test_validating_in_bf16_leaves_what_is_trained(model, options, tiny_autoencoder_path):
     codec = load_codec(tiny_autoencoder_path)
     options.rollout.precision = "bf16"

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from scd.data.clips import ClipFolder
 from scd.data.framing import Framing, as_images, framing_of
-from scd.data.latents import LatentHeader, check_latents, latent_header, write_latents
+from scd.data.latents import check_latents, latent_header, of_another_video, write_latents
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import Video
-from scd.data.video_checks import VideoChecks
+from scd.data.video_checks import VideoChecks, identity_of
 from scd.errors import ScdError
 from scd.models.autoencoder import CHUNK_FRAMES, Codec, LatentCodec, encoder_hash, load_codec
 from scd.options import Options
@@ -58,11 +58,15 @@ def encode_dataset(options: Options) -> None:
     checks = VideoChecks(root)
     with together():
         for video in _progress(share(list(targets))):
-            opened = checks.open(video)
-            wanted = LatentHeader(made_by, (len(opened), *shape))
-            if latent_header(targets[video]) != wanted:
+            opened, target = checks.open(video), targets[video]
+            found = latent_header(target)
+            there = found is not None and (found.made_by, found.shape) == (
+                made_by,
+                (len(opened), *shape),
+            )
+            if not there or of_another_video(target, root / video) is not None:
                 latents = _encode_video(opened, codec, framing, precision)
-                write_latents(targets[video], latents, made_by)
+                write_latents(target, latents, made_by, identity_of(root / video))
             lengths[targets[video]] = len(opened)
     lengths = dict(item for part in gather_object([lengths]) for item in part.items())
     with together():
@@ -112,7 +116,12 @@ def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -
     broken = options.data.max_broken_clips
     with together():
         if processes().is_main_process:
-            check_latents(paths, encoding_name(options), folder.frame_shape, broken)
+            videos = {
+                path: folder.root / entry.video_path
+                for path, entry in zip(paths, folder.entries, strict=True)
+                if entry.video_path is not None
+            }
+            check_latents(paths, encoding_name(options), folder.frame_shape, broken, videos)
 
 
 def latent_shape(codec: Codec, options: Options) -> tuple[int, int, int]:

@@ -4,11 +4,12 @@ Own files are safetensors with the key `latents`; the `.pt` tensors of published
 too, as plain tensors only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from scd.data.video_checks import identity_of
 from scd.errors import ScdError, reason
 from scd.files import write_whole
 from scd.tensor_files import is_plain, read_pt
@@ -92,24 +94,32 @@ def read_latents(path: Path) -> Tensor:
     return file.frames(np.arange(len(file)))
 
 
-def write_latents(path: Path, latents: Tensor, made_by: str) -> None:
+def write_latents(path: Path, latents: Tensor, made_by: str, video: str | None = None) -> None:
     """Write (F, C, h, w) latents with what made them (see `scd.data.encode.encoding_name`).
+
+    Args:
+        video: the identity of what they were made of (see `scd.data.video_checks.identity_of`).
 
     Raises:
         ScdError: they are not finite, or the file cannot be written.
     """
     if not torch.isfinite(latents).all():
         raise ScdError(f"{path}: the autoencoder gives latents that are not finite; not written")
-    data = save({"latents": latents.contiguous()}, {"autoencoder": made_by})
+    of_video = {} if video is None else {"video": video}
+    data = save({"latents": latents.contiguous()}, {"autoencoder": made_by, **of_video})
     write_whole(path, lambda aside: aside.write_bytes(data))
 
 
 @dataclass(frozen=True)
 class LatentHeader:
-    """What a latent file says of itself: `made_by` (None: it does not say) and (F, C, h, w)."""
+    """What a latent file says of itself: `made_by`, (F, C, h, w), and the identity of its video.
+
+    None: it does not say.
+    """
 
     made_by: str | None
     shape: tuple[int, ...]
+    video: str | None = None
 
 
 def latent_header(path: Path) -> LatentHeader | None:
@@ -121,16 +131,21 @@ def latent_header(path: Path) -> LatentHeader | None:
             return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            made_by = (file.metadata() or {}).get("autoencoder")
-            return LatentHeader(made_by, tuple(file.get_slice("latents").get_shape()))
+            said = file.metadata() or {}
+            shape = tuple(file.get_slice("latents").get_shape())
+            return LatentHeader(said.get("autoencoder"), shape, said.get("video"))
     except (SafetensorError, OSError, ValueError):
         return None
 
 
 def check_latents(
-    paths: list[Path], made_by: str, frame_shape: tuple[int, ...], max_broken: int = 0
+    paths: list[Path],
+    made_by: str,
+    frame_shape: tuple[int, ...],
+    max_broken: int = 0,
+    videos: Mapping[Path, Path] = MappingProxyType({}),
 ) -> dict[Path, int]:
-    """Refuse latents that another autoencoder made, or that do not fit a model.
+    """Refuse latents that another autoencoder made, of other videos, or that do not fit a model.
 
     They would train without a word and decode to noise. Headers only; of published `.pt` files,
     which have none, just the first is read, and the others when their turn comes.
@@ -138,6 +153,7 @@ def check_latents(
     Args:
         frame_shape: (C, h, w).
         max_broken: files that may be missing or damaged.
+        videos: what latents are of, as far as it is there; its identity must be the one they say.
 
     Returns:
         The number of frames in each file whose header was read.
@@ -158,7 +174,26 @@ def check_latents(
                 broken += 1
                 continue
             frames[path] = _checked(path, header, made_by, frame_shape).shape[0]
+        of_videos = {path: videos[path] for path in own if path in videos}
+        for told in pool.map(of_another_video, of_videos, of_videos.values()):
+            if told is not None:
+                raise ScdError(told)
     return frames
+
+
+def of_another_video(path: Path, video: Path) -> str | None:
+    """What is wrong with latents whose video is not the one that they were made of; None: nothing.
+
+    Latents that do not say which one that was, as older ones, are taken if they are younger.
+    """
+    header = latent_header(path)
+    if header is None or not video.is_file():
+        return None
+    if header.video is None:
+        same = path.suffix == ".pt" or path.stat().st_mtime >= video.stat().st_mtime
+    else:
+        same = header.video == identity_of(video)
+    return None if same else f"{path}: latents of another video than {video} is now: run scd encode"
 
 
 def _checked(

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scd.data.clips import check_actions, read_actions
-from scd.data.latents import latent_header, read_latents
+from scd.data.latents import latent_header, of_another_video, read_latents
 from scd.data.lists import ClipEntry, read_list
 from scd.data.video import Video
 from scd.data.video_checks import VideoChecks
@@ -190,6 +190,8 @@ def _look(checks: VideoChecks, where: str, entry: ClipEntry, demands: Demands) -
             hash_.update(sha256(path).encode())
         elif frames != report.frames:
             raise ScdError(f"{path}: {frames} latents for {report.frames} frames")
+        elif told := of_another_video(path, root / entry.video_path):
+            raise ScdError(told)
     if entry.actions_in is not None and (
         entry.action_path is not None or "actions_in" in demands.needed
     ):

@@ -25,6 +25,7 @@ from scd.files import read_json, write_json
 
 KEPT = "video_checks.json"
 END_BYTES = 2**16  # read of either end of a file to know it again
+WHOLE_BYTES = 2**20  # of files up to this size, all is hashed
 CHUNK_FRAMES = 8
 PLACES = 6  # where clips are read as training would
 
@@ -140,9 +141,10 @@ def told_in_order(list_path: Path, root: Path, videos: list[str]) -> str:
 
 
 def identity_of(path: Path) -> str:
-    """Tells a video from another of its name: its size, and a hash of both its ends.
+    """Tells a file from another of its name: its size, and a hash of it or of both its ends.
 
-    One end holds the place and size of every frame. Copying a file does not change its identity.
+    Of a large video, one end holds the place and size of every frame. Copying a file does not
+    change its identity.
 
     Raises:
         ScdError: there is no such file, or it cannot be read.
@@ -152,9 +154,10 @@ def identity_of(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            ends = file.read(END_BYTES)
-            file.seek(max(size - END_BYTES, 0))
-            ends += file.read(END_BYTES)
+            ends = file.read(END_BYTES if size > WHOLE_BYTES else size)
+            if size > WHOLE_BYTES:
+                file.seek(size - END_BYTES)
+                ends += file.read(END_BYTES)
     except OSError as error:
         raise ScdError(f"{path}: cannot be read ({error.strerror or error})") from error
     return f"{size}-{hashlib.sha256(ends).hexdigest()[:32]}"

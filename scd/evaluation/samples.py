@@ -27,9 +27,10 @@ from torch import Tensor
 from scd.data.clips import ClipFolder
 from scd.data.lists import can_be_path
 from scd.data.video import VideoFile, write_video
+from scd.data.video_checks import identity_of
 from scd.errors import ScdError
 from scd.evaluation.pictures import to_bytes
-from scd.files import read_json, write_json, write_whole
+from scd.files import read_json, sha256, write_json, write_whole
 from scd.models.autoencoder import autoencoder_hash
 from scd.option_rules import CHOICES
 from scd.options import Options
@@ -246,15 +247,17 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _data_hash(data: ClipFolder) -> str:
-    """Of the list's entries and their files' sizes: another recording has other sizes.
+    """Of the list's entries and what is in their files.
 
     Latents are left out: evaluation reads videos, and encoding them changes nothing.
     """
     digest = hashlib.sha256()
     for entry in data.entries:
-        files = [entry.video_path, entry.action_path if data.condition == "action" else None]
-        paths = [data.root / file for file in files if file is not None]
-        sizes = [path.stat().st_size if path.is_file() else None for path in paths]
+        files = [entry.video_path, entry.actions_in if data.condition == "action" else None]
+        contents = [
+            hash_of(data.root / file) if file is not None and (data.root / file).is_file() else None
+            for file, hash_of in zip(files, (identity_of, sha256), strict=True)
+        ]
         label = entry.label if data.condition == "label" else None
-        digest.update(json.dumps([files, sizes, label]).encode())
+        digest.update(json.dumps([files, contents, label]).encode())
     return digest.hexdigest()
