@@ -204,7 +204,7 @@ def test_a_video_that_was_replaced_is_encoded_anew(
     with pytest.raises(ScdError, match=r"latents of another video than .* is now: run scd encode"):
         check_training_latents(folder, codec, options)
     assert main(["validate", "--opt", str(TINY), *overrides]) == 1
-    assert "latents of another video" in capsys.readou.out().err
+    assert "latents of another video" in capsys.readouterr().out
     kept = (root / str(second.latent_path)).stat().st_mtime_ns
     encode_dataset(options)
     after = [read_latents(root / str(entry.latent_path)) for entry in (first, second)]
