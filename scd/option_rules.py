@@ -89,6 +89,7 @@ FRACTIONS = [
     "flow.condition_dropout",
     "optim.ema_decay",
 ]
+FOLDERS = ("data.root", "output_root")
 COMPARISONS = ("repeat", "autoencoder", "other")
 TRACKERS = ("tensorboard", "wandb")
 
@@ -125,6 +126,10 @@ def _check_value(key: str, value: Any, require: Require) -> None:
     require(all(map(math.isfinite, floats)), f"{key} must be finite, not {value}")
     texts = [one for one in values if isinstance(one, str)]
     require(not any("\0" in text for text in texts), f"{key} has a zero byte: {values!r}")
+    halves = [text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text)]
+    require(not halves, f"{key} is not UTF-8: {halves}")
+    if key in FOLDERS:
+        require(value != "None", f"{key} is None: it needs a folder (./None, if it is called so)")
     if key in POSITIVE:
         require(value > 0, f"{key} must be above 0, not {value}")
     if key in NOT_NEGATIVE:
