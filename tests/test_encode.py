@@ -170,3 +170,19 @@ def test_published_latents_say_nothing_of_their_origin(root: Path, options: Opti
     write_list(root / "train.json", entries[::-1])
     with pytest.raises(ScdError, match=r"2\.pt: latents of 8x4x4"):
         check_training_latents(clip_folder(options, "train.json", "latents"), codec, options)
+
+
+@pytest.mark.parametrize("name", ["x" * 239, "x" * 240, "x" * 251, "\u3042" * 83])
+def test_videos_of_the_longest_names_have_latents(name: str, root: Path, options: Options) -> None:
+    """A file's name has 255 bytes at most, and latents' names are longer than their videos'."""
+    first = read_list(root / "train.json")[0]
+    (root / str(first.video_path)).rename(root / f"{name}.mp4")
+    write_list(root / "train.json", [replace(first, video_path=f"{name}.mp4")])
+    encode_dataset(options)
+    [entry] = read_list(root / "train.json")
+    assert len(read_latents(root / str(entry.latent_path))) == 40
+    assert len(Path(str(entry.latent_path)).name.encode()) <= 255
+    assert not [path.name for path in root.rglob(".*") if path.is_file()]
+    before = (root / str(entry.latent_path)).stat().st_mtime_ns
+    encode_dataset(options)  # it is there already
+    assert (root / str(entry.latent_path)).stat().st_mtime_ns == before

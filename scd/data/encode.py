@@ -4,6 +4,7 @@ Any number of processes share the work. Each skips what is there already, so an 
 on where it stopped; the list file changes at the end, when every entry's latents have been checked.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from scd.data.clips import ClipFolder
 from scd.data.framing import Framing, as_images, framing_of
 from scd.data.latents import LatentHeader, check_latents, latent_header, write_latents
-from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.lists import ClipEntry, path_problem, read_list, write_list
 from scd.data.npz_video import NpzVideo, open_video
 from scd.data.video import VideoFile
 from scd.errors import ScdError
@@ -52,9 +53,8 @@ def encode_dataset(options: Options) -> None:
     list_path = root / options.data.train_list
     entries = read_list(list_path)
     folder = Path("latents") / (made_by[:12] + framing.name)
-    targets = {
-        video: root / folder / f"{video}.safetensors" for video in _videos(list_path, entries)
-    }
+    names = {video: _latent_name(folder, video) for video in _videos(list_path, entries)}
+    targets = {video: root / name for video, name in names.items()}
     lengths: dict[Path, int] = {}
     with together():
         for video in _progress(share(list(targets))):
@@ -74,10 +74,7 @@ def encode_dataset(options: Options) -> None:
                 raise ScdError(f"{target}: {found[target]} latents for {length} frames")
         write_list(
             list_path,
-            [
-                replace(entry, latent_path=str(folder / f"{entry.video_path}.safetensors"))
-                for entry in entries
-            ],
+            [replace(entry, latent_path=str(names[str(entry.video_path)])) for entry in entries],
         )
 
 
@@ -134,6 +131,14 @@ def _videos(list_path: Path, entries: list[ClipEntry]) -> list[str]:
         if entry.video_path is None:
             raise ScdError(f"{list_path}: entry {number} has no video_path")
     return list(dict.fromkeys(str(entry.video_path) for entry in entries))
+
+
+def _latent_name(folder: Path, video: str) -> Path:
+    """Name a video's latents after it, or by its name's hash where that gets too long."""
+    name = folder / f"{video}.safetensors"
+    if path_problem(str(name)) is None:
+        return name
+    return folder / f"{hashlib.sha256(video.encode()).hexdigest()}.safetensors"
 
 
 def _progress(videos: Sequence[str]) -> Iterable[str]:
