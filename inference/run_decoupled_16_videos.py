@@ -6,17 +6,17 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from scd.cli import run_told
+from scd.paths import from_user, to_read
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--opt", help="options file (default: the options in the checkpoint)")
-    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=to_read)
     parser.add_argument("--num-videos", type=int, default=16)
-    parser.add_argument("--output", type=Path, help="(default: experiments/<name>/videos)")
+    parser.add_argument("--output", type=from_user, help="(default: experiments/<name>/videos)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     a = parser.parse_intermixed_args()
 

@@ -3,17 +3,18 @@
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from scd.cpu import prepare_process
 from scd.errors import ScdError, Stopped
+from scd.paths import from_user, to_read
+from scd.surroundings import settle_surroundings
 
 
 def record(arguments: argparse.Namespace) -> None:
     from scd.doom.record import record_dataset
 
     a = arguments
-    record_dataset(Path(a.root), a.train_episodes, a.val_episodes, a.frames, a.size)
+    record_dataset(a.root, a.train_episodes, a.val_episodes, a.frames, a.size)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -35,7 +36,7 @@ def make_lists(arguments: argparse.Namespace) -> None:
     from scd.data.make_lists import make_lists as make
 
     a = arguments
-    make(ListRequest(Path(a.root), a.train_list, a.val_list, a.split, a.val_fraction, a.labels))
+    make(ListRequest(a.root, a.train_list, a.val_list, a.split, a.val_fraction, a.labels))
 
 
 def validate(arguments: argparse.Namespace) -> None:
@@ -70,31 +71,31 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from scd.evaluation.run import evaluate_checkpoint
 
     a = arguments
-    evaluate_checkpoint(Path(a.checkpoint), a.opt, a.overrides, a.sweep, a.track)
+    evaluate_checkpoint(a.checkpoint, a.opt, a.overrides, a.sweep, a.track)
 
 
 def compare(arguments: argparse.Namespace) -> None:
     from scd.evaluation.compare import compare_checkpoints
 
     a = arguments
-    overrides = [text for text in a.checkpoints if "=" in text and not Path(text).exists()]
-    paths = [Path(text) for text in a.checkpoints if text not in overrides]
+    overrides = [text for text in a.checkpoints if "=" in text and not from_user(text).exists()]
+    paths = [to_read(text) for text in a.checkpoints if text not in overrides]
     if not paths:
         raise ScdError(f"compare: {overrides[0]!r} changes options, but no checkpoint is given")
-    compare_checkpoints(paths, Path(a.out), overrides)
+    compare_checkpoints(paths, a.out, overrides)
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
     from scd.benchmark.run import benchmark as run
 
-    run(Path(arguments.out), arguments.only, arguments.plots)
+    run(arguments.out, arguments.only, arguments.plots)
 
 
 def probe(arguments: argparse.Namespace) -> None:
     from scd.analysis.probe import probe_checkpoint
 
     a = arguments
-    probe_checkpoint(Path(a.checkpoint), a.opt, a.overrides, a.clips, a.steps, a.fine_tune)
+    probe_checkpoint(a.checkpoint, a.opt, a.overrides, a.clips, a.steps, a.fine_tune)
 
 
 def split(arguments: argparse.Namespace) -> None:
@@ -102,14 +103,14 @@ def split(arguments: argparse.Namespace) -> None:
 
     a = arguments
     wanted = Split(a.encoder_layers, a.decoder_layers, a.decoder_from)
-    split_checkpoint(Path(a.checkpoint), wanted, Path(a.out), a.opt, a.overrides)
+    split_checkpoint(a.checkpoint, wanted, a.out, a.opt, a.overrides)
 
 
 def ema(arguments: argparse.Namespace) -> None:
     from scd.training.posthoc_ema import write_average
 
     a = arguments
-    write_average(Path(a.run_folder), a.sigma_rel, a.step, Path(a.out))
+    write_average(a.run_folder, a.sigma_rel, a.step, a.out)
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -118,7 +119,7 @@ def export(arguments: argparse.Namespace) -> None:
     from scd.export import export_checkpoint
 
     a = arguments
-    export_checkpoint(Path(a.checkpoint), Path(a.out), getattr(torch, a.dtype), a.overrides)
+    export_checkpoint(a.checkpoint, a.out, getattr(torch, a.dtype), a.overrides)
 
 
 def starts(arguments: argparse.Namespace) -> None:
@@ -157,7 +158,7 @@ def play(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace) -> None:
     from scd.evaluation.run import measure_folder
 
-    measure_folder(Path(arguments.folder))
+    measure_folder(arguments.folder)
 
 
 def fetch_weights(arguments: argparse.Namespace) -> None:
@@ -170,7 +171,7 @@ def fetch_weights(arguments: argparse.Namespace) -> None:
 def fetch_data(arguments: argparse.Namespace) -> None:
     from scd.data.hub import fetch
 
-    fetch(arguments.names, Path(arguments.root))
+    fetch(arguments.names, arguments.root)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -178,7 +179,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     p = commands.add_parser("record", help="record Doom episodes: videos, actions, list files")
-    p.add_argument("--root", default="data/doom", help="folder to write to (default: %(default)s)")
+    p.add_argument(
+        "--root",
+        type=from_user,
+        default="data/doom",
+        help="folder to write to (default: %(default)s)",
+    )
     p.add_argument("--train-episodes", type=int, default=400, help="(default: %(default)s)")
     p.add_argument("--val-episodes", type=int, default=64, help="(default: %(default)s)")
     p.add_argument("--frames", type=int, default=300, help="frames an episode (default: 300)")
@@ -187,7 +193,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("fetch-data", help="fetch published data sets and autoencoders")
     p.add_argument("names", nargs="+", metavar="NAME", help="such as minecraft, dcae_minecraft")
-    p.add_argument("--root", default="data", help="folder to write to (default: %(default)s)")
+    p.add_argument(
+        "--root", type=from_user, default="data", help="folder to write to (default: %(default)s)"
+    )
     p.set_defaults(run=fetch_data)
 
     p = commands.add_parser("fetch-weights", help="fetch and check the weights of LPIPS and FVD")
@@ -202,7 +210,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=train)
 
     p = commands.add_parser("make-lists", help="write list files for a folder of videos")
-    p.add_argument("root", help="videos are searched below it, lists written into it")
+    p.add_argument(
+        "root", type=from_user, help="videos are searched below it, lists written into it"
+    )
     p.add_argument("--train-list", default="train.json", help="(default: %(default)s)")
     p.add_argument("--val-list", default="val.json", help="(default: %(default)s)")
     p.add_argument(
@@ -218,9 +228,9 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("validate", help="read a whole data set: counts, broken files, hash")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--opt", help="options file (YAML): both its lists")
-    what.add_argument("--list", type=Path, help="one list file")
-    p.add_argument("--root", type=Path, help="of --list (default: the folder it lies in)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    what.add_argument("--list", type=from_user, help="one list file")
+    p.add_argument("--root", type=from_user, help="of --list (default: the folder it lies in)")
+    p.add_argument("--json", type=from_user, metavar="FILE", help="write what was found")
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=validate)
 
@@ -230,7 +240,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=encode)
 
     p = commands.add_parser("evaluate", help="measure a checkpoint: FVD, PSNR, SSIM, LPIPS")
-    p.add_argument("checkpoint", help="ema.safetensors of this project, or the reference's ema.pth")
+    p.add_argument(
+        "checkpoint",
+        type=to_read,
+        help="ema.safetensors of this project, or the reference's ema.pth",
+    )
     p.add_argument("--opt", help="options file instead of the options in the checkpoint")
     p.add_argument(
         "--sweep",
@@ -250,18 +264,27 @@ def build_parser() -> argparse.ArgumentParser:
         help="ema.safetensors of each, or exported folders; then any key=value they were evaluated "
         "with",
     )
-    p.add_argument("--out", default="experiments/compare", help="(default: %(default)s)")
+    p.add_argument(
+        "--out", type=from_user, default="experiments/compare", help="(default: %(default)s)"
+    )
     p.set_defaults(run=compare)
 
     p = commands.add_parser("benchmark", help="seconds a frame beside the floor; clips a second")
     p.add_argument("--only", metavar="TEXT", help="the cases whose name contains it, as data")
     p.add_argument("--plots", action="store_true", help="also cost against context and steps")
-    p.add_argument("--out", default="experiments/benchmark", help="folder (default: %(default)s)")
+    p.add_argument(
+        "--out",
+        type=from_user,
+        default="experiments/benchmark",
+        help="folder (default: %(default)s)",
+    )
     p.set_defaults(run=benchmark)
 
     p = commands.add_parser("probe", help="see what a model's layers repeat, attend to and need")
     p.add_argument(
-        "checkpoint", help="ema.safetensors, the reference's ema.pth, or an exported folder"
+        "checkpoint",
+        type=to_read,
+        help="ema.safetensors, the reference's ema.pth, or an exported folder",
     )
     p.add_argument("--opt", help="options file instead of the options in the checkpoint")
     p.add_argument(
@@ -275,7 +298,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=probe)
 
     p = commands.add_parser("split", help="start an SCD from a dense model's layers")
-    p.add_argument("checkpoint", help="ema.safetensors or exported folder of a causal_dit")
+    p.add_argument(
+        "checkpoint", type=to_read, help="ema.safetensors or exported folder of a causal_dit"
+    )
     p.add_argument("--opt", help="options file instead of the options in the checkpoint")
     p.add_argument("--encoder-layers", type=int, required=True, help="its first layers")
     p.add_argument("--decoder-layers", type=int, required=True)
@@ -285,24 +310,37 @@ def build_parser() -> argparse.ArgumentParser:
         default="last",
         help="its last layers, or half of them from either end (default: %(default)s)",
     )
-    p.add_argument("--out", required=True, help="folder for model.safetensors and options.yml")
+    p.add_argument(
+        "--out", type=from_user, required=True, help="folder for model.safetensors and options.yml"
+    )
     p.add_argument("overrides", nargs="*", metavar="key=value")
     p.set_defaults(run=split)
 
     p = commands.add_parser("ema", help="average a run's weights as long as is chosen afterwards")
     p.add_argument(
-        "run_folder", metavar="run", help="experiments/NAME, trained with train.snapshot_every"
+        "run_folder",
+        type=to_read,
+        metavar="run",
+        help="experiments/NAME, trained with train.snapshot_every",
     )
     p.add_argument(
         "--sigma-rel", type=float, required=True, help="length, as a share of the training so far"
     )
     p.add_argument("--step", type=int, help="of a snapshot (default: the newest)")
-    p.add_argument("--out", required=True, metavar="FILE", help="to write, .safetensors")
+    p.add_argument(
+        "--out", type=from_user, required=True, metavar="FILE", help="to write, .safetensors"
+    )
     p.set_defaults(run=ema)
 
     p = commands.add_parser("export", help="write a checkpoint as a pipeline with a model card")
-    p.add_argument("checkpoint", help="ema.safetensors of this project, or the reference's ema.pth")
-    p.add_argument("--out", required=True, help="folder; the last part names the model")
+    p.add_argument(
+        "checkpoint",
+        type=to_read,
+        help="ema.safetensors of this project, or the reference's ema.pth",
+    )
+    p.add_argument(
+        "--out", type=from_user, required=True, help="folder; the last part names the model"
+    )
     p.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
@@ -314,7 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("starts", help="cut clips for `scd play` to begin with")
     p.add_argument("--opt", required=True, help="options file (YAML) of the model to be played")
-    p.add_argument("--out", required=True, type=Path, help="folder, for scd play --starts")
+    p.add_argument("--out", required=True, type=from_user, help="folder, for scd play --starts")
     p.add_argument(
         "--clips", default="8", help="first validation clips, or numbers as 3,17,40 (default: 8)"
     )
@@ -331,13 +369,13 @@ def build_parser() -> argparse.ArgumentParser:
     p = commands.add_parser("play", help="serve a world to walk in, for a browser")
     p.add_argument(
         "--model",
-        type=Path,
-        default=Path("assets/pretrained/scd_doom"),
+        type=to_read,
+        default="assets/pretrained/scd_doom",
         help="folder of a pretrained model (default: %(default)s)",
     )
-    p.add_argument("--baseline", type=Path, metavar="DIR", help="another, shown beside it")
+    p.add_argument("--baseline", type=to_read, metavar="DIR", help="another, shown beside it")
     p.add_argument(
-        "--starts", type=Path, default=Path("assets/starts"), help="folder (default: %(default)s)"
+        "--starts", type=to_read, default="assets/starts", help="folder (default: %(default)s)"
     )
     p.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
@@ -357,14 +395,21 @@ def build_parser() -> argparse.ArgumentParser:
     p.set_defaults(run=play)
 
     p = commands.add_parser("measure", help="recompute the metrics of saved samples, without model")
-    p.add_argument("folder", help="such as experiments/<name>/evaluation/step-00000400-1f2e3d4c")
+    p.add_argument(
+        "folder",
+        type=from_user,
+        help="such as experiments/<name>/evaluation/step-00000400-1f2e3d4c",
+    )
     p.set_defaults(run=measure)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    try:
+        arguments, rest = parser.parse_known_args(argv)
+    except ScdError as error:  # of a path that cannot be
+        parser.error(str(error))
     # argparse takes no more overrides once another argument has come between.
     if rest and (not hasattr(arguments, "overrides") or any(text[:1] == "-" for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -375,6 +420,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_told(run: Callable[[], object], name: str) -> int:
     """Run a command in a process of its own; what goes wrong is told in one line: the exit code."""
+    settle_surroundings()
     prepare_process()
     try:
         run()
@@ -386,6 +432,13 @@ def run_told(run: Callable[[], object], name: str) -> int:
     except OSError as error:  # of a disk or a system, where no module has told it better
         told = ScdError(f"{error.filename or name}: {error.strerror or error}")
         print(f"error: {told}", file=sys.stderr)
+        return 1
+    except UnicodeEncodeError as error:  # a name that is not UTF-8, or UTF-8 where nothing else is
+        print(
+            f"error: {name}: {error.object[:200]!r} cannot be written in {error.encoding}: rename "
+            f"it, or set PYTHONUTF8=1 if the locale is not UTF-8",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

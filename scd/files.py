@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ import numpy as np
 from safetensors import SafetensorError
 
 from scd.errors import ScdError, reason
+from scd.paths import why_missing
 
 MAX_JSON_BYTES = 2**28  # a list of a million clips
+MAX_NAME_BYTES = 255  # of a file, on every common file system
 MAX_ARRAY_BYTES = 2**30  # of one array in an npz file; a DMLab clip has 3.7 MB
 
 
@@ -32,7 +35,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         ScdError: the disk is full, the folder read-only, or the like.
     """
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    aside = path.with_name(_aside_name(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
@@ -47,6 +50,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def _aside_name(path: Path) -> str:
+    """Name the file that is to become `path`: as `remove_unfinished` knows it, and not too long."""
+    end = f".{os.getpid()}{path.suffix}".encode(errors="surrogateescape")
+    stem = path.stem.encode(errors="surrogateescape")[: MAX_NAME_BYTES - len(end) - 1]
+    return f".{stem.decode(errors='ignore')}{end.decode(errors='surrogateescape')}"
 
 
 def write_whole_folder(path: Path, write: Callable[[Path], object]) -> None:
@@ -118,7 +128,7 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"larger than {MAX_JSON_BYTES // 2**20} MiB")
         return json.loads(data.decode("utf-8"))
     except FileNotFoundError as error:
-        raise ScdError(f"{path}: no such file") from error
+        raise ScdError(f"{path}: {why_missing(path)}") from error
     except OSError as error:
         raise ScdError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
@@ -162,7 +172,7 @@ def read_npz(path: Path, key: str, most: int = MAX_ARRAY_BYTES) -> np.ndarray:
 
 def _open_npz(path: Path) -> zipfile.ZipFile:
     if not path.exists():
-        raise ScdError(f"{path}: no such file")
+        raise ScdError(f"{path}: {why_missing(path)}")
     try:
         return zipfile.ZipFile(path)
     except Exception as error:  # damaged archives raise many kinds
@@ -172,6 +182,9 @@ def _open_npz(path: Path) -> zipfile.ZipFile:
 @contextmanager
 def _npz_member(path: Path, key: str) -> Iterator[IO[bytes]]:
     with _open_npz(path) as archive:
+        if f"{key}.npy" not in archive.namelist():
+            keys = reprlib.repr(sorted(name.removesuffix(".npy") for name in archive.namelist()))
+            raise ScdError(f"{path}: has no key {key!r}, but {keys}")
         try:
             with archive.open(f"{key}.npy") as member:
                 yield member

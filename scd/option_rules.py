@@ -94,6 +94,7 @@ FRACTIONS = [
     "optim.ema_decay",
 ]
 MAX_SIGMA_REL = 0.28  # a plain mean over all of training has 0.289
+FOLDERS = ("data.root", "output_root")
 COMPARISONS = ("repeat", "autoencoder", "other")
 TRACKERS = ("tensorboard", "wandb")
 
@@ -130,6 +131,10 @@ def _check_value(key: str, value: Any, require: Require) -> None:
     require(all(map(math.isfinite, floats)), f"{key} must be finite, not {value}")
     texts = [one for one in values if isinstance(one, str)]
     require(not any("\0" in text for text in texts), f"{key} has a zero byte: {values!r}")
+    halves = [text for text in texts if any("\ud800" <= letter <= "\udfff" for letter in text)]
+    require(not halves, f"{key} is not UTF-8: {halves}")
+    if key in FOLDERS:
+        require(value != "None", f"{key} is None: it needs a folder (./None, if it is called so)")
     if key in POSITIVE:
         require(value > 0, f"{key} must be above 0, not {value}")
     if key in NOT_NEGATIVE:

@@ -6,10 +6,13 @@ contradictory pair is an `ScdError` that names the file, the key and the nearest
 
 import difflib
 import json
+import math
 import reprlib
 from dataclasses import dataclass, field, fields, is_dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -17,9 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from scd.errors import ScdError, reason
 from scd.option_rules import check, known_keys
+from scd.paths import expand, to_read, why_missing
 
 OPTIONS_FILE = "options.yml"  # beside a model, what it was trained by
 MAX_BYTES = 2**16  # of an options file; those of this project have about 2 KiB
+PATHS = (
+    *("output_root", "init_from", "autoencoder.path"),
+    *("data.root", "data.train_list", "data.val_list"),
+)
 Bytes = TypeVar("Bytes", str, bytes)
 
 
@@ -215,14 +223,14 @@ def load_options(path: str | Path, overrides: list[str] | None = None) -> Option
     Raises:
         ScdError: see the module's first lines.
     """
-    path = Path(path)
+    path = to_read(path)
     try:
         with open(path, "rb") as file:
             written = yaml.load(_bounded(file.read(MAX_BYTES + 1)).decode("utf-8"), _Loader)
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ScdError(f"{path}: no such options file{hint}") from error
+        raise ScdError(f"{path}: {why_missing(path, 'options file')}{hint}") from error
     except Exception as error:  # YAML errors of several kinds, unreadable files
         raise ScdError(f"{path}: not a readable options file ({_one_line(error)})") from error
     return _resolve(written, str(path), overrides or [])
@@ -255,21 +263,44 @@ def options_to_yaml(options: Options) -> str:
 class _Loader(yaml.SafeLoader):
     """YAML whose plain scalars stay text, but for null: the option's type says what they are.
 
-    By itself YAML reads `no` as false, `1.10` as 1.1 and `1e-3` as text.
+    By itself YAML reads `no` as false, `1.10` as 1.1 and `1e-3` as text. Merge keys (`<<`) work as
+    in YAML 1.1: what a section says itself goes before what it takes over.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) < len(names):
             raise yaml.MarkedYAMLError(
                 problem="a key stands twice in one section", problem_mark=node.start_mark
             )
-        return mapping
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # PyYAML's own takes the first of several merged sections in some versions, and the last in
+        # others. Each key is kept once: sections merged many times over stay small.
+        taken: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        own = {str(key.value): (key, value) for key, value in node.value if key.tag != _MERGE}
+        for key, value in node.value:
+            for section in self._merged(value) if key.tag == _MERGE else []:
+                self.flatten_mapping(section)
+                for pair in section.value:
+                    taken.setdefault(str(pair[0].value), pair)
+        node.value = list((taken | own).values())
+
+    def _merged(self, node: yaml.Node) -> list[yaml.MappingNode]:
+        sections = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if not all(isinstance(section, yaml.MappingNode) for section in sections):
+            raise yaml.MarkedYAMLError(
+                problem="<< takes a section, or a list of sections", problem_mark=node.start_mark
+            )
+        return sections
 
 
-_NULL = "tag:yaml.org,2002:null"
+_MERGE = "tag:yaml.org,2002:merge"
+_SPECIAL = ("tag:yaml.org,2002:null", _MERGE)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag == _NULL]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _SPECIAL]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -281,9 +312,8 @@ def _resolve(written: Any, source: str, overrides: list[str]) -> Options:
     for where, part in parts:
         if not isinstance(part, dict):
             raise ScdError(f"{where}: an options file is a mapping of names to values")
-        _check_shape(part, Options, where)
         try:
-            merged = OmegaConf.merge(merged, part)
+            merged = OmegaConf.merge(merged, _plain(part, Options, where))
         except OmegaConfBaseException as error:
             raise ScdError(f"{where}: {error.full_key}: {_one_line(error)}") from error
         except OverflowError as error:
@@ -297,7 +327,17 @@ def _resolve(written: Any, source: str, overrides: list[str]) -> Options:
         raise ScdError(f"{source}: {error.full_key}: {_one_line(error)}") from error
     assert isinstance(options, Options)
     check(options, source)
+    _expand_paths(options)
     return options
+
+
+def _expand_paths(options: Options) -> None:
+    """Expand `~` in every path."""
+    for key in PATHS:
+        section, _, name = key.rpartition(".")
+        part = getattr(options, section) if section else options
+        if (text := getattr(part, name)) is not None:
+            setattr(part, name, expand(text))
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -314,8 +354,13 @@ def _parse_override(text: str) -> dict[str, Any]:
     return part
 
 
-def _check_shape(part: dict, section: type, where: str, prefix: str = "") -> None:
-    """Refuse unknown keys, and sections, lists and single values in each other's place."""
+def _plain(part: dict, section: type, where: str, prefix: str = "") -> dict[str, Any]:
+    """Values as their options take them (`_as`).
+
+    Raises:
+        ScdError: an unknown key, or sections, lists and single values in each other's place.
+    """
+    plain: dict[str, Any] = {}
     types: dict[Any, Any] = {item.name: item.type for item in fields(section)}
     for key, value in part.items():
         name = f"{prefix}{key}"
@@ -325,7 +370,7 @@ def _check_shape(part: dict, section: type, where: str, prefix: str = "") -> Non
             if not isinstance(value, dict):
                 short = reprlib.repr(value)
                 raise ScdError(f"{where}: {name} is a section of options, not {short}")
-            _check_shape(value, types[key], where, f"{name}.")
+            plain[key] = _plain(value, types[key], where, f"{name}.")
             continue
         wants_list = get_origin(types[key]) is list
         items = value if wants_list and isinstance(value, list) else [value]
@@ -335,6 +380,23 @@ def _check_shape(part: dict, section: type, where: str, prefix: str = "") -> Non
         if wants_list != isinstance(value, list) or any(isinstance(i, list | dict) for i in items):
             wanted = "a list" if wants_list else "a single value"
             raise ScdError(f"{where}: {name} takes {wanted}, not {reprlib.repr(value)}")
+        kinds = get_args(types[key]) or (types[key],)
+        plain[key] = [_as(kinds, item) for item in value] if wants_list else _as(kinds, value)
+    return plain
+
+
+def _as(kinds: tuple[type, ...], value: Any) -> Any:
+    """Read `1e5` as an integer and `None` as null, where an option takes these."""
+    if isinstance(value, str) and NoneType in kinds and value.lower() == "none":
+        return None
+    if isinstance(value, str) and int in kinds:
+        try:
+            # Of numbers beyond floats OmegaConf tells that they are none.
+            whole = math.isfinite(float(value)) and float(value).is_integer()
+            return int(Decimal(value)) if whole else value
+        except (ValueError, ArithmeticError):
+            return value
+    return value
 
 
 def _unknown_key(key: str) -> str:

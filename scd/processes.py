@@ -5,6 +5,9 @@ several machines: a shared file system).
 """
 
 import atexit
+import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,19 +17,99 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed import DistError, PrefixStore, Store, is_initialized
+from torch.distributed.rendezvous import rendezvous
 
 from scd.errors import ScdError, reason
 
 LONGEST_WAIT = timedelta(hours=12)  # for the slowest process
+LONGEST_START = timedelta(minutes=5)  # of the last process after the first
+TOLD_AFTER = 10  # seconds of waiting for it
+# What every launcher sets, and what those of MPI do, which accelerate goes by on the CPU.
+LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Variables of accelerate that say how a run is launched. Its others say how it is computed, which
+# the options do here.
+OF_LAUNCH = (
+    *("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"),
+    *("ACCELERATE_CPU_AFFINITY", "ACCELERATE_CONFIG"),
+    *("ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL"),
+)
 T = TypeVar("T")
 
 
 def processes() -> PartialState:
-    """This process among those of the launcher, or the only one."""
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
+    """This process among those of the launcher, or the only one.
+
+    Raises:
+        ScdError: see `join`.
+    """
+    state = join(LONGEST_WAIT)
     if state.num_processes > 1:
         _leave_at_exit()
     return state
+
+
+def join(longest_wait: timedelta) -> PartialState:
+    """Find the other processes of this launch; again, it is the state that there is.
+
+    Args:
+        longest_wait: for each other later on.
+
+    Raises:
+        ScdError: variables announce other processes, but not all that a launcher sets are there, or
+            the others do not come within `LONGEST_START`.
+    """
+    take_accelerate_settings()
+    cpu = not torch.cuda.is_available()
+    if PartialState._shared_state or is_initialized():
+        return PartialState(cpu=cpu)
+    announced = _announced(cpu)
+    if not announced:
+        return PartialState(cpu=cpu, timeout=longest_wait)
+    told = ", ".join(f"{name}={os.environ[name]}" for name in announced)
+    advice = f"left over from another launch? then: unset {' '.join(announced)}"
+    missing = [name for name in LAUNCH if not os.environ.get(name)]
+    if missing:
+        raise ScdError(
+            f"{told}: announce a launch of several processes, but there is no "
+            f"{', '.join(missing)}; {advice}"
+        )
+    note = f"note: waiting for the other processes ({told}); {advice}"
+    timer = threading.Timer(TOLD_AFTER, print, [note], {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        store, rank, size = _meet()
+        store.set_timeout(longest_wait)
+        return PartialState(cpu=cpu, timeout=longest_wait, store=store, rank=rank, world_size=size)
+    except (DistError, RuntimeError, ValueError) as error:  # nobody there, or no numbers
+        raise ScdError(f"{told}: no launch to join ({reason(error)}); {advice}") from error
+    finally:
+        timer.cancel()
+
+
+def _meet() -> tuple[Store, int, int]:
+    store, rank, size = next(rendezvous("env://", timeout=LONGEST_START))
+    return PrefixStore("default_pg", store), rank, size
+
+
+def _announced(cpu: bool) -> list[str]:
+    """Name the variables by which accelerate would look for other processes."""
+    sizes = ("WORLD_SIZE", *MPI_SIZES) if cpu else ()
+    several = [name for name in sizes if os.environ.get(name, "1") not in ("", "0", "1")]
+    if not several and os.environ.get("LOCAL_RANK", "-1") in ("", "-1"):
+        return []
+    names = [*LAUNCH, *(name for name in several if name not in LAUNCH)]
+    return [name for name in names if os.environ.get(name)]
+
+
+def take_accelerate_settings() -> dict[str, str]:
+    """Take accelerate's variables that change how a run is computed out of the environment."""
+    names = [
+        name for name in os.environ if name.startswith("ACCELERATE_") and name not in OF_LAUNCH
+    ]
+    return {name: os.environ.pop(name) for name in names}
 
 
 @cache

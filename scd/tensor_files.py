@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scd.errors import ScdError, reason
+from scd.paths import why_missing
 
 # The names in the pickle of a dictionary of tensors, as an optimiser's or a model's state is.
 ADMITTED = re.compile(
@@ -33,7 +34,7 @@ def read_pt(path: Path) -> Any:
         ScdError: the file is missing, damaged, of before torch 1.6, or anything else than that.
     """
     if not path.is_file():
-        raise ScdError(f"{path}: no such file")
+        raise ScdError(f"{path}: {why_missing(path)}")
     try:
         _check_archive(path)
         # Mapped, a storage cannot be larger than the file; copied, the file may go.

@@ -42,8 +42,9 @@ launch() {
             --parallelism_config_dp_shard_size "$gpus" \
             --module scd.cli "$@"
     elif [ "$gpus" -gt 1 ]; then
-        exec "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" \
-            --num_machines 1 --mixed_precision no --dynamo_backend no \
+        # A file of ours, or accelerate would read what `accelerate config` once wrote for others.
+        exec "$python" -m accelerate.commands.launch --config_file scripts/accelerate/ddp.yaml \
+            --num_processes "$gpus" --num_machines 1 \
             --main_process_port "$port" --module scd.cli "$@"
     elif [ "$gpus" -eq 0 ] && [ "${NUM_PROCS:-1}" -gt 1 ]; then
         exec "$python" -m torch.distributed.run --nproc_per_node "$NUM_PROCS" --master_port "$port" \

@@ -88,6 +88,33 @@ def options(doom_root, tiny_autoencoder_path, tmp_path):
 # Codecs
 
 
+def test_a_folder_copied_without_what_its_links_point_to_is_told(tmp_path, tiny_autoencoder_path):
+    shared, folder = tmp_path / "shared", tmp_path / "vae"
+    shutil.copytree(tiny_autoencoder_path, shared)
+    folder.mkdir()
+    names = ("config.json", "diffusion_pytorch_model.safetensors")
+    for name in names:
+        (folder / name).symlink_to(Path("../shared") / name)
+    load_codec(str(folder))
+    for name in reversed(names):
+        (shared / name).unlink()
+        with pytest.raises(ScdError, match=rf"{name}: .*a link to \.\./shared/{name}.*cp -rL"):
+            load_codec(str(folder))
+    with pytest.raises(ScdError, match=r"a link to .*cp -rL"):
+        encoder_hash(str(folder))
+    (tmp_path / "linked").symlink_to(tmp_path / "gone")
+    with pytest.raises(ScdError, match=rf"{tmp_path}/linked is a link to {tmp_path}/gone"):
+        load_codec(str(tmp_path / "linked"))
+
+
+@pytest.mark.parametrize("at", ["", "https://huggingface.co/", "hf://"])
+def test_a_name_on_the_hub_is_told_how_to_fetch(at):
+    with pytest.raises(ScdError) as caught:
+        load_codec(f"{at}stabilityai/sd-vae-ft-mse")
+    told = "hf download stabilityai/sd-vae-ft-mse --local-dir FOLDER, then autoencoder.path=FOLDER"
+    assert told in str(caught.value)
+
+
 @torch.no_grad()
 def test_a_variational_autoencoder_is_a_codec(kl_path, tmp_path):
     codec = load_codec(kl_path)

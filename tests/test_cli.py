@@ -146,7 +146,7 @@ def test_mistakes_are_told_before_torch_is_loaded() -> None:
             text=True,
         )
         assert done.returncode == 1
-        assert done.stderr == "error: nowhere.yml: no such options file\n"
+        assert done.stderr == f"error: nowhere.yml: no such options file in {ROOT}\n"
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)

@@ -225,3 +225,19 @@ def test_latents_that_do_not_say_of_which_video(root: Path, options: Options) ->
     os.utime(video, (2**31, 2**31))
     with pytest.raises(ScdError, match="latents of another video"):
         check_training_latents(folder, codec, options)
+
+
+@pytest.mark.parametrize("name", ["x" * 239, "x" * 240, "x" * 251, "\u3042" * 83])
+def test_videos_of_the_longest_names_have_latents(name: str, root: Path, options: Options) -> None:
+    """A file's name has 255 bytes at most, and latents' names are longer than their videos'."""
+    first = read_list(root / "train.json")[0]
+    (root / str(first.video_path)).rename(root / f"{name}.mp4")
+    write_list(root / "train.json", [replace(first, video_path=f"{name}.mp4")])
+    encode_dataset(options)
+    [entry] = read_list(root / "train.json")
+    assert len(read_latents(root / str(entry.latent_path))) == 40
+    assert len(Path(str(entry.latent_path)).name.encode()) <= 255
+    assert not [path.name for path in root.rglob(".*") if path.is_file()]
+    before = (root / str(entry.latent_path)).stat().st_mtime_ns
+    encode_dataset(options)  # it is there already
+    assert (root / str(entry.latent_path)).stat().st_mtime_ns == before

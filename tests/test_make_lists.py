@@ -1,5 +1,6 @@
 """`scd make-lists`: any folder of videos, and the splits of UCF-101."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from scd.cli import main
-from scd.data.lists import ClipEntry, read_list
+from scd.data.clips import read_actions
+from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.ucf101 import latte_split, mcvd_split
 from scd.data.video import write_video
 from scd.errors import ScdError
@@ -192,3 +194,84 @@ def test_a_split_is_written_with_labels(tmp_path: Path, video: Callable[[Path], 
     assert (len(train), len(val)) == (12, 3)
     assert [entry.label for entry in train] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert val[1] == ClipEntry("Hammering/v_Hammering_g15_c02.avi", label=1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Screen Recording at 9.41.07\u202fAM",  # as macOS calls them
+        "a\u00a0b",
+        "a\u3000b",
+        "\U0001f469\u200d\U0001f4bb",  # a woman, a joiner, a laptop
+        "\U0001f3f4\U000e0067\U000e0062\U000e0065\U000e006e\U000e0067\U000e007f",  # England
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian, with a non-joiner
+        "a\uf022b",  # how shared folders write a colon
+        "\U000104ff",  # of no use in Unicode so far
+        "x" * 251,
+    ],
+)
+def test_any_name_is_listed_and_read_again(name: str, tmp_path: Path) -> None:
+    for path in (tmp_path / f"{name}.mp4", tmp_path / "other.mp4"):
+        write_video(path, np.zeros((6, 32, 32, 3), np.uint8), 8)
+    assert main(["make-lists", str(tmp_path), "--val-fraction", "0.5"]) == 0
+    names = {read_list(tmp_path / f"{part}.json")[0].video_path for part in ("train", "val")}
+    assert names == {f"{name}.mp4", "other.mp4"}
+    for part in ("train", "val"):
+        assert main(["validate", "--list", str(tmp_path / f"{part}.json")]) == 0
+
+
+def test_names_that_no_list_holds_are_left_out(tmp_path: Path, video, capfd) -> None:
+    good = [f"{number}.mp4" for number in range(6)]
+    for name in (b"caf\xe9.mp4", b"line\nbreak.mp4", b"bell\x07.mp4"):
+        video(tmp_path / os.fsdecode(name))
+    for name in good:
+        video(tmp_path / name)
+    assert main(["make-lists", str(tmp_path), "--val-fraction", "0.5"]) == 0
+    listed = [read_list(tmp_path / f"{part}.json") for part in ("train", "val")]
+    assert sorted(str(e.video_path) for entries in listed for e in entries) == good
+    err = capfd.readouterr().err
+    assert "caf\\udce9.mp4' is not UTF-8: rename it" in err and "\x07" not in err
+    assert err.count("has control characters or line breaks: rename it") == 2
+
+
+def test_a_list_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    for name in ("a\nb.mp4", "../a.mp4", "/a.mp4", "caf\udce9.mp4", "x" * 256):
+        with pytest.raises(ScdError, match="entry 0"):
+            write_list(tmp_path / "list.json", [ClipEntry(name)])
+    assert not (tmp_path / "list.json").exists()
+
+
+def test_linked_folders_are_followed_and_no_folder_twice(tmp_path: Path, video, capfd) -> None:
+    root, disk = tmp_path / "root", tmp_path / "disk"
+    video(root / "here/1.mp4")
+    video(disk / "2.mp4")
+    video(disk / "deep/3.mp4")
+    (root / "disk").symlink_to(disk)
+    (root / "again").symlink_to(root / "here")  # before it in the alphabet
+    (disk / "deep/loop").symlink_to(root)
+    assert main(["make-lists", str(root), "--val-fraction", "0.4"]) == 0
+    listed = [read_list(root / f"{part}.json") for part in ("train", "val")]
+    assert sorted(str(e.video_path) for entries in listed for e in entries) == [
+        "disk/2.mp4",
+        "disk/deep/3.mp4",
+        "here/1.mp4",
+    ]
+    err = capfd.readouterr().err
+    assert f"left out: {root / 'again'}: the same folder as {root / 'here'}" in err
+    assert f"left out: {root / 'disk/deep/loop'}: the same folder as {root}" in err
+
+
+def test_arrays_beside_a_video_that_are_no_actions_are_named(tmp_path: Path, video, capfd) -> None:
+    for number in range(2):
+        video(tmp_path / f"{number}.mp4")
+        np.savez(tmp_path / f"{number}.npz", poses=np.zeros((6, 4)), mouse=[1])
+    np.savez(tmp_path / "2.npz", video=np.zeros((6, 16, 16, 3), np.uint8), action=[0] * 6)
+    assert main(["make-lists", str(tmp_path), "--val-fraction", "0.4"]) == 0
+    listed = [read_list(tmp_path / f"{part}.json") for part in ("train", "val")]
+    entries = sorted((e for part in listed for e in part), key=lambda e: str(e.video_path))
+    assert entries == [ClipEntry("0.mp4"), ClipEntry("1.mp4"), ClipEntry("2.npz")]
+    err = capfd.readouterr().err
+    assert f"{tmp_path / '0.npz'}: has no key 'actions', but ['mouse', 'poses']" in err
+    assert f"{tmp_path / '2.npz'}: has no key 'actions', but ['action', 'video']" in err
+    with pytest.raises(ScdError, match=r"0\.npz: has no key 'actions', but \['mouse', 'poses'\]"):
+        read_actions(tmp_path / "0.npz")

@@ -372,3 +372,81 @@ def test_mutated_files_load_or_are_refused(file: Path) -> None:
             assert "\n" not in str(error) and str(error).startswith(f"{file}: ")
             refused += 1
     assert 50 < refused < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("1e5", 100_000),
+        ("1E3", 1000),
+        ("2.5e2", 250),
+        ("1e+2", 100),
+        ("128.0", 128),
+        ("1_000", 1000),
+    ],
+)
+def test_whole_numbers_are_integers_however_they_are_written(
+    file: Path, text: str, steps: int
+) -> None:
+    overrides = [f"train.steps={text}", f"eval.seeds=[{text}]", f"data.resize_shorter={text}"]
+    options = load_options(file, overrides)
+    found = (options.train.steps, options.eval.seeds, options.data.resize_shorter)
+    assert found == (steps, [steps], steps) and type(found[0]) is int
+    assert load_options(file, ["seed=9007199254740993e0"]).seed == 2**53 + 1  # no float is that
+    for wrong in ("1e-1", "2.5", "1e999", "nan", "inf", "1e", "0x10"):
+        assert f"override 'train.steps={wrong}': train.steps" in refusal(
+            file, f"train.steps={wrong}"
+        )
+
+
+@pytest.mark.parametrize("none", ["None", "none", "null", "~", ""])
+def test_none_is_null_where_there_may_be_none(file: Path, none: str) -> None:
+    keys = ("autoencoder.path", "init_from", "data.resize_shorter", "optim.muon_lr")
+    options = load_options(file, [f"{key}={none}" for key in keys])
+    assert (options.autoencoder.path, options.init_from) == (None, None)
+    assert (options.data.resize_shorter, options.optim.muon_lr) == (None, None)
+    names = ["data.action_names=[None, none]"]  # are names
+    assert load_options(file, names).data.action_names == ["None", "none"]
+
+
+def test_no_folder_is_called_none_by_mistake(file: Path) -> None:
+    for key in ("output_root", "data.root"):
+        assert f"{key} is None: it needs a folder" in refusal(file, f"{key}=None")
+        load_options(file, [f"{key}=./None"])
+
+
+def test_merge_keys_take_sections_over(file: Path) -> None:
+    text = SMALL.replace("train: {", "train: &few {")
+    assert text != SMALL
+    file.write_text(text)
+    few = load_options(file).train
+    file.write_text(
+        SMALL.replace("train: {", "train:\n  {<<: [{batch_size: 5, workers: 7}, {workers: 8}], ")
+    )
+    merged = load_options(file).train
+    # What the section says itself goes first, then the first of those merged.
+    assert (merged.batch_size, merged.workers) == (few.batch_size, 7)
+    file.write_text(SMALL + "flow:\n  <<: {eta: 1}\n")
+    assert "unknown key 'flow.eta'" in refusal(file)
+    file.write_text(SMALL + "flow:\n  <<: 3\n")
+    assert "line 8: << takes a section" in refusal(file)
+    file.write_text(SMALL + "flow: &flow\n  <<: *flow\n")
+    assert "not a readable options file" in refusal(file)
+    file.write_text(SMALL + "flow:\n  <<: {noise_draws: 1}\n  <<: {noise_draws: 2}\n")
+    assert "a key stands twice" in refusal(file)
+
+
+def test_merges_of_merges_stay_small(file: Path) -> None:
+    """Nine times nine times ... the same keys: of a mapping that is refused at once."""
+    lines = ["a0: &a0 {x: 1}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 40)]
+    file.write_text("\n".join(lines))
+    assert "unknown key 'a0'" in refusal(file)
+
+
+def test_text_that_is_not_utf8_is_refused(file: Path) -> None:
+    assert "caf\\udce9" in refusal(file, "data.root=caf\udce9")
+    written = options_to_dict(load_options(file))
+    written["data"]["root"] = "caf\udce9"
+    with pytest.raises(ScdError, match=r"data\.root is not UTF-8"):
+        options_from_json(json.dumps(written), "checkpoint")

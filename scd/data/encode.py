@@ -4,6 +4,7 @@ Any number of processes share the work. Each skips what is there already, so an 
 on where it stopped; the list file changes at the end, when every entry's latents have been checked.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,14 @@ from tqdm import tqdm
 
 from scd.data.clips import ClipFolder
 from scd.data.framing import Framing, as_images, framing_of
-from scd.data.latents import check_latents, latent_header, of_another_video, write_latents
-from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.latents import (
+    LatentHeader,
+    check_latents,
+    latent_header,
+    of_another_video,
+    write_latents,
+)
+from scd.data.lists import ClipEntry, path_problem, read_list, write_list
 from scd.data.video import Video
 from scd.data.video_checks import VideoChecks, identity_of
 from scd.errors import ScdError
@@ -51,19 +58,16 @@ def encode_dataset(options: Options) -> None:
     list_path = root / options.data.train_list
     entries = read_list(list_path)
     folder = Path("latents") / (made_by[:12] + framing.name)
-    targets = {
-        video: root / folder / f"{video}.safetensors" for video in _videos(list_path, entries)
-    }
+    names = {video: _latent_name(folder, video) for video in _videos(list_path, entries)}
+    targets = {video: root / name for video, name in names.items()}
     lengths: dict[Path, int] = {}
     checks = VideoChecks(root)
     with together():
         for video in _progress(share(list(targets))):
             opened, target = checks.open(video), targets[video]
-            found = latent_header(target)
-            there = found is not None and (found.made_by, found.shape) == (
-                made_by,
-                (len(opened), *shape),
-            )
+            header = latent_header(target)
+            wanted = LatentHeader(made_by, (len(opened), *shape))
+            there = header is not None and replace(header, video=None) == wanted
             if not there or of_another_video(target, root / video) is not None:
                 latents = _encode_video(opened, codec, framing, precision)
                 write_latents(target, latents, made_by, identity_of(root / video))
@@ -78,10 +82,7 @@ def encode_dataset(options: Options) -> None:
                 raise ScdError(f"{target}: {found[target]} latents for {length} frames")
         write_list(
             list_path,
-            [
-                replace(entry, latent_path=str(folder / f"{entry.video_path}.safetensors"))
-                for entry in entries
-            ],
+            [replace(entry, latent_path=str(names[str(entry.video_path)])) for entry in entries],
         )
 
 
@@ -145,6 +146,14 @@ def _videos(list_path: Path, entries: list[ClipEntry]) -> list[str]:
         if entry.video_path is None:
             raise ScdError(f"{list_path}: entry {number} has no video_path")
     return list(dict.fromkeys(str(entry.video_path) for entry in entries))
+
+
+def _latent_name(folder: Path, video: str) -> Path:
+    """Name a video's latents after it, or by its name's hash where that gets too long."""
+    name = folder / f"{video}.safetensors"
+    if path_problem(str(name)) is None:
+        return name
+    return folder / f"{hashlib.sha256(video.encode()).hexdigest()}.safetensors"
 
 
 def _progress(videos: Sequence[str]) -> Iterable[str]:

@@ -23,6 +23,7 @@ from scd.files import read_json, sha256, write_json
 from scd.locks import hold_lock
 from scd.models.autoencoder import convert_published
 from scd.options import load_options
+from scd.paths import project_file
 
 STATE = ".hub"  # inside a target folder: notes, the lock, and what is not finished
 RESERVE_BYTES = 2**30  # left free on the disk
@@ -175,7 +176,7 @@ def fetch_autoencoder(source: AutoencoderSource, folder: Path, endpoint: str | N
     if (folder / "config.json").is_file():
         print(f"{folder}: there already")
         return
-    options = load_options(source.options).autoencoder
+    options = load_options(project_file(source.options)).autoencoder
     with _sole_use(folder.parent) as state:
         repo = Repository(source.repo, "model", state / "downloads", endpoint)
         commit, files = repo.files()

@@ -21,6 +21,7 @@ from torch import Tensor
 from scd.data.video_checks import identity_of
 from scd.errors import ScdError, reason
 from scd.files import write_whole
+from scd.paths import why_missing
 from scd.tensor_files import is_plain, read_pt
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,7 +42,7 @@ class LatentFile:
         self._whole: Tensor | None = None
         self._part: Any = None
         if not path.is_file():
-            raise ScdError(f"{path}: no such latent file")
+            raise ScdError(f"{path}: {why_missing(path, 'latent file')}")
         if path.suffix == ".pt":
             latents = read_pt(path)
             plain = is_plain(latents) and latents.dtype in FLOATS

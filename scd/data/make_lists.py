@@ -1,6 +1,7 @@
 """List files for any folder of videos: what is there, with its actions and labels, split in two."""
 
 import hashlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from scd.data.clips import read_actions
-from scd.data.lists import ClipEntry, write_list
+from scd.data.lists import ClipEntry, path_problem, write_list
 from scd.data.ucf101 import SPLITS
 from scd.data.video_checks import VideoChecks, told_in_order
 from scd.errors import ScdError
 from scd.files import npz_keys, write_json
+from scd.paths import why_missing
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v")
 CLASSES = "classes.json"
@@ -45,9 +47,10 @@ def make_lists(request: ListRequest) -> None:
     """Write a training and a validation list, and print what is in them.
 
     A video `x.mp4` gets the actions of `x.npz` beside it; an `.npz` with `video` is a clip itself.
-    Every video is decoded and checked (`scd.data.video_checks`). Those that cannot be, or whose
-    actions are too few, are named and left out. Classes are numbered in alphabetical order, without
-    regard to case; `classes.json` names them.
+    Linked folders are followed, each folder once. Every video is decoded and checked
+    (`scd.data.video_checks`). Those that cannot be, whose name a list cannot hold, or whose actions
+    are too few, are named and left out. Classes are numbered in alphabetical order, without regard
+    to case; `classes.json` names them.
 
     Raises:
         ScdError: a list is there already, or fewer than two videos can be used.
@@ -62,7 +65,7 @@ def make_lists(request: ListRequest) -> None:
             )
     if not 0 < request.val_fraction < 1:
         raise ScdError(f"--val-fraction must lie between 0 and 1, not {request.val_fraction}")
-    entries = dict(_found(root))
+    entries = dict(_clips(root, _files(root)))
     if not entries:
         kinds = ", ".join((*VIDEO_SUFFIXES, ".npz"))
         raise ScdError(f"{root}: no videos below it ({kinds}; an npz needs the key 'video')")
@@ -90,21 +93,49 @@ def make_lists(request: ListRequest) -> None:
         print(f"left out as broken: {len(broken)}, named above")
 
 
-def _found(root: Path) -> Iterator[tuple[str, ClipEntry]]:
-    """The clips below a folder by the path of their video, in alphabetical order."""
+def _files(root: Path) -> list[Path]:
+    """Find videos and arrays below a folder, relative to it, in alphabetical order.
+
+    Folders that are links are followed after all others, and no folder is read twice: neither
+    does a loop end the search, nor does a clip get into both lists under two names.
+    """
     if not root.is_dir():
-        raise ScdError(f"{root}: no such folder")
-    paths = sorted(
-        path.relative_to(root)
-        for path in root.rglob("*")
-        if path.suffix.lower() in (*VIDEO_SUFFIXES, ".npz")
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+        raise ScdError(f"{root}: {why_missing(root, 'folder')}")
+    found: list[Path] = []
+    links: list[Path] = []
+    seen: dict[str, Path] = {}
+
+    def refuse(error: OSError) -> None:
+        raise ScdError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
+
+    def search(start: Path) -> None:
+        for parent, folders, files in os.walk(start, onerror=refuse):
+            here = Path(parent)
+            if (real := os.path.realpath(here)) in seen:
+                print(f"left out: {here}: the same folder as {seen[real]}", file=sys.stderr)
+                folders.clear()
+                continue
+            seen[real] = here
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            links.extend(here / name for name in folders if (here / name).is_symlink())
+            for name in files:
+                path = here / name
+                if not name.startswith(".") and path.suffix.lower() in (*VIDEO_SUFFIXES, ".npz"):
+                    found.append(path.relative_to(root))
+
+    search(root)
+    while links:
+        search(links.pop(0))
+    return sorted(found)
+
+
+def _clips(root: Path, paths: list[Path]) -> Iterator[tuple[str, ClipEntry]]:
+    """The clips among files by the path of their video."""
     videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     beside = {path.with_suffix(".npz") for path in videos}
     for path in videos:
         actions = path.with_suffix(".npz")
-        has_actions = (root / actions).is_file()
+        has_actions = (root / actions).is_file() and _has_actions(root / actions)
         yield (
             path.as_posix(),
             ClipEntry(path.as_posix(), actions.as_posix() if has_actions else None),
@@ -117,7 +148,24 @@ def _found(root: Path) -> Iterator[tuple[str, ClipEntry]]:
                 keys = {"video"}  # opening it will tell
             if "video" in keys:
                 own = path.as_posix() if "actions" in keys else None
+                if keys - {"video", "actions"} and own is None:
+                    _tell_other_keys(root / path, keys)
                 yield path.as_posix(), ClipEntry(path.as_posix(), own)
+
+
+def _has_actions(path: Path) -> bool:
+    """Whether an npz beside a video has actions; one of other arrays is named, and not used."""
+    try:
+        keys = npz_keys(path)
+    except ScdError:
+        return True  # reading them will tell
+    if "actions" not in keys:
+        _tell_other_keys(path, keys)
+    return "actions" in keys
+
+
+def _tell_other_keys(path: Path, keys: set[str]) -> None:
+    print(f"no actions: {path}: has no key 'actions', but {sorted(keys)}", file=sys.stderr)
 
 
 def _by_fraction(videos: list[str], fraction: float) -> tuple[list[str], list[str]]:
@@ -125,7 +173,7 @@ def _by_fraction(videos: list[str], fraction: float) -> tuple[list[str], list[st
 
     So the split is the same everywhere, and videos that come later move few of the others.
     """
-    queue = sorted(videos, key=lambda video: hashlib.sha256(video.encode()).digest())
+    queue = sorted(videos, key=lambda video: hashlib.sha256(os.fsencode(video)).digest())
     count = max(1, round(fraction * len(videos)))
     return sorted(queue[count:]), sorted(queue[:count])
 
@@ -146,6 +194,9 @@ def _broken(checks: VideoChecks, entries: dict[str, ClipEntry]) -> dict[str, str
     root = checks.root
 
     def problem(entry: ClipEntry) -> str | None:
+        for name in (entry.video_path, entry.action_path):
+            if name is not None and (wrong := path_problem(name)) is not None:
+                return f"{str(root / name)!r} {wrong}"
         try:
             frames = len(checks.open(str(entry.video_path)))
             if entry.action_path is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
 
-from scd.data.lists import ClipEntry, can_be_path, write_list
+from scd.data.lists import ClipEntry, path_problem, write_list
 from scd.errors import ScdError
 from scd.files import read_json
 
@@ -77,7 +77,7 @@ class _Locator:
 
     def __call__(self, path: str) -> str | None:
         parts = PurePosixPath(path).parts
-        if ".." in parts or not can_be_path(path):
+        if ".." in parts or path_problem(path) is not None:
             return None
         tries = [self.last] + [(n, folder) for n in range(len(parts)) for folder in self.folders]
         for dropped, folder in tries:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scd.data.clips import ClipFolder
-from scd.data.lists import can_be_path
+from scd.data.lists import path_problem
 from scd.data.video import VideoFile, write_video
 from scd.data.video_checks import identity_of
 from scd.errors import ScdError
@@ -235,7 +235,10 @@ def _is_row(sets: object) -> bool:
     return (
         isinstance(sets, list)
         and bool(sets)
-        and all(isinstance(s, str) and can_be_path(s) and s == Path(s).name != ".." for s in sets)
+        and all(
+            isinstance(s, str) and path_problem(s) is None and s == Path(s).name != ".."
+            for s in sets
+        )
     )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.files import sha256, write_whole
+from scd.paths import from_user
 
 _LARGEST_MEMBER = 64 * 2**20  # bytes; the larger of the two weight files has 51 MB
 
@@ -72,10 +73,18 @@ SOURCES: Mapping[str, WeightSource] = {
 
 
 def weights_path(name: str) -> Path:
-    """Where the weights "lpips" or "i3d" are kept: below $SCD_CACHE, else below ~/.cache/scd."""
+    """Where the weights "lpips" or "i3d" are kept: below $SCD_CACHE, else below ~/.cache/scd.
+
+    Raises:
+        MetricUnavailable: there is no home either.
+    """
     _source(name)
     folder = os.environ.get("SCD_CACHE")
-    root = Path(folder).expanduser() if folder else Path.home() / ".cache" / "scd"
+    try:
+        root = from_user(folder or "~/.cache/scd")
+    except ScdError as error:
+        told = "no home folder is known here: set HOME, or SCD_CACHE to a folder for the weights"
+        raise MetricUnavailable(f"{SOURCES[name].used_for}: {told}") from error
     return root / "metrics" / f"{name}.safetensors"
 
 
@@ -152,7 +161,9 @@ def _download(source: WeightSource, folder: Path) -> Path:
     `--no-build-isolation` keeps pip from downloading a build tool to run it with.
     """
     wanted = folder / "wanted.txt"
-    wanted.write_text(f"{source.package}=={source.version} --hash=sha256:{source.archive_hash}\n")
+    wanted.write_text(
+        f"{source.package}=={source.version} --hash=sha256:{source.archive_hash}\n", "utf-8"
+    )
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
     command += ["--quiet", "--retries", "2", "--no-deps", "--no-binary", ":all:"]
     command += ["--no-build-isolation", "--require-hashes", "-r", wanted.name, "-d", "."]

@@ -6,6 +6,7 @@ Three kinds of latents: pixels as they are, those of a deep-compression autoenco
 
 import hashlib
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from scd.errors import ScdError, reason
 from scd.files import read_json, sha256
 from scd.models.weights import SHOWN_DIFFERENCES, load_matching, read_state_dict
 from scd.options import AutoencoderOptions
+from scd.paths import to_read, why_missing
 from scd.precision import autocast, float32_products
 
 CHUNK_FRAMES = 64  # frames in one pass of the autoencoder; bounds its memory
@@ -202,21 +204,32 @@ def load_codec(path: str | None) -> Codec:
     """
     if path is None:
         return PixelCodec()
-    if not (Path(path) / "config.json").is_file():
+    config_file = to_read(path) / "config.json"
+    if not config_file.parent.exists() and re.fullmatch(r"(https?|hf):.*|[\w.-]+/[\w.-]+", path):
+        on_hub = "/".join(path.rstrip("/").split("/")[-2:])
         raise ScdError(
-            f"{path}: no autoencoder there (config.json is missing); published ones: "
-            f"bash scripts/setup_data.sh"
+            f"{path}: no autoencoder there ({why_missing(Path(path), 'folder')}); published ones: "
+            f"bash scripts/setup_data.sh; one on the Hugging Face hub: hf download {on_hub} "
+            f"--local-dir FOLDER, then autoencoder.path=FOLDER"
         )
-    config = read_json(Path(path) / "config.json")
+    if not config_file.is_file():
+        raise ScdError(
+            f"{path}: no autoencoder there (config.json: {why_missing(config_file)}); published "
+            f"ones: bash scripts/setup_data.sh"
+        )
+    config = read_json(config_file)
     name = config.get("_class_name") if isinstance(config, dict) else None
     if not isinstance(name, str) or name not in KINDS:
         raise ScdError(
             f"{path}/config.json: _class_name is {name!r}, not one of {', '.join(KINDS)}"
         )
-    _check_announced(config, Path(path))
+    _check_announced(config, config_file.parent)
     try:
         autoencoder, found = KINDS[name].from_pretrained(
-            path, use_safetensors=True, local_files_only=True, output_loading_info=True
+            config_file.parent,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers raises many kinds for damaged folders
         raise ScdError(f"{path}: not a readable autoencoder ({reason(error)})") from error
@@ -234,6 +247,8 @@ def _check_announced(config: dict[str, Any], folder: Path) -> None:
     other ways would be found by the first picture. Here both are tried without memory.
     """
     header = folder / "diffusion_pytorch_model.safetensors"
+    if not header.is_file():
+        raise ScdError(f"{header}: {why_missing(header)}")
     try:
         with safe_open(str(header), framework="pt") as file:
             sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
@@ -304,7 +319,7 @@ def encoder_hash(path: str) -> str:
 
 
 def _weight_file(path: str) -> Path:
-    weights = Path(path) / "diffusion_pytorch_model.safetensors"
+    weights = to_read(path) / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():
-        raise ScdError(f"{weights}: no such file")
+        raise ScdError(f"{weights}: {why_missing(weights)}")
     return weights

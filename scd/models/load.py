@@ -22,6 +22,7 @@ from scd.options import (
     load_options,
     options_from_json,
 )
+from scd.paths import project_file, why_missing
 from scd.precision import resolve_precision, with_weights_in
 from scd.tensor_files import is_torch_archive
 
@@ -132,7 +133,7 @@ def options_for_use(
     """
     own = _own_options(path)
     if options_path is not None or own is None:
-        options = load_options(options_path or REFERENCE_OPTIONS, overrides)
+        options = load_options(options_path or project_file(REFERENCE_OPTIONS), overrides)
     else:
         options = _own_options(path, overrides) or own
     for found in (own or options, options):
@@ -167,7 +168,7 @@ def _metadata(path: Path) -> dict[str, str]:
             f"{path}: no checkpoint, neither safetensors nor tensors of torch.save (or damaged)"
         )
     if not path.is_file():
-        raise ScdError(f"{path}: no such weights file")
+        raise ScdError(f"{path}: {why_missing(path, 'weights file')}")
     return {}
 
 

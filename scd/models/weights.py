@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
+from scd.paths import why_missing
 from scd.tensor_files import is_plain, read_pt
 
 SHOWN_DIFFERENCES = 20  # in one message
@@ -36,7 +37,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         ScdError: the file is missing or damaged.
     """
     if not path.is_file():
-        raise ScdError(f"{path}: no such weights file")
+        raise ScdError(f"{path}: {why_missing(path, 'weights file')}")
     try:
         with safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {})

@@ -8,6 +8,7 @@ from scd.models.autoencoder import Codec
 from scd.models.load import load_folder
 from scd.models.world_model import WorldModel
 from scd.options import OPTIONS_FILE, Options, load_options
+from scd.paths import why_missing
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
     """
     if not folder.is_dir():
         raise ScdError(
-            f"{folder}: no such folder; --model names one with a pretrained model (transformer/, "
-            f"vae/, options.yml)"
+            f"{folder}: {why_missing(folder, 'folder')}; --model names one with a pretrained model "
+            f"(transformer/, vae/, options.yml)"
         )
     options = load_options(folder / OPTIONS_FILE, overrides)
     _check_playable(options, folder)

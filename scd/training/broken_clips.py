@@ -57,7 +57,7 @@ class BrokenClips:
             for entry in self.entries[found:]:
                 print(f"broken clip, left out: {entry['problem']}", file=sys.stderr)
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-            write_whole(self.path, lambda aside: aside.write_text(text))
+            write_whole(self.path, lambda aside: aside.write_text(text, encoding="utf-8"))
         if len(self.entries) > limit:
             raise too_many_broken([entry["problem"] for entry in self.entries], limit)
         return {key: value for key, value in batch.items() if key != "broken"}

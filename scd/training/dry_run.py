@@ -20,6 +20,7 @@ from scd.evaluation.fvd import SHORTEST
 from scd.files import write_whole
 from scd.models.autoencoder import build_autoencoder, load_codec
 from scd.options import AutoencoderOptions, Options, load_options
+from scd.paths import to_read
 from scd.training.estimate import counterpart, estimate_step
 from scd.training.run import run_experiment
 
@@ -65,7 +66,7 @@ def _on_noise(options: Options, folder: Path) -> Options:
     data, evaluation = options.data, options.eval
     if options.task == "world_model" or options.adversary.weight:
         path = options.autoencoder.path
-        if path is not None and not (Path(path) / "config.json").is_file():
+        if path is not None and not (to_read(path) / "config.json").is_file():
             path = str(folder / "autoencoder")
             architecture = _architecture(str(options.autoencoder.path))
             build_autoencoder(architecture).half().save_pretrained(path)
@@ -110,7 +111,7 @@ def _write_clips(options: Options, evaluation_frames: int) -> None:
 def _architecture(path: str) -> AutoencoderOptions:
     """The autoencoder that is to come to `path`: a folder of it has the options file's name."""
     for part in reversed(Path(path).parts):
-        file = Path("options") / f"{part}.yml"
+        file = to_read(Path("options") / f"{part}.yml")
         if file.is_file():
             return load_options(file).autoencoder
     raise ScdError(

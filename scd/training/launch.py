@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import sys
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     ProjectConfiguration,
@@ -16,14 +17,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from scd.errors import ScdError
 from scd.options import Options
 from scd.precision import DTYPES, has_bf16, resolve_precision
+from scd.processes import join, take_accelerate_settings
 from scd.tracking import trackers_of
 
 LONGEST_WAIT = timedelta(minutes=10)  # for another process; torch's own for NCCL
+UNSAID = ("", "0", "no", "false", "none", "default")  # values that ask for nothing
 
 
 def run_precision(options: Options) -> str:
     """Resolve `train.mixed_precision` to what all processes of the run have: `fp32` or `bf16`."""
-    device = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT).device
+    device = join(LONGEST_WAIT).device
     mine = resolve_precision(options.train.mixed_precision, device)
     return "bf16" if set(gather_object([mine])) == {"bf16"} else "fp32"
 
@@ -49,10 +52,31 @@ def sharding_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
 
 
 def make_accelerator(options: Options) -> Accelerator:
-    """Join the processes and devices of this run, as `accelerate launch` set them up."""
+    """Join the processes and devices of this run, as `accelerate launch` set them up.
+
+    What its variables say beyond that does not count; where they contradict the options, one line
+    tells.
+    """
+    ignored = take_accelerate_settings()
     precision = run_precision(options)
+    mixed_precision = {"fp32": "no", "bf16": "bf16"}[precision]
+    decided = {
+        "ACCELERATE_MIXED_PRECISION": (mixed_precision,),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", str(options.train.gradient_accumulation)),
+        "ACCELERATE_DYNAMO_BACKEND": ("inductor",) if options.train.compile else (),
+    }
+    contradict = [
+        f"{name}={value}"
+        for name, value in sorted(ignored.items())
+        if value.lower() not in (*UNSAID, *decided.get(name, ()))
+    ]
+    if contradict and join(LONGEST_WAIT).is_main_process:
+        print(
+            f"note: {', '.join(contradict)}: not used, the options file alone decides",
+            file=sys.stderr,
+        )
     return Accelerator(
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+        mixed_precision=mixed_precision,
         fsdp_plugin=sharding_plugin(precision),
         log_with=trackers_of(options, "train") or None,
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),

@@ -8,6 +8,7 @@ from accelerate.utils import broadcast_object_list
 from scd.errors import ScdError
 from scd.files import sha256
 from scd.options import Options, options_to_dict
+from scd.paths import why_missing
 from scd.processes import together
 from scd.training.checkpoint import latest_checkpoint, remove_leftovers
 
@@ -44,9 +45,10 @@ def run_identity(options: Options, processes: int) -> dict[str, Any]:
     clips = processes * train.batch_size * train.gradient_accumulation
     start = None
     if options.init_from is not None:
-        if not Path(options.init_from).is_file():
-            raise ScdError(f"init_from={options.init_from}: no such weights file")
-        start = sha256(Path(options.init_from))
+        weights = Path(options.init_from)
+        if not weights.is_file():
+            raise ScdError(f"init_from={weights}: {why_missing(weights, 'weights file')}")
+        start = sha256(weights)
     return {"options": options_to_dict(options), "clips_per_step": clips, "init_from": start}
 
 

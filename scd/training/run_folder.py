@@ -58,7 +58,7 @@ class RunLog:
         if enabled and self.path.exists():
             kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
             text = "".join(json.dumps(entry) + "\n" for entry in kept)
-            write_whole(self.path, lambda aside: aside.write_text(text))
+            write_whole(self.path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
     def write(self, entry: dict[str, Any]) -> None:
         if self.enabled:
@@ -67,7 +67,7 @@ class RunLog:
                 for key, value in entry.items()
             }
             try:
-                with open(self.path, "a") as file:
+                with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(known) + "\n")
             except OSError as error:
                 raise ScdError(f"{self.path}: cannot be written ({error})") from error
@@ -94,7 +94,7 @@ class RunLog:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The entries of a run's log; damaged lines, as a last one cut off by a kill, are left out."""
     entries = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:

@@ -161,7 +161,7 @@ def test_killed_at_random_times(runs):
 # Told to stop
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
 def test_told_to_stop_it_saves_and_leaves(runs, half, straight, name):
     number = signal.Signals[name]
     folder = shutil.copytree(half, runs.folder / name)

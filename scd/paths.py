@@ -1,0 +1,66 @@
+"""Paths as people write them, files of the project itself, and why a file is not there."""
+
+from importlib import metadata
+from pathlib import Path
+
+from scd.errors import ScdError
+
+OWN = ("options", "assets")  # folders of the project
+CHECKOUT = Path(__file__).resolve().parent.parent
+SHARED = "share/scd"  # where an installed package keeps `options/`, below its prefix
+
+
+def from_user(text: str | Path) -> Path:
+    """Expand `~` and `~user` at the beginning of a path.
+
+    Raises:
+        ScdError: that user has no known home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ScdError(f"{text}: no home folder is known here: write the whole path") from error
+
+
+def expand(text: str) -> str:
+    """`from_user` of an option's text, which stays what it is without `~`."""
+    return str(from_user(text)) if text.startswith("~") else text
+
+
+def to_read(text: str | Path) -> Path:
+    """What is to be read: `options/...` and `assets/...`, where not here, are the project's own.
+
+    Raises:
+        ScdError: see `from_user`.
+    """
+    path = from_user(text)
+    if path.is_absolute() or path.parts[:1] not in [(name,) for name in OWN] or path.exists():
+        return path
+    own = project_file(path)
+    return own if own.exists() else path
+
+
+def project_file(path: str | Path) -> Path:
+    """A file of `options/` or `assets/`, in the checkout or beside the installed package."""
+    wanted = Path(path)
+    if not (CHECKOUT / "pyproject.toml").is_file():
+        try:
+            files = metadata.files("scd") or []
+        except metadata.PackageNotFoundError:
+            files = []
+        for file in files:
+            if file.match(f"{SHARED}/{wanted.as_posix()}"):
+                return Path(str(file.locate())).resolve()
+    return CHECKOUT / wanted
+
+
+def why_missing(path: Path, what: str = "file") -> str:
+    """Tell what was looked for: a link that leads nowhere, or in which folder it is not."""
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            part = "" if link == path else f"{link} is "
+            return (
+                f"{part}a link to {link.readlink()}, which is not there: copy the folder with the "
+                f"files that its links point to (cp -rL)"
+            )
+    return f"no such {what}" + ("" if path.is_absolute() else f" in {Path.cwd()}")
