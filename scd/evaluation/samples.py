@@ -252,7 +252,7 @@ def _data_hash(data: ClipFolder) -> str:
     """
     digest = hashlib.sha256()
     for entry in data.entries:
-        files = [entry.video_path, entry.action_path if data.condition == "action" else None]
+        files = [entry.video_path, entry.action_path if data.has_actions else None]
         paths = [data.root / file for file in files if file is not None]
         sizes = [path.stat().st_size if path.is_file() else None for path in paths]
         label = entry.label if data.condition == "label" else None
