@@ -183,7 +183,7 @@ def check_actions(
     if len(actions) < frames:
         raise ScdError(f"{path}: {len(actions)} actions for {frames} frames")
     kind = "action" if actions.ndim == 1 else "action_vector"
-    if condition not in (None, kind):
+    if condition is not None and condition != kind:
         kinds = {"action": "integers", "action_vector": f"vectors of {num_conditions} numbers"}
         raise ScdError(
             f"{path}: actions must be {kinds[condition]}, one a frame, for model.condition="
