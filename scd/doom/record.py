@@ -108,7 +108,7 @@ def _record_split(
 
 
 def _play_episode(
-    simulator: DoomSimulator, space: FreeSpace, seed: int, frames: int, keys: bool
+    simulator: DoomSimulator, space: FreeSpace, seed: int, frames: int, keys: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Frames (F, H, W, 3), actions (F,) or (F, 3) and poses (F, 3) of a seed's episode."""
     for attempt in range(100):
