@@ -100,7 +100,7 @@ class DoomSimulator:
         Both turns at once are none.
         """
         one = isinstance(action, int | np.integer)
-        left, right, forward = ONE_KEY[int(action)] if one else action
+        left, right, forward = map(float, ONE_KEY[int(action)] if one else action)
         turn = (right - left) * TURN_DEGREES / TICS_PER_ACTION
         self._game.make_action([int(forward), turn], TICS_PER_ACTION)
         return None if self._game.is_episode_finished() else self._frame()
