@@ -220,6 +220,27 @@ def test_a_dropped_vector_is_the_null_condition(inputs):
             assert (parameter.grad.abs().amax(dim=1) > 0).all()
 
 
+@torch.no_grad()
+@KINDS
+def test_k_draws_are_k_separate_passes(kind, inputs):
+    """Every draw of a clip is under that clip's vectors (within 1e-6)."""
+    latents, _, _, actions = inputs
+    model = vector_model(kind)
+    made = FlowObjective(model, FlowOptions(noise_draws=3, context_noise=0.0), 0)
+    draws = draw_noise(made.options, 0, [0, 1], latents, None)
+    conditions = model.frame_conditions((B, F), actions, None)
+    together = made.loss(latents, conditions, draws)
+    separate = [
+        made.loss(
+            latents,
+            conditions,
+            draws._replace(level=draws.level[:, k : k + 1], noise=draws.noise[:, k : k + 1]),
+        )
+        for k in range(3)
+    ]
+    assert abs(together - sum(separate) / 3) < 1e-6 * together
+
+
 # --- Data
 
 

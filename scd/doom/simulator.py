@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ from scd.errors import ScdError, reason
 KEYS = ("turn_left", "turn_right", "forward")
 ACTIONS = ("none", *KEYS)  # one key at a time
 NONE, TURN_LEFT, TURN_RIGHT, FORWARD = range(len(ACTIONS))
-Action = int | Sequence[float]
+Action = int | tuple[float, ...]
 """An index of `ACTIONS`; or for each of `KEYS`, whether it is held, 0 or 1."""
 
 ONE_KEY = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # by the index of an action
@@ -99,8 +98,8 @@ class DoomSimulator:
 
         Both turns at once are none.
         """
-        one = isinstance(action, int | np.integer)
-        left, right, forward = map(float, ONE_KEY[int(action)] if one else action)
+        keys = ONE_KEY[int(action)] if isinstance(action, int | np.integer) else action
+        left, right, forward = map(float, keys)
         turn = (right - left) * TURN_DEGREES / TICS_PER_ACTION
         self._game.make_action([int(forward), turn], TICS_PER_ACTION)
         return None if self._game.is_episode_finished() else self._frame()
