@@ -14,7 +14,7 @@ def record(arguments: argparse.Namespace) -> None:
     from scd.doom.record import record_dataset
 
     a = arguments
-    record_dataset(a.root, a.train_episodes, a.val_episodes, a.frames, a.size)
+    record_dataset(a.root, a.train_episodes, a.val_episodes, a.frames, a.size, a.keys)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -189,6 +189,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--val-episodes", type=int, default=64, help="(default: %(default)s)")
     p.add_argument("--frames", type=int, default=300, help="frames an episode (default: 300)")
     p.add_argument("--size", type=int, default=64, help="frame height and width (default: 64)")
+    p.add_argument(
+        "--keys",
+        action="store_true",
+        help="several keys at once, turning while walking: actions are vectors of held keys",
+    )
     p.set_defaults(run=record)
 
     p = commands.add_parser("fetch-data", help="fetch published data sets and autoencoders")

@@ -17,7 +17,7 @@ CHOICES = {
     "model.type": ("scd", "causal_dit"),
     "autoencoder.decoder_norm": ("batch_norm", "rms_norm"),
     "model.fusion": ("token_concat", "token_concat_with_proj", "concat", "add"),
-    "model.condition": ("none", "action", "label"),
+    "model.condition": ("none", "action", "action_vector", "label"),
     "flow.prediction": ("velocity", "data"),
     "flow.encoder_input": ("clean", "noisy", "mixed"),
     "optim.schedule": ("constant", "cosine", "wsd"),
@@ -212,12 +212,12 @@ def check(options: "Options", source: str) -> None:
     require(
         not pair
         or (
-            model.condition == "action"
+            model.has_actions
             and len(pair) == len(set(pair)) == 2
             and all(0 <= action < model.num_conditions for action in pair)
         ),
-        f"eval.swapped_actions={pair}: two different actions below model.num_conditions, of a "
-        f"model with model.condition=action",
+        f"eval.swapped_actions={pair}: two different actions (or components of action_vector) "
+        f"below model.num_conditions, of a model with model.condition=action or action_vector",
     )
     require(
         data.resize_shorter is None or data.resize_shorter >= data.frame_size,
@@ -225,8 +225,9 @@ def check(options: "Options", source: str) -> None:
         f"{data.frame_size}",
     )
     require(
-        not (data.mirror and model.condition == "action"),
-        "data.mirror contradicts model.condition=action: left and right would change places",
+        not (data.mirror and model.has_actions),
+        f"data.mirror contradicts model.condition={model.condition}: left and right would change "
+        f"places",
     )
     require(
         not (data.mirror and data.source == "latents"),
@@ -327,8 +328,9 @@ def check(options: "Options", source: str) -> None:
         "rollout.guidance=condition contradicts model.condition=none",
     )
     require(
-        not (model.condition == "action" and data.frame_stride != 1),
-        "data.frame_stride must be 1 with model.condition=action: skipped actions would be lost",
+        not (model.has_actions and data.frame_stride != 1),
+        f"data.frame_stride must be 1 with model.condition={model.condition}: skipped actions "
+        f"would be lost",
     )
     require(
         not (data.source == "latents" and options.autoencoder.path is None),

@@ -90,11 +90,16 @@ class ModelOptions:
     decoder_layers: int = 0  # of scd
     layers: int = 0  # of causal_dit
     fusion: str = "token_concat"  # | token_concat_with_proj | concat | add
-    condition: str = "none"  # | action | label
-    num_conditions: int = 0  # actions or classes, without the null condition
+    condition: str = "none"  # | action | action_vector (several keys at once, a mouse) | label
+    num_conditions: int = 0  # actions, components of a vector, or classes; without the null one
     first_frame: bool = False  # also learn to predict frame 0, from nothing
     modulate_context: bool = True  # the encoder's output norm is modulated
     modulate_output: bool = True  # the decoder's
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether every frame has an action, of either kind."""
+        return self.condition in ("action", "action_vector")
 
 
 @dataclass

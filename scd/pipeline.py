@@ -89,8 +89,10 @@ class SCDPipeline(DiffusionPipeline):
 
         Args:
             video: (B, K, 3, H, W), or NumPy frames (B, K, H, W, 3); uint8, or floats in [0, 1].
-            actions: (B, K + num_frames) integers, of the given and the new frames; of one video,
-                a flat list will do. None: the null action.
+            actions: (B, K + num_frames) integers, of the given and the new frames; for a model of
+                `action_vector`, (B, K + num_frames, V) numbers: 1 for a key that is held, how far a
+                mouse has moved. Of one video, the first dimension can be left out. None: the null
+                action.
             labels: (B,) integers.
             num_inference_steps: a frame; None: as saved with the model.
             output_type: `pt` or `np`.
@@ -105,8 +107,10 @@ class SCDPipeline(DiffusionPipeline):
             raise ScdError(f"num_frames is {num_frames!r}, not a number of frames")
         video = self._checked(video)
         known = video.shape[1]
-        actions = _integers("actions", actions, (len(video), known + num_frames))
-        labels = _integers("labels", labels, (len(video),))
+        model = self.transformer
+        shape = model.actions_shape(len(video), known + num_frames)
+        actions = _numbers("actions", actions, shape, integers=not model.has_vectors)
+        labels = _numbers("labels", labels, (len(video),))
         device = self.transformer.device
         video = video.to(device)
         settings = self._settings(num_inference_steps, rollout)
@@ -179,8 +183,10 @@ def pipeline_of(
     return SCDPipeline(model, vae, asdict(options.rollout), options_to_dict(options))
 
 
-def _integers(name: str, values: Any, shape: tuple[int, ...]) -> Tensor | None:
-    """Indices of conditions, of whatever kind of list or integer, as a tensor of a shape.
+def _numbers(
+    name: str, values: Any, shape: tuple[int, ...], integers: bool = True
+) -> Tensor | None:
+    """Conditions, of whatever kind of list or number, as a tensor of a shape.
 
     Raises:
         ScdError: they are none, or of another shape.
@@ -191,10 +197,12 @@ def _integers(name: str, values: Any, shape: tuple[int, ...]) -> Tensor | None:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ScdError(f"{name} are no numbers of one shape ({reason(error)})") from error
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ScdError(f"{name} are {tensor.dtype}, not integers")
+    if tensor.is_complex() or (
+        integers and (tensor.is_floating_point() or tensor.dtype == torch.bool)
+    ):
+        raise ScdError(f"{name} are {tensor.dtype}, not {'integers' if integers else 'numbers'}")
     if shape[0] == 1 and tuple(tensor.shape) == shape[1:]:
         tensor = tensor[None]
     if tuple(tensor.shape) != shape:
         raise ScdError(f"{name} are {tuple(tensor.shape)}, expected {shape}")
-    return tensor.long()
+    return tensor.long() if integers else tensor.float()

@@ -26,12 +26,16 @@ WINDOW = 4
 
 
 def pretrained_folder(
-    folder: Path, autoencoder: str, kind: str = "scd", actions: Sequence[str] = ACTIONS
+    folder: Path,
+    autoencoder: str,
+    kind: str = "scd",
+    actions: Sequence[str] = ACTIONS,
+    condition: str = "action",
 ) -> Path:
     """Random weights, 64x64 pixels, a window of 4 frames."""
     torch.manual_seed(0)
     shared: dict[str, Any] = {"channels": 8, "patch_size": 4, "heads": 1}
-    shared |= {"condition": "action", "num_conditions": len(actions), "prediction": "data"}
+    shared |= {"condition": condition, "num_conditions": len(actions), "prediction": "data"}
     layers: dict[str, int] = {"layers": 2}
     model: WorldModel = CausalDiT(**layers, **shared)
     if kind == "scd":
@@ -47,7 +51,7 @@ def pretrained_folder(
         "task": "world_model",
         "data": {"root": "nowhere", "frame_size": 64, "action_names": list(actions)},
         "autoencoder": {"path": "elsewhere"},
-        "model": {"type": kind, "patch_size": 4, "heads": 1, "condition": "action"}
+        "model": {"type": kind, "patch_size": 4, "heads": 1, "condition": condition}
         | {"num_conditions": len(actions), **layers},
         "flow": {"prediction": "data"},
         "train": {"steps": 1, "batch_size": 1},

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from scipy import ndimage
 from scd.data.lists import read_list, write_list
 from scd.data.video import VideoFile
 from scd.doom import record
-from scd.doom.navigator import CELL, FreeSpace, Navigator
+from scd.doom.navigator import CELL, FreeSpace, KeyNavigator, Navigator
 from scd.doom.record import ATTEMPT_SEED, SPLIT_SEEDS, SPLIT_SIZE_LIMIT, record_dataset
 from scd.doom.simulator import (
     ACTIONS,
     FORWARD,
+    KEYS,
     NONE,
+    ONE_KEY,
     TURN_DEGREES,
     TURN_LEFT,
     TURN_RIGHT,
@@ -114,6 +117,37 @@ def test_recorded_turns_turn_the_recorded_heading(doom_root: Path) -> None:
     np.testing.assert_allclose(turned, expected, atol=0.01)  # Doom's angles are 1/2^32 turns
     moved = np.linalg.norm(np.diff(poses[:, :2], axis=0), axis=1)
     assert moved[actions[1:] == FORWARD].max() > 20  # map units
+
+
+def test_several_keys_at_once(tmp_path: Path, simulator: DoomSimulator) -> None:
+    """A recording with keys: vectors beside the frames that they led to, and walked curves."""
+    record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=120, size=64, keys=True)
+    note = json.loads((tmp_path / "recording.json").read_text())
+    assert note["actions"] == list(KEYS)
+    with pytest.raises(ScdError, match="a recording of other settings"):
+        record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=120, size=64)
+    for name, seed in {"train/00000": 0, "val/00000": 1_000_000}.items():
+        frames, actions, poses = episode(tmp_path, name)
+        assert actions.shape == (120, 3) and actions.dtype == np.uint8 and not actions[0].any()
+        assert psnr(frames, replay(simulator, seed, actions)).min() > 36
+        assert np.median(psnr(frames, replay(simulator, seed, np.roll(actions, 1, 0)))) < 25
+        left, right, forward = actions[1:].T.astype(int)
+        turned = (np.diff(poses[:, 2]) + 180) % 360 - 180
+        np.testing.assert_allclose(turned, TURN_DEGREES * (left - right), atol=0.01)
+        moved = np.linalg.norm(np.diff(poses[:, :2], axis=0), axis=1)
+        curve = (left != right) & (forward == 1)
+        assert curve.sum() > 10 and moved[curve].max() > 20  # map units
+
+
+def test_one_key_is_a_set_of_one(simulator: DoomSimulator) -> None:
+    for action, keys in enumerate(ONE_KEY):
+        frames = []
+        for given in (action, keys, tuple(map(float, keys))):
+            simulator.reset(5)
+            frames.append(simulator.step(given))
+        assert np.array_equal(frames[0], frames[1]) and np.array_equal(frames[0], frames[2])
+    still = simulator.reset(5)
+    assert np.array_equal(simulator.step((1, 1, 0)), still)  # left and right
 
 
 @pytest.mark.parametrize("turn", [TURN_LEFT, TURN_RIGHT])
@@ -265,3 +299,32 @@ def test_the_policy_visits_every_room(simulator: DoomSimulator, space: FreeSpace
     # A random walk is stopped by a wall in 70 % of its steps and stares at one in 85 % of frames.
     assert np.mean(np.array(moved) < 4) < 0.03
     assert np.mean(np.array(distances) < 48) < 0.2
+
+
+def test_a_player_with_keys_holds_every_set_of_them(
+    simulator: DoomSimulator, space: FreeSpace
+) -> None:
+    """1000 steps. It is seldom stopped by a wall, and touches the vest once at most."""
+    held: Counter[tuple[float, ...]] = Counter()
+    moved, stopped = 0, 0
+    ended = 0
+    for seed in range(4):
+        simulator.reset(seed)
+        navigator = KeyNavigator(space, np.random.default_rng(seed))
+        for _ in range(250):
+            before = simulator.pose
+            keys = navigator.act(before)
+            if simulator.step(keys) is None:
+                ended += 1
+                break
+            pose = simulator.pose
+            assert isinstance(keys, tuple)
+            held[keys] += 1
+            if keys[2]:
+                moved += 1
+                stopped += math.dist((before.x, before.y), (pose.x, pose.y)) < 4
+    assert ended <= 1
+    assert len(held) == 8
+    assert min(held[keys] for keys in held if keys[:2] != (1, 1)) > 20
+    assert held[1, 0, 1] + held[0, 1, 1] > 200
+    assert stopped < 0.1 * moved

@@ -31,6 +31,7 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from scd.data.lists import ClipEntry, write_list
 from scd.data.video import VideoFile
 from scd.options import load_options
 from scd.play.server import STATIC, Address, listen
@@ -600,6 +601,38 @@ def test_other_actions_than_dooms(driver, own_server):
     assert page.frame > frame
     page.press("?")
     assert "other actions" in page.find("#keys").text and "walk back" in page.find("#keys").text
+
+
+@pytest.fixture
+def keys_server(tmp_path, tiny_autoencoder_path) -> Iterator[Server]:
+    """A model whose actions are keys, several of which can be held at once."""
+    names = ["turn left", "turn right", "forward", "jump"]
+    folder = pretrained_folder(
+        tmp_path / "keys", tiny_autoencoder_path, actions=names, condition="action_vector"
+    )
+    video = np.zeros((BEGIN + 1, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / "clip.npz", video=video, actions=np.zeros((BEGIN + 1, 4)))
+    write_list(tmp_path / "val.json", [ClipEntry("clip.npz")])
+    options = load_options(folder / "options.yml", [f"data.root={tmp_path}"])
+    make_starts(options, tmp_path / "starts", {"one": 0}, frames=BEGIN + 1)
+    server = Server(folder, "--starts", str(tmp_path / "starts"))
+    yield server
+    server.kill()
+
+
+def test_keys_that_are_held_together(driver, keys_server):
+    """Each is a bit of the action, and no frame takes them by turns; nothing held is an action."""
+    page = Page(driver)
+    page.open(keys_server.url)
+    held = 0
+    for key, bit in (("w", 4), ("a", 1), ("q", 8)):
+        page.hold(key)
+        held += bit
+        page.wait(lambda held=held: set(page.actions(3)) == {held}, f"action {held}")
+    assert len(page.all("button.lit")) == 3
+    page.release("w", "a", "q")
+    page.wait(lambda: set(page.actions(3)) == {0}, "no key")
+    assert not page.paused
 
 
 @pytest.fixture(scope="module")

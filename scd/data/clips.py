@@ -24,6 +24,13 @@ from scd.options import Options
 from scd.processes import processes
 
 MAX_ACTION_BYTES = 2**26  # of one clip: days of video
+# What an entry of a list must have for each `model.condition`.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "action": ("actions_in",),
+    "action_vector": ("actions_in",),
+    "label": ("label",),
+}
 # Sub-streams of the seed; a stream never shares a number with another.
 ORDER_STREAM, START_STREAM, FRAMING_STREAM, HELD_OUT_STREAM = 1, 2, 4, 5  # 3: evaluation
 
@@ -33,8 +40,9 @@ class ClipFolder:
 
     Args:
         source: `video` gives pixels in [0, 1], `latents` the unscaled latents of `latent_path`.
-        condition: `action` also reads one int64 action a frame, `label` the clip's class.
-        num_conditions: actions and labels must lie below it.
+        condition: `action` also reads one int64 action a frame, `action_vector` a float32 vector a
+            frame, `label` the clip's class.
+        num_conditions: actions and labels must lie below it, vectors have as many components.
         framing: makes the frames of videos square; None: they are taken as they are.
 
     Raises:
@@ -61,7 +69,7 @@ class ClipFolder:
         # That all clips share; where nobody else knows it, that of the first clip read.
         self.frame_shape: tuple[int, ...] | None = None
         needed = ["video_path" if source == "video" else "latent_path"]
-        needed += {"none": [], "action": ["actions_in"], "label": ["label"]}[condition]
+        needed += NEEDED[condition]
         for number, entry in enumerate(self.entries):
             for name in needed:
                 if getattr(entry, name) is None:
@@ -79,6 +87,11 @@ class ClipFolder:
         videos = (str(entry.video_path) for entry in self.entries)
         return sum(not video.endswith(".npz") and video not in self.checks for video in videos)
 
+    @property
+    def has_actions(self) -> bool:
+        """Whether clips are read with the actions of their frames."""
+        return "actions_in" in NEEDED[self.condition]
+
     def length(self, number: int) -> int:
         """Frames of an entry's video or latents."""
         return self._open(self.entries[number])[1]
@@ -92,7 +105,7 @@ class ClipFolder:
         framing_rng: np.random.Generator | None = None,
     ) -> dict[str, Tensor]:
         """One clip: `video` (F, 3, H, W) in [0, 1] or `latents` (F, C, h, w), `actions` (F,) or
-        `label` ().
+        (F, V), or `label` ().
 
         The clip starts at the first frame, or where `rng` says; its frames are the centre of the
         video's, or what `framing_rng` says.
@@ -127,7 +140,7 @@ class ClipFolder:
             shape, others = ("x".join(map(str, s)) for s in (values.shape[1:], self.frame_shape))
             raise ScdError(f"{path}: frames are {shape}, but those of other clips {others}")
         clip = {key: values}
-        if self.condition == "action":
+        if self.has_actions:
             clip["actions"] = self._actions(entry, length)[torch.from_numpy(indices)]
         elif self.condition == "label":
             clip["label"] = torch.tensor(self._checked_label(number))
@@ -144,7 +157,7 @@ class ClipFolder:
     def _actions(self, entry: ClipEntry, length: int) -> Tensor:
         path = self.root / str(entry.actions_in)
         actions = read_actions(path)
-        check_actions(path, actions, length, self.num_conditions)
+        check_actions(path, actions, length, self.condition, self.num_conditions)
         return torch.from_numpy(actions)
 
     def _checked_label(self, number: int) -> int:
@@ -181,23 +194,55 @@ def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
 
 
 def read_actions(path: Path) -> np.ndarray:
-    """The int64 actions of a clip, one a frame: key `actions` of an npz file."""
+    """The actions of a clip, one a frame: key `actions` of an npz file.
+
+    Returns:
+        (n,) int64, one of several actions; or (n, V) float32, vectors of numbers or booleans: keys
+        that are held, how far a mouse has moved.
+    """
     actions = read_npz(path, "actions", MAX_ACTION_BYTES)
-    if actions.ndim != 1 or actions.dtype.kind not in "iu" or not len(actions):
-        raise ScdError(
-            f"{path}: actions must be integers, one a frame, not {actions.dtype} {actions.shape}"
-        )
-    return actions.astype(np.int64)
+    if actions.ndim == 1 and actions.dtype.kind in "iu" and actions.size:
+        return actions.astype(np.int64)
+    if actions.ndim == 2 and actions.dtype.kind in "biuf" and actions.size:
+        with np.errstate(over="ignore"):  # it becomes infinite, and is refused
+            return actions.astype(np.float32)
+    raise ScdError(
+        f"{path}: actions must be integers, one a frame, or numbers, a row a frame, not "
+        f"{actions.dtype} {actions.shape}"
+    )
 
 
-def check_actions(path: Path, actions: np.ndarray, frames: int, num_actions: int) -> None:
-    """Refuse actions (n,) that are too few for a clip's frames, or that a model does not know."""
+def check_actions(
+    path: Path, actions: np.ndarray, frames: int, condition: str | None, num_conditions: int
+) -> None:
+    """Refuse actions that are too few for a clip's frames, or that a model does not know.
+
+    Args:
+        actions: see `read_actions`.
+        condition, num_conditions: of the model; None: of any model.
+    """
     if len(actions) < frames:
         raise ScdError(f"{path}: {len(actions)} actions for {frames} frames")
-    if actions.min() < 0 or actions.max() >= num_actions:
+    kind = "action" if actions.ndim == 1 else "action_vector"
+    if condition is not None and condition != kind:
+        kinds = {"action": "integers", "action_vector": f"vectors of {num_conditions} numbers"}
         raise ScdError(
-            f"{path}: actions {actions.min()} to {actions.max()}, but the model knows 0 to "
-            f"{num_actions - 1}"
+            f"{path}: actions must be {kinds[condition]}, one a frame, for model.condition="
+            f"{condition}; of shape {actions.shape} they are for {kind}"
+        )
+    if kind == "action_vector":
+        if not np.isfinite(actions).all():
+            raise ScdError(f"{path}: actions are not all finite")
+        if condition is not None and actions.shape[1] != num_conditions:
+            raise ScdError(
+                f"{path}: actions have {actions.shape[1]} components, but the model knows "
+                f"{num_conditions} (model.num_conditions)"
+            )
+        return
+    most = np.iinfo(np.int64).max if condition is None else num_conditions - 1
+    if actions.min() < 0 or actions.max() > most:
+        raise ScdError(
+            f"{path}: actions {actions.min()} to {actions.max()}, but the model knows 0 to {most}"
         )
 
 

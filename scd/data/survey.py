@@ -28,14 +28,14 @@ class Demands:
 
     Attributes:
         needed: fields of `ClipEntry` that no entry may lack.
-        num_actions, num_labels: actions and labels lie below; None: any number.
+        condition, num_conditions: of the model that is to learn from them; None: any will do.
         frame_size: of every frame, (H, W); None: any.
         made_by, latent_shape: what made the latents, and (C, h, w); None: anything.
     """
 
     needed: tuple[str, ...] = ()
-    num_actions: int | None = None
-    num_labels: int | None = None
+    condition: str | None = None
+    num_conditions: int = 0
     frame_size: tuple[int, int] | None = None
     made_by: str | None = None
     latent_shape: tuple[int, int, int] | None = None
@@ -50,6 +50,7 @@ class ClipReport:
     size: str | None = None
     fps: float | None = None
     actions: Counter[int] = field(default_factory=Counter)
+    held: Counter[tuple[int, ...]] = field(default_factory=Counter)
     label: int | None = None
     latents: str | None = None
     digest: str = ""
@@ -62,6 +63,7 @@ class Survey:
     Attributes:
         lengths: frames of each whole clip, in the list's order.
         sizes, actions, labels, latents: how many clips (actions: frames) there are of each kind.
+        held: of vectors: how many frames there are of each set of components that are not 0.
         fps: frames a second of each whole clip that says so.
         in_order: videos that are read in order, for seeking fails or shows other frames.
         broken: one line for each broken clip.
@@ -73,6 +75,7 @@ class Survey:
     lengths: list[int]
     sizes: Counter[str]
     actions: Counter[int]
+    held: Counter[tuple[int, ...]]
     labels: Counter[int]
     latents: Counter[str]
     fps: list[float]
@@ -106,6 +109,7 @@ class Survey:
                 key: dict(sorted(getattr(self, key).items()))
                 for key in ("sizes", "actions", "labels", "latents")
             },
+            "held": [{"components": of, "frames": n} for of, n in sorted(self.held.items())],
             "fps": dict(sorted(Counter(map(str, self.fps)).items())),
             "in_order": self.in_order,
             "broken": self.broken,
@@ -149,6 +153,7 @@ def survey_list(checks: VideoChecks, list_path: Path, demands: Demands) -> Surve
         lengths=[report.frames for report in whole],
         sizes=Counter(report.size for report in whole if report.size is not None),
         actions=sum((report.actions for report in whole), Counter()),
+        held=sum((report.held for report in whole), Counter()),
         labels=Counter(report.label for report in whole if report.label is not None),
         latents=Counter(report.latents for report in whole if report.latents is not None),
         fps=[report.fps for report in whole if report.fps is not None],
@@ -197,13 +202,18 @@ def _look(checks: VideoChecks, where: str, entry: ClipEntry, demands: Demands) -
     ):
         path = root / entry.actions_in
         actions = read_actions(path)
-        limit = np.iinfo(np.int64).max if demands.num_actions is None else demands.num_actions
-        check_actions(path, actions, report.frames, limit)
-        report.actions = Counter(actions[: report.frames].tolist())
+        condition = demands.condition if "actions_in" in demands.needed else None
+        check_actions(path, actions, report.frames, condition, demands.num_conditions)
+        of_frames = actions[: report.frames]
+        if actions.ndim == 1:
+            report.actions = Counter(of_frames.tolist())
+        else:
+            report.held = Counter(tuple(np.flatnonzero(row).tolist()) for row in of_frames)
         hash_.update(actions.tobytes())
-    if demands.num_labels is not None and not 0 <= int(entry.label or 0) < demands.num_labels:
+    if demands.condition == "label" and not 0 <= int(entry.label or 0) < demands.num_conditions:
         raise ScdError(
-            f"{where} has label {entry.label}, but the model knows 0 to {demands.num_labels - 1}"
+            f"{where} has label {entry.label}, but the model knows 0 to "
+            f"{demands.num_conditions - 1}"
         )
     hash_.update(f"label {entry.label}".encode())
     report.digest = hash_.hexdigest()

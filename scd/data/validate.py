@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+from scd.data.clips import NEEDED
 from scd.data.survey import Demands, Survey, survey_list
 from scd.data.video_checks import VideoChecks, told_in_order
 from scd.errors import ScdError
@@ -55,11 +56,10 @@ def validate_list(list_path: Path, root: Path, report: Path | None) -> None:
 def _demands(options: Options) -> Demands:
     """What evaluation wants: pixels."""
     m, data = options.model, options.data
-    condition = {"none": (), "action": ("actions_in",), "label": ("label",)}[m.condition]
     return Demands(
-        needed=("video_path", *condition),
-        num_actions=m.num_conditions if m.condition == "action" else None,
-        num_labels=m.num_conditions if m.condition == "label" else None,
+        needed=("video_path", *NEEDED[m.condition]),
+        condition=m.condition,
+        num_conditions=m.num_conditions,
         frame_size=(data.frame_size,) * 2 if data.resize_shorter is None else None,
     )
 
@@ -75,8 +75,8 @@ def _training_demands(options: Options) -> Demands:
     codec = load_codec(options.autoencoder.path)
     return Demands(
         needed=("latent_path", *demands.needed[1:]),
-        num_actions=demands.num_actions,
-        num_labels=demands.num_labels,
+        condition=demands.condition,
+        num_conditions=demands.num_conditions,
         made_by=encoding_name(options),
         latent_shape=latent_shape(codec, options),
     )
@@ -190,6 +190,7 @@ def table(surveys: list[Survey], action_names: dict[int, str]) -> str:
     row("frames a second", [_kinds(Counter(f"{fps:.4g}" for fps in s.fps)) for s in surveys])
     row("videos read in order", [str(len(s.in_order) or "") for s in surveys])
     row("actions, share of frames", [_shares(s.actions, action_names) for s in surveys])
+    row("held together, share of frames", [_held(s.held, action_names) for s in surveys])
     row("classes", [_classes(s.labels) for s in surveys])
     row("latents", [_kinds(s.latents) for s in surveys])
     row("content hash", [s.content_hash[:16] for s in surveys])
@@ -211,6 +212,15 @@ def _shares(counts: Counter[int], names: dict[int, str]) -> str:
     total = sum(counts.values())
     told = [f"{names.get(key, key)} {counts[key] / total:.1%}" for key in sorted(counts)]
     return ", ".join(told[:SHOWN_KINDS]) + (", …" if len(told) > SHOWN_KINDS else "")
+
+
+def _held(counts: Counter[tuple[int, ...]], names: dict[int, str]) -> str:
+    total = counts.total()
+    told = [
+        f"{' + '.join(names.get(key, str(key)) for key in held) or 'nothing'} {count / total:.1%}"
+        for held, count in counts.most_common(SHOWN_KINDS)
+    ]
+    return ", ".join(told) + (", …" if len(counts) > SHOWN_KINDS else "")
 
 
 def _classes(counts: Counter[int]) -> str:

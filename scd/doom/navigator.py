@@ -9,13 +9,23 @@ from collections import deque
 
 import numpy as np
 
-from scd.doom.simulator import FORWARD, NONE, TURN_DEGREES, TURN_LEFT, TURN_RIGHT, Pose
+from scd.doom.simulator import (
+    FORWARD,
+    NONE,
+    ONE_KEY,
+    TURN_DEGREES,
+    TURN_LEFT,
+    TURN_RIGHT,
+    Action,
+    Pose,
+)
 
 CELL = 8.0  # map units
 CLEARANCE = 26.0  # from walls; the player's own radius is 16
 ITEM_CLEARANCE = 44.0  # touching the vest would end the episode
 ARRIVED = 28.0
 LOOK_AHEAD = 6  # cells
+SHARPEST_CURVE = 40.0  # degrees off the way, up to which a player who can turns while walking
 
 
 class FreeSpace:
@@ -78,10 +88,10 @@ class Navigator:
     def __init__(self, space: FreeSpace, rng: np.random.Generator):
         self.space = space
         self.rng = rng
-        self._forced: deque[int] = deque()
+        self._forced: deque[Action] = deque()
         self._new_target()
 
-    def act(self, pose: Pose) -> int:
+    def act(self, pose: Pose) -> Action:
         if not self._forced:
             self._maybe_wander()
         if self._forced:
@@ -90,7 +100,10 @@ class Navigator:
             self._new_target()
         x, y = self._waypoint(pose)
         wanted = math.degrees(math.atan2(y - pose.y, x - pose.x))
-        error = (wanted - pose.heading + 180) % 360 - 180
+        return self._towards((wanted - pose.heading + 180) % 360 - 180)
+
+    def _towards(self, error: float) -> Action:
+        """Of a way that lies so many degrees to the left."""
         if abs(error) <= 0.75 * TURN_DEGREES:
             return FORWARD
         return TURN_LEFT if error > 0 else TURN_RIGHT
@@ -117,6 +130,29 @@ class Navigator:
             di, dj = np.unravel_index(window.argmin(), window.shape)
             i, j = max(i - 1, 0) + int(di), max(j - 1, 0) + int(dj)
         return self.space.centre((i, j))
+
+
+class KeyNavigator(Navigator):
+    """The same with several keys at once, an action as `scd.doom.simulator.KEYS`: it turns while it
+    walks where the way bends gently, looks around walking or standing, and what it did not plan is
+    any set of keys."""
+
+    def _towards(self, error: float) -> Action:
+        left, right, _ = ONE_KEY[TURN_LEFT if error > 0 else TURN_RIGHT]
+        if abs(error) <= 0.75 * TURN_DEGREES:
+            return ONE_KEY[FORWARD]
+        return left, right, int(abs(error) <= SHARPEST_CURVE)
+
+    def _maybe_wander(self) -> None:
+        chance = self.rng.random()
+        if chance < 0.015:
+            left, walking = (int(self.rng.integers(2)) for _ in range(2))
+            self._forced.extend([(left, 1 - left, walking)] * int(self.rng.integers(4, 17)))
+        elif chance < 0.03:
+            self._forced.extend([ONE_KEY[NONE]] * int(self.rng.integers(1, 5)))
+        elif chance < 0.1:
+            keys = tuple(int(key) for key in self.rng.integers(2, size=3))
+            self._forced.extend([keys] * int(self.rng.integers(1, 5)))
 
 
 def _distance_to_segments(places: np.ndarray, segments: np.ndarray) -> np.ndarray:

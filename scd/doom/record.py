@@ -1,5 +1,6 @@
-"""Record episodes: mp4 videos, one action a frame, list files, and a map of where they went."""
+"""Record episodes: mp4 videos, an action a frame, list files, and a map of where they went."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -10,8 +11,16 @@ from tqdm import tqdm
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import write_video
 from scd.data.video_checks import VideoChecks
-from scd.doom.navigator import FreeSpace, Navigator
-from scd.doom.simulator import ACTIONS, FRAMES_PER_SECOND, NONE, DoomSimulator
+from scd.doom.navigator import FreeSpace, KeyNavigator, Navigator
+from scd.doom.simulator import (
+    ACTIONS,
+    FRAMES_PER_SECOND,
+    KEYS,
+    NONE,
+    ONE_KEY,
+    Action,
+    DoomSimulator,
+)
 from scd.errors import ScdError
 from scd.files import read_json, read_npz, write_json, write_whole
 
@@ -22,13 +31,17 @@ COVERAGE_CELL = 32  # map units
 
 
 def record_dataset(
-    root: Path, train_episodes: int, val_episodes: int, frames: int, size: int
+    root: Path, train_episodes: int, val_episodes: int, frames: int, size: int, keys: bool = False
 ) -> None:
     """Record both splits under `root`, skipping what is already there.
 
     Writes `train.json`, `val.json`, `recording.json` (the settings), `coverage.png`, and for every
     episode `SPLIT/NNNNN.mp4` and `.npz` with `actions` (int64, one a frame; action i leads to
     frame i, so action 0 is `none`) and `poses` (x, y, heading at each frame).
+
+    Args:
+        keys: several keys at once: `actions` are uint8 (F, 3), which of the simulator's `KEYS` are
+            held.
 
     Raises:
         ScdError: `root` holds a recording of other settings, or too many episodes are asked for.
@@ -39,7 +52,8 @@ def record_dataset(
             f"record: between 1 and {SPLIT_SIZE_LIMIT} episodes a split and at least 2 frames, "
             f"not {counts} episodes of {frames} frames"
         )
-    settings = {"frames": frames, "frame_size": size, "actions": list(ACTIONS)}
+    names = KEYS if keys else ACTIONS
+    settings = {"frames": frames, "frame_size": size, "actions": list(names)}
     note = root / "recording.json"
     if note.exists() and read_json(note) != settings:
         raise ScdError(
@@ -52,14 +66,21 @@ def record_dataset(
         pose = simulator.pose
         space = FreeSpace(simulator.walls(), simulator.items(), (pose.x, pose.y))
         news = [
-            _record_split(root, split, n, frames, simulator, space) for split, n in counts.items()
+            _record_split(root, split, n, frames, simulator, space, keys)
+            for split, n in counts.items()
         ]
         if any(news) or not (root / "coverage.png").exists():
-            _draw_coverage(root, simulator.walls())
+            _draw_coverage(root, simulator.walls(), names)
 
 
 def _record_split(
-    root: Path, split: str, count: int, frames: int, simulator: DoomSimulator, space: FreeSpace
+    root: Path,
+    split: str,
+    count: int,
+    frames: int,
+    simulator: DoomSimulator,
+    space: FreeSpace,
+    keys: bool,
 ) -> bool:
     """Record the missing episodes of a split and list them all; whether the list is a new one."""
     list_path = root / f"{split}.json"
@@ -72,7 +93,8 @@ def _record_split(
             name = f"{split}/{episode:05d}"
             video_path, action_path = f"{name}.mp4", f"{name}.npz"
             if not ((root / video_path).exists() and (root / action_path).exists()):
-                played = _play_episode(simulator, space, SPLIT_SEEDS[split] + episode, frames)
+                seed = SPLIT_SEEDS[split] + episode
+                played = _play_episode(simulator, space, seed, frames, keys)
                 if written is not None:
                     written.result()
                 written = writer.submit(_write_episode, root / name, *played)
@@ -88,15 +110,16 @@ def _record_split(
 
 
 def _play_episode(
-    simulator: DoomSimulator, space: FreeSpace, seed: int, frames: int
+    simulator: DoomSimulator, space: FreeSpace, seed: int, frames: int, keys: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frames (F, H, W, 3), actions (F,) and poses (F, 3) of the episode that belongs to a seed."""
+    """Frames (F, H, W, 3), actions (F,) or (F, 3) and poses (F, 3) of a seed's episode."""
     for attempt in range(100):
         # An episode that touches the vest ends early; the next attempt is as much a function of
         # the seed as the first.
         start_seed = seed + attempt * ATTEMPT_SEED
-        video, poses, actions = [simulator.reset(start_seed)], [simulator.pose], [NONE]
-        navigator = Navigator(space, np.random.default_rng(start_seed))
+        navigator = navigator_of(space, start_seed, keys)
+        video, poses = [simulator.reset(start_seed)], [simulator.pose]
+        actions: list[Action] = [nothing(keys)]
         while len(video) < frames:
             action = navigator.act(poses[-1])
             frame = simulator.step(action)
@@ -107,8 +130,18 @@ def _play_episode(
             actions.append(action)
         else:
             table = np.array([(p.x, p.y, p.heading) for p in poses])
-            return np.stack(video), np.array(actions, dtype=np.int64), table
+            return np.stack(video), np.array(actions, np.uint8 if keys else np.int64), table
     raise ScdError(f"record: episode seed {seed} ended before {frames} frames in 100 attempts")
+
+
+def navigator_of(space: FreeSpace, seed: int, keys: bool) -> Navigator:
+    """The player of an episode."""
+    return (KeyNavigator if keys else Navigator)(space, np.random.default_rng(seed))
+
+
+def nothing(keys: bool) -> Action:
+    """The action that leads to the first frame of an episode."""
+    return ONE_KEY[NONE] if keys else NONE
 
 
 def _write_episode(stem: Path, video: np.ndarray, actions: np.ndarray, poses: np.ndarray) -> None:
@@ -119,7 +152,7 @@ def _write_episode(stem: Path, video: np.ndarray, actions: np.ndarray, poses: np
     write_video(stem.with_suffix(".mp4"), video, FRAMES_PER_SECOND)
 
 
-def _draw_coverage(root: Path, walls: np.ndarray) -> None:
+def _draw_coverage(root: Path, walls: np.ndarray, names: Sequence[str]) -> None:
     """`coverage.png`: how often each place was visited, and each action taken, by split."""
     import matplotlib
 
@@ -143,8 +176,9 @@ def _draw_coverage(root: Path, walls: np.ndarray) -> None:
         )
         for x1, y1, x2, y2 in walls:
             axis.plot([x1, x2], [y1, y2], color="black", linewidth=1.5)
-        share = np.bincount(actions, minlength=len(ACTIONS)) / len(actions)
-        listed = ", ".join(f"{name} {s:.0%}" for name, s in zip(ACTIONS, share, strict=True))
+        taken = actions if actions.ndim == 2 else np.eye(len(names))[actions]  # (F, names)
+        share = taken.mean(axis=0)
+        listed = ", ".join(f"{name} {s:.0%}" for name, s in zip(names, share, strict=True))
         axis.set_title(f"{split}: {len(paths)} episodes, {len(actions)} frames\n{listed}", size=9)
         axis.set_axis_off()
         figure.colorbar(picture, ax=axis, label="visits, log10", shrink=0.8)

@@ -10,8 +10,13 @@ from PIL import Image
 
 from scd.errors import ScdError, reason
 
-ACTIONS = ("none", "turn_left", "turn_right", "forward")
+KEYS = ("turn_left", "turn_right", "forward")
+ACTIONS = ("none", *KEYS)  # one key at a time
 NONE, TURN_LEFT, TURN_RIGHT, FORWARD = range(len(ACTIONS))
+Action = int | tuple[float, ...]
+"""An index of `ACTIONS`; or for each of `KEYS`, whether it is held, 0 or 1."""
+
+ONE_KEY = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # by the index of an action
 
 TICS_PER_ACTION = 4  # Doom runs at 35 tics a second, so 8.75 actions a second is real time.
 TURN_DEGREES = 11.25  # per action; 32 turns make a full circle
@@ -81,13 +86,6 @@ class DoomSimulator:
         except Exception as error:
             raise ScdError(f"ViZDoom does not start ({reason(error)})") from error
         self._game = game
-        per_tic = TURN_DEGREES / TICS_PER_ACTION
-        self._buttons = {
-            NONE: [0, 0.0],
-            TURN_LEFT: [0, -per_tic],
-            TURN_RIGHT: [0, per_tic],
-            FORWARD: [1, 0.0],
-        }
 
     def reset(self, seed: int) -> np.ndarray:
         """Start an episode where the seed says. Returns the first frame, (H, W, 3) uint8."""
@@ -95,9 +93,15 @@ class DoomSimulator:
         self._game.new_episode()
         return self._frame()
 
-    def step(self, action: int) -> np.ndarray | None:
-        """Hold an action for `TICS_PER_ACTION` tics: the frame it leads to, or None at the end."""
-        self._game.make_action(self._buttons[int(action)], TICS_PER_ACTION)
+    def step(self, action: Action) -> np.ndarray | None:
+        """Hold an action for `TICS_PER_ACTION` tics: the frame it leads to, or None at the end.
+
+        Both turns at once are none.
+        """
+        keys = ONE_KEY[int(action)] if isinstance(action, int | np.integer) else action
+        left, right, forward = map(float, keys)
+        turn = (right - left) * TURN_DEGREES / TICS_PER_ACTION
+        self._game.make_action([int(forward), turn], TICS_PER_ACTION)
         return None if self._game.is_episode_finished() else self._frame()
 
     @property

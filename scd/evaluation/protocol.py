@@ -121,10 +121,15 @@ def autoencode_frames(codec: Codec, options: Options, video: Tensor) -> Tensor:
 
 
 def swap_new_actions(actions: Tensor, options: Options) -> Tensor:
-    """Exchange the two actions of `eval.swapped_actions` in the frames to be generated."""
+    """Exchange the two actions of `eval.swapped_actions` in the frames to be generated; of vectors
+    (B, F, V), two components."""
     one, other = options.eval.swapped_actions
     new = actions[:, options.eval.context_frames :]
-    exchanged = torch.where(new == one, other, torch.where(new == other, one, new))
+    if options.model.condition == "action_vector":
+        exchanged = new.clone()
+        exchanged[..., [one, other]] = new[..., [other, one]]
+    else:
+        exchanged = torch.where(new == one, other, torch.where(new == other, one, new))
     return torch.cat([actions[:, : options.eval.context_frames], exchanged], dim=1)
 
 

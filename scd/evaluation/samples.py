@@ -256,7 +256,7 @@ def _data_hash(data: ClipFolder) -> str:
     """
     digest = hashlib.sha256()
     for entry in data.entries:
-        files = [entry.video_path, entry.actions_in if data.condition == "action" else None]
+        files = [entry.video_path, entry.actions_in if data.has_actions else None]
         contents = [
             hash_of(data.root / file) if file is not None and (data.root / file).is_file() else None
             for file, hash_of in zip(files, (identity_of, sha256), strict=True)

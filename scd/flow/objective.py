@@ -58,8 +58,8 @@ class FlowObjective(nn.Module):
 
         Args:
             batch: `sample`, the clips' numbers, best as a list or on the CPU, since they are read;
-                `latents` (B, F, C, h, w); `actions` (B, F) or `label` (B,) where the model has
-                such conditions, which nobody checks here: their readers have.
+                `latents` (B, F, C, h, w); `actions` (B, F) or (B, F, V), or `label` (B,), where the
+                model has such conditions, which nobody checks here: their readers have.
         """
         latents = batch["latents"]
         tokens = self.model.tokens_per_frame(*latents.shape[-2:])
@@ -85,13 +85,14 @@ class FlowObjective(nn.Module):
 
         Args:
             latents: (B, F, C, H, W), clean.
-            conditions: (B, F).
+            conditions: (B, F) or (B, F, V + 1).
         """
         first = self.model.first_predicted
         frames = self._add_noise(latents, draws)
         if conditions is not None:
-            null = torch.full_like(conditions, self.model.null_condition)
-            conditions = torch.where(draws.drop_condition[:, None], null, conditions)
+            dropped = draws.drop_condition[(..., *[None] * (conditions.ndim - 1))]
+            null = self.model.null_conditions(conditions.shape[:2])
+            conditions = torch.where(dropped, null, conditions)
         perturbation = None
         if draws.context_noise is not None:
             perturbation = self.options.context_noise * draws.context_noise[:, first:]

@@ -37,6 +37,7 @@ from scd.models.world_model import (
     VelocityField,
     WorldModel,
     check_condition,
+    repeat_steps,
 )
 
 
@@ -101,7 +102,7 @@ class CausalDiT(WorldModel):
             [torch.full_like(of_noisy[:, :1], CLEAN_TIMESTEP).expand(-1, count), of_noisy], 1
         )
         if conditions is not None:
-            of_draws = repeat(conditions[:, first:], "b f -> b (k f)", k=draws)
+            of_draws = repeat(conditions[:, first:], "b f ... -> b (k f) ...", k=draws)
             conditions = torch.cat([conditions[:, :-1], of_draws], dim=1)
         positions = torch.arange(count + 1, device=latents.device)
         positions = torch.cat([positions[:-1], *[positions[first:]] * draws])
@@ -124,11 +125,11 @@ class CausalDiT(WorldModel):
 
     def conditioned(self, conditions: Tensor, timesteps: Tensor) -> "DenseConditioned":
         """See `WorldModel.conditioned`."""
-        clean = torch.full(conditions.shape, CLEAN_TIMESTEP, device=conditions.device)
+        clean = torch.full(conditions.shape[:1], CLEAN_TIMESTEP, device=conditions.device)
         times = timesteps.expand(len(conditions), -1)  # (R, T)
         return DenseConditioned(
             self._modulations(clean, conditions).values,
-            self._modulations(times, conditions[:, None].expand(times.shape)).values,
+            self._modulations(times, repeat_steps(conditions, len(timesteps))).values,
             timesteps,
         )
 

@@ -118,7 +118,7 @@ class FrameDecoder(nn.Module):
         return unpatchify(x.squeeze(1).unflatten(0, (batch, -1)), self.patch_size, height, width)
 
     def modulations(self, timesteps: Tensor, conditions: Tensor) -> Modulations:
-        """For `forward`: of timesteps under conditions, both (R, T)."""
+        """For `forward`: of timesteps (R, T) under conditions (R, T) or (R, T, V + 1)."""
         return Modulations.of(self.blocks, self.norm_out, self.conditioning(timesteps, conditions))
 
     def _join(self, context: Tensor, x: Tensor) -> Tensor:

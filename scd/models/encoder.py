@@ -57,8 +57,8 @@ class CausalEncoder(nn.Module):
 
         Args:
             latents: (B, F, C, H, W).
-            conditions: (B, F), entry j for frame j+1; None: the null condition. Where the learned
-                start comes first: (B, 1 + F), for frames 0..F.
+            conditions: (B, F) or (B, F, V + 1), entry j for frame j+1; None: the null condition.
+                Where the learned start comes first: (B, 1 + F, …), for frames 0..F.
             perturbation: as the contexts, added to them once normed.
 
         Returns:
@@ -78,9 +78,9 @@ class CausalEncoder(nn.Module):
         return self.norm_out(x, e, perturbation)
 
     def modulations(self, conditions: Tensor) -> Modulations:
-        """For `take_in`: under each of the conditions (R,)."""
+        """For `take_in`: under each of the conditions (R,) or (R, V + 1)."""
         return Modulations.of(
-            self.blocks, self.norm_out, self._conditioning(tuple(conditions.shape), conditions)
+            self.blocks, self.norm_out, self._conditioning((len(conditions),), conditions)
         )
 
     def take_in(

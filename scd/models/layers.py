@@ -92,8 +92,8 @@ class Conditioning(nn.Module):
     """The conditioning vector e of a frame: its noise level plus its action or class label.
 
     Args:
-        num_conditions: actions or classes; the table has one more row, the null condition.
-            0: no condition.
+        num_conditions: actions, classes or components of an action; the table has one more row,
+            the null condition. 0: no condition.
     """
 
     def __init__(self, width: int, num_conditions: int):
@@ -104,13 +104,25 @@ class Conditioning(nn.Module):
         self.table = nn.Embedding(num_conditions + 1, width) if num_conditions else None
 
     def forward(self, timesteps: Tensor, conditions: Tensor | None) -> Tensor:
-        """Timesteps in [0, 1000], or -1 for clean, and condition indices, one shape -> (..., D)."""
+        """Add up the embeddings of noise levels and conditions.
+
+        Args:
+            timesteps: (...) in [0, 1000], or -1 for clean.
+            conditions: (...) integers, rows of the table; or (..., num_conditions + 1) floats, how
+                much of each row goes in. So an index is the special case of a one-hot vector.
+
+        Returns:
+            (..., D).
+        """
         sinusoid = self.sinusoid(timesteps.flatten()).unflatten(0, timesteps.shape)
         e = self.time(sinusoid.to(self.time.linear_1.weight.dtype))
         if self.table is not None:
             if conditions is None:
                 conditions = torch.full_like(timesteps, self.null, dtype=torch.long)
-            e = e + self.table(conditions)
+            if conditions.is_floating_point():
+                e = e + conditions.to(self.table.weight.dtype) @ self.table.weight
+            else:
+                e = e + self.table(conditions)
         return e
 
 

@@ -12,7 +12,7 @@ from scd.errors import ScdError
 from scd.models.decoder import FUSIONS, FrameDecoder
 from scd.models.encoder import CausalEncoder
 from scd.models.layers import HEAD_DIM, Modulations
-from scd.models.world_model import Cache, WorldModel, check_condition
+from scd.models.world_model import Cache, WorldModel, check_condition, repeat_steps
 
 
 class SCD(WorldModel):
@@ -23,8 +23,9 @@ class SCD(WorldModel):
         patch_size: height and width of a token's patch, in latent pixels.
         heads: attention heads of width 64; the model's width D is 64 * heads.
         fusion: see `FrameDecoder`.
-        condition: `none`, `action` (one a frame) or `label` (one a clip).
-        num_conditions: number of actions or classes.
+        condition: `none`, `action` (one of several a frame), `action_vector` (several numbers a
+            frame: keys that are held, a mouse's way) or `label` (one a clip).
+        num_conditions: number of actions, of a vector's components (V) or of classes.
         first_frame: also predict frame 0, from a learned start before it (not in the paper).
         modulate_context, modulate_output: whether the output norms of encoder and decoder are
             modulated by the conditioning vector.
@@ -92,7 +93,7 @@ class SCD(WorldModel):
             rearrange(noisy, "b k f c h w -> (b k) f c h w"),
             rearrange(timesteps, "b k f -> (b k) f"),
             repeat(context, "b f n d -> (b k) f n d", k=draws),
-            None if of_frames is None else repeat(of_frames, "b f -> (b k) f", k=draws),
+            None if of_frames is None else repeat(of_frames, "b f ... -> (b k) f ...", k=draws),
         )
         return rearrange(velocity, "(b k) f c h w -> b k f c h w", k=draws)
 
@@ -103,8 +104,8 @@ class SCD(WorldModel):
 
         Args:
             latents: (B, F, C, H, W), clean.
-            actions: (B, F) as recorded (action i leads to frame i). Frame j is encoded with action
-                j+1; the last frame repeats its own.
+            actions: (B, F) or (B, F, V) as recorded (action i leads to frame i). Frame j is encoded
+                with action j+1; the last frame repeats its own.
             labels: (B,).
 
         Returns:
@@ -127,7 +128,7 @@ class SCD(WorldModel):
             noisy: (B, F, C, H, W).
             timesteps: (B, F) in [0, 1000].
             context: (B, F, N, D).
-            conditions: (B, F), of these frames.
+            conditions: (B, F) or (B, F, V + 1), of these frames.
 
         Returns:
             (B, F, C, H, W), in float32.
@@ -138,7 +139,7 @@ class SCD(WorldModel):
     def conditioned(self, conditions: Tensor, timesteps: Tensor) -> "SCDConditioned":
         """See `WorldModel.conditioned`."""
         times = timesteps.expand(len(conditions), -1)  # (R, T)
-        of_decoder = self.decoder.modulations(times, conditions[:, None].expand(times.shape))
+        of_decoder = self.decoder.modulations(times, repeat_steps(conditions, len(timesteps)))
         of_encoder = self.encoder.modulations(conditions)
         return SCDConditioned(of_encoder.values, of_decoder.values, timesteps)
 

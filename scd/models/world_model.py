@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from scd.errors import ScdError
 from scd.models.layers import HEAD_DIM
@@ -38,8 +38,13 @@ class Cache(Protocol):
 class WorldModel(ModelMixin, ConfigMixin):
     """A causal model of video: the next frame's velocity field, given the frames before it.
 
-    Every config has `channels`, `patch_size`, `heads`, `condition` (`none`, `action` or `label`),
-    `num_conditions`, `first_frame`, `prediction` and `sigma_min`; see `SCD`.
+    Every config has `channels`, `patch_size`, `heads`, `condition` (`none`, `action`,
+    `action_vector` or `label`), `num_conditions`, `first_frame`, `prediction` and `sigma_min`; see
+    `SCD`.
+
+    The condition of a frame is an index from 0 to `num_conditions`, the null condition; or, where
+    an action is a vector, its V = `num_conditions` components and one more that is 1 for the null
+    condition alone: nothing pressed is not the same as nothing known.
     """
 
     _repeated_blocks = ["Block"]
@@ -57,6 +62,11 @@ class WorldModel(ModelMixin, ConfigMixin):
     @property
     def null_condition(self) -> int:
         return self.config.num_conditions
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether an action is a vector: several keys at once, or how far a mouse has moved."""
+        return self.config.condition == "action_vector"
 
     @property
     def first_predicted(self) -> int:
@@ -83,7 +93,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             latents: (B, F, C, H, W), the frames as the history shows them.
             noisy: (B, K, F', C, H, W).
             timesteps: (B, K, F') in [0, 1000].
-            conditions: (B, F), of the frames.
+            conditions: (B, F) or (B, F, V + 1), of the frames.
             perturbation: (B, F', N, D), added to the normed context, where there is one.
 
         Returns:
@@ -92,12 +102,12 @@ class WorldModel(ModelMixin, ConfigMixin):
 
     @abstractmethod
     def conditioned(self, conditions: Tensor, timesteps: Tensor) -> Any:
-        """All that depends on conditions and noise levels alone, computed once for a rollout.
+        """All that depends on conditions and noise levels alone, for many of them at once.
 
         Args:
-            conditions: (R,), those that frames may have; `take_in` and `next_frame` know them by
-                their numbers 0..R-1.
-            timesteps: (T,) in [0, 1000], of the denoising steps.
+            conditions: (R,) or (R, V + 1), those that frames may have; `take_in` and `next_frame`
+                know them by their numbers 0..R-1.
+            timesteps: (T,) in [0, 1000], of the denoising steps; `take_in` needs none.
         """
 
     @abstractmethod
@@ -156,7 +166,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             latents: (B, F, C, H, W), the clean frames.
             noisy: (B, F, C, H, W).
             timesteps: (B, F) in [0, 1000], the noise levels of `noisy`.
-            actions: (B, F) as recorded (action i leads to frame i).
+            actions: (B, F) or (B, F, V) as recorded (action i leads to frame i).
             labels: (B,).
 
         Returns:
@@ -170,7 +180,7 @@ class WorldModel(ModelMixin, ConfigMixin):
     def frame_conditions(
         self, shape: tuple[int, ...], actions: Tensor | None, labels: Tensor | None
     ) -> Tensor | None:
-        """The condition index of every frame, (B, F); None for a model without conditions.
+        """The condition of every frame, (B, F) or (B, F, V + 1); None for a model without.
 
         The values are looked at by `check_conditions` alone: on a GPU that waits for the device.
 
@@ -178,30 +188,49 @@ class WorldModel(ModelMixin, ConfigMixin):
             ScdError: a kind of condition that the model does not have, or of another shape.
         """
         kind = self.config.condition
-        if (actions is not None and kind != "action") or (labels is not None and kind != "label"):
+        under_actions = kind in ("action", "action_vector")
+        if (actions is not None and not under_actions) or (labels is not None and kind != "label"):
             given = "actions" if actions is not None else "labels"
             raise ScdError(f"{given} given to a model with condition {kind!r}")
         if kind == "none":
             return None
         if actions is not None:
-            if tuple(actions.shape) != tuple(shape):
-                raise ScdError(f"actions are {tuple(actions.shape)}, expected {tuple(shape)}")
-            conditions = actions
+            expected = self.actions_shape(*shape)
+            if tuple(actions.shape) != expected:
+                raise ScdError(f"actions are {tuple(actions.shape)}, expected {expected}")
+            if not self.has_vectors:
+                return actions
+            # Known: nothing of the null condition.
+            return nn.functional.pad(actions.float(), (0, 1))
         elif labels is not None:
             if tuple(labels.shape) != tuple(shape[:1]):
                 raise ScdError(f"labels are {tuple(labels.shape)}, expected {tuple(shape[:1])}")
-            conditions = labels[:, None].expand(shape)
-        else:
+            return labels[:, None].expand(shape)
+        return self.null_conditions(shape)
+
+    def null_conditions(self, shape: tuple[int, ...]) -> Tensor:
+        """The null condition of so many frames, (B, F) or (B, F, V + 1)."""
+        if not self.has_vectors:
             return torch.full(tuple(shape), self.null_condition, device=self.device)
-        return conditions
+        null = torch.zeros(*shape, self.null_condition + 1, device=self.device)
+        null[..., -1] = 1
+        return null
+
+    def actions_shape(self, batch: int, frames: int) -> tuple[int, ...]:
+        """Of the actions of so many frames: (B, F) integers, or (B, F, V) numbers."""
+        return (batch, frames, self.config.num_conditions)[: 3 if self.has_vectors else 2]
 
     def check_conditions(self, conditions: Tensor | None) -> None:
-        """Refuse indices of conditions, of any shape, that the model does not have.
+        """Refuse what no condition of the model can be: actions, labels or conditions of any shape.
 
         Raises:
-            ScdError: one lies outside of 0 to the null condition.
+            ScdError: an index outside of 0 to the null condition, or a vector that is not finite.
         """
         if conditions is None:
+            return
+        if self.has_vectors:
+            if not conditions.isfinite().all():
+                raise ScdError("actions must be finite")
             return
         if ((conditions < 0) | (conditions > self.null_condition)).any():
             raise ScdError(f"conditions must lie in 0..{self.null_condition} (null)")
@@ -213,6 +242,11 @@ class WorldModel(ModelMixin, ConfigMixin):
             return prediction
         sigma = (timesteps / MAX_TIMESTEP).clamp(min=self.config.sigma_min)
         return (noisy - prediction) / sigma[..., None, None, None]
+
+
+def repeat_steps(conditions: Tensor, steps: int) -> Tensor:
+    """(R,) or (R, V + 1) -> (R, T) or (R, T, V + 1): the same condition at every step."""
+    return conditions[:, None].expand(-1, steps, *conditions.shape[1:])
 
 
 def check_condition(condition: str, num_conditions: int) -> None:

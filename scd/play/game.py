@@ -8,6 +8,7 @@ from typing import Any
 from scd.errors import ScdError
 from scd.play.history import Frame, History
 from scd.play.offer import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Offer
+from scd.play.starts import Action
 from scd.play.worlds import Settings, View, World
 
 
@@ -45,14 +46,19 @@ class Game:
         frames = [Frame(i, start.actions[i], of_frame) for i, of_frame in enumerate(views)]
         self.history = History(frames)
 
-    def step(self, action: int) -> Frame:
+    def step(self, action: Action) -> Frame:
         """The next frame of every world.
 
         Raises:
             ScdError: there is no such action.
         """
-        if action >= len(self.offer.actions):
-            raise ScdError(f"action {action} is none of 0 to {len(self.offer.actions) - 1}")
+        count = len(self.offer.actions)
+        if isinstance(action, tuple) != self.offer.several:
+            raise ScdError(f"action {action} is none of this world, which takes another kind")
+        if isinstance(action, tuple) and len(action) != count:
+            raise ScdError(f"action {action} is none of {count} components")
+        if isinstance(action, int) and action >= count:
+            raise ScdError(f"action {action} is none of 0 to {count - 1}")
         number = self.history.newest.number + 1
         views = tuple(world.step(action, number) for world in self._worlds)
         frame = Frame(number, action, views, time.monotonic())

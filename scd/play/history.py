@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scd.errors import ScdError
+from scd.play.starts import Action
 from scd.play.worlds import View
 
 MAX_FRAMES = 3000  # of all lines together
@@ -23,7 +24,7 @@ class Frame:
     """
 
     number: int
-    action: int
+    action: Action
     views: tuple[View, ...]
     made: float | None = None
 

@@ -74,7 +74,7 @@ async def _play(offer: Offer, worlds: Sequence[str], frames: int) -> dict[str, A
         for number in range(WARM_UP + frames):
             if number % 8 == 0:
                 action = random_action.randrange(len(offer.actions))
-                await _say(player, "input", action=action, seq=0)
+                await _say(player, "input", **_holding(offer, action), seq=0)
             picture = await _next_new(player)
             arrived.append(time.perf_counter())
             parts.append(_milliseconds(picture))
@@ -83,7 +83,8 @@ async def _play(offer: Offer, worlds: Sequence[str], frames: int) -> dict[str, A
         for seq in range(1, PRESSES + 1):
             await asyncio.sleep(random_action.random() / UNHURRIED.fps)
             sent = time.perf_counter()
-            await _say(player, "input", action=seq % len(offer.actions), seq=seq)
+            action = seq % len(offer.actions)
+            await _say(player, "input", **_holding(offer, action), seq=seq)
             while HEADER.unpack_from(await _next_new(player))[8] != seq:
                 pass
             waits.append(1e3 * (time.perf_counter() - sent))
@@ -108,6 +109,10 @@ async def _play(offer: Offer, worlds: Sequence[str], frames: int) -> dict[str, A
 
 async def _say(player: ClientConnection, kind: str, **fields: Any) -> None:
     await player.send(json.dumps({"type": kind, **fields}))
+
+
+def _holding(offer: Offer, action: int) -> dict[str, Any]:
+    return {"held": [action]} if offer.several else {"action": action}
 
 
 async def _next_new(player: ClientConnection) -> bytes:

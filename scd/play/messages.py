@@ -50,7 +50,7 @@ class Message:
 
 # type -> field -> kind; a question mark: optional.
 FIELDS: dict[str, dict[str, str]] = {
-    "input": {"action": "number?", "seq": "number"},
+    "input": {"action": "number?", "held": "numbers?", "seq": "number"},
     "seen": {"serial": "number"},
     "pause": {"paused": "flag"},
     "step": {},
@@ -62,6 +62,7 @@ FIELDS: dict[str, dict[str, str]] = {
 }
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "number": lambda v: type(v) is int and 0 <= v <= MAX_NUMBER,
+    "numbers": lambda v: type(v) is list and len(v) <= 256 and all(map(_KINDS["number"], v)),
     "real": lambda v: type(v) in (int, float) and abs(v) <= MAX_NUMBER,
     "flag": lambda v: type(v) is bool,
     "text": lambda v: type(v) is str and len(v) <= 100,
@@ -109,9 +110,12 @@ def pack(
         made_ms: milliseconds from taking the action to the finished pictures of all worlds.
     """
     height, width, _ = frame.views[0].picture.shape
+    action = frame.action
+    if isinstance(action, tuple):  # the first eight components that are not 0, as bits
+        action = sum(1 << place for place, value in enumerate(action[:8]) if value)
     parts = [
         HEADER.pack(
-            *(PROTOCOL, len(worlds), frame.action, flags, height, width),
+            *(PROTOCOL, len(worlds), action, flags, height, width),
             *(frame.number, serial, seq, made_ms),
         )
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from scd.errors import ScdError
 from scd.play.pretrained import Pretrained, load_pretrained
-from scd.play.starts import Start, are_dooms, load_starts
+from scd.play.starts import Action, Start, are_dooms, load_starts
 from scd.play.worlds import ModelWorld, RealWorld, Settings, World
 
 MAX_STEPS = 16
@@ -49,10 +49,23 @@ class Offer:
         return self.first.options.data.action_names
 
     @property
+    def several(self) -> bool:
+        """Whether several of the actions can be held at once: a frame has a vector of them."""
+        return self.first.model.has_vectors
+
+    @property
     def idle(self) -> int | None:
-        """The action of a player who presses nothing; None: there is none, worlds stand still."""
+        """The action of a player who presses nothing; None: no action of its own."""
+        if self.several:
+            return None
         names = [name.lower() for name in self.actions]
         return next((names.index(name) for name in IDLE if name in names), None)
+
+    def action(self, held: frozenset[int]) -> Action | None:
+        """What a player does who holds these actions; None: nothing, worlds stand still."""
+        if self.several:
+            return tuple(float(number in held) for number in range(len(self.actions)))
+        return next(iter(held), self.idle)
 
     @property
     def settings(self) -> Settings:
@@ -95,13 +108,17 @@ def load_offer(
         missing["baseline"] = "none was given: scd play --baseline DIR"
     else:
         models["baseline"] = load_pretrained(baseline, overrides)
-        first, other = (m.options.data for m in models.values())
-        if (first.frame_size, first.action_names) != (other.frame_size, other.action_names):
+        first, other = (
+            (o.data.frame_size, o.data.action_names, o.model.condition)
+            for o in (m.options for m in models.values())
+        )
+        if first != other:
             raise ScdError(f"{baseline}: other actions or another frame size than {model}")
-    data = models["model"].options.data
-    found = load_starts(starts, data.frame_size, len(data.action_names))
+    options = models["model"].options
+    size, count = options.data.frame_size, len(options.data.action_names)
+    found = load_starts(starts, size, count, models["model"].model.has_vectors)
     # A model of Doom has the simulator's actions, and begins in episodes that can be played anew.
-    real = are_dooms(data.action_names) and all(start.seed is not None for start in found)
+    real = are_dooms(options) and all(start.seed is not None for start in found)
     if real and importlib.util.find_spec("vizdoom") is None:
         real, missing[REAL] = False, "the package vizdoom is not installed"
     return Offer(models, found, missing, real)

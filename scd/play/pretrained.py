@@ -57,7 +57,7 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
 
 def _check_playable(options: Options, folder: Path) -> None:
     where, names, rollout = folder / OPTIONS_FILE, options.data.action_names, options.rollout
-    if options.task != "world_model" or options.model.condition != "action":
+    if options.task != "world_model" or not options.model.has_actions:
         raise ScdError(f"{where}: only a world model under actions can be played")
     if len(names) != options.model.num_conditions:
         raise ScdError(

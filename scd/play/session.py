@@ -22,6 +22,7 @@ from scd.play.history import Frame
 from scd.play.limits import Allowance, Limits
 from scd.play.messages import AGAIN, GIVEN, PROTOCOL, Close, Closed, Message, pack, parse
 from scd.play.offer import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Offer
+from scd.play.starts import Action
 
 TAP_LASTS = 1.0  # seconds; or a frame, if that is longer
 Result = TypeVar("Result")
@@ -92,6 +93,7 @@ class Session:
             "starts": [start.name for start in offer.starts],
             "actions": offer.actions,
             "idle": offer.idle,
+            "several": offer.several,
             "size": offer.size,
             "limits": {
                 "steps": [1, MAX_STEPS],
@@ -115,9 +117,8 @@ class _Connection:
         self._commands: deque[Message] = deque()
         self._news = asyncio.Event()
         self._single_steps = 0
-        self._idle = session.game.offer.idle
-        self._held: int | None = None
-        self._tapped: int | None = None
+        self._held: frozenset[int] = frozenset()  # numbers of actions
+        self._tapped: frozenset[int] = frozenset()
         self._seq = 0
         self._tapped_at = 0.0
         self._serial = self._seen = 0
@@ -170,12 +171,7 @@ class _Connection:
             return
         session.last_input = time.monotonic()
         if message.type == "input":
-            action = fields.get("action", self._idle)
-            if action is not None and action >= len(session.game.offer.actions):
-                raise Closed(Close.BAD_MESSAGE, "input: no such action")
-            self._held, self._seq = None if action == self._idle else action, fields["seq"]
-            if self._held is not None:
-                self._tapped, self._tapped_at = self._held, session.last_input
+            self._hold(fields, session.last_input)
         elif message.type == "step":
             self._single_steps = 1
         else:
@@ -186,6 +182,28 @@ class _Connection:
                 self._commands[-1] = Message("settings", last.fields | fields)  # a dragged slider
             else:
                 self._commands.append(message)
+
+    def _hold(self, fields: dict[str, Any], now: float) -> None:
+        offer = self.session.game.offer
+        one_field, other = ("held", "action") if offer.several else ("action", "held")
+        if other in fields:
+            raise Closed(Close.BAD_MESSAGE, f"input: this world takes {one_field}, not {other}")
+        given = fields.get(one_field, [])
+        held = frozenset(given if offer.several else [given] if one_field in fields else [])
+        if any(number >= len(offer.actions) for number in held):
+            raise Closed(Close.BAD_MESSAGE, "input: no such action")
+        held -= {offer.idle}
+        # Where only one counts, it is the newest; else a key that was held before is not tapped.
+        pressed = held - self._held if offer.several else held
+        if pressed:
+            before = self._fresh(now) if offer.several else frozenset()
+            self._tapped, self._tapped_at = before | pressed, now
+        self._held, self._seq = held, fields["seq"]
+
+    def _fresh(self, now: float) -> frozenset[int]:
+        """What was pressed since the last frame: it moves one frame even if it was released."""
+        fresh = now - self._tapped_at < max(TAP_LASTS, 1 / self.session.fps)
+        return self._tapped if fresh else frozenset()
 
     async def _live(self) -> None:
         """Without it a page could not tell a slow or paused server from one that is gone."""
@@ -223,19 +241,16 @@ class _Connection:
         self._single_steps = 0
         action, seq = self._action(now), self._seq
         assert action is not None  # see `_play`
-        self._tapped = None
-        if self._held is not None:  # a key that stays down sends nothing, but is playing
+        self._tapped = frozenset()
+        if self._held:  # a key that stays down sends nothing, but is playing
             self.session.last_input = now
         frame = await self.session.work(self.session.game.step, action)
         await self._show(frame, 0, seq, 1e3 * (time.monotonic() - now))
 
-    def _action(self, now: float) -> int | None:
+    def _action(self, now: float) -> Action | None:
         """Of the next frame; None: nothing is held, and no action stands for that."""
-        if self._held is not None:
-            return self._held
-        # A key that was pressed and released since the last frame still moves one frame.
-        fresh = now - self._tapped_at < max(TAP_LASTS, 1 / self.session.fps)
-        return self._tapped if fresh and self._tapped is not None else self._idle
+        offer, fresh = self.session.game.offer, self._fresh(now)
+        return offer.action(self._held | fresh if offer.several else self._held or fresh)
 
     async def _carry_out(self, message: Message) -> None:
         session, fields = self.session, dict(message.fields)

@@ -1,23 +1,27 @@
 """Start clips: the first frames of real episodes, from which worlds go on."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from scd.data.clips import clip_folder
 from scd.data.video import VideoFile, write_video
-from scd.doom.navigator import FreeSpace, Navigator
-from scd.doom.record import SPLIT_SEEDS
-from scd.doom.simulator import ACTIONS, NONE, DoomSimulator
+from scd.doom.navigator import FreeSpace
+from scd.doom.record import SPLIT_SEEDS, navigator_of, nothing
+from scd.doom.simulator import ACTIONS, KEYS, DoomSimulator
 from scd.errors import ScdError
 from scd.files import read_json, write_json, write_whole_folder
 from scd.options import Options
 
 LISTED = "starts.json"
 MAX_FRAMES = 1000
+Action = int | tuple[float, ...]
+"""One of several actions; or the components of an action that is a vector."""
 
 
 @dataclass(frozen=True)
@@ -31,21 +35,23 @@ class Start:
     """
 
     name: str
-    actions: tuple[int, ...]
+    actions: tuple[Action, ...]
     frames: np.ndarray
     seed: int | None = None
 
 
-def are_dooms(action_names: Sequence[str]) -> bool:
+def are_dooms(options: Options) -> bool:
     """Whether actions are those of the simulator, by their names (spaces or underscores)."""
-    return [name.replace(" ", "_") for name in action_names] == list(ACTIONS)
+    known = KEYS if options.model.condition == "action_vector" else ACTIONS
+    return [name.replace(" ", "_") for name in options.data.action_names] == list(known)
 
 
-def load_starts(folder: Path, size: int, num_actions: int) -> list[Start]:
+def load_starts(folder: Path, size: int, num_actions: int, vectors: bool = False) -> list[Start]:
     """The clips that `starts.json` lists.
 
     Args:
         size: height and width that the frames must have.
+        vectors: an action is a list of `num_actions` numbers.
 
     Raises:
         ScdError: the folder, its list or a clip is missing, damaged or of another size.
@@ -53,10 +59,10 @@ def load_starts(folder: Path, size: int, num_actions: int) -> list[Start]:
     listed = read_json(folder / LISTED)
     if not isinstance(listed, list) or not listed:
         raise ScdError(f"{folder / LISTED}: expected a list of start clips")
-    return [_load_start(folder, entry, size, num_actions) for entry in listed]
+    return [_load_start(folder, entry, size, num_actions, vectors) for entry in listed]
 
 
-def _load_start(folder: Path, entry: object, size: int, num_actions: int) -> Start:
+def _load_start(folder: Path, entry: object, size: int, num_actions: int, vectors: bool) -> Start:
     where = folder / LISTED
     if not isinstance(entry, dict) or entry.keys() - {"seed"} != {"name", "actions"}:
         raise ScdError(
@@ -67,13 +73,14 @@ def _load_start(folder: Path, entry: object, size: int, num_actions: int) -> Sta
         raise ScdError(f"{where}: name {str(name)[:40]!r} of a start")
     if seed is not None and type(seed) is not int:
         raise ScdError(f"{where}: seed {str(seed)[:40]!r} of a start")
-    known = range(num_actions)
+    is_action = partial(_is_vector if vectors else _is_index, num_actions=num_actions)
     if (
         not isinstance(actions, list)
         or not 1 <= len(actions) <= MAX_FRAMES
-        or not all(type(action) is int and action in known for action in actions)
+        or not all(map(is_action, actions))
     ):
-        raise ScdError(f"{where}: start {name}: actions are a list of numbers below {num_actions}")
+        one = f"lists of {num_actions} numbers" if vectors else f"numbers below {num_actions}"
+        raise ScdError(f"{where}: start {name}: actions are a list of {one}")
     video = VideoFile(folder / f"{name}.mp4")
     if len(video) != len(actions):
         raise ScdError(f"{video.path}: {len(video)} frames, but {len(actions)} actions")
@@ -83,7 +90,23 @@ def _load_start(folder: Path, entry: object, size: int, num_actions: int) -> Sta
             f"{video.path}: frames of {frames.shape[1:3]} pixels, the model has {size}: "
             f"`scd starts` makes others"
         )
-    return Start(name, tuple(actions), frames, seed)
+    return Start(name, _actions(actions), frames, seed)
+
+
+def _is_index(action: object, num_actions: int) -> bool:
+    return type(action) is int and action in range(num_actions)
+
+
+def _is_vector(action: object, num_actions: int) -> bool:
+    return (
+        isinstance(action, list)
+        and len(action) == num_actions
+        and all(type(value) in (int, float) and math.isfinite(value) for value in action)
+    )
+
+
+def _actions(listed: list) -> tuple[Action, ...]:
+    return tuple(tuple(action) if isinstance(action, list) else action for action in listed)
 
 
 def named_clips(clips: str, names: str | None = None) -> dict[str, int]:
@@ -131,10 +154,13 @@ def make_starts(
         ScdError: the options are of no world under actions, a clip cannot be had or is too short,
             or the folder holds something else or cannot be written.
     """
-    if options.task != "world_model" or options.model.condition != "action":
+    if options.task != "world_model" or not options.model.has_actions:
         raise ScdError("starts: only a world model under actions can be played")
-    if doom and not are_dooms(options.data.action_names):
-        raise ScdError(f"starts: --doom, but data.action_names are not {', '.join(ACTIONS)}")
+    if doom and not are_dooms(options):
+        raise ScdError(
+            f"starts: --doom, but data.action_names are not {', '.join(ACTIONS)} (of "
+            f"action_vector: {', '.join(KEYS)})"
+        )
     if not 1 <= frames <= MAX_FRAMES:
         raise ScdError(f"starts: --frames {frames}, but a start has 1 to {MAX_FRAMES}")
     if folder.exists() and not (folder / LISTED).is_file():
@@ -164,19 +190,20 @@ def _cut_clips(options: Options, clips: Mapping[str, int], frames: int) -> Itera
     for name, number in clips.items():
         clip = data.read(number, frames)
         pictures = (clip["video"] * 255).round().byte().movedim(1, -1)
-        yield Start(name, tuple(clip["actions"].tolist()), pictures.contiguous().numpy())
+        yield Start(name, _actions(clip["actions"].tolist()), pictures.contiguous().numpy())
 
 
 def _play_doom(options: Options, clips: Mapping[str, int], frames: int) -> Iterator[Start]:
     """The beginnings of validation episodes, as `scd record` plays them."""
+    keys = options.model.condition == "action_vector"
     with closing(DoomSimulator(options.data.frame_size)) as simulator:
         simulator.reset(0)
         pose = simulator.pose
         space = FreeSpace(simulator.walls(), simulator.items(), (pose.x, pose.y))
         for name, episode in clips.items():
             seed = SPLIT_SEEDS["val"] + episode
-            navigator = Navigator(space, np.random.default_rng(seed))
-            pictures, actions = [simulator.reset(seed)], [NONE]
+            navigator = navigator_of(space, seed, keys)
+            pictures, actions = [simulator.reset(seed)], [nothing(keys)]
             while len(pictures) < frames:
                 actions.append(navigator.act(simulator.pose))
                 picture = simulator.step(actions[-1])

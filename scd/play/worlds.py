@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scd.doom.simulator import DoomSimulator
 from scd.play.pretrained import Pretrained
-from scd.play.starts import Start
+from scd.play.starts import Action, Start
 from scd.rollout import Rollout
 from scd.seeding import generator
 
@@ -67,7 +67,7 @@ class World(Protocol):
         ...
 
     def go_to(
-        self, past: Sequence[View], actions: Sequence[int], whole: bool, settings: Settings
+        self, past: Sequence[View], actions: Sequence[Action], whole: bool, settings: Settings
     ) -> None:
         """Be at the last frame of a past, and go on with these settings.
 
@@ -78,7 +78,7 @@ class World(Protocol):
         """
         ...
 
-    def step(self, action: int, number: int) -> View:
+    def step(self, action: Action, number: int) -> View:
         """The next frame, the video's frame `number`."""
         ...
 
@@ -109,7 +109,7 @@ class ModelWorld:
         return views
 
     def go_to(
-        self, past: Sequence[View], actions: Sequence[int], whole: bool, settings: Settings
+        self, past: Sequence[View], actions: Sequence[Action], whole: bool, settings: Settings
     ) -> None:
         """See `World`. What the window no longer holds still shaped what it holds: every layer
         looks one window further back, so that so many frames are taken in again."""
@@ -129,7 +129,7 @@ class ModelWorld:
         known = torch.tensor([actions[-reach:]])
         self._rollout.reset(latents[None], known, generator=self._generator)
 
-    def step(self, action: int, number: int) -> View:
+    def step(self, action: Action, number: int) -> View:
         """See `World`."""
         of_frame = generator("cpu", "play", self._settings.seed, number)
         self._generator.manual_seed(of_frame.initial_seed())
@@ -174,7 +174,7 @@ class RealWorld:
         return self._replay(start.actions)
 
     def go_to(
-        self, past: Sequence[View], actions: Sequence[int], whole: bool, settings: Settings
+        self, past: Sequence[View], actions: Sequence[Action], whole: bool, settings: Settings
     ) -> None:
         """See `World`: the episode is played again, if it is known whole and not too long."""
         if past[-1] is self._newest:
@@ -184,7 +184,7 @@ class RealWorld:
             with suppress(Exception):  # see `step`
                 self._replay(actions)
 
-    def step(self, action: int, number: int) -> View:
+    def step(self, action: Action, number: int) -> View:
         """See `World`."""
         assert self._newest is not None  # `begin` comes first
         if not self._newest.over:
@@ -202,7 +202,7 @@ class RealWorld:
         """See `World`."""
         self._simulator.close()
 
-    def _replay(self, actions: Sequence[int]) -> list[View]:
+    def _replay(self, actions: Sequence[Action]) -> list[View]:
         views = [View(self._simulator.reset(self._seed))]
         self._newest = views[0]
         views += [self.step(action, number) for number, action in enumerate(actions[1:], 1)]

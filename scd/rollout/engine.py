@@ -15,6 +15,7 @@ from scd.option_rules import check_rollout
 from scd.options import RolloutOptions
 from scd.precision import float32_products, resolve_precision, with_weights_in
 from scd.rollout.cache import KVCache, Window
+from scd.rollout.conditions import RolloutConditions
 from scd.rollout.graph import graphed
 
 SLIDING_FRAMES = 64  # that slide in at once; bounds their memory
@@ -83,7 +84,7 @@ class Rollout:
 
         Args:
             context: (B, K, C, H, W); K may be 0 for a model that predicts first frames.
-            actions: (B, K), the action that led to each of them.
+            actions: (B, K) or (B, K, V), the action that led to each of them.
             labels: (B,).
             generator: one for the batch, or one a sample: then a sample's frames do not depend
                 on the batch it is in.
@@ -95,39 +96,34 @@ class Rollout:
                 "first frames (model.first_frame)"
             )
         model = self.model
-        # Before they index the table, on the device they came on: on the CPU that costs no sync.
-        model.frame_conditions((batch, frames), actions, labels)
-        for given in (actions, labels):
-            model.check_conditions(given)
+        guided = self.guidance == "condition"
+        conditions = RolloutConditions(model, batch, labels, self._timesteps, guided)
+        of_frames = conditions.of_frames(actions, frames)
+        self._conditions = conditions
         self._packed = PackedWeights(model)
         self._graph: Callable[..., Tensor] | None = None  # made for the shapes of this reset
         context = context.to(model.device)
-        self._labels = None if labels is None else labels.to(model.device)
         self._generator = generator
         self._batch = batch
         tokens = model.tokens_per_frame(height, width)
-        branches = 2 if self.guidance == "condition" else 1
-        self.cache = KVCache(model, branches * batch, self.window, tokens)
-        self._prepare_conditions()
-        actions = None if actions is None else actions.to(model.device)
-        conditions = self._numbers(actions, frames)
-        self._newest, self._newest_condition = context[:, -1:], conditions[:, -1:]
+        self.cache = KVCache(model, (1 + guided) * batch, self.window, tokens)
+        self._newest, self._newest_condition = context[:, -1:], of_frames[:, -1:]
         # All but the newest frame, which may need the action that is yet to come. What the window
         # holds goes in at once, the rest slides in.
         known, fits = frames - 1, self.window.frames - model.start_places
         with self._packed.in_use(), float32_products(self.precision):
             if frames > model.first_predicted:
-                self._take_in(context, conditions, 0, min(known, fits))
+                self._take_in(context, of_frames, 0, min(known, fits))
             for first in range(fits, known, SLIDING_FRAMES):
                 last = min(first + SLIDING_FRAMES, known)
-                self._take_in(context, conditions, first, last)
+                self._take_in(context, of_frames, first, last)
 
     @torch.no_grad()
     def step(self, action: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Generate the next frame.
 
         Args:
-            action: (B,), the action that leads to it; None: the null action.
+            action: (B,) or (B, V), the action that leads to it; None: the null action.
             noise: (B, C, H, W), the frame's initial noise; None: from the generator.
 
         Returns:
@@ -139,11 +135,9 @@ class Rollout:
         if self._newest is None:
             raise ScdError("step before reset")
         model = self.model
-        actions = None if action is None else action[:, None]
-        model.frame_conditions((self._batch, 1), actions, self._labels)
-        model.check_conditions(actions)
-        actions = None if actions is None else actions.to(model.device)
-        condition = self._numbers(actions, 1)
+        condition = self._conditions.of_frames(None if action is None else action[:, None], 1)
+        numbered = self._conditions.numbered(self._newest_condition, condition, denoised=True)
+        own, following, conditioned = numbered
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
         if noise is None:
             noise = self._randn(self._newest.shape[2:])
@@ -154,12 +148,7 @@ class Rollout:
         start = noise.to(model.device, torch.float32)[:, None]
         with self._packed.in_use(), float32_products(self.precision):
             field = model.next_frame(
-                self._both(self._newest),
-                self._with_null(self._newest_condition),
-                self._with_null(condition),
-                self.cache,
-                self._conditioned,
-                perturbation,
+                self._both(self._newest), own, following, self.cache, conditioned, perturbation
             )
             self.on_encoded()
             self._newest = self._denoise(field, start)
@@ -167,7 +156,7 @@ class Rollout:
         return self._newest[:, 0]
 
     def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
-        """A frame (B, C, H, W) for every action (B,), as soon as it is done."""
+        """A frame (B, C, H, W) for every action (B,) or (B, V), as soon as it is done."""
         for action in actions:
             yield self.step(action)
 
@@ -198,43 +187,15 @@ class Rollout:
         """Append frames first..last-1 of the context to the cache."""
         # A learned start comes before frame 0, and then needs the condition of that frame.
         begin = first + 1 if first or self.model.first_predicted else 0
-        self.model.take_in(
-            self._both(context[:, first:last]),
-            self._with_null(conditions[:, first:last]),
-            self._with_null(conditions[:, begin : last + 1]),
-            self.cache,
-            self._conditioned,
+        own, following, conditioned = self._conditions.numbered(
+            conditions[:, first:last], conditions[:, begin : last + 1], denoised=False
         )
-
-    def _prepare_conditions(self) -> None:
-        """Compute once what depends on conditions alone; frames then name theirs by a number."""
-        model, null = self.model, self.model.null_condition
-        if self._labels is None:
-            known = torch.arange(null + 1, device=model.device)
-        else:  # of many classes, only those of this batch
-            known = torch.cat([self._labels, self._labels.new_tensor([null])]).unique()
-        self._number_of = torch.zeros(null + 1, dtype=torch.long, device=model.device)
-        self._number_of[known] = torch.arange(len(known), device=model.device)
-        self._conditioned = model.conditioned(known, self._timesteps)
-
-    def _numbers(self, actions: Tensor | None, frames: int) -> Tensor:
-        """The numbers of the conditions of so many frames, (B, F)."""
-        shape = (self._batch, frames)
-        conditions = self.model.frame_conditions(shape, actions, self._labels)
-        if conditions is None:
-            conditions = torch.zeros(shape, dtype=torch.long, device=self.model.device)
-        return self._number_of[conditions]
-
-    # Condition guidance keeps a second history, which has never seen a condition.
+        latents = self._both(context[:, first:last])
+        self.model.take_in(latents, own, following, self.cache, conditioned)
 
     def _both(self, latents: Tensor) -> Tensor:
+        """Condition guidance keeps a second history, which has never seen a condition."""
         return torch.cat([latents, latents]) if self.guidance == "condition" else latents
-
-    def _with_null(self, numbers: Tensor) -> Tensor:
-        if self.guidance != "condition":
-            return numbers
-        null = self._number_of[self.model.null_condition]
-        return torch.cat([numbers, null.expand(numbers.shape)])
 
     def _randn(self, shape: tuple[int, ...]) -> Tensor:
         return randn_tensor((self._batch, *shape), self._generator, self.model.device)
@@ -275,7 +236,7 @@ def continue_videos(
 
     Args:
         context: latents (B, K, C, H, W); see `Rollout.reset` for K = 0.
-        actions: (B, K + num_frames), of the context and of the new frames.
+        actions: (B, K + num_frames) or (B, K + num_frames, V), of the context and the new frames.
         labels: (B,).
         noise: (B, num_frames, C, H, W), initial noise of the new frames.
 
@@ -286,10 +247,11 @@ def continue_videos(
         ScdError: shapes that do not fit together.
     """
     known = context.shape[1]
-    if actions is not None and tuple(actions.shape) != (context.shape[0], known + num_frames):
+    expected = model.actions_shape(context.shape[0], known + num_frames)
+    if actions is not None and tuple(actions.shape) != expected:
         raise ScdError(
-            f"actions are {tuple(actions.shape)}, expected "
-            f"{(context.shape[0], known + num_frames)}: one a context frame and one a new frame"
+            f"actions are {tuple(actions.shape)}, expected {expected}: one a context frame and one "
+            f"a new frame"
         )
     if noise is not None and noise.shape[:2] != (context.shape[0], num_frames):
         raise ScdError(f"noise is {tuple(noise.shape)}, expected (batch, {num_frames}, C, H, W)")

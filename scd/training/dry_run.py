@@ -94,7 +94,10 @@ def _write_clips(options: Options, evaluation_frames: int) -> None:
     entries = []
     for clip in range(CLIPS):
         video = rng.integers(256, size=(needed, height, width, 3), dtype=np.uint8)
-        actions = rng.integers(max(model.num_conditions, 1), size=needed)
+        if model.condition == "action_vector":
+            actions = rng.integers(2, size=(needed, model.num_conditions))
+        else:
+            actions = rng.integers(max(model.num_conditions, 1), size=needed)
         path = root / f"{clip}.npz"
         write_whole(path, partial(np.savez, video=video, actions=actions))
         entries.append(ClipEntry(video_path=path.name, label=clip % max(model.num_conditions, 1)))

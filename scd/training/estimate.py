@@ -120,7 +120,7 @@ def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Tens
         latents = torch.empty(b, f, codec.channels, size, size)
         noisy = torch.empty(b, k, predicted, codec.channels, size, size)
         timesteps = torch.empty(b, k, predicted)
-        conditions = torch.empty(b, f, dtype=torch.long)
+        conditions = model.null_conditions((b, f))
         tokens = model.tokens_per_frame(size, size)
         perturbation = torch.empty(b, predicted, tokens, model.width, dtype=model.dtype)
     return {

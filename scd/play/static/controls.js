@@ -21,6 +21,7 @@ export class Controls {
   #keys = {}; // code -> move
   #actions = new Map(); // move -> number; moves beside those of KEYS are the actions' own names
   #idle = null;
+  #several = false; // actions can be held at once
   #turned = false;
   #gamepadButtons = new Set();
 
@@ -44,10 +45,14 @@ export class Controls {
     addEventListener("gamepadconnected", () => this.#poll());
   }
 
-  /** The server's names of actions, and the number of the one that no key stands for (or null). */
-  offer(names, idle) {
+  /**
+   * The server's names of actions, the number of the one that no key stands for (or null), and
+   * whether several can be held at once.
+   */
+  offer(names, idle, several) {
     const called = names.map((name) => name.toLowerCase().replaceAll("_", " "));
     this.#idle = idle;
+    this.#several = several;
     this.#actions = new Map();
     for (const [move, known] of Object.entries(NAMES)) {
       const number = called.indexOf(known.find((name) => called.includes(name)));
@@ -95,18 +100,26 @@ export class Controls {
     return this.#held.size > 0;
   }
 
-  /** Forward and a turn are both held: frames take them by turns. */
+  /** Forward and a turn are both held, but only one counts: frames take them by turns. */
   get curve() {
-    return this.#moves().length > 1;
+    return !this.#several && this.#moves().length > 1;
   }
 
   /** Nothing is held, and no action stands for that: the world waits. */
   get waiting() {
-    return this.#idle === null && !this.holding;
+    return this.#idle === null && !this.#several && !this.holding;
   }
 
-  /** The number of the next frame's action; null: the world waits. */
+  /** What to tell the server of the next frame: the number of its action, or of all that are held. */
   next() {
+    if (this.#several) {
+      return { held: [...new Set(this.#held.values())].map((move) => this.#actions.get(move)) };
+    }
+    const action = this.#action();
+    return action === null ? {} : { action };
+  }
+
+  #action() {
     const moves = this.#moves();
     this.#turned = moves.length > 1 && !this.#turned;
     const move = moves.length > 1 ? moves[this.#turned ? 1 : 0] : moves[0];

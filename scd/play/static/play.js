@@ -68,7 +68,7 @@ function onHello(message) {
   }
   hello = message;
   document.body.classList.add("greeted");
-  controls.offer(message.actions, message.idle);
+  controls.offer(message.actions, message.idle, message.several);
   $("invitation").classList.toggle("no-walk", $("pad").hidden);
   for (const row of document.querySelectorAll("#keys [data-needs]")) {
     row.hidden = !controls.has(row.dataset.needs);
@@ -133,8 +133,7 @@ function show() {
 
 function input() {
   seq += 1;
-  const action = controls.next();
-  connection.send({ type: "input", ...(action === null ? {} : { action }), seq });
+  connection.send({ type: "input", ...controls.next(), seq });
 }
 
 function held() {
