@@ -20,6 +20,7 @@ PACKAGES = [
     "einops",
     "omegaconf",
     "decord",
+    "decord2",
     "torchmetrics",
     "lpips",
     "numpy",

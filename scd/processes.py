@@ -81,12 +81,12 @@ def join(longest_wait: timedelta) -> PartialState:
     timer.start()
     try:
         store, rank, size = _meet()
-        store.set_timeout(longest_wait)
-        return PartialState(cpu=cpu, timeout=longest_wait, store=store, rank=rank, world_size=size)
     except (DistError, RuntimeError, ValueError) as error:  # nobody there, or no numbers
         raise ScdError(f"{told}: no launch to join ({reason(error)}); {advice}") from error
     finally:
         timer.cancel()
+    store.set_timeout(longest_wait)
+    return PartialState(cpu=cpu, timeout=longest_wait, store=store, rank=rank, world_size=size)
 
 
 def _meet() -> tuple[Store, int, int]:
@@ -123,6 +123,12 @@ def share(work: Sequence[T]) -> Sequence[T]:
     """The part of the work that this process does: every n-th piece."""
     state = processes()
     return work[state.process_index :: state.num_processes]
+
+
+def same_everywhere(precision: str) -> str:
+    """Agree on what all processes resolved a precision to, or on `fp32`; collective."""
+    found = set(gather_object([precision])) if processes().num_processes > 1 else {precision}
+    return precision if len(found) == 1 else "fp32"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from scd.cli import main
 from scd.data.clips import clip_folder
 from scd.data.encode import check_training_latents, encode_dataset, encoding_name
-from scd.data.latents import read_latents, write_latents
+from scd.data.latents import latent_header, of_another_video, read_latents, write_latents
 from scd.data.lists import read_list, write_list
 from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
@@ -199,7 +199,7 @@ def test_a_video_that_was_replaced_is_encoded_anew(
     replaced, other = root / str(first.video_path), root / str(second.video_path)
     frames = VideoFile(other).frames(np.arange(len(VideoFile(replaced))))
     write_video(replaced, frames, 8.75)
-    os.utime(replaced, (0, 0))  # as one that was made long before
+    os.utime(replaced, (0, 0))  # as one that was made long before, but of another size
     before = [read_latents(root / str(entry.latent_path)) for entry in (first, second)]
     with pytest.raises(ScdError, match=r"latents of another video than .* is now: run scd encode"):
         check_training_latents(folder, codec, options)
@@ -213,18 +213,26 @@ def test_a_video_that_was_replaced_is_encoded_anew(
     check_training_latents(folder, codec, options)
 
 
-def test_latents_that_do_not_say_of_which_video(root: Path, options: Options) -> None:
-    """Those of before, and foreign ones: taken where they are younger than the video."""
+def test_a_video_of_the_same_size_that_was_replaced(root: Path, options: Options) -> None:
+    """At a run's start it is read again if it is younger than its latents; by encode always."""
     encode_dataset(options)
     folder = clip_folder(options, "train.json", "latents")
     codec = load_codec(str(options.autoencoder.path))
     entry = folder.entries[0]
     path, video = root / str(entry.latent_path), root / str(entry.video_path)
-    write_latents(path, read_latents(path), encoding_name(options))
-    check_training_latents(folder, codec, options)
-    os.utime(video, (2**31, 2**31))
+    header = latent_header(path)
+    data = bytearray(video.read_bytes())
+    data[-1] ^= 1
+    video.write_bytes(data)
     with pytest.raises(ScdError, match="latents of another video"):
         check_training_latents(folder, codec, options)
+    os.utime(video, (0, 0))
+    check_training_latents(folder, codec, options)
+    assert of_another_video(header, path, video) is not None
+    write_latents(
+        path, read_latents(path), encoding_name(options)
+    )  # as older ones, it says nothing
+    assert of_another_video(latent_header(path), path, video) is None
 
 
 @pytest.mark.parametrize("name", ["x" * 239, "x" * 240, "x" * 251, "\u3042" * 83])

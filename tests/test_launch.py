@@ -75,20 +75,32 @@ def test_train_sh_takes_each_configuration(name, nodes, project, monkeypatch):
     assert sizes == ([str(nodes), "8"] if name == "hsdp" else [None, None])
 
 
-@pytest.mark.parametrize("state", ["stopped", "failed", "finished"])
-def test_slurm_launches_on_every_node_and_queues_what_was_stopped(state, project):
+@pytest.mark.parametrize(
+    ("state", "restarts", "again"),
+    [
+        ("stopped", 0, True),
+        ("lost", 3, True),
+        ("lost", 10, False),
+        ("failed", 0, False),
+        ("finished", 0, False),
+        (None, 0, False),  # it did not come so far as to say
+    ],
+)
+def test_slurm_launches_on_every_node_and_queues_what_can_go_on(state, restarts, again, project):
     hosts = '[ "$1" = show ] && exec printf "%s\\n" node-a node-b\necho "$@"\n'
     program(project / "bin/scontrol", f"#!/bin/sh\n{hosts}")
-    program(project / "bin/srun", '#!/bin/sh\nshift\nSLURM_NODEID=1 exec "$@"\n')
-    (project / "experiments/x").mkdir(parents=True)
-    (project / "experiments/x/heartbeat.json").write_text(f'{{"state": "{state}"}}')
+    heartbeat = project / "experiments/x/heartbeat.json"
+    heartbeat.parent.mkdir(parents=True)
+    heartbeat.write_text('{"state": "stopped"}')  # of an earlier job
+    said = "" if state is None else f"""echo '{{"state": "{state}"}}' > {heartbeat}\n"""
+    program(project / "bin/srun", f'#!/bin/sh\nshift\n{said}SLURM_NODEID=1 exec "$@"\n')
     printed = run(
         project, "scripts/slurm.sbatch", "options/x.yml", "a.b=c d",
         PATH=f"{project}/bin:{os.environ['PATH']}", SLURM_NNODES="2", SLURM_JOB_ID="7",
-        SLURM_JOB_NODELIST="node-[a-b]",
+        SLURM_JOB_NODELIST="node-[a-b]", SLURM_RESTART_COUNT=str(restarts),
     )  # fmt: skip
     arguments = launch_command_parser().parse_args([a for a in printed[2:] if "requeue" not in a])
     assert (arguments.num_machines, arguments.machine_rank) == (2, 1)
     assert arguments.main_process_ip == "node-a"
     assert arguments.training_script_args == ["train", "--opt", "options/x.yml", "a.b=c d"]
-    assert (printed[-1] == "requeue 7") == (state == "stopped")
+    assert (printed[-1] == "requeue 7") == again

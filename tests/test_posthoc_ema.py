@@ -19,7 +19,7 @@ from scd.training.posthoc_ema import (
     PowerFunctionAverages,
     fit,
     gamma,
-    remove_newer_snapshots,
+    set_aside_newer_snapshots,
     write_average,
 )
 from scd.training.run import run_experiment
@@ -146,11 +146,13 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(walk, tmp_path):
     assert not out.exists()
 
 
-def test_what_came_after_the_checkpoint_is_dropped(walk, tmp_path):
+def test_what_came_after_the_checkpoint_is_set_aside(walk, tmp_path):
     copy = shutil.copytree(walk[0], tmp_path / "copy")
-    remove_newer_snapshots(copy, 60)
+    set_aside_newer_snapshots(copy, 60)
     names = {path.name for path in (copy / SNAPSHOTS).iterdir()}
-    assert names == {f"step-000000{n}.safetensors" for n in (20, 40, 60)}
+    whole = {path.name for path in (walk[0] / SNAPSHOTS).iterdir()}
+    kept = {f"step-000000{n}.safetensors" for n in (20, 40, 60)}
+    assert names == kept | {f"passed-over-{name}" for name in whole - kept}
 
 
 def test_a_killed_run_keeps_the_same_snapshots_and_averages(doom_root, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Training on several processes (gloo): the same weights as one process, sharded or not."""
 
+import json
 import os
 import shutil
 import socket
@@ -192,7 +193,7 @@ def test_sharded_with_an_autoencoder_trains_as_data_parallel(
     assert validations == [2, 4]
 
 
-def test_a_lost_process_ends_the_run_and_is_named(overrides):
+def test_a_lost_process_ends_the_run_and_is_named(overrides, tmp_path):
     """One that neither answers nor dies; the other waits for it in a collective operation."""
     overrides = [*overrides, "name=lost", "train.batch_size=1"]
     # Without a launcher, which would wait half a minute for the one that stands still.
@@ -215,3 +216,5 @@ def test_a_lost_process_ends_the_run_and_is_named(overrides):
     told = [line for line in said.splitlines() if line.startswith("error: ")]
     assert first.returncode == 1
     assert len(told) == 1 and "process 1 (" in told[0] and "is lost" in told[0], said[-3000:]
+    heartbeat = json.loads((tmp_path / "lost/heartbeat.json").read_text())
+    assert heartbeat["state"] == "lost" and heartbeat["message"] in told[0]

@@ -15,7 +15,7 @@ from scd.data.clips import ClipFolder, TrainingClips, clip_folder, with_float_pi
 from scd.data.in_order import InOrderVideo, decode, remedy
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import VideoFile, write_video
-from scd.data.video_checks import KEPT, VideoChecks
+from scd.data.video_checks import KEPT, VideoChecks, decoder
 from scd.errors import ScdError
 from scd.files import read_json
 from scd.options import load_options
@@ -115,7 +115,7 @@ def test_clips_of_other_encoders(
     for half in ("train.json", "val.json"):
         assert f"{half}: videos read from their first frame on for every clip" in told.out
     assert told.out.count("shows other frames: 3. To make a fast one") == 2
-    checks = read_json(tmp_path / KEPT)
+    checks = read_json(tmp_path / KEPT)["videos"]
     assert {name: check["frames"] for name, check in checks.items()} == FRAMES
     assert not any(check["random_access"] for check in checks.values())
     check_clips(tmp_path, FIRST_SHOWN)
@@ -182,6 +182,31 @@ def test_colours_that_another_decoder_rounds_otherwise(
     assert checked == [True, False]
 
 
+def test_frames_behind_a_change_of_size(tmp_path: Path) -> None:
+    """Counted from the beginning, not from where the size changed."""
+    small, large = drawn(30), np.repeat(np.repeat(drawn(60)[:, :, :], 2, 1), 2, 2)[:, :96, :96]
+    for name, frames in (("small", small), ("large", large)):
+        write_video(tmp_path / f"{name}.mp4", frames, 25)
+        ffmpeg("-i", tmp_path / f"{name}.mp4", "-c", "copy", tmp_path / f"{name}.ts")
+    both = (tmp_path / "small.ts").read_bytes() + (tmp_path / "large.ts").read_bytes()
+    (tmp_path / "both.ts").write_bytes(both)
+    video = InOrderVideo(tmp_path / "both.ts", 90, (64, 64))
+    straight = np.concatenate(list(video.chunks(16)))
+    assert len(straight) == 90
+    indices = np.arange(40, 46)
+    assert np.array_equal(video.frames(indices), straight[indices])
+
+
+def test_what_another_decoder_found_does_not_count(
+    generated: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copy(generated / "whole.mp4", tmp_path)
+    VideoChecks(tmp_path).check_all(["whole.mp4"])
+    assert "whole.mp4" in VideoChecks(tmp_path)
+    monkeypatch.setattr("scd.data.video_checks.decoder", lambda: "decord2 9.9")
+    assert "whole.mp4" not in VideoChecks(tmp_path)
+
+
 def test_a_video_that_was_replaced_is_checked_again(generated: Path, tmp_path: Path) -> None:
     shutil.copy(generated / "cut.mp4", tmp_path / "v.mp4")
     VideoChecks(tmp_path).check_all(["v.mp4"])
@@ -196,11 +221,14 @@ def test_a_video_that_was_replaced_is_checked_again(generated: Path, tmp_path: P
     assert VideoChecks(tmp_path)._kept["v.mp4"].frames == 400
 
 
-@pytest.mark.parametrize("text", ["[]", '{"v.mp4": 1}', '{"v.mp4": {"frames": 3}}', "{"])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"videos": {"v.mp4": 1}}', '{"videos": {"v.mp4": {"frames": 3}}}', "{"]
+)
 def test_a_damaged_file_of_checks_is_refused(tmp_path: Path, text: str) -> None:
+    text = text.replace('{"videos"', f'{{"decoder": "{decoder()}", "videos"')
     (tmp_path / KEPT).write_text(text)
     with pytest.raises(ScdError, match=KEPT):
-        VideoChecks(tmp_path)
+        assert "v.mp4" in VideoChecks(tmp_path)
 
 
 def test_reading_in_order(generated: Path, monkeypatch: pytest.MonkeyPatch) -> None:

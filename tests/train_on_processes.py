@@ -49,7 +49,7 @@ def main() -> None:
     lost_process.BEAT_SECONDS, lost_process.SILENT_BEATS = 0.25, 8
     if accelerator.process_index == 1:
         trainer.log.write = lambda entry: os.kill(os.getpid(), signal.SIGSTOP)
-    with lost_process.lost_process_ends_run(PartialState()):
+    with lost_process.lost_process_ends_run(PartialState(), options.output):
         trainer.run()
 
 

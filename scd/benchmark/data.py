@@ -25,14 +25,16 @@ from scd.data.clips import TrainingClips, clip_folder
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
 from scd.data.video import write_video
+from scd.data.video_checks import VideoChecks
 from scd.evaluation.table import Table
 from scd.files import write_whole
 from scd.models.autoencoder import PUBLISHED_SCALING, LatentCodec, build_autoencoder
 from scd.options import Options, load_options
+from scd.paths import project_file
 from scd.training.batches import batches_from
 from scd.training.estimate import estimate_step
 
-SETTING = Path(__file__).parents[2] / "options/scd_minecraft.yml"
+SETTING = project_file("options/scd_minecraft.yml")
 # What the data have to keep up with, on paper: nobody has measured a step on these GPUs.
 GPUS = 8
 PEAK_FLOPS = 989e12  # a second, of an H100 SXM, dense bf16 (its data sheet)
@@ -159,6 +161,8 @@ def _write_data(case: DataCase, options: Options) -> int:
         )
     sizes = sum(path.stat().st_size for path in root.iterdir())
     write_list(root / options.data.train_list, entries)
+    # As `scd make-lists` and `scd validate` do once: that is not part of reading a clip.
+    VideoChecks(root).check_all(entry.video_path for entry in entries if entry.video_path)
     return sizes
 
 

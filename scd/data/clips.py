@@ -17,7 +17,7 @@ from scd.data.framing import Framing, as_images, framing_of
 from scd.data.latents import LatentFile
 from scd.data.lists import ClipEntry, read_list
 from scd.data.video import Video
-from scd.data.video_checks import VideoChecks
+from scd.data.video_checks import VideoChecks, told_in_order
 from scd.errors import ScdError
 from scd.files import read_npz
 from scd.options import Options
@@ -190,6 +190,10 @@ def clip_folder(options: Options, list_file: str, source: str) -> ClipFolder:
             f"once for all",
             file=sys.stderr,
         )
+    if source == "video" and processes().is_main_process:
+        slow = folder.checks.in_order(str(entry.video_path) for entry in folder.entries)
+        if slow:
+            print(told_in_order(folder.list_path, root, slow), file=sys.stderr)
     return folder
 
 

@@ -68,11 +68,17 @@ def encode_dataset(options: Options) -> None:
             header = latent_header(target)
             wanted = LatentHeader(made_by, (len(opened), *shape))
             there = header is not None and replace(header, video=None) == wanted
-            if not there or of_another_video(target, root / video) is not None:
+            if not there or of_another_video(header, target, root / video) is not None:
                 latents = _encode_video(opened, codec, framing, precision)
                 write_latents(target, latents, made_by, identity_of(root / video))
             lengths[targets[video]] = len(opened)
     lengths = dict(item for part in gather_object([lengths]) for item in part.items())
+    found_out = gather_object([checks.new])
+    with together():
+        if state.is_main_process:
+            for part in found_out:
+                checks.add(part)
+            checks.save()  # so that nothing is checked twice
     with together():
         if not state.is_main_process:
             return

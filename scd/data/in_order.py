@@ -137,6 +137,8 @@ def _command(path: Path, *output: str) -> list[str]:
         ffmpeg(path),
         *("-v", "error", "-nostdin", "-max_error_rate", "0"),
         *("-threads", "1", "-max_pixels", str(MAX_ARRAY_BYTES // 3)),
+        # One filter graph for all of it: a new one, where the size changes, would count from 0.
+        *("-reinit_filter", "0"),
         *("-protocol_whitelist", "file", "-i", f"file:{path}"),
         *("-map", "0:v:0", "-fps_mode", "passthrough", "-pix_fmt", "rgb24"),
         *output,

@@ -165,6 +165,7 @@ def check_latents(
     own = [path for path in paths if path.suffix != ".pt"]
     published = [path for path in paths if path.suffix == ".pt"][:1]
     frames: dict[Path, int] = {}
+    headers: dict[Path, LatentHeader | None] = {}
     broken = 0
     # Waiting for the disk, most of all a distant one, takes longer than the work.
     with ThreadPoolExecutor(16) as pool:
@@ -175,24 +176,32 @@ def check_latents(
                 broken += 1
                 continue
             frames[path] = _checked(path, header, made_by, frame_shape).shape[0]
-        of_videos = {path: videos[path] for path in own if path in videos}
-        for told in pool.map(of_another_video, of_videos, of_videos.values()):
+            headers[path] = header
+        of_videos = [path for path in headers if path in videos]
+        for told in pool.map(
+            lambda path: of_another_video(headers[path], path, videos[path], hastily=True),
+            of_videos,
+        ):
             if told is not None:
                 raise ScdError(told)
     return frames
 
 
-def of_another_video(path: Path, video: Path) -> str | None:
-    """What is wrong with latents whose video is not the one that they were made of; None: nothing.
+def of_another_video(
+    header: LatentHeader | None, path: Path, video: Path, hastily: bool = False
+) -> str | None:
+    """Tell that latents were made of another video than is there now; None: they were not.
 
-    Latents that do not say which one that was, as older ones, are taken if they are younger.
+    Nothing is known of latents that do not say what they were made of, as older ones.
+
+    Args:
+        hastily: read the video only if it is of the same size and younger than the latents.
     """
-    header = latent_header(path)
-    if header is None or not video.is_file():
+    if header is None or header.video is None or not video.is_file():
         return None
-    if header.video is None:
-        same = path.suffix == ".pt" or path.stat().st_mtime >= video.stat().st_mtime
-    else:
+    now, then = video.stat(), path.stat()
+    same = header.video.startswith(f"{now.st_size}-")
+    if same and not (hastily and now.st_mtime < then.st_mtime):
         same = header.video == identity_of(video)
     return None if same else f"{path}: latents of another video than {video} is now: run scd encode"
 

@@ -76,7 +76,10 @@ def make_lists(request: ListRequest) -> None:
     if request.labels or request.split != "fraction":
         entries = _with_labels(root, entries)
     checks = VideoChecks(root)
-    broken = _broken(checks, entries)
+    try:
+        broken = _broken(checks, entries)
+    finally:
+        checks.save()
     for video, problem in broken.items():
         print(f"left out: {problem}", file=sys.stderr)
         del entries[video]
@@ -88,7 +91,6 @@ def make_lists(request: ListRequest) -> None:
         print(f"{path}: {_told(half)}")
         if slow := checks.in_order(str(entry.video_path) for entry in half):
             print(told_in_order(path, root, slow))
-    checks.save()
     if broken:
         print(f"left out as broken: {len(broken)}, named above")
 

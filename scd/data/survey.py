@@ -65,7 +65,7 @@ class Survey:
         sizes, actions, labels, latents: how many clips (actions: frames) there are of each kind.
         held: of vectors: how many frames there are of each set of components that are not 0.
         fps: frames a second of each whole clip that says so.
-        in_order: videos that are read in order, for seeking fails or shows other frames.
+        in_order: videos that are read in order, because seeking fails or shows other frames.
         broken: one line for each broken clip.
         digests: of each whole clip's content, for comparing lists.
     """
@@ -195,7 +195,7 @@ def _look(checks: VideoChecks, where: str, entry: ClipEntry, demands: Demands) -
             hash_.update(sha256(path).encode())
         elif frames != report.frames:
             raise ScdError(f"{path}: {frames} latents for {report.frames} frames")
-        elif told := of_another_video(path, root / entry.video_path):
+        elif told := of_another_video(latent_header(path), path, root / entry.video_path):
             raise ScdError(told)
     if entry.actions_in is not None and (
         entry.action_path is not None or "actions_in" in demands.needed

@@ -11,7 +11,8 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,11 @@ from scd.data.npz_video import NpzVideo
 from scd.data.video import Video, VideoFile
 from scd.errors import ScdError
 from scd.files import read_json, write_json
+from scd.paths import why_missing
 
 KEPT = "video_checks.json"
+DECODER = "decoder"  # key of the file
+DECODERS = ("decord", "decord2")  # distributions of the module decord
 END_BYTES = 2**16  # read of either end of a file to know it again
 WHOLE_BYTES = 2**20  # of files up to this size, all is hashed
 CHUNK_FRAMES = 8
@@ -32,7 +36,7 @@ PLACES = 6  # where clips are read as training would
 
 @dataclass(frozen=True)
 class VideoCheck:
-    """What is known of a video.
+    """Holds what was found out about a video.
 
     Attributes:
         identity: of the file that this was found of, see `identity_of`.
@@ -52,26 +56,32 @@ class VideoCheck:
 class VideoChecks:
     """The checks of the videos below a data root; `video_checks.json` in it keeps them.
 
-    A video that is not in it, or has changed, is checked when it is asked for.
-
-    Raises:
-        ScdError: the file is damaged.
+    A video that is not in it, or has changed, is checked when it is asked for. The file is read
+    when it is first needed; what another decoder found does not count.
     """
 
     def __init__(self, root: Path):
         self.root = root
         self._path = root / KEPT
-        self._kept = _read(self._path) if self._path.exists() else {}
         self._new: dict[str, VideoCheck] = {}
+
+    @cached_property
+    def _kept(self) -> dict[str, VideoCheck]:
+        """Read what was found before.
+
+        Raises:
+            ScdError: the file is damaged.
+        """
+        return _read(self._path) if self._path.exists() else {}
 
     def __contains__(self, video: str) -> bool:
         return video in self._kept or video in self._new
 
     def check(self, video: str) -> VideoCheck:
-        """What is known of a video, by its path below the root.
+        """Look up what is known of a video, by its path below the root, or find it out.
 
         Raises:
-            ScdError: it is missing, no video, or damaged.
+            ScdError: it is missing, no video, or damaged; or what was kept is damaged.
         """
         path = self.root / video
         identity = identity_of(path)
@@ -101,19 +111,30 @@ class VideoChecks:
             ScdError: see `check`; or it cannot be kept.
         """
         videos = list(videos)
-        with ThreadPoolExecutor() as pool:
-            checked = pool.map(self.check, videos)
-            for _ in tqdm(checked, total=len(videos), desc="check", unit="clip"):
-                pass
-        self.save()
+        try:
+            with ThreadPoolExecutor() as pool:
+                checked = pool.map(self.check, videos)
+                for _ in tqdm(checked, total=len(videos), desc="check", unit="clip"):
+                    pass
+        finally:
+            self.save()
+
+    @property
+    def new(self) -> dict[str, VideoCheck]:
+        """What was found out here, and is not kept yet."""
+        return self._new
+
+    def add(self, found: dict[str, VideoCheck]) -> None:
+        """Take in what another process found out."""
+        self._new |= found
 
     def fps(self, video: str) -> float | None:
-        """Frames a second of a video that was checked."""
+        """Look up the frames a second of a video that was checked."""
         known = self._new.get(video) or self._kept.get(video)
         return None if known is None else known.fps
 
     def in_order(self, videos: Iterable[str]) -> list[str]:
-        """Those of the videos checked so far that can be read in order alone."""
+        """Select those of the videos checked so far that can be read in order alone."""
         known = {**self._kept, **self._new}
         return [video for video in videos if video in known and not known[video].random_access]
 
@@ -128,7 +149,8 @@ class VideoChecks:
         kept = _read(self._path) if self._path.exists() else {}
         self._kept = dict(sorted({**kept, **self._new}.items()))
         self._new = {}
-        write_json(self._path, {name: asdict(check) for name, check in self._kept.items()})
+        videos = {name: asdict(check) for name, check in self._kept.items()}
+        write_json(self._path, {DECODER: decoder(), "videos": videos})
 
 
 def told_in_order(list_path: Path, root: Path, videos: list[str]) -> str:
@@ -140,8 +162,15 @@ def told_in_order(list_path: Path, root: Path, videos: list[str]) -> str:
     )
 
 
+@cache
+def decoder() -> str:
+    """Name what seeks in videos here: another decoder, or version, may land elsewhere."""
+    found = (next(iter(metadata.Distribution.discover(name=name)), None) for name in DECODERS)
+    return next(f"{one.metadata['Name']} {one.version}" for one in found if one is not None)
+
+
 def identity_of(path: Path) -> str:
-    """Tells a file from another of its name: its size, and a hash of it or of both its ends.
+    """Identify a file by its size and a hash of its contents, or of both its ends.
 
     Of a large video, one end holds the place and size of every frame. Copying a file does not
     change its identity.
@@ -150,7 +179,7 @@ def identity_of(path: Path) -> str:
         ScdError: there is no such file, or it cannot be read.
     """
     if not path.is_file():
-        raise ScdError(f"{path}: no such video")
+        raise ScdError(f"{path}: {why_missing(path, 'video')}")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -217,10 +246,12 @@ def _read(path: Path) -> dict[str, VideoCheck]:
     """
     kept = read_json(path)
     wrong = ScdError(f"{path}: not what scd keeps of its checks of videos: remove it")
-    if not isinstance(kept, dict):
+    if not isinstance(kept, dict) or not isinstance(kept.get("videos"), dict):
         raise wrong
+    if kept.get(DECODER) != decoder():
+        return {}
     checks = {}
-    for video, values in kept.items():
+    for video, values in kept["videos"].items():
         try:
             checks[video] = check = VideoCheck(**values)
         except TypeError:

@@ -61,7 +61,7 @@ def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[s
         "format": FORMAT,
         "checkpoint": checkpoint_hash,
         "autoencoder": None if autoencoder is None else autoencoder_hash(autoencoder),
-        "data": _data_hash(data),
+        "data": _data_hash(data, options.eval.videos),
         "options": sections,
     }
 
@@ -249,13 +249,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ScdError(f"{path}: not a readable measurement ({error})") from error
 
 
-def _data_hash(data: ClipFolder) -> str:
-    """Of the list's entries and what is in their files.
+def _data_hash(data: ClipFolder, videos: int) -> str:
+    """Hash the list's entries and what is in their files, as far as so many clips are made of them.
 
     Latents are left out: evaluation reads videos, and encoding them changes nothing.
     """
     digest = hashlib.sha256()
-    for entry in data.entries:
+    for entry in data.entries[: 2 * videos]:  # the clips, and as many other real ones
         files = [entry.video_path, entry.actions_in if data.has_actions else None]
         contents = [
             hash_of(data.root / file) if file is not None and (data.root / file).is_file() else None
@@ -263,4 +263,5 @@ def _data_hash(data: ClipFolder) -> str:
         ]
         label = entry.label if data.condition == "label" else None
         digest.update(json.dumps([files, contents, label]).encode())
+    digest.update(str(len(data)).encode())  # after the last entry, the first one comes again
     return digest.hexdigest()

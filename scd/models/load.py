@@ -24,6 +24,7 @@ from scd.options import (
 )
 from scd.paths import project_file, why_missing
 from scd.precision import resolve_precision, with_weights_in
+from scd.processes import same_everywhere
 from scd.tensor_files import is_torch_archive
 
 REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no options
@@ -42,7 +43,7 @@ class LoadedModel:
     source: dict[str, str | int | None]  # path, sha256, step
 
     def for_rollouts(self) -> "LoadedModel":
-        """Resolve `rollout.precision` on the model's device; put weights and codec into it."""
+        """Resolve `rollout.precision`, and put weights and codec into it; collective."""
         rollout = resolved_on(self.model.device, self.options.rollout)
         codec = copy(self.codec)  # a run that is validated goes on training with its own
         codec.precision = rollout.precision
@@ -55,8 +56,9 @@ class LoadedModel:
 
 
 def resolved_on(device: torch.device, rollout: RolloutOptions) -> RolloutOptions:
-    """Replace a `precision` of `auto` by what the device has."""
-    return replace(rollout, precision=resolve_precision(rollout.precision, device))
+    """Replace a `precision` by what all processes have of it; collective."""
+    found = same_everywhere(resolve_precision(rollout.precision, device))
+    return replace(rollout, precision=found)
 
 
 def load_checkpoint_for_use(

@@ -10,6 +10,8 @@ from scd.models.world_model import WorldModel
 from scd.options import OPTIONS_FILE, Options, load_options
 from scd.paths import why_missing
 
+MAX_ACTIONS = 256  # one byte on the wire
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -64,6 +66,8 @@ def _check_playable(options: Options, folder: Path) -> None:
             f"{where}: {len(names)} data.action_names for {options.model.num_conditions} actions: "
             f"a player needs a name of each"
         )
+    if len(names) > MAX_ACTIONS:
+        raise ScdError(f"{where}: {len(names)} actions, but the page knows {MAX_ACTIONS} at most")
     if rollout.window < 1 or rollout.window_first:
         raise ScdError(
             f"{where}: to play for ever, rollout.window must be at least 1 and "

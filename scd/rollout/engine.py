@@ -28,9 +28,9 @@ class Rollout:
     Guidance `context`: the negative branch has a perturbed context (one encoder pass; SCD only);
     `condition`: it has the null action or label everywhere.
 
-    Weights in bf16 are computed with in bf16, as diffusers' `torch_dtype` promises, and in float32
-    where bf16 is slow; others in `settings.precision`. A model whose weights are of another type is
-    copied: whoever makes many rollouts brings it in the right one
+    A model in bf16 computes in bf16 unless `settings.precision` says more than the default: as
+    diffusers' `torch_dtype` promises, but in float32 where bf16 is slow. A model whose weights are
+    of another type is copied: whoever makes many rollouts brings it in the right one
     (`scd.precision.with_weights_in`).
 
     Args:
@@ -54,7 +54,8 @@ class Rollout:
             )
         if s.compile and not model.has_context:
             raise ScdError(f"{type(model).__name__}: only the steps of an SCD can be compiled")
-        wanted = "auto" if model.dtype == torch.bfloat16 else s.precision
+        unsaid = s.precision == "fp32"  # the default
+        wanted = "auto" if model.dtype == torch.bfloat16 and unsaid else s.precision
         self.precision = resolve_precision(wanted, model.device)
         self.model = model = with_weights_in(model, self.precision)
         self.settings = settings

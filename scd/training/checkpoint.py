@@ -189,7 +189,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     """Size and hash of a file, read from the disk rather than from memory."""
     flush(path)
     with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):  # macOS has none
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 

@@ -17,10 +17,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from scd.errors import ScdError
 from scd.options import Options
 from scd.precision import DTYPES, has_bf16, resolve_precision
-from scd.processes import join, take_accelerate_settings
+from scd.processes import join, same_everywhere, take_accelerate_settings
 from scd.tracking import trackers_of
 
-LONGEST_WAIT = timedelta(minutes=10)  # for another process; torch's own for NCCL
+# For another process that is alive (see `scd.training.lost_process`): the main one may write a
+# large checkpoint to a slow disk. Torch's own for gloo.
+LONGEST_WAIT = timedelta(minutes=30)
 UNSAID = ("", "0", "no", "false", "none", "default")  # values that ask for nothing
 
 
@@ -28,7 +30,7 @@ def run_precision(options: Options) -> str:
     """Resolve `train.mixed_precision` to what all processes of the run have: `fp32` or `bf16`."""
     device = join(LONGEST_WAIT).device
     mine = resolve_precision(options.train.mixed_precision, device)
-    return "bf16" if set(gather_object([mine])) == {"bf16"} else "fp32"
+    return same_everywhere(mine)
 
 
 def all_have_bf16(device: torch.device) -> bool:
@@ -64,6 +66,7 @@ def make_accelerator(options: Options) -> Accelerator:
         "ACCELERATE_MIXED_PRECISION": (mixed_precision,),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", str(options.train.gradient_accumulation)),
         "ACCELERATE_DYNAMO_BACKEND": ("inductor",) if options.train.compile else (),
+        "ACCELERATE_USE_CPU": () if torch.cuda.is_available() else ("1", "true", "yes"),
     }
     contradict = [
         f"{name}={value}"

@@ -13,45 +13,64 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
 from accelerate import PartialState
 from torch.distributed import TCPStore
 
+from scd.errors import Stopped, reason
+from scd.training.heartbeat import Heartbeat
+
 BEAT_SECONDS = 5.0
+LOST_STATE = "lost"  # of the heartbeat
 # Beats are counted, not seconds: a job that its scheduler suspends wakes up with nobody lost.
 SILENT_BEATS = 24
-DONE, LOST = "done", "scd/lost"
+DONE = "done"
 
 
 @contextmanager
-def lost_process_ends_run(state: PartialState) -> Iterator[None]:
+def lost_process_ends_run(state: PartialState, output: Path) -> Iterator[None]:
     """Watch over the other processes within the block; one that is lost ends this one as well.
 
-    It ends by `os._exit`: the main thread may wait for the lost one, and cannot be reached.
+    It ends by `os._exit`: the main thread may wait for the lost one, and cannot be reached. A
+    process that leaves the block by an error is lost to the others, too.
+
+    Args:
+        output: the run's folder, whose heartbeat then says `lost`.
     """
     if state.num_processes == 1:
         yield
         return
-    watch = _Watch(state.process_index, state.num_processes)
+    watch = _Watch(state.process_index, state.num_processes, output)
     thread = threading.Thread(target=watch.run, daemon=True)
     thread.start()
     try:
         yield
+    except Stopped:
+        raise
+    except BaseException as error:
+        watch.failure = reason(error)
+        raise
     finally:
         watch.leave.set()
         thread.join()
 
 
 class _Watch:
-    """One process's beat, in the key-value store that `torchrun` and accelerate's launcher start.
+    """Beats and listens, in the key-value store that `torchrun` and accelerate's launcher start.
 
     A connection of its own, because the process group's may wait for minutes for a key.
     """
 
-    def __init__(self, index: int, processes: int):
+    def __init__(self, index: int, processes: int, output: Path):
         self.index = index
-        self.names = [f"scd/process-{i}" for i in range(processes)]
+        self.output = output
+        # The store of a launcher that starts processes anew holds what the last ones said.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.names = [f"scd/{attempt}/process-{i}" for i in range(processes)]
+        self.lost = f"scd/{attempt}/lost"
         self.leave = threading.Event()
+        self.failure: str | None = None
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = TCPStore(
             *address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)
@@ -71,8 +90,10 @@ class _Watch:
             except RuntimeError:  # torch's errors of a store are of this kind
                 unreached += 1
                 if unreached == SILENT_BEATS:
-                    self._end("process 0, or the launcher beside it, cannot be reached any more")
+                    self._end("the launcher on the first machine cannot be reached any more")
         with suppress(RuntimeError):  # nobody may be there to hear it
+            if self.failure is not None:
+                self.store.set(self.lost, f"process {self.index} failed ({self.failure})")
             self._beat(DONE)
 
     def _beat(self, text: str) -> None:
@@ -80,8 +101,8 @@ class _Watch:
         self.store.set(self.names[self.index], text)
 
     def _listen(self) -> None:
-        if self.store.check([LOST]):
-            self._end(self.store.get(LOST).decode())
+        if self.store.check([self.lost]):
+            self._end(self.store.get(self.lost).decode())
         heard_of = range(len(self.names)) if self.index == 0 else [0]
         for process in heard_of:
             name = self.names[process]
@@ -96,7 +117,9 @@ class _Watch:
 
     def _end(self, message: str) -> None:
         if self.index == 0:
-            self.store.set(LOST, message)
+            with suppress(RuntimeError):
+                self.store.set(self.lost, message)
+            Heartbeat(self.output, True).beat(LOST_STATE, None, message)
         print(
             f"\nerror: {message}; this run ends here, and started again it goes on from its newest "
             f"checkpoint",

@@ -105,11 +105,14 @@ def gamma(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - variance, 12 - variance]).real.max())
 
 
-def remove_newer_snapshots(output: Path, step: int) -> None:
-    """Delete what an interrupted run kept beyond the checkpoint that is gone on from."""
+def set_aside_newer_snapshots(output: Path, step: int) -> None:
+    """Rename what an interrupted run kept beyond the checkpoint that is gone on from.
+
+    The run writes them again; where it starts anew, they are another one's.
+    """
     for found, path in _snapshots(output).items():
         if found > step:
-            path.unlink()
+            path.rename(path.with_name(f"passed-over-{path.name}"))
 
 
 def write_average(output: Path, sigma_rel: float, step: int | None, out: Path) -> None:

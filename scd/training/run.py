@@ -30,7 +30,7 @@ def run_experiment(options: Options) -> None:
     main = accelerator.is_main_process
     with ExitStack() as held:
         held.enter_context(sums_in_fixed_order(accelerator.device))
-        held.enter_context(lost_process_ends_run(PartialState()))
+        held.enter_context(lost_process_ends_run(PartialState(), options.output))
         with together():
             if main:
                 busy = f"{options.output}: a run is going on here"

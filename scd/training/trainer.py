@@ -38,7 +38,7 @@ from scd.training.heartbeat import Heartbeat
 from scd.training.launch import all_have_bf16, refuse_missing_compiler
 from scd.training.learner import Learner
 from scd.training.meter import Meter, peak_flops
-from scd.training.posthoc_ema import PowerFunctionAverages, remove_newer_snapshots
+from scd.training.posthoc_ema import PowerFunctionAverages, set_aside_newer_snapshots
 from scd.training.resume import (
     newest_checkpoint,
     precision_before,
@@ -93,7 +93,7 @@ class Trainer:
         saved_averages = {} if state is None else state.averages
         self.averages = PowerFunctionAverages(task.network, options, saved_averages)
         if self.main:
-            remove_newer_snapshots(options.output, self.step)
+            set_aside_newer_snapshots(options.output, self.step)
         saved = () if state is None else (state.optimizer, (state.adversary or {}).get("optimizer"))
         for learner, optimizer, moments in zip_longest(learners, prepared, saved[: len(learners)]):
             learner.start(optimizer, self.step, moments)
