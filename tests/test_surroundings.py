@@ -250,6 +250,7 @@ def test_a_run_outlives_its_terminal_until_it_has_saved(tmp_path):
     saved = tmp_path / "saved"
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.environ["PYTHONPATH"] = str(ROOT)
         os.execv(sys.executable, [sys.executable, "-c", HANGUP, str(saved)])
     assert b"ready" in os.read(terminal, 100)

@@ -119,6 +119,7 @@ def _train(
     folder: Path, options: Options, faults: Sequence[Fault], place: tuple[int, int, int]
 ) -> None:
     rank, processes, port = place
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     out = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
