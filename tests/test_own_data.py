@@ -43,7 +43,8 @@ def blocks(kind: str) -> list[str]:
 def run(command: str) -> None:
     """One command of the page, small: few and short episodes, one step of a tiny model."""
     command = re.sub(r"(--train-episodes) \d+", r"\1 3", command)
-    command = re.sub(r"(--frames) \d+", r"\1 20", command)
+    command = re.sub(r"(--val-episodes) \d+", r"\1 1", command)
+    command = re.sub(r"(--frames) \d+", r"\1 24", command)
     command = re.sub(r"(--clips) \d+", r"\1 1", command)
     program, *arguments = shlex.split(command.replace("step-00000040", "step-00000001"))
     if program == "rm":
@@ -67,6 +68,7 @@ def test_the_commands_of_the_page_work(tmp_path: Path, capsys: pytest.CaptureFix
     (options,) = blocks("yaml")
     (tmp_path / "options").mkdir()
     (tmp_path / "options/mine.yml").write_text(options)
+    shutil.copy(ROOT / "options/scd_doom_keys_tiny.yml", tmp_path / "options")
     commands = [
         line
         for block in blocks("bash")

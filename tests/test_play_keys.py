@@ -118,6 +118,7 @@ def test_a_message_holds_two_keys(offer: Offer) -> None:
             assert await actions_after([2]) == [0b100, 0b100]
             # A key that was pressed and is gone again still moves one frame, beside what is held.
             assert await actions_after([2, 1], [2]) == [0b110, 0b100]
+            assert await actions_after([2, 1], []) == [0b010, 0]  # but not one that was held before
             assert await actions_after([]) == [0, 0]  # nothing held is an action too
             assert await actions_after([0], [0, 2], []) == [0b101, 0]
 
