@@ -85,8 +85,8 @@ def test_muon_is_that_of_torch() -> None:
     exact, rough, theirs = ([torch.nn.Parameter(torch.ones(s)) for s in shapes] for _ in range(3))
     settings = {"lr": 0.02, "weight_decay": 0.1}
     optimizers = [
-        Muon(exact, torch.float32, **settings),
-        Muon(rough, torch.bfloat16, **settings),
+        Muon([{"params": exact, "muon": [1] * 3}], torch.float32, **settings),
+        Muon([{"params": rough, "muon": [1] * 3}], torch.bfloat16, **settings),
         torch.optim.Muon(theirs, **settings),
     ]
     for _ in range(3):
