@@ -148,7 +148,9 @@ def test_what_is_pushed_can_be_played(tmp_path, monkeypatch):
         pushed.update({p.name: p.read_text() for p in Path(folder).glob("*.yml")})
 
     monkeypatch.setattr(SCDPipeline, "_upload_folder", upload)
-    monkeypatch.setattr(diffusers_hub, "create_repo", lambda *a, **k: SimpleNamespace(repo_id="x"))
+    made = SimpleNamespace(repo_id="x", save=lambda path: None)
+    for asks_the_hub in ("create_repo", "load_or_create_model_card", "populate_model_card"):
+        monkeypatch.setattr(diffusers_hub, asks_the_hub, lambda *a, **k: made)
     shipped = Path(__file__).parent.parent / "assets/pretrained/scd_doom"
     SCDPipeline.from_pretrained(shipped).push_to_hub("someone/scd_doom")
     path = tmp_path / "options.yml"
