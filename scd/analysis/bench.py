@@ -115,7 +115,7 @@ class Bench:
         return missing
 
     def difference(self, variant: Variant, metric: str) -> tuple[float, float]:
-        """Of a frame metric to the untouched model, with its standard error over clips."""
+        """Compare a frame metric with the untouched model's: difference, standard error."""
         assert variant.frames is not None and self.untouched.frames is not None
         return paired(variant.frames.metrics[metric], self.untouched.frames.metrics[metric])
 

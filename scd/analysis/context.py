@@ -46,7 +46,7 @@ CHANGES: dict[str, Change] = {
 
 @torch.no_grad()
 def contexts(model: SCD, clips: ProbeClips) -> Tensor:
-    """Of every frame that can be predicted, (n, F', N, D)."""
+    """Encode the context of every frame that can be predicted, (n, F', N, D)."""
     found = []
     for clip in clips.parts(1):
         conditions = clip.conditions(model)

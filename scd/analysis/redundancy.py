@@ -107,7 +107,7 @@ def redundancy(features: Tensor) -> Redundancy:
 
 
 def plateaus(found: Redundancy) -> list[Plateau]:
-    """Of what enters the first block, and of every block.
+    """Find the layers whose features stay the same, from what enters the first block on.
 
     Without the last step, whose noise level of 0.001 training hardly meets. Features count as the
     same at a similarity of `STEADY`; where two different clips are that similar themselves, half

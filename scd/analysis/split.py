@@ -46,7 +46,7 @@ class Split:
 
     @property
     def arguments(self) -> list[str]:
-        """Of the command line."""
+        """Write the split as the command line's options."""
         numbers = ("--encoder-layers", self.encoder_layers, "--decoder-layers", self.decoder_layers)
         return [*map(str, numbers), "--decoder-from", self.decoder_from]
 

@@ -206,7 +206,7 @@ def _begin(bench: Bench, start: Start, model: WorldModel) -> None:
 
 
 def _ratio(start: Start, whole: Start, step: int) -> tuple[float, float]:
-    """Of the loss to that of the dense model, and its standard error."""
+    """Divide the loss by that of the dense model; with its standard error."""
     more, error = increase(start.losses[step], whole.losses[0])
     return 1 + more, error
 

@@ -6,7 +6,6 @@ Here frame i of a video is the i-th that decoding it in order gives.
 """
 
 import hashlib
-import os
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -181,14 +180,20 @@ def identity_of(path: Path) -> str:
     if not path.is_file():
         raise ScdError(f"{path}: {why_missing(path, 'video')}")
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            ends = file.read(END_BYTES if size > WHOLE_BYTES else size)
-            if size > WHOLE_BYTES:
-                file.seek(size - END_BYTES)
-                ends += file.read(END_BYTES)
+        now = path.stat()
+        return _identity(path, now.st_size, now.st_mtime_ns)
     except OSError as error:
         raise ScdError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@lru_cache(maxsize=2**16)
+def _identity(path: Path, size: int, modified: int) -> str:
+    """Read a file's identity, once for each time that it was written: every clip asks for it."""
+    with open(path, "rb") as file:
+        ends = file.read(END_BYTES if size > WHOLE_BYTES else size)
+        if size > WHOLE_BYTES:
+            file.seek(size - END_BYTES)
+            ends += file.read(END_BYTES)
     return f"{size}-{hashlib.sha256(ends).hexdigest()[:32]}"
 
 
