@@ -7,8 +7,8 @@
 import argparse
 import sys
 
-from scd.cli import run_told
-from scd.paths import from_user, to_read
+from scd.cli import run_command
+from scd.utils.paths import from_user, to_read
 
 
 def main() -> int:
@@ -21,11 +21,11 @@ def main() -> int:
     a = parser.parse_intermixed_args()
 
     def sample() -> None:
-        from scd.evaluation.sample_videos import sample_videos  # torch, once the process is ready
+        from scd.evaluation.pictures import sample_videos  # torch, once the process is ready
 
         sample_videos(a.checkpoint, a.opt, a.num_videos, a.output, a.overrides)
 
-    return run_told(sample, "sample")
+    return run_command(sample, "sample")
 
 
 if __name__ == "__main__":

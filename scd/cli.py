@@ -4,10 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from scd.cpu import prepare_process
 from scd.errors import ScdError, Stopped
-from scd.paths import from_user, to_read
-from scd.surroundings import settle_surroundings
+from scd.utils.paths import from_user, to_read
+from scd.utils.startup import prepare_environment, prepare_process
 
 
 def record(arguments: argparse.Namespace) -> None:
@@ -26,7 +25,7 @@ def train(arguments: argparse.Namespace) -> None:
 
         dry_run(options)
     else:
-        from scd.training.run import run_experiment
+        from scd.training.launch import run_experiment
 
         run_experiment(options)
 
@@ -62,13 +61,13 @@ def encode(arguments: argparse.Namespace) -> None:
     from scd.options import load_options
 
     options = load_options(arguments.opt, arguments.overrides)
-    from scd.data.encode import encode_dataset
+    from scd.training.encode import encode_dataset
 
     encode_dataset(options)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from scd.evaluation.run import evaluate_checkpoint
+    from scd.evaluation.evaluate import evaluate_checkpoint
 
     a = arguments
     evaluate_checkpoint(a.checkpoint, a.opt, a.overrides, a.sweep, a.track)
@@ -86,7 +85,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    from scd.benchmark.run import benchmark as run
+    from scd.benchmark.runner import benchmark as run
 
     run(arguments.out, arguments.only, arguments.plots)
 
@@ -107,7 +106,7 @@ def split(arguments: argparse.Namespace) -> None:
 
 
 def ema(arguments: argparse.Namespace) -> None:
-    from scd.training.posthoc_ema import write_average
+    from scd.training.ema import write_average
 
     a = arguments
     write_average(a.run_folder, a.sigma_rel, a.step, a.out)
@@ -135,34 +134,34 @@ def starts(arguments: argparse.Namespace) -> None:
 def play(arguments: argparse.Namespace) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from scd.play.offer import load_offer
+    from scd.play.catalog import load_catalog
 
     a = arguments
-    from scd.play.door import origin_of
+    from scd.play.access import origin_of
 
     origins = frozenset(map(origin_of, a.allow_origin))
     # In a thread that ends: had this one a team of OpenMP threads too, beside that of the thread
     # that computes the pictures, libgomp would let neither spin, and a picture take twice as long.
     with ThreadPoolExecutor(1) as loading:
-        offer = loading.submit(load_offer, a.model, a.baseline, a.starts, a.overrides).result()
+        catalog = loading.submit(load_catalog, a.model, a.baseline, a.starts, a.overrides).result()
     if a.measure is not None:
-        from scd.play.measure import measure
+        from scd.play.latency import measure
 
-        measure(offer, a.measure)
+        measure(catalog, a.measure)
     else:
         from scd.play.server import Address, serve
 
-        serve(offer, Address(a.host, a.port, a.token, origins), a.sessions)
+        serve(catalog, Address(a.host, a.port, a.token, origins), a.sessions)
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    from scd.evaluation.run import measure_folder
+    from scd.evaluation.evaluate import measure_folder
 
     measure_folder(arguments.folder)
 
 
 def fetch_weights(arguments: argparse.Namespace) -> None:
-    from scd.evaluation.weights import fetch_metric_weights
+    from scd.evaluation.metric_weights import fetch_metric_weights
 
     for path in fetch_metric_weights():
         print(path)
@@ -420,12 +419,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         arguments.overrides += rest
-    return run_told(lambda: arguments.run(arguments), arguments.run.__name__)
+    return run_command(lambda: arguments.run(arguments), arguments.run.__name__)
 
 
-def run_told(run: Callable[[], object], name: str) -> int:
+def run_command(run: Callable[[], object], name: str) -> int:
     """Run a command in a process of its own; what goes wrong is told in one line: the exit code."""
-    settle_surroundings()
+    prepare_environment()
     prepare_process()
     try:
         run()

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from scd.data.lists import read_list
-from scd.environment import git_commit
 from scd.errors import ScdError
 from scd.evaluation.samples import EVALUATIONS
 from scd.evaluation.table import rollout_text
-from scd.files import read_json, write_whole_folder
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options
 from scd.pipeline import pipeline_of
-from scd.training.run_folder import read_log
+from scd.training.run_log import read_log
+from scd.utils.environment import git_commit
+from scd.utils.files import read_json, write_folder_atomically
 
 CARD_HEAD = """---
 library_name: diffusers
@@ -43,7 +43,7 @@ def export_checkpoint(
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ScdError(f"{folder} is there and holds no pipeline: choose another folder")
     loaded = load_checkpoint_for_use(checkpoint, None, overrides)
-    write_whole_folder(folder, lambda aside: _write(loaded, aside, folder, dtype))
+    write_folder_atomically(folder, lambda aside: _write(loaded, aside, folder, dtype))
 
 
 def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -> None:

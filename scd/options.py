@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from scd.errors import ScdError, reason
 from scd.option_rules import check, known_keys
-from scd.paths import expand, to_read, why_missing
+from scd.utils.paths import expand, to_read, why_missing
 
 OPTIONS_FILE = "options.yml"  # beside a model, what it was trained by
 MAX_BYTES = 2**16  # of an options file; those of this project have about 2 KiB

@@ -16,8 +16,8 @@ from scd.errors import ScdError, reason
 from scd.models.autoencoder import Codec, LatentCodec, PixelCodec, downsampling
 from scd.models.world_model import WorldModel
 from scd.options import OPTIONS_FILE, Options, RolloutOptions, options_to_dict
-from scd.precision import with_weights_in
 from scd.rollout import Rollout
+from scd.utils.precision import with_weights_in
 
 ROUNDING = 1e-3  # how far floats may leave [0, 1]: as bf16 leaves them
 

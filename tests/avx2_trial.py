@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scd.data.encode import encode_dataset
 from scd.data.lists import ClipEntry, write_list
 from scd.options import load_options
 from scd.pipeline import SCDPipeline
-from scd.precision import has_bf16
-from scd.training.run import run_experiment
+from scd.training.encode import encode_dataset
+from scd.training.launch import run_experiment
+from scd.utils.precision import has_bf16
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "convolution", "scaled_dot")
 SMALL = ["model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1", "data.frames=4"]

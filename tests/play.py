@@ -16,10 +16,10 @@ from scd.data.video import write_video
 from scd.models import SCD, CausalDiT, WorldModel
 from scd.models.autoencoder import LatentCodec, load_codec
 from scd.pipeline import SCDPipeline
+from scd.play.catalog import Catalog
 from scd.play.messages import HEADER, WORLD_HEADER
-from scd.play.offer import Offer
-from scd.play.pretrained import load_pretrained
 from scd.play.starts import Start
+from scd.play.worlds import load_pretrained
 
 ACTIONS = ["none", "turn left", "turn right", "forward"]
 WINDOW = 4
@@ -81,14 +81,14 @@ def own_data(root: Path, clips: int, frames: int, actions: int, size: int = 64) 
     write_list(root / "val.json", entries)
 
 
-def small_offer(root: Path, autoencoder: str) -> Offer:
+def small_catalog(root: Path, autoencoder: str) -> Catalog:
     """A model and a baseline, no ViZDoom."""
     models = {
         name: load_pretrained(pretrained_folder(root / name, autoencoder, kind))
         for name, kind in (("model", "scd"), ("baseline", "causal_dit"))
     }
     starts = [some_start(), some_start("there", 1_000_001)]
-    return Offer(models, starts, {"real": "not in this test"})
+    return Catalog(models, starts, {"real": "not in this test"})
 
 
 class Player:

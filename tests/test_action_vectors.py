@@ -16,7 +16,6 @@ from scd.data.lists import ClipEntry, write_list
 from scd.doom.record import record_dataset
 from scd.errors import ScdError
 from scd.evaluation.protocol import swap_new_actions
-from scd.files import read_json
 from scd.flow.noise import draw_noise
 from scd.flow.objective import FlowObjective
 from scd.flow.sampler import noise_levels
@@ -25,6 +24,7 @@ from scd.models.layers import Conditioning
 from scd.options import FlowOptions, RolloutOptions, load_options
 from scd.pipeline import SCDPipeline
 from scd.rollout import Rollout, continue_videos, generate
+from scd.utils.files import read_json
 from tests.test_causal_dit import make
 
 ROOT = Path(__file__).parent.parent

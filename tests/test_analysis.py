@@ -10,22 +10,27 @@ import torch
 
 from scd.analysis import attention_mass as masses
 from scd.analysis.attention_mass import attention_mass, frame_mass
-from scd.analysis.clips import ProbeClips, clip_numbers, roll_out
-from scd.analysis.context import CHANGES, context_given, contexts, of_newest
+from scd.analysis.context_probe import CHANGES, context_given, contexts, of_newest, shorter
 from scd.analysis.fine_tune import fine_tuning, open_training_clips
-from scd.analysis.hooks import all_blocks, past_blocks, step_blocks
+from scd.analysis.interventions import (
+    all_blocks,
+    frame_diagonal,
+    layers_skipped,
+    left_out,
+    past_blocks,
+    step_blocks,
+)
+from scd.analysis.probe_clips import ProbeClips, clip_numbers, roll_out
 from scd.analysis.quality import increase, loss_by_level, paired
-from scd.analysis.redundancy import (
+from scd.analysis.similarity import (
     principal_pictures,
     redundancy,
     watch_steps,
 )
-from scd.analysis.sufficiency import shorter
-from scd.analysis.surgery import frame_diagonal, layers_skipped, left_out
 from scd.cli import main
 from scd.errors import ScdError
 from scd.evaluation import measures
-from scd.evaluation.weights import MetricUnavailable
+from scd.evaluation.metric_weights import MetricUnavailable
 from scd.flow.noise import FlowDraws
 from scd.flow.objective import LEVELS, FlowObjective, with_scaled_latents
 from scd.flow.sampler import noise_levels

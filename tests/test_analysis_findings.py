@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from scd.analysis.ablations import blind_depth, skip_ranges, told_blind, told_recovery
 from scd.analysis.attention_mass import AttentionMass
-from scd.analysis.cuts import blind_depth, skip_ranges, told_blind, told_recovery
-from scd.analysis.looks import steady_layers, told_attention, told_features
-from scd.analysis.redundancy import Redundancy, between_steps, plateaus
+from scd.analysis.context_probe import told_history
+from scd.analysis.observations import steady_layers, told_attention, told_features
+from scd.analysis.similarity import Redundancy, between_steps, plateaus
 from scd.analysis.split import Split
-from scd.analysis.sufficiency import told_history
 from scd.analysis.suggest import candidates, fastest_good, told_reason, wanted_decoder
 
 

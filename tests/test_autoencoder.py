@@ -23,17 +23,17 @@ from scd.models.autoencoder import (
 from scd.models.discriminator import PatchDiscriminator
 from scd.options import AutoencoderOptions, Options, load_options
 from scd.pipeline import SCDPipeline
-from scd.training.adversarial import (
+from scd.training.autoencoder_task import (
     AdversarialObjective,
+    ReconstructionLoss,
     adaptive_weight,
     discriminator_hinge,
     generator_hinge,
     last_layer,
 )
-from scd.training.average import averaged_tensors
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
-from scd.training.reconstruction import ReconstructionLoss
-from scd.training.run_folder import read_log
+from scd.training.ema import averaged_tensors
+from scd.training.run_log import read_log
 from tests.test_model import make_model
 from tests.test_training import ROOT, assert_same_state, train
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scd.benchmark import cases, run
+from scd.benchmark import cases, runner
 from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, DataCase, StreamCase
-from scd.benchmark.data import SETTING, clips_taken, flops_of_clip, wandering, worker_counts
-from scd.benchmark.floor import frame_floor
-from scd.benchmark.machine import Machine
+from scd.benchmark.loading import SETTING, clips_taken, flops_of_clip, wandering, worker_counts
+from scd.benchmark.machine import Machine, frame_floor
 from scd.benchmark.streaming import build
 from scd.errors import ScdError
 from scd.models import linear
@@ -52,7 +51,7 @@ def test_the_floor_is_operations_or_bytes():
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
-    monkeypatch.setattr(run, "has_bf16", lambda device: bf16)
+    monkeypatch.setattr(runner, "has_bf16", lambda device: bf16)
     machine = {"plain_flops": 2e11, "best_flops": 3e11, "bytes": 1e10}
     figures = {"peak_bytes": 10**9, "floor_seconds": 0.5, "machine": machine}
     starts = {"prefill_seconds": 1.5, "first_frame_seconds": 2.0}
@@ -67,12 +66,14 @@ def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
             "taken": {"clips_per_second": 40.0},
         },
     }
-    monkeypatch.setattr(run, "_in_own_process", lambda case, folder: results[type(case).__name__])
-    run.benchmark(tmp_path, None, plots=True)
+    monkeypatch.setattr(
+        runner, "_in_own_process", lambda case, folder: results[type(case).__name__]
+    )
+    runner.benchmark(tmp_path, None, plots=True)
     text = (tmp_path / "benchmark.md").read_text(encoding="utf-8")
     assert "1.100" in text and "0.80" in text and "200 / 300" in text and "2.20" in text
     written = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
-    left_out = [case for case in cases.TABLE if run._in_bf16(case) and not bf16]
+    left_out = [case for case in cases.TABLE if runner._in_bf16(case) and not bf16]
     assert len(written["cases"]) == len(cases.TABLE) - len(left_out)
     said = capsys.readouterr().out
     assert all(f"only emulates bf16: {case.name}" in said for case in left_out)
@@ -81,10 +82,10 @@ def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
     assert len(written["by_steps"]) == 2 * len(cases.STEPS)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     with pytest.raises(ScdError, match="no case contains 'SCD-XXL'"):
-        run.benchmark(tmp_path, "SCD-XXL", plots=False)
+        runner.benchmark(tmp_path, "SCD-XXL", plots=False)
     if not bf16:
         with pytest.raises(ScdError, match="all cases that contain ', bf16' are in bf16"):
-            run.benchmark(tmp_path, ", bf16", plots=False)
+            runner.benchmark(tmp_path, ", bf16", plots=False)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -107,10 +108,10 @@ def test_data_go_through_the_loader_of_training(
     monkeypatch.setattr(cases, "TABLE", [case])
     # In this process: another one would load torch once more.
     monkeypatch.setattr(
-        run, "_in_own_process",
-        lambda case, folder: run.run_case("DataCase", vars(case), str(folder)),
+        runner, "_in_own_process",
+        lambda case, folder: runner.run_case("DataCase", vars(case), str(folder)),
     )  # fmt: skip
-    run.benchmark(tmp_path, "data", plots=False)
+    runner.benchmark(tmp_path, "data", plots=False)
     (found,) = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
     assert [rate["workers"] for rate in found["rates"]] == [0, 1]
     assert all(rate["clips_per_second"] > 0 for rate in found["rates"])

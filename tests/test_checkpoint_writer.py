@@ -8,9 +8,13 @@ import torch
 
 from scd.errors import ScdError
 from scd.options import load_options
-from scd.training import checkpoint_writer, run, trainer
-from scd.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
-from scd.training.checkpoint_writer import CheckpointWriter
+from scd.training import checkpoint, launch, trainer
+from scd.training.checkpoint import (
+    CheckpointWriter,
+    TrainingState,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tests.test_processes import OPTIONS
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
@@ -31,7 +35,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         assert may_end.wait(60)
         return save_checkpoint(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", slow)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
     with CheckpointWriter(tmp_path, keep=2, main=True, background=True) as writer:
         writer.write(state(1))
         assert begun.wait(60) and not writer.failed
@@ -50,7 +54,7 @@ def test_the_same_files_as_in_the_foreground(
     for name in ("foreground", "background"):
         if name == "background":
             monkeypatch.setattr(trainer, "saves_in_background", lambda device: True)
-        run.run_experiment(tiny(doom_root, tmp_path, name))
+        launch.run_experiment(tiny(doom_root, tmp_path, name))
     for step in ("step-00000002", "step-00000004"):
         one, other = (
             load_checkpoint(tmp_path / name / "checkpoints" / step)
@@ -69,9 +73,9 @@ def test_what_fails_in_the_background_ends_the_run(
         raise ScdError(f"{folder}: the checkpoint cannot be written (No space left on device)")
 
     monkeypatch.setattr(trainer, "saves_in_background", lambda device: True)
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", full)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", full)
     with pytest.raises(ScdError, match="cannot be written"):
-        run.run_experiment(tiny(doom_root, tmp_path, "full", "train.steps=500"))
+        launch.run_experiment(tiny(doom_root, tmp_path, "full", "train.steps=500"))
     steps = (tmp_path / "full/log.jsonl").read_text().count("loss")
     assert 2 <= steps < 100
 

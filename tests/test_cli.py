@@ -78,8 +78,10 @@ def test_names_that_no_system_opens_are_one_line(capfd: pytest.CaptureFixture) -
 
 def test_overrides_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple] = []
-    monkeypatch.setattr("scd.evaluation.run.evaluate_checkpoint", lambda *a: seen.append(a))
-    monkeypatch.setattr("scd.training.run.run_experiment", lambda o: seen.append((o.seed, o.name)))
+    monkeypatch.setattr("scd.evaluation.evaluate.evaluate_checkpoint", lambda *a: seen.append(a))
+    monkeypatch.setattr(
+        "scd.training.launch.run_experiment", lambda o: seen.append((o.seed, o.name))
+    )
     assert main(["evaluate", "ema.pth", "a=1", "--opt", "x.yml", "b=-2", "c=3"]) == 0
     assert main(["evaluate", "--opt", "x.yml", "ema.pth", "a=1", "b=-2", "c=3"]) == 0
     assert seen == [(Path("ema.pth"), "x.yml", ["a=1", "b=-2", "c=3"], None, False)] * 2

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from scd import cpu
+from scd.utils import startup
 
 CODE = """
 import resource, torch
-from scd.cpu import keep_freed_memory
+from scd.utils.startup import keep_freed_memory
 
 {first}
 
@@ -42,46 +42,46 @@ def test_freed_memory_is_kept():
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that has not loaded torch, whose user has chosen nothing."""
-    for name in cpu.CHOSEN:
+    for name in startup.CHOSEN:
         monkeypatch.setenv(name, "")  # restored afterwards, whatever the code under test sets
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "torch")
-    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(startup, "keep_freed_memory", lambda: None)
     return monkeypatch
 
 
 @pytest.mark.parametrize(("busy", "policy"), [(0.1, None), (1.0, "passive")])
 def test_threads_sleep_beside_a_busy_program(fresh, capsys, busy, policy):
-    fresh.setattr(cpu, "busy_cores", lambda: (busy, 2))
-    cpu.prepare_process()
+    fresh.setattr(startup, "busy_cores", lambda: (busy, 2))
+    startup.prepare_process()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
     said = capsys.readouterr().err
     assert ("other programs keep 1.0 of 2 cores busy" in said) == (policy is not None)
 
 
 def test_nothing_is_chosen_for_a_user_who_has(fresh):
-    fresh.setattr(cpu, "busy_cores", lambda: pytest.fail("looked"))
+    fresh.setattr(startup, "busy_cores", lambda: pytest.fail("looked"))
     fresh.setenv("GOMP_SPINCOUNT", "7")
-    cpu.prepare_process()
+    startup.prepare_process()
     fresh.delenv("GOMP_SPINCOUNT")
     fresh.setitem(sys.modules, "torch", object())  # too late
-    cpu.prepare_process()
+    startup.prepare_process()
     assert "OMP_WAIT_POLICY" not in os.environ
 
 
 def test_a_busy_program_is_seen():
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         try:
-            busy, cores = cpu.busy_cores()
+            busy, cores = startup.busy_cores()
         finally:
             other.kill()
-    assert cpu.BUSY_CORES < busy <= cores
+    assert startup.BUSY_CORES < busy <= cores
 
 
 def test_a_system_that_does_not_tell_is_no_error(fresh, capsys):
     def unknown() -> tuple[float, int]:
         raise FileNotFoundError("/proc/stat")
 
-    fresh.setattr(cpu, "busy_cores", unknown)
-    cpu.prepare_process()
+    fresh.setattr(startup, "busy_cores", unknown)
+    startup.prepare_process()
     assert "OMP_WAIT_POLICY" not in os.environ and capsys.readouterr().err == ""

@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save, save_file
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from scd import files
-from scd.data import encode
 from scd.data import latents as latent_files
 from scd.data.clips import (
     ClipFolder,
@@ -26,15 +24,17 @@ from scd.data.clips import (
     read_actions,
     with_float_pixels,
 )
-from scd.data.encode import encode_dataset
 from scd.data.latents import LatentHeader, latent_header, read_latents, write_latents
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import VideoFile, write_video
 from scd.data.video_checks import identity_of
 from scd.errors import ScdError
-from scd.files import read_json, write_json, write_whole
 from scd.models.autoencoder import encoder_hash, load_codec
 from scd.options import Options, load_options
+from scd.training import encode
+from scd.training.encode import encode_dataset
+from scd.utils import files
+from scd.utils.files import read_json, write_atomically, write_json
 
 ROOT = Path(__file__).parent.parent
 REAL_CLIPS = ROOT.parent / "shared/real_clips"
@@ -61,7 +61,7 @@ def root(doom_root: Path, tmp_path: Path) -> Path:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
-    write_whole(path, lambda aside: aside.write_text("old"))
+    write_atomically(path, lambda aside: aside.write_text("old"))
 
     def fail(error: BaseException) -> Callable[[Path], object]:
         def write(aside: Path) -> None:
@@ -70,14 +70,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
         return write
 
-    message = refused(path, lambda: write_whole(path, fail(OSError(28, "No space left"))))
+    message = refused(path, lambda: write_atomically(path, fail(OSError(28, "No space left"))))
     assert "No space left" in message
     for error in (KeyboardInterrupt(), ValueError("no")):
         with pytest.raises(type(error)):
-            write_whole(path, fail(error))
-    refused(path, lambda: write_whole(path, lambda aside: None))  # wrote nothing
+            write_atomically(path, fail(error))
+    refused(path, lambda: write_atomically(path, lambda aside: None))  # wrote nothing
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    write_whole(path, lambda aside: aside.write_text("new"))
+    write_atomically(path, lambda aside: aside.write_text("new"))
     assert path.read_text() == "new"
 
 

@@ -15,11 +15,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scd.data.loader import training_batches
 from scd.options import load_options
-from scd.training.batches import batches_from
-from scd.training.launch import make_accelerator
-from scd.training.meter import Meter
-from scd.training.run import build_task
+from scd.training.launch import build_task, make_accelerator
+from scd.training.run_log import Meter
 from scd.training.trainer import Trainer
 from tests.test_processes import OPTIONS
 
@@ -104,7 +103,7 @@ def test_a_step_waits_once(
     accelerator = make_accelerator(options)
     trainer = Trainer(options, build_task(options, accelerator), accelerator)
     request = SimpleNamespace(signal=None)
-    with batches_from(0, trainer.clips, options.train, accelerator) as batches:
+    with training_batches(0, trainer.clips, options.train, accelerator) as batches:
         read = [next(batches) for _ in range(4)]
         first, second = iter(read[:2]), iter(read[2:])
         trainer._train_step(first, Meter(2, 1, None, None), request)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scd.errors import ScdError
 from scd.evaluation import measures
-from scd.evaluation.weights import MetricUnavailable
+from scd.evaluation.metric_weights import MetricUnavailable
 from scd.models.autoencoder import PixelCodec
 from scd.options import AutoencoderOptions, load_options
 from scd.training import dry_run
@@ -95,7 +95,7 @@ def test_estimate_is_what_a_real_step_takes(name):
     found = estimate_step(options, PixelCodec())
     assert found.tokens == 2 * 5 * 16
     from scd.flow.objective import FlowObjective
-    from scd.models.build import build_world_model
+    from scd.models.load import build_world_model
 
     model = build_world_model(options, PixelCodec())
     assert found.total_parameters == sum(p.numel() for p in model.parameters())

@@ -15,13 +15,13 @@ from accelerate import PartialState
 
 from scd.cli import main
 from scd.data.clips import clip_folder
-from scd.data.encode import check_training_latents, encode_dataset, encoding_name
 from scd.data.latents import latent_header, of_another_video, read_latents, write_latents
 from scd.data.lists import read_list, write_list
 from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
 from scd.models.autoencoder import load_codec
 from scd.options import Options, load_options
+from scd.training.encode import check_training_latents, encode_dataset, encoding_name
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "options/scd_doom_tiny.yml"

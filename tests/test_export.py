@@ -8,12 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from scd.cli import main
-from scd.files import sha256
 from scd.models.autoencoder import load_codec
-from scd.models.build import build_world_model
-from scd.models.load import load_checkpoint_for_use
+from scd.models.load import build_world_model, load_checkpoint_for_use
 from scd.options import load_options, options_to_dict
 from scd.pipeline import SCDPipeline
+from scd.utils.files import sha256
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from torch.nn.attention.flex_attention import BlockMask
 import scd.flow.objective
 import scd.flow.sampler
 import scd.rollout.engine
-from scd import seeding
 from scd.flow.objective import FlowObjective
 from scd.models import SCD, CausalDiT, WorldModel, attention, layers
 from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import Rollout
+from scd.utils import seeding
 
 CUDA = torch.device("cuda:0")
 B, CHANNELS = 2, 4

@@ -12,16 +12,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from scd.data.clips import ClipFolder, StepSampler, TrainingClips, clip_folder
-from scd.data.encode import encode_dataset
 from scd.data.framing import Framing, resize_shorter
 from scd.data.latents import read_latents
 from scd.data.lists import ClipEntry, read_list, write_list
-from scd.data.npz_video import NpzVideo
-from scd.data.video import write_video
+from scd.data.video import NpzVideo, write_video
 from scd.errors import ScdError
-from scd.files import read_npz
 from scd.models.autoencoder import load_codec
 from scd.options import load_options
+from scd.training.encode import encode_dataset
+from scd.utils.files import read_npz
 
 ROOT = Path(__file__).parent.parent
 PATH = Path("clip.mp4")

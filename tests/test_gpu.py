@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd.benchmark.run import benchmark
-from scd.evaluation.run import evaluate_checkpoint
+from scd.benchmark.runner import benchmark
+from scd.evaluation.evaluate import evaluate_checkpoint
 from scd.models import SCD, CausalDiT, attention
 from scd.models.layers import HEAD_DIM
 from scd.options import RolloutOptions
-from scd.precision import has_bf16
 from scd.rollout import Rollout
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
-from scd.training.run_folder import read_log
+from scd.training.run_log import read_log
+from scd.utils.precision import has_bf16
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scd.models.linear import Linear, PackedWeights
-from scd.precision import has_bf16
+from scd.utils.precision import has_bf16
 
 
 @pytest.fixture

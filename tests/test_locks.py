@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from scd import locks
 from scd.errors import ScdError
-from scd.locks import hold_lock
+from scd.utils import locks
+from scd.utils.locks import hold_lock
 
 ROOT = Path(__file__).parents[1]
 HOLDER = """
     import os, sys, time
     from pathlib import Path
-    from scd.locks import hold_lock
+    from scd.utils.locks import hold_lock
 
     with hold_lock(Path(sys.argv[1]), "", ""):
         child = os.fork() if sys.argv[2] == "forks" else os.getpid()

@@ -11,11 +11,11 @@ import pytest
 from scd.cli import main
 from scd.data.clips import read_actions
 from scd.data.lists import ClipEntry, read_list, write_list
-from scd.data.ucf101 import latte_split, mcvd_split
+from scd.data.make_lists import latte_split, mcvd_split
 from scd.data.video import write_video
 from scd.data.video_checks import KEPT
 from scd.errors import ScdError
-from scd.files import read_json
+from scd.utils.files import read_json
 
 CLASSES = ("Archery", "HammerThrow", "Hammering", "YoYo")
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from scd.models.scd import SCD
 from scd.options import OptimOptions
-from scd.training.learner import share_of_rate
-from scd.training.optimizer import AdamWithMuon, make_optimizer
+from scd.training.optimizer import AdamWithMuon, make_optimizer, share_of_rate
 from scd.training.world_model_task import MATRICES, parameter_groups
 
 

@@ -18,15 +18,14 @@ from scd.evaluation import psnr
 from scd.options import load_options
 from scd.pipeline import SCDPipeline
 from scd.play import history, worlds
+from scd.play.catalog import Catalog, load_catalog
 from scd.play.game import Game
 from scd.play.history import Frame, History
 from scd.play.messages import AGAIN, GIVEN, Close, Closed, parse
 from scd.play.messages import pack as pack_message
-from scd.play.offer import Offer, load_offer
-from scd.play.pretrained import load_pretrained
 from scd.play.starts import Start, load_starts, make_starts
-from scd.play.worlds import ModelWorld, RealWorld, Settings, View
-from tests.play import WINDOW, own_data, pretrained_folder, read, small_offer
+from scd.play.worlds import ModelWorld, RealWorld, Settings, View, load_pretrained
+from tests.play import WINDOW, own_data, pretrained_folder, read, small_catalog
 
 ROOT = Path(__file__).parents[1]
 DOOM = load_options(ROOT / "options/scd_doom_tiny.yml")
@@ -35,13 +34,13 @@ TOLERANCE = 1e-4  # of latents of size 1: the same sums in another order
 
 
 @pytest.fixture(scope="module")
-def offer(tmp_path_factory: pytest.TempPathFactory, tiny_autoencoder_path: str) -> Offer:
-    return small_offer(tmp_path_factory.mktemp("play"), tiny_autoencoder_path)
+def catalog(tmp_path_factory: pytest.TempPathFactory, tiny_autoencoder_path: str) -> Catalog:
+    return small_catalog(tmp_path_factory.mktemp("play"), tiny_autoencoder_path)
 
 
 @pytest.fixture
-def game(offer: Offer) -> Iterator[Game]:
-    with closing(Game(offer)) as game:
+def game(catalog: Catalog) -> Iterator[Game]:
+    with closing(Game(catalog)) as game:
         yield game
 
 
@@ -61,7 +60,7 @@ def play(game: Game, actions: list[int]) -> list[Frame]:
 # Worlds
 
 
-def test_same_seed_and_keys_make_the_same_pictures(offer, game):
+def test_same_seed_and_keys_make_the_same_pictures(catalog, game):
     names, keys = ["model", "baseline"], actions_of(8)
     made = {}
     for label, seed, pressed in (
@@ -106,7 +105,7 @@ def test_what_slid_out_of_the_window_still_counts(game):
     play(game, actions_of(24))
     rewound = list(game.history.line)
     expected = game.step(3)
-    world = ModelWorld(game.offer.models["model"])
+    world = ModelWorld(game.catalog.models["model"])
     views = [frame.views[0] for frame in rewound]
     keys = [frame.action for frame in rewound]
     world.go_to(views[-WINDOW:], keys[-WINDOW:], False, game.settings)
@@ -367,9 +366,9 @@ def test_starts_of_ones_own_clips(tmp_path, tiny_autoencoder_path, capsys):
     assert made[0].actions == tuple(clip["actions"].tolist()) and made[0].seed is None
     error = made[0].frames - 255 * clip["video"].movedim(1, -1).numpy()
     assert 10 * np.log10(255**2 / (error**2).mean()) > 28  # the start is compressed once more
-    offer = load_offer(folder, None, out)
-    assert offer.worlds == ["model"] and list(offer.missing) == ["baseline"]
-    with closing(Game(offer)) as game:
+    catalog = load_catalog(folder, None, out)
+    assert catalog.worlds == ["model"] and list(catalog.missing) == ["baseline"]
+    with closing(Game(catalog)) as game:
         assert game.step(2).views[0].picture.shape == (64, 64, 3)
 
     assert starts("--clips", "1", "--frames", "5") == 0  # over the old ones
@@ -401,11 +400,11 @@ def test_doom_beside_models_of_doom_alone(tmp_path, tiny_autoencoder_path):
     folder = pretrained_folder(tmp_path / "doom", tiny_autoencoder_path)
     options = load_options(folder / "options.yml", [f"data.root={tmp_path / 'data'}"])
     make_starts(options, tmp_path / "starts", {"here": 0}, frames=6)
-    assert load_offer(folder, None, tmp_path / "starts").worlds == ["model"]
+    assert load_catalog(folder, None, tmp_path / "starts").worlds == ["model"]
     other = pretrained_folder(tmp_path / "other", tiny_autoencoder_path, actions=["a", *"bcd"])
-    offer = load_offer(other, None, ROOT / "assets/starts")
-    assert offer.worlds == ["model"] and list(offer.missing) == ["baseline"]
-    assert load_offer(folder, None, ROOT / "assets/starts").worlds == ["model", "real"]
+    catalog = load_catalog(other, None, ROOT / "assets/starts")
+    assert catalog.worlds == ["model"] and list(catalog.missing) == ["baseline"]
+    assert load_catalog(folder, None, ROOT / "assets/starts").worlds == ["model", "real"]
 
 
 def test_the_shipped_starts_are_those_of_the_command(tmp_path):
@@ -430,8 +429,8 @@ def test_the_shipped_starts():
 def test_the_shipped_models_obey(name):
     """Turning changes the picture more than standing does."""
     folder = ROOT / "assets/pretrained" / name
-    offer = load_offer(folder, None, ROOT / "assets/starts")
-    with closing(Game(offer)) as game:
+    catalog = load_catalog(folder, None, ROOT / "assets/starts")
+    with closing(Game(catalog)) as game:
         standing = play(game, [0] * 4)[-1].views[0].picture.astype(float)
         game.rewind(len(game.start.actions) - 1)
         turned = play(game, [1] * 4)[-1].views[0].picture.astype(float)
@@ -466,17 +465,17 @@ def test_what_is_shipped_is_small():
 
 def test_what_an_offer_lacks(tmp_path, tiny_autoencoder_path):
     folder = pretrained_folder(tmp_path / "model", tiny_autoencoder_path)
-    offer = load_offer(folder, None, ROOT / "assets/starts")
-    assert offer.worlds == ["model", "real"] and list(offer.missing) == ["baseline"]
+    catalog = load_catalog(folder, None, ROOT / "assets/starts")
+    assert catalog.worlds == ["model", "real"] and list(catalog.missing) == ["baseline"]
     with pytest.raises(ScdError, match="no such folder"):
-        load_offer(folder, tmp_path / "none", ROOT / "assets/starts")
+        load_catalog(folder, tmp_path / "none", ROOT / "assets/starts")
 
 
 def test_without_vizdoom(tmp_path, tiny_autoencoder_path, monkeypatch):
     folder = pretrained_folder(tmp_path / "model", tiny_autoencoder_path)
-    monkeypatch.setattr("scd.play.offer.importlib.util.find_spec", lambda name: None)
-    offer = load_offer(folder, None, ROOT / "assets/starts")
-    assert offer.worlds == ["model"] and "vizdoom is not installed" in offer.missing["real"]
+    monkeypatch.setattr("scd.play.catalog.importlib.util.find_spec", lambda name: None)
+    catalog = load_catalog(folder, None, ROOT / "assets/starts")
+    assert catalog.worlds == ["model"] and "vizdoom is not installed" in catalog.missing["real"]
 
 
 # Wire format
@@ -545,14 +544,14 @@ def test_pictures_on_the_wire(game):
         assert view["times"] == pytest.approx(of_frame.times)
 
 
-def test_a_model_world_is_its_rollout(offer):
+def test_a_model_world_is_its_rollout(catalog):
     """Against the engine itself, on the same noise."""
     from dataclasses import replace
 
     from scd.rollout import Rollout
-    from scd.seeding import generator
+    from scd.utils.seeding import generator
 
-    pretrained, start = offer.first, offer.starts[0]
+    pretrained, start = catalog.first, catalog.starts[0]
     world = ModelWorld(pretrained)
     views = world.begin(start, Settings(2, 1.0, seed=11))
     made = [world.step(action, 6 + i).latents for i, action in enumerate([1, 3, 2])]

@@ -14,11 +14,11 @@ from websockets.exceptions import ConnectionClosed
 from scd.doom.simulator import DoomSimulator
 from scd.errors import ScdError
 from scd.options import load_options
-from scd.play import measure as measuring
+from scd.play import latency as measuring
+from scd.play.access import Limits
+from scd.play.catalog import Catalog, load_catalog
 from scd.play.game import Game
-from scd.play.limits import Limits
-from scd.play.measure import measure, served
-from scd.play.offer import Offer, load_offer
+from scd.play.latency import measure, served
 from scd.play.starts import load_starts, make_starts
 from scd.play.worlds import RealWorld, Settings
 from tests.play import Player, playing, pretrained_folder
@@ -41,21 +41,21 @@ def root(tmp_path_factory: pytest.TempPathFactory, tiny_autoencoder_path: str) -
 
 
 @pytest.fixture(scope="module")
-def offer(root: Path) -> Offer:
-    return load_offer(root / "keys", None, root / "starts")
+def catalog(root: Path) -> Catalog:
+    return load_catalog(root / "keys", None, root / "starts")
 
 
-def run(test: Callable[[str], Awaitable[None]], offer: Offer) -> None:
+def run(test: Callable[[str], Awaitable[None]], catalog: Catalog) -> None:
     async def with_server() -> None:
-        async with served(offer, limits=Limits(max_fps=1000.0, fps=1000.0)) as place:
+        async with served(catalog, limits=Limits(max_fps=1000.0, fps=1000.0)) as place:
             await asyncio.wait_for(test(place), 30)
 
     asyncio.run(with_server())
 
 
-def test_starts_in_doom_are_played_with_keys(root: Path, offer: Offer) -> None:
-    assert offer.worlds == ["model", "real"] and offer.several and offer.idle is None
-    (start, _) = offer.starts
+def test_starts_in_doom_are_played_with_keys(root: Path, catalog: Catalog) -> None:
+    assert catalog.worlds == ["model", "real"] and catalog.several and catalog.idle is None
+    (start, _) = catalog.starts
     assert all(len(action) == 3 for action in start.actions) and start.seed == 1_000_001
     keys = [*start.actions, (1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.0, 0.0, 0.0)]
     with closing(RealWorld(64)) as world, closing(DoomSimulator(64)) as simulator:
@@ -79,12 +79,12 @@ def test_starts_that_are_wrong(root: Path, tmp_path: Path, actions: list) -> Non
 
 def test_worlds_of_another_kind_do_not_stand_beside_it(root: Path) -> None:
     with pytest.raises(ScdError, match="other actions or another frame size"):
-        load_offer(root / "keys", root / "one_key", root / "starts")
+        load_catalog(root / "keys", root / "one_key", root / "starts")
 
 
-def test_frames_of_the_model_are_those_of_its_rollout(offer: Offer) -> None:
+def test_frames_of_the_model_are_those_of_its_rollout(catalog: Catalog) -> None:
     """After the start's actions, under two keys and under none; in any order of going back."""
-    with closing(Game(offer)) as game:
+    with closing(Game(catalog)) as game:
         both, none = (1.0, 0.0, 1.0), (0.0, 0.0, 0.0)
         first = [game.step(action).views[0].latents for action in (both, none)]
         game.rewind(FRAMES - 1)
@@ -99,7 +99,7 @@ def test_frames_of_the_model_are_those_of_its_rollout(offer: Offer) -> None:
                 game.step(wrong)
 
 
-def test_a_message_holds_two_keys(offer: Offer) -> None:
+def test_a_message_holds_two_keys(catalog: Catalog) -> None:
     async def test(place: str) -> None:
         async with playing(place) as player:
             assert player.hello["several"] and player.hello["actions"] == KEYS
@@ -122,7 +122,7 @@ def test_a_message_holds_two_keys(offer: Offer) -> None:
             assert await actions_after([]) == [0, 0]  # nothing held is an action too
             assert await actions_after([0], [0, 2], []) == [0b101, 0]
 
-    run(test, offer)
+    run(test, catalog)
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def test_a_message_holds_two_keys(offer: Offer) -> None:
         ({"held": 1}, "held is no numbers"),
     ],
 )
-def test_messages_that_end_the_connection(offer: Offer, fields: dict, told: str) -> None:
+def test_messages_that_end_the_connection(catalog: Catalog, fields: dict, told: str) -> None:
     async def test(place: str) -> None:
         async with playing(place) as player:
             await player.say("input", **fields, seq=1)
             assert told in await reason_of(player)
 
-    run(test, offer)
+    run(test, catalog)
 
 
 def test_a_world_of_one_key_at_a_time_takes_no_set(root: Path) -> None:
@@ -149,15 +149,15 @@ def test_a_world_of_one_key_at_a_time_takes_no_set(root: Path) -> None:
     (root / "starts_of_one").mkdir()
     (root / "starts_of_one/starts.json").write_text(json.dumps(starts))
     (root / "starts_of_one/two.mp4").write_bytes((root / "starts/two.mp4").read_bytes())
-    offer = load_offer(root / "one_key", None, root / "starts_of_one")
-    assert not offer.several and offer.actions == options.data.action_names
+    catalog = load_catalog(root / "one_key", None, root / "starts_of_one")
+    assert not catalog.several and catalog.actions == options.data.action_names
 
     async def test(place: str) -> None:
         async with playing(place) as player:
             await player.say("input", held=[0], seq=1)
             assert "takes action, not held" in await reason_of(player)
 
-    run(test, offer)
+    run(test, catalog)
 
 
 async def reason_of(player: Player) -> str:
@@ -169,6 +169,6 @@ async def reason_of(player: Player) -> str:
             return gone.rcvd.reason
 
 
-def test_it_can_be_measured(offer: Offer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_can_be_measured(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "PRESSES", 2)
-    assert measure(offer, 2)["results"][0]["frames"] == 2
+    assert measure(catalog, 2)["results"][0]["frames"] == 2

@@ -21,32 +21,31 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from scd import cli
 from scd.data.video import VideoFile
 from scd.errors import ScdError
-from scd.play import measure as measuring
+from scd.play import latency as measuring
 from scd.play import recording
-from scd.play.door import origin_of
+from scd.play.access import Limits, origin_of
+from scd.play.catalog import Catalog
 from scd.play.history import Frame
-from scd.play.limits import Limits
-from scd.play.measure import measure, served
+from scd.play.latency import measure, served
 from scd.play.messages import Close, Closed
-from scd.play.offer import Offer
 from scd.play.server import Address, listen, serve
 from scd.play.session import Session
-from tests.play import Player, playing, small_offer
+from tests.play import Player, playing, small_catalog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = Limits(max_fps=1000.0, fps=1000.0)
 
 
 @pytest.fixture(scope="module")
-def offer(tmp_path_factory: pytest.TempPathFactory, tiny_autoencoder_path: str) -> Offer:
-    return small_offer(tmp_path_factory.mktemp("play"), tiny_autoencoder_path)
+def catalog(tmp_path_factory: pytest.TempPathFactory, tiny_autoencoder_path: str) -> Catalog:
+    return small_catalog(tmp_path_factory.mktemp("play"), tiny_autoencoder_path)
 
 
-def run(test: Callable[[str], Awaitable[None]], offer: Offer, **how) -> None:
+def run(test: Callable[[str], Awaitable[None]], catalog: Catalog, **how) -> None:
     """Run a test against a server, which hangs for no more than half a minute."""
 
     async def with_server() -> None:
-        async with served(offer, **{"limits": FAST, **how}) as place:
+        async with served(catalog, **{"limits": FAST, **how}) as place:
             await asyncio.wait_for(test(place), 30)
 
     asyncio.run(with_server())
@@ -71,22 +70,22 @@ async def quiet(player: Player, seconds: float = 0.3) -> None:
 # Playing
 
 
-def test_signs_of_life(offer):
+def test_signs_of_life(catalog):
     async def test(place: str) -> None:
         async with playing(place) as player:
             for _ in range(3):
                 assert json.loads(await player.socket.recv()) == {"type": "alive"}
 
-    run(test, offer, limits=Limits(alive=0.05))
+    run(test, catalog, limits=Limits(alive=0.05))
 
 
-def test_keys_make_pictures(offer):
+def test_keys_make_pictures(catalog):
     async def test(place: str) -> None:
         async with playing(place) as player:
             assert player.hello["worlds"] == ["model", "baseline"]
             assert player.hello["actions"][3] == "forward" and not player.hello["resumed"]
             assert player.state["paused"] and player.state["frame"] == 5
-            assert np.array_equal(player.first["views"][0]["rgb"], offer.starts[0].frames[-1])
+            assert np.array_equal(player.first["views"][0]["rgb"], catalog.starts[0].frames[-1])
             assert player.first["flags"] == 3
             await quiet(player)  # paused: nothing is computed
             await player.say("input", action=3, seq=41)
@@ -111,17 +110,17 @@ def test_keys_make_pictures(offer):
             assert (await player.told("state"))["paused"]
             await quiet(player)
 
-    run(test, offer)
+    run(test, catalog)
 
 
-def test_where_no_action_stands_for_no_key_the_world_waits(offer):
-    model = offer.first
+def test_where_no_action_stands_for_no_key_the_world_waits(catalog):
+    model = catalog.first
     data = replace(model.options.data, action_names=["left", "right", "jump", "duck"])
     model = replace(model, options=replace(model.options, data=data))
 
     async def test(place: str) -> None:
         async with playing(place) as player:
-            assert player.hello["idle"] is None and offer.idle == 0
+            assert player.hello["idle"] is None and catalog.idle == 0
             await player.say("pause", paused=False)
             await player.told("state")
             await player.say("step")
@@ -143,10 +142,10 @@ def test_where_no_action_stands_for_no_key_the_world_waits(offer):
             await player.say("input", action=4, seq=5)
             assert (await closed(player))[0] == Close.BAD_MESSAGE
 
-    run(test, Offer({"model": model}, offer.starts))
+    run(test, Catalog({"model": model}, catalog.starts))
 
 
-def test_commands(offer):
+def test_commands(catalog):
     async def test(place: str) -> None:
         async with playing(place) as player:
             await player.say("start", start="there", worlds=["baseline", "model"], seed=7)
@@ -190,10 +189,10 @@ def test_commands(offer):
                 after = await player.told("state")
                 assert after == state
 
-    run(test, offer)
+    run(test, catalog)
 
 
-def test_a_slow_reader_waits_and_keeps_nobody_up(offer):
+def test_a_slow_reader_waits_and_keeps_nobody_up(catalog):
     async def test(place: str) -> None:
         async with playing(place) as slow, playing(place) as other:
             await slow.say("pause", paused=False)
@@ -207,10 +206,10 @@ def test_a_slow_reader_waits_and_keeps_nobody_up(offer):
             await slow.say("seen", serial=last["serial"])
             assert (await slow.picture())["frame"] == last["frame"] + 1  # its world had waited
 
-    run(test, offer)
+    run(test, catalog)
 
 
-def test_turns_are_fair(offer):
+def test_turns_are_fair(catalog):
     """Two players at full speed, one with two worlds: as many pictures for one as for the other."""
 
     async def test(place: str) -> None:
@@ -228,10 +227,10 @@ def test_turns_are_fair(offer):
             await asyncio.gather(play(0, one), play(1, two))
             assert max(counts) < 16
 
-    run(test, offer)
+    run(test, catalog)
 
 
-def test_the_pace_is_kept(offer):
+def test_the_pace_is_kept(catalog):
     async def test(place: str) -> None:
         async with playing(place) as player:
             await player.say("settings", fps=25)
@@ -242,7 +241,7 @@ def test_the_pace_is_kept(offer):
                 await player.picture()
             assert time.monotonic() - begun > 0.7
 
-    run(test, offer)
+    run(test, catalog)
 
 
 # Messages that end a session
@@ -258,7 +257,7 @@ def test_the_pace_is_kept(offer):
         (json.dumps({"type": "step", "x": "x" * 5000}), 1009),
     ],
 )
-def test_a_wrong_message_ends_its_session_only(offer, sent, code):
+def test_a_wrong_message_ends_its_session_only(catalog, sent, code):
     async def test(place: str) -> None:
         async with playing(place) as wrong, playing(place) as right:
             await wrong.socket.send(sent)
@@ -270,20 +269,20 @@ def test_a_wrong_message_ends_its_session_only(offer, sent, code):
             async with playing(place, f"?session={wrong.hello['session']}") as new:
                 assert not new.hello["resumed"]
 
-    run(test, offer)
+    run(test, catalog)
 
 
-def test_too_many_messages(offer):
+def test_too_many_messages(catalog):
     async def test(place: str) -> None:
         async with playing(place) as player:
             for seq in range(300):
                 await player.say("input", action=0, seq=seq)
             assert (await closed(player))[0] == 4429
 
-    run(test, offer)
+    run(test, catalog)
 
 
-def test_idle_players_are_sent_away(offer):
+def test_idle_players_are_sent_away(catalog):
     async def test(place: str) -> None:
         async with playing(place) as player:
             await player.say("pause", paused=False)  # watching is no input
@@ -295,10 +294,10 @@ def test_idle_players_are_sent_away(offer):
             assert "no input for 0.5 seconds" in gone.value.rcvd.reason
             assert time.monotonic() - begun < 2
 
-    run(test, offer, limits=Limits(idle=0.5))
+    run(test, catalog, limits=Limits(idle=0.5))
 
 
-def test_holding_a_key_is_playing(offer):
+def test_holding_a_key_is_playing(catalog):
     async def test(place: str) -> None:
         async with playing(place) as player:
             await player.say("pause", paused=False)
@@ -307,10 +306,10 @@ def test_holding_a_key_is_playing(offer):
             while time.monotonic() - begun < 1:
                 await player.picture()
 
-    run(test, offer, limits=Limits(idle=0.5))
+    run(test, catalog, limits=Limits(idle=0.5))
 
 
-def test_a_fault_ends_its_session_only(offer, caplog):
+def test_a_fault_ends_its_session_only(catalog, caplog):
     async def test(place: str) -> None:
         async with playing(place) as one, playing(place) as two:
             await one.say("start", start="here", worlds=["baseline"])
@@ -322,15 +321,15 @@ def test_a_fault_ends_its_session_only(offer, caplog):
             assert (await two.picture())["frame"] == 6
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offer.models["baseline"].model, "next_frame", None)
-        run(test, offer)
+        patch.setattr(catalog.models["baseline"].model, "next_frame", None)
+        run(test, catalog)
     assert "a session ended by a fault" in caplog.text
 
 
 # Places, leaving and coming back
 
 
-def test_more_players_than_places(offer):
+def test_more_players_than_places(catalog):
     """Six players on two places: the others are told how many wait before them, and all play."""
 
     async def test(place: str) -> None:
@@ -355,10 +354,10 @@ def test_more_players_than_places(offer):
         assert {number for number, _ in told} == {2, 3, 4, 5}
         assert (5, 3) in told and (5, 0) in told  # the line moved
 
-    run(test, offer, limits=Limits(max_fps=1000, fps=1000, away=0.05))
+    run(test, catalog, limits=Limits(max_fps=1000, fps=1000, away=0.05))
 
 
-def test_a_full_line(offer, monkeypatch):
+def test_a_full_line(catalog, monkeypatch):
     monkeypatch.setattr("scd.play.lobby.MAX_WAITING", 1)
 
     async def test(place: str) -> None:
@@ -372,10 +371,10 @@ def test_a_full_line(offer, monkeypatch):
             async with connect(f"ws://{place}/ws") as next_one:
                 assert json.loads(await next_one.recv())["type"] == "busy"
 
-    run(test, offer, places=1)
+    run(test, catalog, places=1)
 
 
-def test_pictures_that_cannot_be_sent(offer):
+def test_pictures_that_cannot_be_sent(catalog):
     """A connection that takes nothing more, though the player says that pictures are seen."""
 
     class Stuck:
@@ -388,7 +387,7 @@ def test_pictures_that_cannot_be_sent(offer):
 
     async def test() -> None:
         with ThreadPoolExecutor(1) as worker:
-            session = await Session.open(offer, worker, Limits(stalled=0.1))
+            session = await Session.open(catalog, worker, Limits(stalled=0.1))
             with pytest.raises(Closed) as why:
                 await asyncio.wait_for(session.play(Stuck()), 5)
             assert why.value.code is Close.STALLED
@@ -397,7 +396,7 @@ def test_pictures_that_cannot_be_sent(offer):
 
 
 @pytest.mark.parametrize("how", ["leaves", "dies"])
-def test_a_player_comes_back(offer, how):
+def test_a_player_comes_back(catalog, how):
     async def test(place: str) -> None:
         async with playing(place) as player:
             session = player.hello["session"]
@@ -418,10 +417,10 @@ def test_a_player_comes_back(offer, how):
         async with playing(place, f"?session={session}") as late:
             assert not late.hello["resumed"] and late.hello["session"] != session
 
-    run(test, offer, places=1, limits=Limits(away=1.0))
+    run(test, catalog, places=1, limits=Limits(away=1.0))
 
 
-def test_another_page_takes_over(offer):
+def test_another_page_takes_over(catalog):
     async def test(place: str) -> None:
         async with playing(place) as first:
             await first.say("step")
@@ -432,12 +431,12 @@ def test_another_page_takes_over(offer):
                 await second.say("step")
                 assert (await second.picture())["frame"] == 7
 
-    run(test, offer)
+    run(test, catalog)
 
 
-def test_the_server_stops_with_players(offer):
+def test_the_server_stops_with_players(catalog):
     async def all_of_it() -> None:
-        async with served(offer, limits=FAST) as place:
+        async with served(catalog, limits=FAST) as place:
             socket = await connect(f"ws://{place}/ws")
             await Player(socket).told("hello")
         code, _ = await closed(Player(socket))
@@ -451,7 +450,7 @@ def test_the_server_stops_with_players(offer):
 # The door
 
 
-def test_pages_and_headers(offer):
+def test_pages_and_headers(catalog):
     async def test(place: str) -> None:
         async with httpx.AsyncClient(base_url=f"http://{place}") as browser:
             page = await browser.get("/")
@@ -478,10 +477,10 @@ def test_pages_and_headers(offer):
                 answer = await browser.get("/", headers={"Origin": origin})
                 assert answer.status_code == 403, origin
 
-    run(test, offer)
+    run(test, catalog)
 
 
-def test_pages_of_other_origins_cannot_play(offer):
+def test_pages_of_other_origins_cannot_play(catalog):
     async def test(place: str) -> None:
         port = place.split(":")[1]
         for origin in (
@@ -496,10 +495,10 @@ def test_pages_of_other_origins_cannot_play(offer):
         async with playing(place, origin=f"http://{place}"):
             pass
 
-    run(test, offer)
+    run(test, catalog)
 
 
-def test_behind_a_proxy(offer):
+def test_behind_a_proxy(catalog):
     """Of the address that the proxy shows, whatever host it names itself; and of no other."""
     origin = "https://name-8000.preview.example"
 
@@ -519,7 +518,7 @@ def test_behind_a_proxy(offer):
         async with playing(place, "?token=secret", origin=origin):
             pass
 
-    run(test, offer, token="secret", origins=frozenset([origin]))
+    run(test, catalog, token="secret", origins=frozenset([origin]))
 
 
 @pytest.mark.parametrize(
@@ -541,7 +540,7 @@ def test_origins(given, origin):
         assert origin_of(given) == origin
 
 
-def test_a_token(offer):
+def test_a_token(catalog):
     async def test(place: str) -> None:
         async with httpx.AsyncClient(base_url=f"http://{place}") as browser:
             for query in ("", "?token=", "?token=wrong", "?token=s%C3%A9cret"):
@@ -558,7 +557,7 @@ def test_a_token(offer):
         async with playing(place, "?token=secret") as player:
             assert player.first["frame"] == 5
 
-    run(test, offer, token="secret", local=False)
+    run(test, catalog, token="secret", local=False)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +575,7 @@ def test_the_printed_address_can_be_opened():
         assert "0.0.0.0" not in Address(everywhere).url(8000)
 
 
-def test_a_port_in_use(offer):
+def test_a_port_in_use(catalog):
     taken = socket.create_server(("127.0.0.1", 0))
     with taken, pytest.raises(ScdError, match=r"in use.*choose another --port"):
         listen(Address(port=taken.getsockname()[1]))
@@ -590,17 +589,17 @@ def test_the_command_tells_what_is_missing(tmp_path: Path, capsys):
     assert error.startswith("error: ") and "no such folder" in error and error.count("\n") == 1
 
 
-def test_numbers_that_cannot_be(offer):
+def test_numbers_that_cannot_be(catalog):
     with pytest.raises(ScdError, match="0 sessions, but at least one player"):
-        serve(offer, Address(port=0), places=0)
+        serve(catalog, Address(port=0), places=0)
     with pytest.raises(ScdError, match="at least one frame"):
-        measure(offer, 0)
+        measure(catalog, 0)
 
 
 # Recording and measuring
 
 
-def test_a_recording(offer, tmp_path, monkeypatch):
+def test_a_recording(catalog, tmp_path, monkeypatch):
     def full_disk(*_: object, **__: object) -> None:
         raise ScdError("no space left")
 
@@ -643,7 +642,7 @@ def test_a_recording(offer, tmp_path, monkeypatch):
                 answer = await browser.get("/recording.mp4", params=wrong)
                 assert answer.status_code == status
 
-    run(test, offer)
+    run(test, catalog)
 
 
 def test_a_recording_is_as_fast_as_it_was_played():
@@ -653,9 +652,9 @@ def test_a_recording_is_as_fast_as_it_was_played():
     assert recording.pace(frames[:3]) is None
 
 
-def test_measuring(offer, monkeypatch, capsys):
+def test_measuring(catalog, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "PRESSES", 2)
-    found = measure(offer, 4)["results"]
+    found = measure(catalog, 4)["results"]
     assert [result["worlds"] for result in found] == [
         ["model"],
         ["baseline"],

@@ -14,15 +14,15 @@ from scd.errors import ScdError
 from scd.models.load import load_checkpoint_for_use
 from scd.options import Options, load_options
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
-from scd.training.posthoc_ema import (
+from scd.training.ema import (
     SNAPSHOTS,
-    PowerFunctionAverages,
+    PostHocEMA,
     fit,
     gamma,
     set_aside_newer_snapshots,
     write_average,
 )
-from scd.training.run import run_experiment
+from scd.training.launch import run_experiment
 
 TINY = Path(__file__).parent.parent / "options/scd_doom_tiny.yml"
 STEPS, EVERY = 400, 20
@@ -44,10 +44,8 @@ def walk(tmp_path_factory):
     o = options(folder, "name=walk")
     network = nn.Linear(40, 50)
     generator = torch.Generator().manual_seed(0)
-    kept = PowerFunctionAverages(network, o, {})
-    tracked = PowerFunctionAverages(
-        network, options(folder, f"optim.ema_sigma_rel={list(OTHERS)}"), {}
-    )
+    kept = PostHocEMA(network, o, {})
+    tracked = PostHocEMA(network, options(folder, f"optim.ema_sigma_rel={list(OTHERS)}"), {})
     walked = []
     for step in range(1, STEPS + 1):
         with torch.no_grad():
@@ -166,7 +164,7 @@ def test_a_killed_run_keeps_the_same_snapshots_and_averages(doom_root, tmp_path,
     ]
     run_experiment(load_options(TINY, [*small, "name=straight"]))
     o = load_options(TINY, [*small, "name=killed"])
-    plain = PowerFunctionAverages.write_snapshot
+    plain = PostHocEMA.write_snapshot
 
     def die(self, step):
         plain(self, step)
@@ -174,7 +172,7 @@ def test_a_killed_run_keeps_the_same_snapshots_and_averages(doom_root, tmp_path,
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(PowerFunctionAverages, "write_snapshot", die)
+        patched.setattr(PostHocEMA, "write_snapshot", die)
         run_experiment(o)
     assert latest_checkpoint(o.output / "checkpoints").name == "step-00000004"
     run_experiment(o)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd import precision
-from scd.precision import resolve_precision
 from scd.training.optimizer import Muon, orthogonalise
+from scd.utils import precision
+from scd.utils.precision import resolve_precision
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from scd.options import load_options
 from scd.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
-from scd.training.run import run_experiment
-from scd.training.run_folder import read_log
+from scd.training.launch import run_experiment
+from scd.training.run_log import read_log
 from scd.training.world_model_task import MATRICES
 
 ROOT = Path(__file__).parent.parent

@@ -15,13 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from scd import precision as arithmetic
 from scd.cli import main
 from scd.data.clips import clip_folder
 from scd.data.video import VideoFile
 from scd.errors import ScdError
-from scd.evaluation import generate, measure, protocol, weights
+from scd.evaluation import generate, measure, metric_weights, protocol
 from scd.evaluation.compare import compare_checkpoints
+from scd.evaluation.evaluate import (
+    evaluate,
+    evaluate_checkpoint,
+    measure_folder,
+    sweep_combinations,
+)
 from scd.evaluation.frame_metrics import psnr
 from scd.evaluation.measures import Measures
 from scd.evaluation.protocol import (
@@ -36,14 +41,12 @@ from scd.evaluation.protocol import (
     read_evaluation_batch,
     swap_new_actions,
 )
-from scd.evaluation.run import evaluate, evaluate_checkpoint, measure_folder
 from scd.evaluation.samples import EVALUATIONS, SampleFolder
-from scd.evaluation.sweep import sweep_combinations
 from scd.evaluation.table import COLUMNS, Column, _best, row, table
 from scd.models.autoencoder import PixelCodec, load_codec
-from scd.models.build import build_world_model
-from scd.models.load import LoadedModel
+from scd.models.load import LoadedModel, build_world_model
 from scd.options import load_options, options_from_json, options_to_dict
+from scd.utils import precision as arithmetic
 
 ROOT = Path(__file__).parent.parent
 SWAPPED = "turn left and turn right swapped"
@@ -559,14 +562,15 @@ def test_sweep_texts():
 TWO_PROCESSES = """
 import sys
 from pathlib import Path
-from scd import precision as arithmetic
+from scd.utils import precision as arithmetic
 from scd.cli import main
 from scd.errors import ScdError
-from scd.processes import processes, together
+from scd.utils.processes import processes
+from scd.utils.processes import error_barrier
 
 status = main(sys.argv[2:])
 try:
-    with together():
+    with error_barrier():
         if processes().process_index == 1:
             raise ScdError("no space left")
 except ScdError as error:
@@ -644,7 +648,10 @@ def test_the_script_that_samples_videos(checkpoint, tmp_path, monkeypatch, capsy
 
 
 def test_all_metrics_and_their_recomputation(options, checkpoint, tmp_path, capsys):
-    if not (weights.weights_path("i3d").exists() and weights.weights_path("lpips").exists()):
+    if not (
+        metric_weights.weights_path("i3d").exists()
+        and metric_weights.weights_path("lpips").exists()
+    ):
         pytest.skip("the metrics' weights are not in the cache: scd fetch-weights")
     evaluate_checkpoint(checkpoint, None, [*FEW, "eval.videos=2", "eval.new_frames=6"])
     report = json.loads((options.output / "metrics.json").read_text())

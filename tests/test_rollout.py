@@ -5,13 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from scd import precision
 from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT, WorldModel, encoder
 from scd.models.layers import Modulations
 from scd.options import RolloutOptions
 from scd.rollout import Rollout, cache, continue_videos, generate
+from scd.utils import precision
 from tests.test_model import make_model
 
 B, K, NEW, C, H, W = 2, 4, 3, 4, 4, 6

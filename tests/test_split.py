@@ -12,8 +12,7 @@ from scd.analysis.split import Split, split_model, split_options
 from scd.cli import main
 from scd.errors import ScdError
 from scd.models.autoencoder import PixelCodec
-from scd.models.build import build_world_model
-from scd.models.load import load_checkpoint_for_use
+from scd.models.load import build_world_model, load_checkpoint_for_use
 from scd.options import Options, load_options
 
 ROOT = Path(__file__).parent.parent

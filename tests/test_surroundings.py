@@ -14,16 +14,15 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from scd import processes, surroundings
 from scd.data.lists import path_problem
+from scd.data.loader import training_batches
 from scd.errors import ScdError
-from scd.evaluation.weights import MetricUnavailable, weights_path
+from scd.evaluation.metric_weights import MetricUnavailable, weights_path
 from scd.options import load_options
-from scd.training.batches import batches_from
-from scd.training.launch import make_accelerator
-from scd.training.run import run_experiment
-from scd.training.run_folder import read_log
-from scd.training.signals import stop_request
+from scd.training.launch import make_accelerator, run_experiment
+from scd.training.run_log import read_log
+from scd.training.watchdog import stop_request
+from scd.utils import processes, startup
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "options/scd_doom_tiny.yml"
@@ -31,15 +30,16 @@ TINY = ROOT / "options/scd_doom_tiny.yml"
 LAUNCH = (*processes.LAUNCH, *processes.MPI_SIZES)
 
 
-def run_told(code: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_command(code: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `code` as a command of this project does, with only these variables and PATH."""
-    told = (
-        f"import sys; from scd.cli import run_told\ndef f():\n {code}\nsys.exit(run_told(f, 'f'))"
+    program = (
+        "import sys; from scd.cli import run_command\n"
+        f"def f():\n {code}\nsys.exit(run_command(f, 'f'))"
     )
     variables = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(home)}
     variables |= {"OMP_WAIT_POLICY": "passive", **environment}
     return subprocess.run(
-        [sys.executable, "-c", told], env=variables, capture_output=True, text=True, cwd=home
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, cwd=home
     )
 
 
@@ -148,7 +148,7 @@ def test_small_shared_memory_is_one_line_with_both_remedies():
     alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     with (
         pytest.raises(ScdError, match=r"/dev/shm has .*--shm-size.*train\.workers=0") as caught,
-        batches_from(0, FullMemory(), options, alone) as batches,  # type: ignore[arg-type]
+        training_batches(0, FullMemory(), options, alone) as batches,  # type: ignore[arg-type]
     ):
         next(batches)
     assert "\n" not in str(caught.value)
@@ -171,7 +171,7 @@ def test_without_home_and_name_caches_have_a_place(tmp_path, monkeypatch, capfd)
         weights_path("lpips")
     monkeypatch.setenv("HOME", "")  # as good as none; and what is set below goes with the test
     monkeypatch.setenv("USER", "")
-    surroundings.settle_surroundings()
+    startup.prepare_environment()
     home = tmp_path / f"scd-home-{os.getuid()}"
     assert weights_path("lpips") == home / ".cache/scd/metrics/lpips.safetensors"
     assert home.stat().st_mode & 0o777 == 0o700
@@ -188,7 +188,7 @@ def test_a_home_that_others_can_write_to_is_not_taken(tmp_path, monkeypatch):
     taken = tmp_path / f"scd-home-{os.getuid()}"
     taken.mkdir()
     taken.chmod(0o777)
-    surroundings.settle_surroundings()
+    startup.prepare_environment()
     assert os.environ["HOME"].startswith(f"{taken}-")
 
 
@@ -203,18 +203,18 @@ def test_no_letter_is_too_much_for_a_locale(tmp_path, locale):
     log = tmp_path / "log.jsonl"
     code = f"""print('PSNR \\u2191')
  from pathlib import Path
- from scd.training.run_folder import RunLog, read_log
+ from scd.training.run_log import RunLog, read_log
  RunLog(Path({str(log)!r}), 0, True).write({{'step': 0, 'name': '\\u2191'}})
  assert read_log(Path({str(log)!r}))[0]['name'] == '\\u2191'
  from scd.errors import ScdError
  raise ScdError('\\u2191')"""
-    done = run_told(code, tmp_path, HOME=str(tmp_path), **locale)
+    done = run_command(code, tmp_path, HOME=str(tmp_path), **locale)
     assert (done.returncode, done.stdout) == (1, "PSNR \\u2191\n")
     assert done.stderr == "error: \\u2191\n"
 
 
 def test_names_that_a_locale_cannot_open_are_one_line(tmp_path, monkeypatch):
-    done = run_told(
+    done = run_command(
         "open('caf\\u00e9')",
         tmp_path,
         HOME=str(tmp_path),
@@ -235,7 +235,7 @@ def test_names_that_a_locale_cannot_open_are_one_line(tmp_path, monkeypatch):
 
 HANGUP = """
 import os, signal, sys
-from scd.training.signals import stop_request
+from scd.training.watchdog import stop_request
 with stop_request() as request:
     print("ready", flush=True)
     while request.signal is None:
@@ -277,7 +277,7 @@ def test_nohup_keeps_its_meaning():
 def test_own_files_are_found_from_any_folder(tmp_path, monkeypatch):
     from scd.data.hub import AUTOENCODERS
     from scd.models.autoencoder import encoder_hash, load_codec
-    from scd.paths import project_file
+    from scd.utils.paths import project_file
 
     monkeypatch.chdir(tmp_path)
     assert load_options("options/scd_doom_tiny.yml").name == "scd_doom_tiny"
@@ -289,7 +289,7 @@ def test_own_files_are_found_from_any_folder(tmp_path, monkeypatch):
 
 def test_an_installed_package_brings_its_options(tmp_path, monkeypatch):
     """Below its prefix, where pip puts data files; there is no checkout around it."""
-    from scd import paths
+    from scd.utils import paths
 
     installed = tmp_path / "share/scd/options"
     shutil.copytree(ROOT / "options", installed)

@@ -15,21 +15,20 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from scd import precision
-from scd.data.encode import encode_dataset
-from scd.environment import git_commit
 from scd.errors import ScdError
-from scd.files import sha256, write_json
 from scd.models.autoencoder import LatentCodec, load_codec
 from scd.models.load import load_checkpoint_for_use
 from scd.options import Options, load_options
 from scd.pipeline import SCDPipeline
-from scd.training import checkpoint, heartbeat, run
+from scd.training import checkpoint, launch, watchdog
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
-from scd.training.launch import make_accelerator
-from scd.training.run import sums_in_fixed_order
-from scd.training.run_folder import read_log
+from scd.training.encode import encode_dataset
+from scd.training.launch import make_accelerator, sums_in_fixed_order
+from scd.training.run_log import read_log
 from scd.training.trainer import Trainer
+from scd.utils import precision
+from scd.utils.environment import git_commit
+from scd.utils.files import sha256, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +67,7 @@ def options(doom_root, tmp_path):
 def train(options: Options, stop_after: int | None = None) -> Path:
     """Train; with `stop_after`, as a process that dies right after that step."""
     accelerator = make_accelerator(options)
-    trainer = Trainer(options, run.build_task(options, accelerator), accelerator)
+    trainer = Trainer(options, launch.build_task(options, accelerator), accelerator)
     if stop_after is not None:
         plain = trainer._train_step
 
@@ -223,7 +222,7 @@ def test_ema_written_out(options):
     torch.manual_seed(o.seed)
     folder = train(o)
     accelerator = make_accelerator(o)
-    start = run.build_task(o, accelerator).network.state_dict()
+    start = launch.build_task(o, accelerator).network.state_dict()
     shadow = {name: tensor.clone() for name, tensor in start.items()}
     for step in range(1, 5):
         weights = load_file(folder / f"step-{step:08d}/model.safetensors")
@@ -340,7 +339,7 @@ def test_another_experiment_is_not_continued(options):
 def test_not_a_number_is_not_applied(options):
     o = options("name=nan")
     accelerator = make_accelerator(o)
-    task = run.build_task(o, accelerator)
+    task = launch.build_task(o, accelerator)
     trainer = Trainer(o, task, accelerator)
     before = {k: v.clone() for k, v in task.network.state_dict().items()}
     forward = task.objective.forward
@@ -492,7 +491,7 @@ def test_changed_optimiser_options_count_after_resuming(options):
 def test_a_validation_that_a_kill_prevented_is_made_up_for(options, monkeypatch):
     o = options("name=unmeasured", "train.sample_every=2")
     accelerator = make_accelerator(o)
-    task = run.build_task(o, accelerator)
+    task = launch.build_task(o, accelerator)
     done = []
 
     def validate(network, folder):
@@ -519,11 +518,11 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(options, monkeypatch)
 def test_log_entries_and_heartbeat(options, monkeypatch):
     beats = []
     monkeypatch.setattr(
-        heartbeat, "write_json", lambda path, value: (beats.append(value), write_json(path, value))
+        watchdog, "write_json", lambda path, value: (beats.append(value), write_json(path, value))
     )
-    monkeypatch.setattr(heartbeat, "SECONDS", 0.0)
+    monkeypatch.setattr(watchdog, "SECONDS", 0.0)
     o = options("name=watched", "train.steps=2")
-    run.run_experiment(o)
+    launch.run_experiment(o)
     states = [beat["state"] for beat in beats]
     assert states == ["starting", "training", "training", "saving", "exporting", "finished"]
     assert [beat["step"] for beat in beats] == [None, 0, 1, 2, 2, 2]
@@ -545,7 +544,7 @@ def test_a_bad_step_leaves_running_statistics_alone(doom_root, tmp_path):
         [f"data.root={doom_root}", f"output_root={tmp_path}", "data.frame_stride=9", *small],
     )
     accelerator = make_accelerator(o)
-    task = run.build_task(o, accelerator)
+    task = launch.build_task(o, accelerator)
     before = {name: value.clone() for name, value in task.network.state_dict().items()}
     assert any(name.endswith("running_mean") for name in before)
     trainer = Trainer(o, task, accelerator)

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from scd.cli import main
-from scd.data.encode import encode_dataset
 from scd.data.latents import read_latents, write_latents
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import write_video
-from scd.files import read_json
 from scd.options import load_options
+from scd.training.encode import encode_dataset
+from scd.utils.files import read_json
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "options/scd_doom_tiny.yml")

@@ -12,13 +12,13 @@ import pytest
 
 from scd.cli import main
 from scd.data.clips import ClipFolder, TrainingClips, clip_folder, with_float_pixels
-from scd.data.in_order import InOrderVideo, decode, remedy
 from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.sequential_video import InOrderVideo, decode, remedy
 from scd.data.video import VideoFile, write_video
 from scd.data.video_checks import KEPT, VideoChecks, decoder
 from scd.errors import ScdError
-from scd.files import read_json
 from scd.options import load_options
+from scd.utils.files import read_json
 
 # Videos of other encoders, whose pictures show their number; README.md there says how.
 REPORTS = Path(__file__).parents[2] / "shared" / "reports"

@@ -13,21 +13,19 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from scd import tracking
-from scd.data.encode import encode_dataset
 from scd.data.lists import read_list, write_list
 from scd.errors import ScdError
 from scd.flow.objective import LEVELS
 from scd.models.autoencoder import PixelCodec, load_codec
-from scd.models.build import build_world_model
-from scd.models.load import load_checkpoint_for_use
+from scd.models.load import build_world_model, load_checkpoint_for_use
 from scd.options import Options, load_options
-from scd.training import held_out, meter, run, step_trace
+from scd.training import launch, run_log, world_model_task
+from scd.training.encode import encode_dataset
 from scd.training.estimate import ClipCost, clip_cost, estimate_step
-from scd.training.held_out import HeldOutLoss
 from scd.training.launch import make_accelerator
-from scd.training.meter import Meter, peak_flops
-from scd.training.run_folder import read_log
+from scd.training.run_log import Meter, peak_flops, read_log
+from scd.training.world_model_task import HeldOutLoss
+from scd.utils import tracking
 from tests.test_training import assert_same_state, train
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +60,7 @@ def options(doom_root, tmp_path):
 
 
 def held_out_of(options: Options) -> HeldOutLoss:
-    task = run.build_task(options, make_accelerator(options))
+    task = launch.build_task(options, make_accelerator(options))
     assert task.held_out is not None
     return task.held_out
 
@@ -79,7 +77,7 @@ def test_the_held_out_loss_is_always_of_the_same_clips_and_noise(options, monkey
     # Each of the clips counts, and each as much.
     alone = []
     for number in range(2):
-        monkeypatch.setattr(held_out, "share", lambda _, number=number: [number])
+        monkeypatch.setattr(world_model_task, "share", lambda _, number=number: [number])
         alone.append(held_out_of(o)(model, "fp32"))
     assert alone[0] != alone[1]
     for name in NAMES:
@@ -148,7 +146,7 @@ def test_watching_changes_nothing_and_a_restart_tells_the_same(options):
 
 def test_speed_is_told_in_the_words_of_the_field(monkeypatch):
     """Two steps of two seconds, of 8 clips on 2 processes; a clip has 10 tokens and 6 TFLOP."""
-    monkeypatch.setattr(meter, "_peak_memory", lambda _: {})
+    monkeypatch.setattr(run_log, "_peak_memory", lambda _: {})
 
     def entry(cost: ClipCost | None, peak: float | None) -> dict[str, float]:
         of_steps = Meter(8, 2, cost, peak)
@@ -214,7 +212,7 @@ def test_what_a_clip_costs(options, depth):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about processors")
 def test_the_log_tells_speed(options):
     o = options("train.steps=1", "train.batch_size=1", "train.gradient_accumulation=2")
-    run.run_experiment(o)
+    launch.run_experiment(o)
     entry = read_log(o.output / "log.jsonl")[-1]
     cost = clip_cost(o, PixelCodec())
     rate = 2 / entry["seconds"]  # clips
@@ -234,7 +232,7 @@ def names_in(path: Path) -> set[str]:
 
 def test_a_trace_holds_just_its_steps(options):
     o = options("train.profile_steps=[2,3]", "train.steps=4")
-    run.run_experiment(o)
+    launch.run_experiment(o)
     (path,) = (o.output / "traces").iterdir()
     assert path.name == "steps-2-3.json.gz"
     names = names_in(path)
@@ -256,7 +254,7 @@ def test_a_trace_is_whole_or_absent(options, monkeypatch, fault):
             Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(step_trace.profile, "export_chrome_trace", half)
+        monkeypatch.setattr(run_log.profile, "export_chrome_trace", half)
         with pytest.raises(ScdError, match=r"steps-2-3.json.gz: cannot be written \(No space"):
             train(o)
     assert not [path for path in (o.output / "traces").rglob("*") if path.is_file()]

@@ -22,9 +22,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from scd.options import load_options
-from scd.training import lost_process
-from scd.training.launch import make_accelerator, sharding_plugin
-from scd.training.run import build_task
+from scd.training import watchdog
+from scd.training.launch import build_task, make_accelerator, sharding_plugin
 from scd.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parent.parent / "scripts/accelerate"
@@ -46,10 +45,10 @@ def main() -> None:
     if kind != "lost":
         trainer.run()
         return
-    lost_process.BEAT_SECONDS, lost_process.SILENT_BEATS = 0.25, 8
+    watchdog.BEAT_SECONDS, watchdog.SILENT_BEATS = 0.25, 8
     if accelerator.process_index == 1:
         trainer.log.write = lambda entry: os.kill(os.getpid(), signal.SIGSTOP)
-    with lost_process.lost_process_ends_run(PartialState(), options.output):
+    with watchdog.lost_process_ends_run(PartialState(), options.output):
         trainer.run()
 
 

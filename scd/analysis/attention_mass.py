@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scd.analysis.clips import ProbeClips, roll_out
-from scd.analysis.hooks import (
+from scd.analysis.interventions import (
     CLEAN_PASS,
     StepClock,
     attention_of,
@@ -19,6 +18,7 @@ from scd.analysis.hooks import (
     step_blocks,
     step_clock,
 )
+from scd.analysis.probe_clips import ProbeClips, roll_out
 from scd.models import SCD, WorldModel
 from scd.models.layers import Attend
 

@@ -5,16 +5,16 @@ from collections.abc import Iterator
 import torch
 
 from scd.data.clips import TrainingClips, clip_folder
-from scd.data.encode import check_training_latents
 from scd.errors import ScdError
 from scd.flow.objective import FlowObjective, with_scaled_latents
 from scd.models import WorldModel
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel
 from scd.options import Options
-from scd.precision import autocast, has_bf16, resolve_precision
+from scd.training.encode import check_training_latents
 from scd.training.optimizer import make_optimizer
 from scd.training.world_model_task import parameter_groups
+from scd.utils.precision import autocast, has_bf16, resolve_precision
 
 WARMUP = 10  # steps
 

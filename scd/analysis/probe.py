@@ -6,27 +6,27 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scd.analysis.bench import Bench
-from scd.analysis.clips import clip_numbers, read_probe_clips
-from scd.analysis.cuts import (
+from scd.analysis.ablations import (
     blind_count,
     blind_layers,
     leave_out,
     skip_count,
     skip_layers,
 )
+from scd.analysis.context_probe import change_context, change_count
 from scd.analysis.fine_tune import open_training_clips
-from scd.analysis.hooks import all_blocks
-from scd.analysis.looks import look_at_attention, look_at_features
-from scd.analysis.report import Report, Section
-from scd.analysis.sufficiency import change_context, change_count
+from scd.analysis.html_report import Report, Section
+from scd.analysis.interventions import all_blocks
+from scd.analysis.observations import look_at_attention, look_at_features
+from scd.analysis.probe_clips import clip_numbers, read_probe_clips
+from scd.analysis.probed_model import ProbedModel
 from scd.analysis.suggest import suggest_split, suggestion_count
-from scd.environment import environment
 from scd.errors import ScdError
 from scd.evaluation.compare import layers_text
 from scd.models import SCD, CausalDiT
 from scd.models.load import load_checkpoint_for_use
 from scd.options import options_to_dict
+from scd.utils.environment import environment
 
 NEW_FRAMES = 4  # made by every variant of the model
 SECTIONS = 6
@@ -75,7 +75,7 @@ def probe_checkpoint(
     }
     arguments = [*(["--opt", options_path] if options_path else []), *overrides]
     with tqdm(desc="probe", dynamic_ncols=True) as bar:
-        bench = Bench(loaded, read, steps, bar, training, fine_tune)
+        bench = ProbedModel(loaded, read, steps, bar, training, fine_tune)
         about["missing_metrics"] = bench.missing
         report = Report(folder, f"Probes of {options.name}", about, SECTIONS)
         _probe(bench, report, arguments)
@@ -85,7 +85,7 @@ def probe_checkpoint(
     return folder
 
 
-def _probe(bench: Bench, report: Report, arguments: list[str]) -> None:
+def _probe(bench: ProbedModel, report: Report, arguments: list[str]) -> None:
     """All probes in order, with a bar over all that is measured; each is written when it is done.
 
     Args:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scd.analysis.clips import ProbeClips, roll_out
+from scd.analysis.probe_clips import ProbeClips, roll_out
 from scd.evaluation.fvd import SHORTEST, frechet_distance
 from scd.evaluation.measures import Measures
 from scd.flow.objective import errors_by_level
 from scd.models import WorldModel
 from scd.models.autoencoder import Codec
-from scd.precision import autocast, float32_products
-from scd.seeding import generator
+from scd.utils.precision import autocast, float32_products
+from scd.utils.seeding import generator
 
 FVD_CLIPS = 64  # below, FVD hardly tells a bad model from real video
 

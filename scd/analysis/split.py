@@ -21,13 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.files import write_whole
 from scd.models import SCD, CausalDiT
 from scd.models.autoencoder import Codec
-from scd.models.build import build_world_model
-from scd.models.load import LoadedModel, load_checkpoint_for_use
+from scd.models.load import LoadedModel, build_world_model, load_checkpoint_for_use
 from scd.models.weights import load_matching
 from scd.options import OPTIONS_FILE, Options, options_to_dict, options_to_yaml
+from scd.utils.files import write_atomically
 
 FRESH = ("encoder.norm_out.", "encoder.start")  # has no counterpart in a dense model
 
@@ -138,9 +137,9 @@ def split_checkpoint(
         "split": f"{split.name} of {loaded.source['sha256']}",
     }
     tensors = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    write_whole(weights, lambda aside: save_file(tensors, aside, metadata))
+    write_atomically(weights, lambda aside: save_file(tensors, aside, metadata))
     text = options_to_yaml(replace(options, init_from=str(weights)))
-    write_whole(out / OPTIONS_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_atomically(out / OPTIONS_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
     print(f"weights: {weights}\ntrain:   ./scripts/train.sh {out / 'options.yml'}")
 
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from scd.analysis import figures
-from scd.analysis.bench import TOLERANCE, Bench
+from scd.analysis.html_report import Section
+from scd.analysis.probed_model import TOLERANCE, ProbedModel
 from scd.analysis.quality import increase
-from scd.analysis.report import Section
 from scd.analysis.split import Split, split_model, split_options
 from scd.evaluation.compare import Candidate, time_frames
 from scd.evaluation.table import Table
 from scd.flow.objective import LEVELS
 from scd.models import CausalDiT, WorldModel
-from scd.models.build import build_world_model
+from scd.models.load import build_world_model
 from scd.options import Options
 
 FALLING = 0.95  # of the loss after half the steps: below, training has hardly begun to settle
@@ -58,7 +58,7 @@ class Start:
     losses: dict[int, Tensor] = field(default_factory=dict)
 
 
-def suggest_split(bench: Bench, steady: int, blind: int, arguments: list[str]) -> Section:
+def suggest_split(bench: ProbedModel, steady: int, blind: int, arguments: list[str]) -> Section:
     """Splits measured: sizes, seconds a frame, and the first training steps.
 
     Args:
@@ -117,7 +117,7 @@ def suggest_split(bench: Bench, steady: int, blind: int, arguments: list[str]) -
     )
 
 
-def suggestion_count(bench: Bench, steady: int) -> int:
+def suggestion_count(bench: ProbedModel, steady: int) -> int:
     """What the bar counts."""
     layers = len(bench.model.blocks)
     trained = 2 * len(candidates(layers, wanted_decoder(layers, steady)))
@@ -143,7 +143,7 @@ def told_reason(layers: int, steady: int, blind: int) -> str:
 
 
 def _told_training(
-    bench: Bench, starts: dict[Split, Start], randoms: dict[Split, Start], whole: Start
+    bench: ProbedModel, starts: dict[Split, Start], randoms: dict[Split, Start], whole: Start
 ) -> str:
     total = bench.fine_tune
 
@@ -170,7 +170,7 @@ def _told_training(
 
 
 def _begun(
-    bench: Bench, splits: list[Split]
+    bench: ProbedModel, splits: list[Split]
 ) -> tuple[Start, dict[Split, Start], dict[Split, Start]]:
     """The dense model, and every split and a random start of its shape as far as they get."""
     dense, codec, options = bench.model, bench.loaded.codec, bench.loaded.options
@@ -196,7 +196,7 @@ def _begun(
     return whole, starts, randoms
 
 
-def _begin(bench: Bench, start: Start, model: WorldModel) -> None:
+def _begin(bench: ProbedModel, start: Start, model: WorldModel) -> None:
     """Train; the loss at the start, and after half and all of the steps."""
     total = bench.fine_tune
     marks = {0, total // 2, total}
@@ -211,7 +211,7 @@ def _ratio(start: Start, whole: Start, step: int) -> tuple[float, float]:
     return 1 + more, error
 
 
-def _seconds(bench: Bench, models: list[tuple[WorldModel, Options]]) -> list[float]:
+def _seconds(bench: ProbedModel, models: list[tuple[WorldModel, Options]]) -> list[float]:
     """For a frame, at the rollout options of the checkpoint."""
     timed = [Candidate(replace(bench.loaded, model=m, options=o), {}, []) for m, o in models]
     time_frames(timed)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, EndlessCase, StreamCase
-from scd.benchmark.floor import frame_floor
-from scd.benchmark.machine import measure_machine, peak_bytes, seconds, synchronise
+from scd.benchmark.machine import frame_floor, measure_machine, peak_bytes, seconds, synchronise
 from scd.models import SCD, CausalDiT, WorldModel
 from scd.models.autoencoder import LatentCodec, build_autoencoder
 from scd.options import AutoencoderOptions, RolloutOptions

@@ -19,9 +19,9 @@ from scd.data.lists import ClipEntry, read_list
 from scd.data.video import Video
 from scd.data.video_checks import VideoChecks, told_in_order
 from scd.errors import ScdError
-from scd.files import read_npz
 from scd.options import Options
-from scd.processes import processes
+from scd.utils.files import read_npz
+from scd.utils.processes import processes
 
 MAX_ACTION_BYTES = 2**26  # of one clip: days of video
 # What an entry of a list must have for each `model.condition`.
@@ -261,7 +261,7 @@ class TrainingClips(Dataset):
             order that can be read stands in for it, and `broken` (max_broken,) tells the numbers of
             those passed over, padded with -1. So a sample depends on the files alone, not on what
             else was found broken; the whole number is for the caller to count
-            (`scd.training.broken_clips`).
+            (`scd.training.faults`).
     """
 
     def __init__(

@@ -19,11 +19,11 @@ from scd.data.archives import check_name, unpack
 from scd.data.hub_repository import HubFile, Repository
 from scd.data.published import adopt_lists
 from scd.errors import ScdError
-from scd.files import read_json, sha256, write_json
-from scd.locks import hold_lock
 from scd.models.autoencoder import convert_published
 from scd.options import load_options
-from scd.paths import project_file
+from scd.utils.files import read_json, sha256, write_json
+from scd.utils.locks import hold_lock
+from scd.utils.paths import project_file
 
 STATE = ".hub"  # inside a target folder: notes, the lock, and what is not finished
 RESERVE_BYTES = 2**30  # left free on the disk

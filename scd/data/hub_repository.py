@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from scd.errors import ScdError, reason
-from scd.files import sha256
+from scd.utils.files import sha256
 
 RETRY_AFTER = (1, 5, 25)  # seconds; beyond the retries huggingface_hub makes itself
 

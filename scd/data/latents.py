@@ -20,9 +20,9 @@ from torch import Tensor
 
 from scd.data.video_checks import identity_of
 from scd.errors import ScdError, reason
-from scd.files import write_whole
-from scd.paths import why_missing
-from scd.tensor_files import is_plain, read_pt
+from scd.utils.files import write_atomically
+from scd.utils.paths import why_missing
+from scd.utils.tensor_files import is_plain, read_pt
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SAFE_FLOATS = ("F16", "BF16", "F32", "F64")  # the same, as safetensors names them
@@ -96,7 +96,7 @@ def read_latents(path: Path) -> Tensor:
 
 
 def write_latents(path: Path, latents: Tensor, made_by: str, video: str | None = None) -> None:
-    """Write (F, C, h, w) latents with what made them (see `scd.data.encode.encoding_name`).
+    """Write (F, C, h, w) latents with what made them (see `scd.training.encode.encoding_name`).
 
     Args:
         video: the identity of what they were made of (see `scd.data.video_checks.identity_of`).
@@ -108,7 +108,7 @@ def write_latents(path: Path, latents: Tensor, made_by: str, video: str | None =
         raise ScdError(f"{path}: the autoencoder gives latents that are not finite; not written")
     of_video = {} if video is None else {"video": video}
     data = save({"latents": latents.contiguous()}, {"autoencoder": made_by, **of_video})
-    write_whole(path, lambda aside: aside.write_bytes(data))
+    write_atomically(path, lambda aside: aside.write_bytes(data))
 
 
 @dataclass(frozen=True)

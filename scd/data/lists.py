@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from scd.errors import ScdError
-from scd.files import MAX_NAME_BYTES, read_json, write_json
+from scd.utils.files import MAX_NAME_BYTES, read_json, write_json
 
 MAX_PATH_BYTES = 2048  # no system opens longer ones
 # Unicode's categories of what no name should hold: control characters (a terminal obeys them),

@@ -2,22 +2,23 @@
 
 import hashlib
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
 from scd.data.clips import read_actions
 from scd.data.lists import ClipEntry, path_problem, write_list
-from scd.data.ucf101 import SPLITS
 from scd.data.video_checks import VideoChecks, told_in_order
 from scd.errors import ScdError
-from scd.files import npz_keys, write_json
-from scd.paths import why_missing
+from scd.utils.files import npz_keys, write_json
+from scd.utils.paths import why_missing
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v")
 CLASSES = "classes.json"
@@ -30,7 +31,7 @@ class ListRequest:
     Args:
         root: videos are searched below it; the lists' paths are relative to it.
         train_list, val_list: names of the list files, written into `root`.
-        split: `fraction`, or a key of `scd.data.ucf101.SPLITS`.
+        split: `fraction`, or a key of `scd.data.make_lists.SPLITS`.
         val_fraction: of the videos, for `fraction`.
         labels: number the classes by the folders that the videos lie in.
     """
@@ -222,3 +223,53 @@ def _told(entries: list[ClipEntry]) -> str:
     if labels:
         told += f", {len(labels)} classes of {min(labels.values())} to {max(labels.values())}"
     return told
+
+
+TEST_GROUPS = range(15, 22)
+EVERY = 10
+BALANCED_VIDEOS = 2048
+
+
+def mcvd_split(videos: list[str]) -> tuple[list[str], list[str]]:
+    """For prediction, as in MCVD (arXiv 2205.09853): official split 3, every tenth test video.
+
+    Training: all 9 624 videos outside groups 15 to 21. Validation: of the others, by class, group
+    and clip, those at places 0, 10, 20, … as long as ten remain: 369 of 3 696.
+
+    Raises:
+        ScdError: a video has another name than UCF-101's.
+    """
+    placed = sorted(videos, key=_place)
+    train = [video for video in placed if _place(video)[1] not in TEST_GROUPS]
+    test = [video for video in placed if _place(video)[1] in TEST_GROUPS]
+    return train, test[: len(test) // EVERY * EVERY : EVERY]
+
+
+def latte_split(videos: list[str]) -> tuple[list[str], list[str]]:
+    """For generation by class, as in Latte (arXiv 2401.03048): everything is training data.
+
+    FVD is measured against videos of the same set, as usual for generation: 2 048 of them. Here
+    the classes take turns (first the first of each class, then the second of each …), so that any
+    first n videos hold every class equally often, give or take one.
+
+    Raises:
+        ScdError: a video has another name than UCF-101's.
+    """
+    placed = sorted(videos, key=_place)
+    by_class: dict[str, list[str]] = {}
+    for video in placed:
+        by_class.setdefault(_place(video)[0], []).append(video)
+    turns = chain.from_iterable(zip_longest(*by_class.values()))
+    return placed, [video for video in turns if video is not None][:BALANCED_VIDEOS]
+
+
+SPLITS = {"ucf101-mcvd": mcvd_split, "ucf101-latte": latte_split}
+
+
+def _place(video: str) -> tuple[str, int, int]:
+    """Class, group and clip of a path; classes sort as in the official numbering, without case."""
+    path = PurePosixPath(video)
+    match = re.fullmatch(r"v_\w+_g(\d+)_c(\d+)", path.stem)
+    if match is None:
+        raise ScdError(f"{video}: not named as UCF-101's videos are (v_<Class>_g01_c01.avi)")
+    return path.parent.name.casefold(), int(match[1]), int(match[2])

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from scd.data.lists import ClipEntry, path_problem, write_list
 from scd.errors import ScdError
-from scd.files import read_json
+from scd.utils.files import read_json
 
 KNOWN = [field.name for field in fields(ClipEntry)]
 

@@ -17,7 +17,7 @@ from scd.data.lists import ClipEntry, read_list
 from scd.data.video import Video
 from scd.data.video_checks import VideoChecks
 from scd.errors import ScdError
-from scd.files import sha256
+from scd.utils.files import sha256
 
 CHUNK_FRAMES = 64  # decoded at once; bounds the memory of long videos
 

@@ -7,8 +7,8 @@ from scd.data.clips import NEEDED
 from scd.data.survey import Demands, Survey, survey_list
 from scd.data.video_checks import VideoChecks, told_in_order
 from scd.errors import ScdError
-from scd.files import write_json
 from scd.options import Options
+from scd.utils.files import write_json
 
 FPS_SPREAD = 1.01  # 29.97 and 30 are the same to a model
 SHOWN_KINDS = 12  # in one line of the table; the JSON file has all
@@ -69,8 +69,8 @@ def _training_demands(options: Options) -> Demands:
     if options.data.source == "video":
         return demands
     # Here, for a list alone needs no network.
-    from scd.data.encode import encoding_name, latent_shape
     from scd.models.autoencoder import load_codec
+    from scd.training.encode import encoding_name, latent_shape
 
     codec = load_codec(options.autoencoder.path)
     return Demands(

@@ -13,7 +13,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from scd.errors import ScdError, reason
-from scd.files import MAX_ARRAY_BYTES, write_whole
+from scd.utils.files import MAX_ARRAY_BYTES, npz_header, read_npz, write_atomically
 
 # A clip is decoded from the keyframe before it. With x264's own distance, 250, 16 frames out of the
 # middle of a 128x128 video took 3 times as long; files grow by 3 to 7 %.
@@ -60,7 +60,7 @@ def write_video(
             message = done.stderr.decode(errors="replace").strip() or f"status {done.returncode}"
             raise ScdError(f"{path}: ffmpeg cannot write it ({message.splitlines()[-1]})")
 
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 def ffmpeg(path: Path) -> str:
@@ -164,3 +164,30 @@ class VideoFile(Video):
 def _reason(error: Exception) -> str:
     """Without the time and the source file that decord puts before its messages."""
     return re.sub(r"\[[\d:]+\] \S+: ", "", reason(error))
+
+
+class NpzVideo(Video):
+    """The array is decompressed as a whole, at the first `frames`.
+
+    Raises:
+        ScdError: the file is missing, damaged, larger than `scd.utils.files.MAX_ARRAY_BYTES`, or
+            `video` is not uint8 (F, H, W, 3).
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.shape, dtype = npz_header(path, "video")
+        if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8 or 0 in self.shape:
+            raise ScdError(
+                f"{path}: video must be uint8 (frames, height, width, 3), not {dtype} {self.shape}"
+            )
+        self._video: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def frames(self, indices: np.ndarray) -> np.ndarray:
+        self._check_wanted(indices)
+        if self._video is None:
+            self._video = read_npz(self.path, "video")
+        return self._video[indices]

@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from scd.data.in_order import Decoded, InOrderVideo, decode, remedy
-from scd.data.npz_video import NpzVideo
-from scd.data.video import Video, VideoFile
+from scd.data.sequential_video import Decoded, InOrderVideo, decode, remedy
+from scd.data.video import NpzVideo, Video, VideoFile
 from scd.errors import ScdError
-from scd.files import read_json, write_json
-from scd.paths import why_missing
+from scd.utils.files import read_json, write_json
+from scd.utils.paths import why_missing
 
 KEPT = "video_checks.json"
 DECODER = "decoder"  # key of the file

@@ -22,7 +22,7 @@ from scd.doom.simulator import (
     DoomSimulator,
 )
 from scd.errors import ScdError
-from scd.files import read_json, read_npz, write_json, write_whole
+from scd.utils.files import read_json, read_npz, write_atomically, write_json
 
 SPLIT_SEEDS = {"train": 0, "val": 1_000_000}  # first episode seed of a split; they never meet
 ATTEMPT_SEED = 10_000_000
@@ -145,7 +145,7 @@ def nothing(keys: bool) -> Action:
 
 
 def _write_episode(stem: Path, video: np.ndarray, actions: np.ndarray, poses: np.ndarray) -> None:
-    write_whole(
+    write_atomically(
         stem.with_suffix(".npz"),
         lambda aside: np.savez_compressed(aside, actions=actions, poses=poses),
     )
@@ -182,5 +182,5 @@ def _draw_coverage(root: Path, walls: np.ndarray, names: Sequence[str]) -> None:
         axis.set_title(f"{split}: {len(paths)} episodes, {len(actions)} frames\n{listed}", size=9)
         axis.set_axis_off()
         figure.colorbar(picture, ax=axis, label="visits, log10", shrink=0.8)
-    write_whole(root / "coverage.png", lambda aside: figure.savefig(aside, dpi=90))
+    write_atomically(root / "coverage.png", lambda aside: figure.savefig(aside, dpi=90))
     plt.close(figure)

@@ -2,7 +2,7 @@
 
 from scd.evaluation.frame_metrics import load_lpips, lpips_distance, psnr, ssim
 from scd.evaluation.fvd import frechet_distance, frechet_video_distance, i3d_features
-from scd.evaluation.weights import MetricUnavailable, fetch_metric_weights, weights_hash
+from scd.evaluation.metric_weights import MetricUnavailable, fetch_metric_weights, weights_hash
 
 __all__ = [
     "MetricUnavailable",

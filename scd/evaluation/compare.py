@@ -14,15 +14,15 @@ import torch
 from tqdm import tqdm
 
 from scd.data.clips import clip_folder
-from scd.environment import environment
 from scd.errors import ScdError
+from scd.evaluation.evaluate import evaluation_folder
 from scd.evaluation.protocol import MODEL
-from scd.evaluation.run import evaluation_folder
 from scd.evaluation.table import COLUMNS, Table, of_fvd, rollout_text
-from scd.files import read_json, write_json, write_whole
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options
 from scd.rollout import Rollout
+from scd.utils.environment import environment
+from scd.utils.files import read_json, write_atomically, write_json
 
 TIMED_FRAMES = 9  # of each model, after one that warms up
 
@@ -86,7 +86,7 @@ def compare_checkpoints(
         for c in candidates
     ]
     write_json(folder / "compare.json", {"models": entries, "environment": environment()})
-    write_whole(
+    write_atomically(
         folder / "compare.md", lambda aside: aside.write_text(text + "\n", encoding="utf-8")
     )
     print(f"\n{text}\n\ntable: {folder / 'compare.md'}, compare.json")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from scd.errors import ScdError
-from scd.evaluation.weights import load_lpips_weights
-from scd.precision import float32_products
+from scd.evaluation.metric_weights import load_lpips_weights
+from scd.utils.precision import float32_products
 
 HIGHEST_PSNR = 100.0  # dB
 _ROUNDING = 1e-4  # how far (x + 1) / 2 and the like may leave [0, 1]

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from scd.errors import ScdError
 from scd.evaluation.frame_metrics import check_videos, measuring
-from scd.evaluation.weights import load_i3d_weights
+from scd.evaluation.metric_weights import load_i3d_weights
 from scd.option_rules import CHOICES
-from scd.precision import DTYPES, resolve_precision
+from scd.utils.precision import DTYPES, resolve_precision
 
 FEATURES = 400
 SHORTEST = 9  # frames; time is halved three times and the last pooling needs two steps
@@ -189,7 +189,7 @@ def i3d_features(
         batch_size: videos at once; by default as many as make 64 frames, at least one.
         device: where to compute; by default where the videos are.
         precision: of the convolutions, whatever autocast says. bf16 takes half the time on a CPU
-            that has it (see `scd.precision`); features move by one to two percent.
+            that has it (see `scd.utils.precision`); features move by one to two percent.
 
     Returns:
         (n, 400) float32 on the CPU.

@@ -20,7 +20,7 @@ from scd.evaluation.samples import SampleFolder, batches
 from scd.models.autoencoder import Codec
 from scd.models.world_model import WorldModel
 from scd.options import Options
-from scd.processes import processes, share, together
+from scd.utils.processes import error_barrier, processes, split_between_processes
 
 
 def generate_samples(
@@ -33,7 +33,7 @@ def generate_samples(
 
     Raises:
         ScdError: too few clips, or a prediction that is not finite (those of other videos are
-            saved before); see also `together`.
+            saved before); see also `error_barrier`.
     """
     count = samples.videos
     sets_of_reals = {REAL_SET: 0, OTHER_SET: count}  # and the number that each begins at
@@ -42,7 +42,7 @@ def generate_samples(
     sets_to_make = [prediction.name for prediction in predictions(options)]
     if [AUTOENCODED_SET] in samples.rows.values():
         sets_to_make.append(AUTOENCODED_SET)
-    with together():
+    with error_barrier():
         # The last clip that will be needed: too few are told now, not after hours.
         read_evaluation_clip(data, max(sets_of_reals.values()) + count - 1, options)
         to_make = [
@@ -56,11 +56,11 @@ def generate_samples(
             for set_, first in sets_of_reals.items()
             for number in _lacking(samples, set_, range(count))
         ]
-    with together():
-        for set_, number, source in share(to_copy):
+    with error_barrier():
+        for set_, number, source in split_between_processes(to_copy):
             clip = read_evaluation_clip(data, source, options)
             samples.write_clip(set_, number, clip["video"])
-        mine = share(to_make)
+        mine = split_between_processes(to_make)
         with tqdm(
             total=sum(len(numbers) for _, numbers in mine),
             desc="generate",

@@ -9,7 +9,7 @@ from scd.evaluation.fvd import FRAMES_AT_ONCE, SHORTEST
 from scd.evaluation.measures import Measures
 from scd.evaluation.protocol import AUTOENCODED_SET, OTHER_SET, REAL_SET, REPEAT_SET
 from scd.evaluation.samples import SampleFolder, batches, siblings
-from scd.processes import processes, share, together
+from scd.utils.processes import error_barrier, processes, split_between_processes
 
 FEATURES = "i3d"  # of a whole clip, for FVD; the other entries of a measurement are one a frame
 
@@ -40,12 +40,12 @@ def measure_samples(samples: SampleFolder, measures: Measures, again: bool = Fal
         again: measure all clips, as if there were no measurements.
 
     Raises:
-        ScdError: a clip is missing or damaged; see also `together`.
+        ScdError: a clip is missing or damaged; see also `error_barrier`.
     """
-    with together():
+    with error_barrier():
         if processes().is_main_process and not again:
             _take_over(samples, measures)
-    with together():
+    with error_barrier():
         sets = [REAL_SET, *dict.fromkeys(set_ for sets in samples.rows.values() for set_ in sets)]
         todo = [
             (set_, numbers)
@@ -54,8 +54,8 @@ def measure_samples(samples: SampleFolder, measures: Measures, again: bool = Fal
             if again
             or not all(samples.is_measured(set_, number, measures.hashes) for number in numbers)
         ]
-    with together():
-        mine = share(todo)
+    with error_barrier():
+        mine = split_between_processes(todo)
         with tqdm(
             total=sum(len(numbers) for _, numbers in mine),
             desc="measure",

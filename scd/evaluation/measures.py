@@ -4,7 +4,7 @@ from torch import Tensor
 
 from scd.evaluation.frame_metrics import lpips_distance, psnr, ssim
 from scd.evaluation.fvd import i3d_features
-from scd.evaluation.weights import (
+from scd.evaluation.metric_weights import (
     MetricUnavailable,
     load_i3d_weights,
     load_lpips_weights,

@@ -1,14 +1,21 @@
 """What a person looks at: side-by-side videos, and a grid of frames over time."""
 
+import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
+from tqdm import tqdm
 
+from scd.data.clips import clip_folder
 from scd.data.video import write_video
-from scd.files import write_whole
+from scd.errors import ScdError
+from scd.evaluation.protocol import predict_frames, read_evaluation_batch
+from scd.models.load import load_checkpoint_for_use
+from scd.utils.files import write_atomically
 
 CONTEXT_COLOUR = (255, 196, 0)  # border of frames that were given, not generated
 BACKGROUND = 24
@@ -70,7 +77,7 @@ def write_grid(path: Path, generated: Tensor, real: Tensor, context_frames: int)
         top = header + clip * (2 * height + 6)
         for offset, text in ((0, "generated"), (height, "real")):
             draw.text((6, top + offset + height // 2), text, fill=(220, 220, 220), anchor="lm")
-    write_whole(path, sheet.save)
+    write_atomically(path, sheet.save)
 
 
 def write_mosaic(stem: Path, videos: Tensor, columns: int, context_frames: int, fps: float) -> None:
@@ -83,7 +90,7 @@ def write_mosaic(stem: Path, videos: Tensor, columns: int, context_frames: int, 
     frames += [blank] * (-len(frames) % columns)
     mosaic = rearrange(np.stack(frames), "(r c) f h w k -> f (r h) (c w) k", c=columns)
     write_video(stem.with_suffix(".mp4"), mosaic, fps)
-    write_whole(stem.with_suffix(".png"), Image.fromarray(mosaic[-1]).save)
+    write_atomically(stem.with_suffix(".png"), Image.fromarray(mosaic[-1]).save)
 
 
 def _enlarge(frames: np.ndarray, side: int = MIN_SIDE) -> np.ndarray:
@@ -96,3 +103,40 @@ def _mark(frame: np.ndarray) -> None:
     width = max(frame.shape[0] // 48, 2)
     for edge in (np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:]):
         frame[edge] = CONTEXT_COLOUR
+
+
+def sample_videos(
+    checkpoint: Path, opt: str | None, count: int, output: Path | None, overrides: list[str]
+) -> None:
+    """Continue `count` validation clips and write them to a folder.
+
+    Args:
+        opt: an options file instead of the options in the checkpoint.
+        output: None: `experiments/<name>/videos`.
+        overrides: `key=value`.
+
+    Raises:
+        ScdError: the checkpoint or the data cannot be used, or there are too few clips.
+    """
+    if count < 1:
+        raise ScdError(f"--num-videos must be at least 1, not {count}")
+    loaded = load_checkpoint_for_use(checkpoint, opt, overrides).for_rollouts()
+    options = loaded.options
+    folder = output or options.output / "videos"
+    data = clip_folder(options, options.data.val_list, "video")
+    known = options.eval.context_frames
+    videos = []
+    for start in tqdm(range(0, count, options.eval.batch_size), desc="sample", unit="batch"):
+        numbers = list(range(start, min(start + options.eval.batch_size, count)))
+        batch = read_evaluation_batch(data, numbers, options, loaded.model.device)
+        predicted = predict_frames(
+            loaded.model, loaded.codec, options, batch, numbers, options.eval.seeds[0]
+        )
+        whole = torch.cat([batch["video"][:, :known], predicted], dim=1).cpu()
+        for number, video, real in zip(numbers, whole, batch["video"].cpu(), strict=True):
+            path = folder / f"{number:05d}.mp4"
+            write_side_by_side(path, video, real, known, options.data.fps)
+        videos.append(whole)
+    columns = math.ceil(math.sqrt(count))
+    write_mosaic(folder / "grid", torch.cat(videos), columns, known, options.data.fps)
+    print(f"{folder}: {count} videos (left generated, right real), grid.mp4 and grid.png")

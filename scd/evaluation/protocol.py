@@ -17,7 +17,7 @@ from scd.models.autoencoder import Codec
 from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.rollout import continue_videos
-from scd.seeding import generator
+from scd.utils.seeding import generator
 
 EVALUATION_STREAM = 3
 MODEL, REPEAT, OTHER = "model", "repeat last context frame", "other real clips"  # rows

@@ -3,14 +3,17 @@
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
-from scd.environment import environment
 from scd.evaluation.pictures import write_grid, write_side_by_side
 from scd.evaluation.protocol import MODEL, REAL_SET
 from scd.evaluation.samples import SampleFolder
 from scd.evaluation.table import Evaluation, Table, sweep_table, table
-from scd.files import write_json, write_whole
 from scd.options import Options
+from scd.utils.environment import environment
+from scd.utils.files import write_atomically, write_json
+from scd.utils.tracking import trackers_of
 
 Done = tuple[dict[str, str], Path, Evaluation]  # varied options, folder of samples, result
 
@@ -78,4 +81,25 @@ def write_samples(samples: SampleFolder, options: Options, folder: Path) -> None
 
 
 def _write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
+
+
+def track_table(options: Options, step: int, table: Table, scalars: dict[str, float]) -> None:
+    """Log a table, and numbers by name, to the trackers of `train.trackers` (main process only).
+
+    Raises:
+        ScdError: see `scd.utils.tracking.WandB.start`.
+    """
+    accelerator = Accelerator(
+        log_with=trackers_of(options, "evaluation"),
+        project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
+        cpu=not torch.cuda.is_available(),
+    )
+    accelerator.init_trackers(options.name)
+    accelerator.log(scalars, step=step)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_text("evaluation", table.markdown(), step)
+        elif tracker.name == "wandb":
+            tracker.log_table("evaluation", columns=table.heads, data=table.lines, step=step)
+    accelerator.end_training()

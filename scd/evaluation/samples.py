@@ -30,10 +30,10 @@ from scd.data.video import VideoFile, write_video
 from scd.data.video_checks import identity_of
 from scd.errors import ScdError
 from scd.evaluation.pictures import to_bytes
-from scd.files import read_json, sha256, write_json, write_whole
 from scd.models.autoencoder import autoencoder_hash
 from scd.option_rules import CHOICES
 from scd.options import Options
+from scd.utils.files import read_json, sha256, write_atomically, write_json
 
 MANIFEST = "manifest.json"
 EVALUATIONS = "evaluation"  # the folder of an experiment's sample folders
@@ -177,12 +177,12 @@ class SampleFolder:
         """Save a clip's metrics with the hashes of the weights that they were computed with."""
         whole = safetensors.torch.save(values, {"weights": json.dumps(weights, sort_keys=True)})
         path = self.measurement_path(set_, number)
-        write_whole(path, lambda aside: aside.write_bytes(whole))
+        write_atomically(path, lambda aside: aside.write_bytes(whole))
 
     def copy_measurement(self, other: "SampleFolder", set_: str, number: int) -> None:
         whole = other.measurement_path(set_, number).read_bytes()
         path = self.measurement_path(set_, number)
-        write_whole(path, lambda aside: aside.write_bytes(whole))
+        write_atomically(path, lambda aside: aside.write_bytes(whole))
 
     def is_measured(self, set_: str, number: int, weights: dict[str, str]) -> bool:
         """Whether a clip's metrics are there, computed with just these weights."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from scd.options import FlowOptions
-from scd.seeding import normal_per_sample, uniform_per_sample
+from scd.utils.seeding import normal_per_sample, uniform_per_sample
 
 
 class FlowDraws(NamedTuple):

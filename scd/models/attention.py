@@ -1,6 +1,6 @@
 """Attention inside a frame, and block-causal attention over frames without a dense mask.
 
-Which frames may be seen is written down once, as a function of two token numbers (an `Admits`).
+Which frames may be seen is written down once, as a function of two token numbers (an `MaskMod`).
 The CPU turns it into masks, some frames at a time. So does CUDA with short sequences; long ones go
 through FlexAttention (arXiv 2412.05496), whose kernels skip the blocks that it excludes.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-Admits = Callable[[Tensor, Tensor], Tensor]
+MaskMod = Callable[[Tensor, Tensor], Tensor]
 """Numbers of queries and of keys, in shapes that broadcast -> True where attention is allowed."""
 
 # On the CPU, plain products are 2 to 5 times faster than the fused kernel up to about this many
@@ -148,13 +148,13 @@ def clean_context_attention(
     return torch.cat([clean, noisy], dim=2)
 
 
-def block_causal(n: int, queries: int, keys: int) -> Admits:
+def block_causal(n: int, queries: int, keys: int) -> MaskMod:
     """For queries that are the last of the keys, in frames of n tokens."""
     past = keys - queries
     return lambda query, key: key // n <= (query + past) // n
 
 
-def clean_context(n: int, clean_frames: int, first: int) -> Admits:
+def clean_context(n: int, clean_frames: int, first: int) -> MaskMod:
     """For the sequence of `clean_context_attention`."""
     split, of_draw = clean_frames * n, (clean_frames + 1 - first) * n
 
@@ -172,7 +172,7 @@ def _numbers(tokens: int, like: Tensor) -> Tensor:
     return torch.arange(tokens, device=like.device)
 
 
-def _mask(admits: Admits, queries: Tensor, keys: Tensor) -> Tensor:
+def _mask(admits: MaskMod, queries: Tensor, keys: Tensor) -> Tensor:
     """(queries, keys), of those numbers."""
     return admits(queries[:, None], keys[None])
 
@@ -183,7 +183,9 @@ def _some_at_once(queries: int, n: int) -> list[slice]:
     return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
-def flex_blocks(admits: Admits, n: int, queries: int, keys: int, device: torch.device) -> BlockMask:
+def flex_blocks(
+    admits: MaskMod, n: int, queries: int, keys: int, device: torch.device
+) -> BlockMask:
     """Which blocks of BLOCK queries and keys FlexAttention visits, and which it need not mask.
 
     `admits` is constant within a frame, so that a block is known by one token of each of its
@@ -245,7 +247,7 @@ def clean_context_blocks(
 
 @lru_cache(maxsize=16)  # all layers, and all steps with clips of one length, ask for the same
 def _kept_blocks(
-    admits: Callable[..., Admits],
+    admits: Callable[..., MaskMod],
     arguments: tuple[int, ...],
     n: int,
     queries: int,

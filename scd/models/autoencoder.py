@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
-from scd.files import read_json, sha256
 from scd.models.weights import SHOWN_DIFFERENCES, load_matching, read_state_dict
 from scd.options import AutoencoderOptions
-from scd.paths import to_read, why_missing
-from scd.precision import autocast, float32_products
+from scd.utils.files import read_json, sha256
+from scd.utils.paths import to_read, why_missing
+from scd.utils.precision import autocast, float32_products
 
 CHUNK_FRAMES = 64  # frames in one pass of the autoencoder; bounds its memory
 ENCODING = ("encoder.", "quant_conv.")  # the weights of either kind that latents depend on
@@ -63,7 +63,7 @@ class LatentCodec(nn.Module):
 
     Args:
         autoencoder: maps images (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f) and back.
-        precision: of `encode` and `decode`, as `scd.precision.resolve_precision` gives it.
+        precision: of `encode` and `decode`, as `scd.utils.precision.resolve_precision` gives it.
     """
 
     def __init__(self, autoencoder: Autoencoder, precision: str = "fp32"):

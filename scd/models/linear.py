@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scd.precision import has_bf16, without_autocast
+from scd.utils.precision import has_bf16, without_autocast
 
 # The layout that oneDNN chooses for about this many rows serves 16 to 2000 of them equally well.
 PACKED_FOR_ROWS = 256

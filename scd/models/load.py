@@ -1,4 +1,4 @@
-"""From a weights file to a model that is ready to use."""
+"""Build a world model from options, or load one from any weights file."""
 
 from copy import copy
 from dataclasses import dataclass, fields, replace
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.files import read_json, sha256
 from scd.models.autoencoder import Codec, load_codec
-from scd.models.build import build_world_model
+from scd.models.causal_dit import CausalDiT
 from scd.models.reference import load_reference_checkpoint
+from scd.models.scd import SCD
 from scd.models.weights import build_to_fit, read_metadata, read_weights
 from scd.models.world_model import WorldModel
 from scd.options import (
@@ -22,10 +22,47 @@ from scd.options import (
     load_options,
     options_from_json,
 )
-from scd.paths import project_file, why_missing
-from scd.precision import resolve_precision, with_weights_in
-from scd.processes import same_everywhere
-from scd.tensor_files import is_torch_archive
+from scd.utils.files import read_json, sha256
+from scd.utils.paths import project_file, why_missing
+from scd.utils.precision import resolve_precision, with_weights_in
+from scd.utils.processes import agree_on_precision
+from scd.utils.tensor_files import is_torch_archive
+
+
+def build_world_model(options: Options, codec: Codec) -> WorldModel:
+    """A fresh model of the options' kind and sizes, for the codec's latents.
+
+    Raises:
+        ScdError: the frames do not divide into latents and patches.
+    """
+    m = options.model
+    cell = codec.downsampling * m.patch_size
+    if options.data.frame_size % cell:
+        raise ScdError(
+            f"data.frame_size={options.data.frame_size} does not divide by {cell} (autoencoder "
+            f"{codec.downsampling} x model.patch_size {m.patch_size})"
+        )
+    shared = {
+        "channels": codec.channels,
+        "patch_size": m.patch_size,
+        "heads": m.heads,
+        "condition": m.condition,
+        "num_conditions": m.num_conditions,
+        "first_frame": m.first_frame,
+        "modulate_output": m.modulate_output,
+        "prediction": options.flow.prediction,
+        "sigma_min": options.flow.sigma_min,
+    }
+    if m.type == "causal_dit":
+        return CausalDiT(layers=m.layers, **shared)
+    return SCD(
+        encoder_layers=m.encoder_layers,
+        decoder_layers=m.decoder_layers,
+        fusion=m.fusion,
+        modulate_context=m.modulate_context,
+        **shared,
+    )
+
 
 REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no options
 # What makes the same tensors another model. Of the autoencoder only the place may change.
@@ -57,7 +94,7 @@ class LoadedModel:
 
 def resolved_on(device: torch.device, rollout: RolloutOptions) -> RolloutOptions:
     """Replace a `precision` by what all processes have of it; collective."""
-    found = same_everywhere(resolve_precision(rollout.precision, device))
+    found = agree_on_precision(resolve_precision(rollout.precision, device))
     return replace(rollout, precision=found)
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
-from scd.paths import why_missing
-from scd.tensor_files import is_plain, read_pt
+from scd.utils.paths import why_missing
+from scd.utils.tensor_files import is_plain, read_pt
 
 SHOWN_DIFFERENCES = 20  # in one message
 Network = TypeVar("Network", bound=nn.Module)

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from scd.errors import ScdError
+from scd.play.catalog import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Catalog
 from scd.play.history import Frame, History
-from scd.play.offer import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Offer
 from scd.play.starts import Action
 from scd.play.worlds import Settings, View, World
 
@@ -15,26 +15,26 @@ from scd.play.worlds import Settings, View, World
 class Game:
     """It begins with the first start and the first world."""
 
-    def __init__(self, offer: Offer):
-        self.offer = offer
-        self.settings = offer.settings
+    def __init__(self, catalog: Catalog):
+        self.catalog = catalog
+        self.settings = catalog.settings
         self.names: list[str] = []
         self._worlds: list[World] = []
-        self.begin(offer.starts[0].name, offer.worlds[:1], self.settings.seed)
+        self.begin(catalog.starts[0].name, catalog.worlds[:1], self.settings.seed)
 
     def begin(self, start_name: str, names: list[str], seed: int) -> None:
-        """Begin anew: a start, the worlds to show, in the offer's order, and a seed.
+        """Begin anew: a start, the worlds to show, in the catalog's order, and a seed.
 
         Raises:
             ScdError: there is no such start, world or seed; nothing has changed then.
         """
-        start = self.offer.start(start_name)
+        start = self.catalog.start(start_name)
         settings = self._checked(replace(self.settings, seed=seed))
         made: dict[str, World] = {}
         try:
             for name in sorted(set(names), key=names.index):
-                made[name] = self.offer.make_world(name)
-            order = sorted(made, key=self.offer.worlds.index)
+                made[name] = self.catalog.make_world(name)
+            order = sorted(made, key=self.catalog.worlds.index)
             worlds = [made[name] for name in order]
             views = list(zip(*(world.begin(start, settings) for world in worlds), strict=True))
         except Exception:
@@ -52,8 +52,8 @@ class Game:
         Raises:
             ScdError: there is no such action.
         """
-        count = len(self.offer.actions)
-        if isinstance(action, tuple) != self.offer.several:
+        count = len(self.catalog.actions)
+        if isinstance(action, tuple) != self.catalog.several:
             raise ScdError(f"action {action} is none of this world, which takes another kind")
         if isinstance(action, tuple) and len(action) != count:
             raise ScdError(f"action {action} is none of {count} components")

@@ -20,11 +20,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from scd.errors import ScdError
-from scd.play.door import Door, is_local
-from scd.play.limits import Limits
+from scd.play.access import Limits, OriginCheck, is_local
+from scd.play.catalog import Catalog
 from scd.play.lobby import Lobby
 from scd.play.messages import MAX_BYTES, Close, Closed
-from scd.play.offer import Offer
 from scd.play.recording import MAX_RECORDINGS, record_mp4, start_png
 from scd.play.session import Session
 
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def make_app(
-    offer: Offer,
+    catalog: Catalog,
     *,
     places: int = 2,
     token: str | None = None,
@@ -47,11 +46,11 @@ def make_app(
     Args:
         places: players at a time.
         token: what every address but those of `static/` asks for; None: nothing is asked for.
-        local, origins: whom it answers to (see `Door`).
+        local, origins: whom it answers to (see `OriginCheck`).
     """
     worker = ThreadPoolExecutor(1, "play")  # one frame is computed at a time, with all cores
     limits = limits or Limits()
-    lobby = Lobby(lambda: Session.open(offer, worker, limits), places, limits.alive)
+    lobby = Lobby(lambda: Session.open(catalog, worker, limits), places, limits.alive)
     recordings = asyncio.Semaphore(MAX_RECORDINGS)
 
     @asynccontextmanager
@@ -75,7 +74,7 @@ def make_app(
         if not admitted(request):
             return PlainTextResponse("wrong token", 403)
         try:
-            start = offer.start(request.path_params["name"])
+            start = catalog.start(request.path_params["name"])
         except ScdError as error:
             return PlainTextResponse(str(error), 404)
         return Response(start_png(start), media_type="image/png")
@@ -110,7 +109,7 @@ def make_app(
             WebSocketRoute("/ws", websocket),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
-        middleware=[Middleware(Door, local=local, origins=origins)],
+        middleware=[Middleware(OriginCheck, local=local, origins=origins)],
         lifespan=lifespan,
     )
 
@@ -120,7 +119,7 @@ class Address:
     """Where to serve; `token` is what an address that others can reach asks for.
 
     Args:
-        origins: under which a proxy shows the server to others, see `Door`.
+        origins: under which a proxy shows the server to others, see `OriginCheck`.
     """
 
     host: str = "127.0.0.1"
@@ -141,7 +140,7 @@ class Address:
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def serve(offer: Offer, address: Address, places: int) -> None:
+def serve(catalog: Catalog, address: Address, places: int) -> None:
     """Serve until Ctrl-C.
 
     Raises:
@@ -152,10 +151,12 @@ def serve(offer: Offer, address: Address, places: int) -> None:
     alone = address.local and not address.origins
     token = address.token or (None if alone else secrets.token_urlsafe(16))
     listening = listen(address)
-    app = make_app(offer, places=places, token=token, local=address.local, origins=address.origins)
+    app = make_app(
+        catalog, places=places, token=token, local=address.local, origins=address.origins
+    )
     shown = [address.url(listening.getsockname()[1]), *(f"{o}/" for o in sorted(address.origins))]
     urls = " and ".join(url + (f"?token={token}" if token else "") for url in shown)
-    print(f"serving {offer.first.folder} at {urls} (Ctrl-C ends)", flush=True)
+    print(f"serving {catalog.first.folder} at {urls} (Ctrl-C ends)", flush=True)
     uvicorn.Server(config(app)).run(sockets=[listening])
 
 

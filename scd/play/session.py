@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from scd.errors import ScdError
+from scd.play.access import Allowance, Limits
+from scd.play.catalog import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Catalog
 from scd.play.game import Game
 from scd.play.history import Frame
-from scd.play.limits import Allowance, Limits
 from scd.play.messages import AGAIN, GIVEN, PROTOCOL, Close, Closed, Message, pack, parse
-from scd.play.offer import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Offer
 from scd.play.starts import Action
 
 TAP_LASTS = 1.0  # seconds; or a frame, if that is longer
@@ -42,9 +42,9 @@ class Session:
         self._connection: _Connection | None = None
 
     @classmethod
-    async def open(cls, offer: Offer, worker: Executor, limits: Limits) -> "Session":
+    async def open(cls, catalog: Catalog, worker: Executor, limits: Limits) -> "Session":
         """A session at the first start, paused."""
-        game = await asyncio.get_running_loop().run_in_executor(worker, Game, offer)
+        game = await asyncio.get_running_loop().run_in_executor(worker, Game, catalog)
         return cls(game, worker, limits)
 
     async def play(self, socket: WebSocket) -> None:
@@ -81,20 +81,20 @@ class Session:
 
     def hello(self, resumed: bool) -> dict[str, Any]:
         """The first message to a player."""
-        offer, limits = self.game.offer, self.limits
+        catalog, limits = self.game.catalog, self.limits
         return {
             "type": "hello",
             "protocol": PROTOCOL,
             "session": self.id,
             "resumed": resumed,
-            "worlds": offer.worlds,
-            "about": {name: model.about for name, model in offer.models.items()},
-            "missing": offer.missing,
-            "starts": [start.name for start in offer.starts],
-            "actions": offer.actions,
-            "idle": offer.idle,
-            "several": offer.several,
-            "size": offer.size,
+            "worlds": catalog.worlds,
+            "about": {name: model.about for name, model in catalog.models.items()},
+            "missing": catalog.missing,
+            "starts": [start.name for start in catalog.starts],
+            "actions": catalog.actions,
+            "idle": catalog.idle,
+            "several": catalog.several,
+            "size": catalog.size,
             "limits": {
                 "steps": [1, MAX_STEPS],
                 "guidance_scale": [1.0, MAX_GUIDANCE],
@@ -184,19 +184,19 @@ class _Connection:
                 self._commands.append(message)
 
     def _hold(self, fields: dict[str, Any], now: float) -> None:
-        offer = self.session.game.offer
-        one_field, other = ("held", "action") if offer.several else ("action", "held")
+        catalog = self.session.game.catalog
+        one_field, other = ("held", "action") if catalog.several else ("action", "held")
         if other in fields:
             raise Closed(Close.BAD_MESSAGE, f"input: this world takes {one_field}, not {other}")
         given = fields.get(one_field, [])
-        held = frozenset(given if offer.several else [given] if one_field in fields else [])
-        if any(number >= len(offer.actions) for number in held):
+        held = frozenset(given if catalog.several else [given] if one_field in fields else [])
+        if any(number >= len(catalog.actions) for number in held):
             raise Closed(Close.BAD_MESSAGE, "input: no such action")
-        held -= {offer.idle}
+        held -= {catalog.idle}
         # Where only one counts, it is the newest; else a key that was held before is not tapped.
-        pressed = held - self._held if offer.several else held
+        pressed = held - self._held if catalog.several else held
         if pressed:
-            before = self._fresh(now) if offer.several else frozenset()
+            before = self._fresh(now) if catalog.several else frozenset()
             self._tapped, self._tapped_at = before | pressed, now
         self._held, self._seq = held, fields["seq"]
 
@@ -249,8 +249,8 @@ class _Connection:
 
     def _action(self, now: float) -> Action | None:
         """Of the next frame; None: nothing is held, and no action stands for that."""
-        offer, fresh = self.session.game.offer, self._fresh(now)
-        return offer.action(self._held | fresh if offer.several else self._held or fresh)
+        catalog, fresh = self.session.game.catalog, self._fresh(now)
+        return catalog.action(self._held | fresh if catalog.several else self._held or fresh)
 
     async def _carry_out(self, message: Message) -> None:
         session, fields = self.session, dict(message.fields)
@@ -292,7 +292,7 @@ class _Connection:
         game = self.session.game
         self._serial += 1
         flags |= GIVEN if frame.number < len(game.start.actions) else 0
-        worlds = [game.offer.worlds.index(name) for name in game.names]
+        worlds = [game.catalog.worlds.index(name) for name in game.names]
         data = pack(frame, worlds, serial=self._serial, seq=seq, flags=flags, made_ms=made_ms)
         await self._send(self.socket.send_bytes(data))
 

@@ -15,8 +15,8 @@ from scd.doom.navigator import FreeSpace
 from scd.doom.record import SPLIT_SEEDS, navigator_of, nothing
 from scd.doom.simulator import ACTIONS, KEYS, DoomSimulator
 from scd.errors import ScdError
-from scd.files import read_json, write_json, write_whole_folder
 from scd.options import Options
+from scd.utils.files import read_json, write_folder_atomically, write_json
 
 LISTED = "starts.json"
 MAX_FRAMES = 1000
@@ -166,7 +166,7 @@ def make_starts(
     if folder.exists() and not (folder / LISTED).is_file():
         raise ScdError(f"{folder} is there and holds no {LISTED}: choose another folder")
     starts = (_play_doom if doom else _cut_clips)(options, clips, frames)
-    write_whole_folder(folder, lambda aside: _write(aside, starts, options.data.fps))
+    write_folder_atomically(folder, lambda aside: _write(aside, starts, options.data.fps))
     print(f"{folder}: {len(clips)} starts of {frames} frames: {', '.join(clips)}")
 
 

@@ -1,6 +1,7 @@
 """The rollout: encode once per frame, denoise T times. Everything that makes frames uses it."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,10 +14,9 @@ from scd.models.scd import DecoderField
 from scd.models.world_model import MAX_TIMESTEP, VelocityField, WorldModel
 from scd.option_rules import check_rollout
 from scd.options import RolloutOptions
-from scd.precision import float32_products, resolve_precision, with_weights_in
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.conditions import RolloutConditions
-from scd.rollout.graph import graphed
+from scd.utils.precision import float32_products, resolve_precision, with_weights_in
 
 SLIDING_FRAMES = 64  # that slide in at once; bounds their memory
 Generators = torch.Generator | list[torch.Generator] | None
@@ -31,7 +31,7 @@ class Rollout:
     A model in bf16 computes in bf16 unless `settings.precision` says more than the default: as
     diffusers' `torch_dtype` promises, but in float32 where bf16 is slow. A model whose weights are
     of another type is copied: whoever makes many rollouts brings it in the right one
-    (`scd.precision.with_weights_in`).
+    (`scd.utils.precision.with_weights_in`).
 
     Args:
         settings: how a frame is made, and how much of the past it sees.
@@ -266,3 +266,15 @@ def continue_videos(
         for i in range(num_frames)
     ]
     return torch.stack(frames, dim=1)
+
+
+def graphed(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    """A function of tensors, captured on CUDA: one launch, for inputs of these shapes.
+
+    It is warmed up first, at full shapes. Off CUDA, the function itself.
+    """
+    if inputs[0].device.type != "cuda":
+        return function
+    # Inputs of its own: each replay overwrites them.
+    captured: Any = torch.cuda.make_graphed_callables(function, tuple(x.clone() for x in inputs))
+    return lambda *tensors: captured(*tensors).clone()  # the next call writes its result there

@@ -1,18 +1,29 @@
-"""Training an autoencoder: first all of it, then its decoder against an adversary."""
+"""Train an autoencoder: first all of it, then its decoder against a patch discriminator.
+
+The first stage of an autoencoder's training: L1 + LPIPS on single frames (arXiv 2410.10733).
+
+The adversarial stage of an autoencoder: its decoder against a patch discriminator.
+
+The encoder is frozen, so the latents stay what they were, and with them all that was trained on
+them. Hinge losses; the generator's is weighed against the reconstruction loss as VQGAN does
+(arXiv 2012.09841, equation 7).
+"""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import reduce
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from scd.data.clips import clip_folder, with_float_pixels
 from scd.errors import ScdError
+from scd.evaluation.frame_metrics import load_lpips
 from scd.evaluation.measures import Measures
-from scd.files import write_whole
 from scd.models.autoencoder import (
     ENCODING,
     Autoencoder,
@@ -20,12 +31,12 @@ from scd.models.autoencoder import (
     build_autoencoder,
     downsampling,
     load_codec,
+    unscaled_latents,
 )
 from scd.models.discriminator import PatchDiscriminator
 from scd.options import Options
-from scd.processes import processes
-from scd.training.adversarial import AdversarialObjective
-from scd.training.reconstruction import ReconstructionLoss, ReconstructionObjective
+from scd.utils.files import write_atomically
+from scd.utils.processes import processes
 
 SHOWN = 16  # reconstructions in the picture
 
@@ -83,7 +94,7 @@ class AutoencoderTask:
         rows = rearrange(pairs, "k n c h w -> (k h) (n w) c").mul(255).round().byte().cpu().numpy()
         picture = Image.fromarray(rows)
         picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
-        write_whole(folder / "reconstructions.png", picture.save)
+        write_atomically(folder / "reconstructions.png", picture.save)
         return {name: float(v.mean()) for name, v in Measures().frames(out, real).items()}
 
     @torch.no_grad()
@@ -127,3 +138,119 @@ def _with_frozen_encoder(options: Options) -> Autoencoder:
     for name, parameter in autoencoder.named_parameters():
         parameter.requires_grad_(not name.startswith(ENCODING))
     return autoencoder
+
+
+class ReconstructionLoss(nn.Module):
+    """|x̂ − x| + w · LPIPS(x̂, x), averaged over images (B, 3, H, W) in [−1, 1]."""
+
+    def __init__(self, lpips_weight: float, device: torch.device):
+        super().__init__()
+        self.lpips_weight = lpips_weight
+        self.perceptual: nn.Module | None = load_lpips(device) if lpips_weight else None
+
+    def forward(self, decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
+        l1 = (decoded.float() - images).abs().mean()
+        values = {"loss": l1, "l1": l1.detach()}
+        if self.perceptual is not None:
+            distance = self.perceptual(decoded, images).float().mean()
+            values["loss"] = l1 + self.lpips_weight * distance
+            values["lpips"] = distance.detach()
+        return values
+
+
+class ReconstructionObjective(nn.Module):
+    """Batch -> the reconstruction loss of its frames."""
+
+    def __init__(self, autoencoder: Autoencoder, reconstruction: ReconstructionLoss):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.reconstruction = reconstruction
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`video` (B, F, 3, H, W) in [0, 1]."""
+        images = images_of(batch)
+        latents = unscaled_latents(self.autoencoder, images)
+        return self.reconstruction(self.autoencoder.decode(latents).sample, images)
+
+
+def images_of(batch: dict[str, Tensor]) -> Tensor:
+    """All frames of a batch as images (B·F, 3, H, W) in [−1, 1]."""
+    return rearrange(batch["video"], "b f c h w -> (b f) c h w") * 2 - 1
+
+
+MOST = 1e4  # the adaptive weight at most
+
+
+class AdversarialObjective(nn.Module):
+    """Batch -> reconstruction loss + w · λ · −D(x̂) + hinge loss of D.
+
+    One backward pass serves both sides: the generator's terms give the discriminator no gradient,
+    the discriminator's give the decoder none.
+
+    Args:
+        autoencoder: its encoder takes no gradient.
+        weight: w, on top of the adaptive weight λ.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        discriminator: nn.Module,
+        reconstruction: ReconstructionLoss,
+        weight: float,
+    ):
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.discriminator = discriminator
+        self.reconstruction = reconstruction
+        self.weight = weight
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`video` (B, F, 3, H, W) in [0, 1]."""
+        images = images_of(batch)
+        with torch.no_grad():
+            latents = unscaled_latents(self.autoencoder, images)
+        decoded = self.autoencoder.decode(latents).sample.float()
+        values = self.reconstruction(decoded, images)
+
+        fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        generator = generator_hinge(functional_call(self.discriminator, fixed, (decoded,)))
+        adaptive = adaptive_weight(values["loss"], generator, last_layer(self.autoencoder))
+
+        real, fake = self.discriminator(torch.cat([images, decoded.detach()])).chunk(2)
+        discriminator = discriminator_hinge(real, fake)
+        return {
+            **values,
+            "loss": values["loss"] + self.weight * adaptive * generator + discriminator,
+            "generator": generator.detach(),
+            "discriminator": discriminator.detach(),
+            "adaptive_weight": adaptive,
+        }
+
+
+def generator_hinge(fake: Tensor) -> Tensor:
+    """−mean D(x̂), from logits of any shape."""
+    return -fake.float().mean()
+
+
+def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """½ (mean max(0, 1 − D(x)) + mean max(0, 1 + D(x̂))): 1 while it knows nothing."""
+    return 0.5 * ((1 - real.float()).relu().mean() + (1 + fake.float()).relu().mean())
+
+
+def adaptive_weight(reconstruction: Tensor, generator: Tensor, layer: Tensor) -> Tensor:
+    """λ = |∇ reconstruction| / |∇ generator|, both at `layer`, in fp32, at most `MOST`.
+
+    Of gradients that are averaged over all processes, as those of the step are.
+    """
+    norms = []
+    for loss in (reconstruction, generator):
+        (gradient,) = torch.autograd.grad(loss, layer, retain_graph=True)
+        norms.append(reduce(gradient.float(), "mean").norm())
+    return (norms[0] / (norms[1] + 1e-6)).clamp(max=MOST).detach()
+
+
+def last_layer(autoencoder: Autoencoder) -> Tensor:
+    """The weight of the decoder's last convolution, which may be part of an upsampling block."""
+    output = autoencoder.decoder.conv_out
+    return output.weight if isinstance(output, nn.Conv2d) else output.conv.weight

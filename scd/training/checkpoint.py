@@ -3,17 +3,19 @@
 `step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt`, with an adversary
 `adversary.pt`, with snapshots `averages.safetensors`, and `manifest.json`.
 Weights carry the experiment's options in their metadata, so one file is enough to use a model.
-Nothing else is state: data order and noise are functions of the step (`scd.seeding`).
+Nothing else is state: data order and noise are functions of the step (`scd.utils.seeding`).
 
 A name that begins with a dot is a folder on its way in or out. Only the holder of the experiment's
-lock writes here (`scd.locks`), so what it finds under such a name was left by a dead run.
+lock writes here (`scd.utils.locks`), so what it finds under such a name was left by a dead run.
 """
 
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,10 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scd.environment import git_commit
 from scd.errors import ScdError, reason
-from scd.files import flush, read_json, sha256, write_json
-from scd.tensor_files import read_pt
+from scd.utils.environment import git_commit
+from scd.utils.files import flush, read_json, sha256, write_json
+from scd.utils.processes import error_barrier
+from scd.utils.tensor_files import read_pt
 
 FORMAT = 2
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
@@ -43,7 +46,7 @@ class TrainingState:
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
     adversary: dict[str, Any] | None = None  # its `model` and `optimizer`
-    averages: dict[str, Tensor] = field(default_factory=dict)  # see `scd.training.posthoc_ema`
+    averages: dict[str, Tensor] = field(default_factory=dict)  # see `scd.training.ema`
     bad_steps: int = 0  # the last steps, one after the other, that were not applied
 
 
@@ -232,3 +235,71 @@ def _damage(path: Path) -> str | None:
     except (ScdError, OSError, KeyError, TypeError, ValueError) as error:
         return f"incomplete ({error})"
     return None
+
+
+def saves_in_background(device: torch.device) -> bool:
+    """Whether training on the device leaves the CPU free to write."""
+    return device.type == "cuda"
+
+
+class CheckpointWriter:
+    """Writes checkpoints on the main process; a context that is left when the last one is there.
+
+    In the background, `write` returns at once: the state shares no memory with what is trained. At
+    most one checkpoint is on its way, and it is whole or absent as ever.
+
+    Args:
+        folder, keep: see `save_checkpoint`.
+        main: whether this is the main process; the others only take part in what is collective.
+        background: write in a thread of its own.
+    """
+
+    def __init__(self, folder: Path, keep: int, main: bool, background: bool):
+        self.folder = folder
+        self.keep = keep
+        self.main = main
+        self.threads = ThreadPoolExecutor(1, "checkpoint") if main and background else None
+        self.on_its_way: Future[Path] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.threads is not None:
+            self.threads.shutdown()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint on its way will not arrive; `finish` then tells why."""
+        ended = self.on_its_way
+        return ended is not None and ended.done() and ended.exception() is not None
+
+    def write(self, state: TrainingState) -> None:
+        """Write a checkpoint; collective. `finish` comes first: it frees the last one's memory.
+
+        Raises:
+            ScdError: see `save_checkpoint`; in the background, `finish` raises it.
+        """
+        with error_barrier():
+            if self.threads is not None:
+                self.on_its_way = self.threads.submit(
+                    save_checkpoint, self.folder, state, self.keep
+                )
+            elif self.main:
+                save_checkpoint(self.folder, state, self.keep)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint on its way; every process leaves when it is there, or raises.
+
+        Raises:
+            ScdError: see `save_checkpoint`.
+        """
+        with error_barrier():
+            if self.on_its_way is not None:
+                on_its_way, self.on_its_way = self.on_its_way, None
+                on_its_way.result()

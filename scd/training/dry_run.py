@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scd.data.encode import encoding_name, latent_shape
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
 from scd.errors import ScdError
 from scd.evaluation.fvd import SHORTEST
-from scd.files import write_whole
 from scd.models.autoencoder import build_autoencoder, load_codec
 from scd.options import AutoencoderOptions, Options, load_options
-from scd.paths import to_read
+from scd.training.encode import encoding_name, latent_shape
 from scd.training.estimate import counterpart, estimate_step
-from scd.training.run import run_experiment
+from scd.training.launch import run_experiment
+from scd.utils.files import write_atomically
+from scd.utils.paths import to_read
 
 CLIPS = 2  # of noise, in each list
 
@@ -99,7 +99,7 @@ def _write_clips(options: Options, evaluation_frames: int) -> None:
         else:
             actions = rng.integers(max(model.num_conditions, 1), size=needed)
         path = root / f"{clip}.npz"
-        write_whole(path, partial(np.savez, video=video, actions=actions))
+        write_atomically(path, partial(np.savez, video=video, actions=actions))
         entries.append(ClipEntry(video_path=path.name, label=clip % max(model.num_conditions, 1)))
     write_list(root / data.val_list, entries)
     if data.source == "latents":

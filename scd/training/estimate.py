@@ -9,10 +9,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd.models.autoencoder import Codec
-from scd.models.build import build_world_model
+from scd.models.load import build_world_model
 from scd.models.world_model import WorldModel
 from scd.options import Options
-from scd.precision import DTYPES, resolve_precision
+from scd.utils.precision import DTYPES, resolve_precision
 
 
 @dataclass

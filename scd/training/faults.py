@@ -1,18 +1,23 @@
-"""Steps that must not be applied, and processes that have drifted apart."""
+"""Handle what goes wrong in a run: bad steps, broken clips, processes that drift apart."""
 
 import hashlib
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from scd.data.clips import TrainingClips
+from scd.data.clips import TrainingClips, too_many_broken
 from scd.errors import ScdError
-from scd.training.run_folder import RunLog
+from scd.training.run_log import RunLog, read_log
+from scd.utils.files import write_atomically
+from scd.utils.processes import processes
 
 SHOWN = 8  # clips in a message; all are in the file
 
@@ -123,3 +128,52 @@ def refuse_unequal_weights(network: nn.Module, step: int) -> None:
             f"newest checkpoint is process 0's and may be the last good one: look for a faulty "
             f"device or a parameter left out of the gradient reduction"
         )
+
+
+class BrokenClips:
+    """The distinct clips passed over by all processes and their workers, told once each.
+
+    Workers share no memory, so every sample carries the numbers of the clips that it was to be cut
+    from (see `TrainingClips`), and they are counted here, at the step that uses it: what was read
+    ahead has no say. The main process tells of each on stderr and in `broken-clips.jsonl`; a run
+    that goes on from a checkpoint begins with those up to its step.
+
+    Args:
+        output: folder of the run.
+        step: of the checkpoint.
+    """
+
+    def __init__(self, output: Path, clips: TrainingClips, step: int):
+        self.clips = clips
+        self.path = output / "broken-clips.jsonl"
+        self.entries: list[dict[str, Any]] = []
+        if clips.max_broken and self.path.exists():
+            found = (e for e in read_log(self.path) if e.keys() >= {"clip", "problem"})
+            self.entries = [entry for entry in found if entry["step"] <= step]
+
+    def taken_from(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The batch of a step without its numbers of broken clips, which are counted; collective.
+
+        Raises:
+            ScdError: on every process, when there are more than `data.max_broken_clips`, naming
+                them.
+        """
+        limit = self.clips.max_broken
+        if not limit:
+            return batch
+        device = processes().device
+        samples, broken = (gather(batch[key].to(device)).tolist() for key in ("sample", "broken"))
+        found = len(self.entries)
+        for sample, numbers in zip(samples, broken, strict=True):
+            for number in numbers:
+                if number >= 0 and all(entry["clip"] != number for entry in self.entries):
+                    problem = self.clips.problem(sample, number)
+                    self.entries.append({"step": step, "clip": number, "problem": problem})
+        if len(self.entries) > found and processes().is_main_process:
+            for entry in self.entries[found:]:
+                print(f"broken clip, left out: {entry['problem']}", file=sys.stderr)
+            text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+            write_atomically(self.path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        if len(self.entries) > limit:
+            raise too_many_broken([entry["problem"] for entry in self.entries], limit)
+        return {key: value for key, value in batch.items() if key != "broken"}

@@ -6,11 +6,11 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from scd.errors import ScdError
-from scd.files import sha256
 from scd.options import Options, options_to_dict
-from scd.paths import why_missing
-from scd.processes import together
 from scd.training.checkpoint import latest_checkpoint, remove_leftovers
+from scd.utils.files import sha256
+from scd.utils.paths import why_missing
+from scd.utils.processes import error_barrier
 
 # Where things lie, how fast and how long, what is measured: the run stays the same experiment.
 FREE = (
@@ -27,7 +27,7 @@ def newest_checkpoint(folder: Path, main: bool) -> Path | None:
         ScdError: see `latest_checkpoint`.
     """
     path = None
-    with together():
+    with error_barrier():
         if main:
             remove_leftovers(folder)
             path = latest_checkpoint(folder)

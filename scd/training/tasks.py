@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from scd.data.clips import ClipFolder
 from scd.training.estimate import ClipCost
-from scd.training.held_out import HeldOutLoss
+from scd.training.world_model_task import HeldOutLoss
 
 
 class Task(Protocol):

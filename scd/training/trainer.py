@@ -12,44 +12,40 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scd.data.clips import TrainingClips
+from scd.data.loader import training_batches
 from scd.errors import ScdError, Stopped
-from scd.files import write_whole_folder
 from scd.models.weights import load_matching
 from scd.options import Options
-from scd.processes import together
-from scd.tracking import log_pictures
-from scd.training.average import Average
-from scd.training.batches import batches_from
-from scd.training.broken_clips import BrokenClips
 from scd.training.checkpoint import (
+    CheckpointWriter,
     TrainingState,
     load_checkpoint,
+    saves_in_background,
     set_aside_newer,
 )
-from scd.training.checkpoint_writer import CheckpointWriter, saves_in_background
+from scd.training.ema import EMA, PostHocEMA, set_aside_newer_snapshots
 from scd.training.faults import (
     BadSteps,
+    BrokenClips,
     RunningStatistics,
     agree,
     is_bad,
     refuse_unequal_weights,
 )
-from scd.training.heartbeat import Heartbeat
-from scd.training.launch import all_have_bf16, refuse_missing_compiler
-from scd.training.learner import Learner
-from scd.training.meter import Meter, peak_flops
-from scd.training.posthoc_ema import PowerFunctionAverages, set_aside_newer_snapshots
+from scd.training.optimizer import OptimizedModel
 from scd.training.resume import (
     newest_checkpoint,
     precision_before,
     refuse_other_run,
     run_identity,
 )
-from scd.training.run_folder import RunLog, for_trackers, write_run_files
+from scd.training.run_log import Meter, RunLog, StepTrace, for_trackers, peak_flops, write_run_files
 from scd.training.sharding import whole_on_cpu
-from scd.training.signals import StopRequest, stop_request
-from scd.training.step_trace import StepTrace
 from scd.training.tasks import Task
+from scd.training.watchdog import Heartbeat, StopRequest, stop_request
+from scd.utils.files import write_folder_atomically
+from scd.utils.processes import all_have_bf16, error_barrier
+from scd.utils.tracking import log_pictures
 
 
 class Trainer:
@@ -72,11 +68,11 @@ class Trainer:
         self.step = 0
         self.saved_step = 0
         bf16 = all_have_bf16(accelerator.device)
-        self.learner = Learner(task.network, task.parameter_groups(), options, bf16)
-        self.adversary: Learner | None = None
+        self.learner = OptimizedModel(task.network, task.parameter_groups(), options, bf16)
+        self.adversary: OptimizedModel | None = None
         if task.adversary is not None:
             group = {"params": list(task.adversary.parameters()), "lr": options.optim.adversary_lr}
-            self.adversary = Learner(task.adversary, [group], options, bf16)
+            self.adversary = OptimizedModel(task.adversary, [group], options, bf16)
         task.objective.to(accelerator.device)
         state = self._newest_state()
         data = options.data
@@ -89,9 +85,9 @@ class Trainer:
         optimizers = (learner.optimizer for learner in learners)
         self.objective, *prepared = accelerator.prepare(task.objective, *optimizers)
         mean = None if state is None else state.ema
-        self.average = Average(task.network, options.optim.ema_decay, mean)
+        self.average = EMA(task.network, options.optim.ema_decay, mean)
         saved_averages = {} if state is None else state.averages
-        self.averages = PowerFunctionAverages(task.network, options, saved_averages)
+        self.averages = PostHocEMA(task.network, options, saved_averages)
         if self.main:
             set_aside_newer_snapshots(options.output, self.step)
         saved = () if state is None else (state.optimizer, (state.adversary or {}).get("optimizer"))
@@ -110,7 +106,6 @@ class Trainer:
         self.bad_steps = BadSteps(bad_log, self.clips, state.bad_steps if state else 0)
         self.statistics = RunningStatistics([learner.network for learner in learners])
         if options.train.compile:
-            refuse_missing_compiler(accelerator.device)
             for part in task.network.children():  # encoder and decoder, or a list of blocks
                 for module in part if isinstance(part, nn.ModuleList) else [part]:
                     module.compile()
@@ -128,7 +123,7 @@ class Trainer:
             used = write_run_files(options.output, options, self.accelerator, self.precision)
             self.log.write_where_it_changed({"step": self.step, **used})
             print(f"{options.name}: training in {used['precision']} on {used['device']}")
-        with together():
+        with error_barrier():
             # TensorBoard leaves out what a killed run had logged beyond the checkpoint.
             kept = {"tensorboard": {"purge_step": self.step + 1}}
             self.accelerator.init_trackers(options.name, for_trackers(options), kept)
@@ -148,7 +143,7 @@ class Trainer:
             dynamic_ncols=True,
             mininterval=1.0,
         )
-        to_come = batches_from(self.step, self.clips, t, self.accelerator)
+        to_come = training_batches(self.step, self.clips, t, self.accelerator)
         with bar, stop_request() as request, to_come as batches, trace, self.checkpoints:
             self._validate()
             while self.step < t.steps:
@@ -185,7 +180,7 @@ class Trainer:
         self.log.draw()  # with the last entries, even if a kill came between save and picture
         network = self.average.as_network()
         if self.main:
-            write_whole_folder(
+            write_folder_atomically(
                 options.output / "exported", lambda aside: self.task.export(network, aside)
             )
         self.accelerator.end_training()
@@ -233,7 +228,7 @@ class Trainer:
             f"or look at these clips, then run again"
         )
 
-    def _learners(self) -> list[Learner]:
+    def _learners(self) -> list[OptimizedModel]:
         return [self.learner] if self.adversary is None else [self.learner, self.adversary]
 
     def _train_step(

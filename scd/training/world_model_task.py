@@ -1,27 +1,29 @@
-"""Training the world model."""
+"""Train a world model: its objective, validation by samples and by held-out loss, and export."""
 
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
-from scd.data.clips import clip_folder
-from scd.data.encode import check_training_latents
-from scd.evaluation.run import evaluate_in_passing
-from scd.flow.objective import FlowObjective, with_scaled_latents
-from scd.models.autoencoder import load_codec
-from scd.models.build import build_world_model
+from scd.data.clips import HELD_OUT_STREAM, ClipFolder, clip_folder
+from scd.evaluation.evaluate import evaluate_in_passing
+from scd.flow.objective import LEVELS, FlowObjective, errors_by_level, with_scaled_latents
+from scd.models.autoencoder import Codec, load_codec
+from scd.models.load import build_world_model
 from scd.models.weights import load_matching, read_weights
 from scd.models.world_model import WorldModel
 from scd.options import OptimOptions, Options
 from scd.pipeline import pipeline_of
-from scd.precision import resolve_precision
-from scd.processes import processes
+from scd.training.encode import check_training_latents
 from scd.training.estimate import ClipCost, clip_cost
-from scd.training.held_out import HeldOutLoss
+from scd.utils.precision import autocast, resolve_precision
+from scd.utils.processes import error_barrier, processes, split_between_processes
+from scd.utils.seeding import generator
 
 # Parameters of a block for Muon -> of how many matrices each is a stack.
 MATRICES = {
@@ -103,3 +105,70 @@ def parameter_groups(network: WorldModel, options: OptimOptions) -> list[dict[st
         group["params"].append(parameter)
         group["muon"] += stacked if muon else []
     return list(groups.values())
+
+
+CLIPS = 16
+
+
+class HeldOutLoss:
+    """Mean squared error of the velocity on validation clips, always the same with the same noise.
+
+    Clips are as long as those of training, and shared by all processes: each reads and encodes its
+    own once. Nothing is dropped or perturbed, and every history is clean, whatever the training
+    objective shows the model.
+
+    Args:
+        data: validation clips, as pixels.
+
+    Raises:
+        ScdError: one of them is broken or shorter than `data.frames`; see also `error_barrier`.
+    """
+
+    def __init__(self, data: ClipFolder, codec: Codec, options: Options, device: torch.device):
+        self.seed = options.seed
+        self.device = device
+        with error_barrier():
+            self.numbers = split_between_processes(range(min(CLIPS, len(data))))
+            self.clips = [_encoded(data, number, codec, options, device) for number in self.numbers]
+
+    def __call__(self, network: WorldModel, precision: str) -> dict[str, float]:
+        """`loss_at_<σ>` at each level, mean over clips and frames, and `loss`, the levels' mean.
+
+        Every process calls it, and gets the same.
+        """
+        with error_barrier():
+            mine = [
+                (number, self._errors(network, number, clip, precision))
+                for number, clip in zip(self.numbers, self.clips, strict=True)
+            ]
+        # In the clips' order, so that the number of processes has no say in the sum.
+        of_clips: list[Any] = sorted(gather_object(mine))
+        means = np.mean([errors for _, errors in of_clips], axis=0)
+        at_levels = {f"loss_at_{s:g}": float(v) for s, v in zip(LEVELS, means, strict=True)}
+        return {"loss": float(means.mean()), **at_levels}
+
+    def _errors(
+        self, network: WorldModel, number: int, clip: dict[str, Tensor], precision: str
+    ) -> list[float]:
+        """Of one clip, at each level."""
+        latents, actions, label = (
+            clip[key].to(self.device) if key in clip else None
+            for key in ("latents", "actions", "label")
+        )
+        assert latents is not None
+        conditions = network.frame_conditions(latents.shape[:2], actions, label)
+        shape = latents[:, None, network.first_predicted :].shape
+        noise = torch.randn(shape, generator=generator("cpu", "held-out loss", self.seed, number))
+        with autocast(self.device, precision):
+            errors = errors_by_level(network, latents, conditions, noise.to(self.device))
+        return errors.double().mean(dim=(0, 2)).tolist()
+
+
+def _encoded(
+    data: ClipFolder, number: int, codec: Codec, options: Options, device: torch.device
+) -> dict[str, Tensor]:
+    """A clip as a batch of one, with scaled latents, on the CPU."""
+    rng = np.random.default_rng([options.seed, HELD_OUT_STREAM, number])
+    clip = data.read(number, options.data.frames, options.data.frame_stride, rng)
+    batch = with_scaled_latents({key: v[None].to(device) for key, v in clip.items()}, codec)
+    return {key: value.cpu() for key, value in batch.items()}

@@ -3,7 +3,7 @@
 import tests.faults.runs  # noqa: F401
 from scd import cli, pipeline  # noqa: F401
 from scd.data import npz_video  # noqa: F401
-from scd.environment import git_commit
 from scd.training import autoencoder_task, run, world_model_task  # noqa: F401
+from scd.utils.environment import git_commit
 
 git_commit()  # kept

@@ -141,15 +141,15 @@ def _train(
 
 
 def _inject(folder: Path, name: str, faults: list[Fault]) -> None:
-    from scd.training import checkpoint_writer, run_folder, trainer
+    from scd.training import checkpoint, run_log, trainer
 
     # matplotlib takes longer than everything else of such a run
-    run_folder.draw_loss_curve = lambda log, picture: picture.write_bytes(b"")
+    run_log.draw_loss_curve = lambda log, picture: picture.write_bytes(b"")
     saved = os.open(folder / f"{name}.saved", os.O_WRONLY | os.O_CREAT)
     for fault in faults:
         if fault.kind == "kill" and fault.step == 0:
             _kill_at_operation(folder, fault.at)
-    plain_save, plain_step = checkpoint_writer.save_checkpoint, trainer.Trainer._train_step
+    plain_save, plain_step = checkpoint.save_checkpoint, trainer.Trainer._train_step
 
     def save_checkpoint(where, state, keep):
         for fault in faults:
@@ -165,7 +165,7 @@ def _inject(folder: Path, name: str, faults: list[Fault]) -> None:
                 BEFORE_A_STEP[fault.kind](folder, fault, self)
         return plain_step(self, *arguments)
 
-    checkpoint_writer.save_checkpoint, trainer.Trainer._train_step = save_checkpoint, train_step
+    checkpoint.save_checkpoint, trainer.Trainer._train_step = save_checkpoint, train_step
 
 
 def _signal(folder: Path, fault: Fault, trainer: Trainer) -> None:

@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader
 
 from scd.cli import main
 from scd.data.clips import ClipFolder, StepSampler, TrainingClips, clip_folder
-from scd.data.encode import check_training_latents
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.errors import ScdError
 from scd.models.autoencoder import load_codec
 from scd.options import Options, load_options
+from scd.training.encode import check_training_latents
 from tests.faults.trials import FULL
 from tests.test_processes import assert_close, on_two, state_of
 from tests.test_training import assert_same_state, train

@@ -25,12 +25,12 @@ from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.video import write_video
 from scd.errors import ScdError
 from scd.evaluation.samples import SampleFolder
-from scd.files import write_json
 from scd.models.scd import SCD
 from scd.options import load_options
 from scd.training.checkpoint import TrainingState, latest_checkpoint, save_checkpoint
 from scd.training.resume import run_identity
-from scd.training.run_folder import RunLog, read_log
+from scd.training.run_log import RunLog, read_log
+from scd.utils.files import write_json
 from tests.faults.test_foreign_files import options_json
 from tests.faults.test_sizes import announcing
 from tests.faults.trials import FULL

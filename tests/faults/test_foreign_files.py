@@ -23,15 +23,13 @@ from scd.data.clips import ClipFolder, read_actions
 from scd.data.hub import _Notes
 from scd.data.hub_repository import HubFile
 from scd.data.latents import check_latents, latent_header, read_latents
-from scd.data.npz_video import NpzVideo
 from scd.data.published import adopt_lists
-from scd.data.video import write_video
+from scd.data.video import NpzVideo, write_video
 from scd.data.video_checks import KEPT, VideoChecks
 from scd.errors import ScdError
 from scd.evaluation.measure import FEATURES
 from scd.evaluation.samples import SampleFolder
 from scd.evaluation.table import summarise, table
-from scd.files import sha256
 from scd.models.autoencoder import load_codec
 from scd.models.load import load_checkpoint_for_use
 from scd.models.reference import load_reference_checkpoint
@@ -44,8 +42,9 @@ from scd.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from scd.training.learner import Learner
+from scd.training.optimizer import OptimizedModel
 from scd.training.resume import refuse_other_run, run_identity
+from scd.utils.files import sha256
 from tests.faults.mutate import mutated
 from tests.faults.trials import FULL, Kind, try_damage
 from tests.test_reference import reference_names
@@ -205,7 +204,7 @@ def checkpoint(folder: Path) -> Kind:
         refuse_other_run(state.run, now, str(path))
         load_matching(network, state.ema, str(path))
         load_matching(network, state.model, str(path))
-        learner = Learner(
+        learner = OptimizedModel(
             network, [{"params": list(network.parameters()), "lr": 1e-3}], options, True
         )
         learner.start(learner.optimizer, state.step, state.optimizer)

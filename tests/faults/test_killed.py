@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from scd.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
-from scd.training.run_folder import read_log
+from scd.training.run_log import read_log
 from tests.faults.runs import Fault, Runs
 
 FULL = os.environ.get("SCD_FAULTS") == "full"

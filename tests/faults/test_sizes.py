@@ -17,11 +17,11 @@ from scd.data.clips import read_actions
 from scd.data.latents import read_latents
 from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
-from scd.files import MAX_JSON_BYTES, read_json
 from scd.models.autoencoder import load_codec
 from scd.models.load import load_checkpoint_for_use
 from scd.models.reference import load_reference_checkpoint
 from scd.options import load_options, options_from_json
+from scd.utils.files import MAX_JSON_BYTES, read_json
 from tests.faults.test_foreign_files import SMALL, TINY, options_json, tiny_model
 from tests.faults.trials import Kind, try_damage
 

@@ -1,0 +1,152 @@
+"""`scd play --measure`: what a player gets, measured by playing through a real connection."""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import uvicorn
+from websockets.asyncio.client import ClientConnection, connect
+
+from scd.errors import ScdError
+from scd.evaluation.table import Table
+from scd.play.access import Limits
+from scd.play.catalog import Catalog
+from scd.play.messages import HEADER, WORLD_HEADER
+from scd.play.server import Address, config, listen, make_app
+from scd.utils.environment import environment
+
+WARM_UP = 5  # frames
+PRESSES = 20
+UNHURRIED = Limits(max_fps=10_000.0)
+HEADS = ["worlds", "pictures/s", "ms/picture p50", "p95", "encoder", "denoising", "decoding"]
+HEADS += ["key to picture, ms p50", "p95"]
+
+
+def measure(catalog: Catalog, frames: int) -> dict[str, Any]:
+    """Play each world alone, and all together; print a table and the figures.
+
+    Pictures a second: as many as can be made. Key to picture: at the usual pace, from sending a key
+    at a random moment to the arrival of the first picture that obeys it.
+
+    Raises:
+        ScdError: there is no frame to measure.
+    """
+    if frames < 1:
+        raise ScdError(f"play: --measure {frames}, but at least one frame is needed")
+    choices = [[name] for name in catalog.worlds]
+    choices += [catalog.worlds] if len(choices) > 1 else []
+    results = [asyncio.run(_play(catalog, worlds, frames)) for worlds in choices]
+    print("\n" + Table(HEADS, [_line(result) for result in results], 1, []).markdown() + "\n")
+    figures = {"results": results, "environment": environment()}
+    print(json.dumps(figures))
+    return figures
+
+
+@asynccontextmanager
+async def served(catalog: Catalog, **how: Any) -> AsyncIterator[str]:
+    """A running server; the `host:port` it is at. Arguments as `make_app`."""
+    listening = listen(Address(port=0))
+    server = uvicorn.Server(config(make_app(catalog, **how)))
+    running = asyncio.create_task(server.serve(sockets=[listening]))
+    try:
+        while not server.started and not running.done():
+            await asyncio.sleep(0.01)
+        yield "{}:{}".format(*listening.getsockname())
+    finally:
+        server.should_exit = True
+        await running
+
+
+async def _play(catalog: Catalog, worlds: Sequence[str], frames: int) -> dict[str, Any]:
+    async with served(catalog, limits=UNHURRIED) as place, connect(f"ws://{place}/ws") as player:
+        start = catalog.starts[0].name
+        await _say(player, "start", start=start, worlds=worlds)
+        await _say(player, "settings", fps=UNHURRIED.max_fps)
+        await _say(player, "pause", paused=False)
+        arrived, parts = [], []
+        random_action = random.Random(0)
+        for number in range(WARM_UP + frames):
+            if number % 8 == 0:
+                action = random_action.randrange(len(catalog.actions))
+                await _say(player, "input", **_holding(catalog, action), seq=0)
+            picture = await _next_new(player)
+            arrived.append(time.perf_counter())
+            parts.append(_milliseconds(picture))
+        await _say(player, "settings", fps=UNHURRIED.fps)
+        waits = []
+        for seq in range(1, PRESSES + 1):
+            await asyncio.sleep(random_action.random() / UNHURRIED.fps)
+            sent = time.perf_counter()
+            action = seq % len(catalog.actions)
+            await _say(player, "input", **_holding(catalog, action), seq=seq)
+            while HEADER.unpack_from(await _next_new(player))[8] != seq:
+                pass
+            waits.append(1e3 * (time.perf_counter() - sent))
+    gaps = 1e3 * np.diff(arrived[WARM_UP - 1 :])
+    return {
+        "worlds": list(worlds),
+        "pictures_per_second": 1e3 / float(gaps.mean()),
+        "picture_ms": _quantiles(gaps),
+        "parts_ms": {
+            name: [statistics.median(of_world) for of_world in zip(*columns, strict=True)]
+            for name, columns in zip(
+                ("encoder", "denoising", "decoding"),
+                zip(*parts[WARM_UP:], strict=True),
+                strict=True,
+            )
+        },
+        "key_to_picture_ms": _quantiles(waits),
+        "frames": frames,
+        "presses": PRESSES,
+    }
+
+
+async def _say(player: ClientConnection, kind: str, **fields: Any) -> None:
+    await player.send(json.dumps({"type": kind, **fields}))
+
+
+def _holding(catalog: Catalog, action: int) -> dict[str, Any]:
+    return {"held": [action]} if catalog.several else {"action": action}
+
+
+async def _next_new(player: ClientConnection) -> bytes:
+    """The next picture that is of a new frame; told to be seen."""
+    while True:
+        message = await player.recv()
+        if isinstance(message, bytes):
+            _, _, _, flags, _, _, _, serial, _, _ = HEADER.unpack_from(message)
+            await _say(player, "seen", serial=serial)
+            if flags == 0:
+                return message
+
+
+def _milliseconds(picture: bytes) -> tuple[tuple[float, ...], ...]:
+    """Encoder, denoising and decoding, each of every world."""
+    _, worlds, _, _, height, width, *_ = HEADER.unpack_from(picture)
+    size = WORLD_HEADER.size + 3 * height * width
+    times = [
+        WORLD_HEADER.unpack_from(picture, HEADER.size + size * world)[3:] for world in range(worlds)
+    ]
+    return tuple(zip(*times, strict=True))
+
+
+def _quantiles(values: Sequence[float] | np.ndarray) -> list[float]:
+    """The median, and what 95 of 100 stay below."""
+    return [float(value) for value in np.quantile(values, [0.5, 0.95])]
+
+
+def _line(result: dict[str, Any]) -> list[str]:
+    parts = [" + ".join(f"{ms:.1f}" for ms in of) for of in result["parts_ms"].values()]
+    return [
+        " + ".join(result["worlds"]),
+        f"{result['pictures_per_second']:.1f}",
+        *(f"{ms:.1f}" for ms in result["picture_ms"]),
+        *parts,
+        *(f"{ms:.0f}" for ms in result["key_to_picture_ms"]),
+    ]

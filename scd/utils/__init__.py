@@ -1,0 +1,1 @@
+"""Share what every part needs: files, paths, processes, precision, randomness, trackers."""

@@ -1,0 +1,217 @@
+"""Reading files or saying why not, writing them whole or not at all, and their hashes."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import reprlib
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from safetensors import SafetensorError
+
+from scd.errors import ScdError, reason
+from scd.utils.paths import why_missing
+
+MAX_JSON_BYTES = 2**28  # a list of a million clips
+MAX_NAME_BYTES = 255  # of a file, on every common file system
+MAX_ARRAY_BYTES = 2**30  # of one array in an npz file; a DMLab clip has 3.7 MB
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, flush it to disk, then put it in place at once.
+
+    The folder is flushed as well: a file that was written is there after a power cut.
+
+    Whatever `write` raises, the old file stays and nothing half-written is left.
+
+    Raises:
+        ScdError: the disk is full, the folder read-only, or the like.
+    """
+    aside = path.with_name(_aside_name(path))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        flush(aside)
+        os.replace(aside, path)
+        flush(path.parent)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ScdError(f"{path}: cannot be written ({error.filename} is not a folder)") from error
+    except (OSError, SafetensorError) as error:
+        problem = getattr(error, "strerror", None) or reason(error)
+        raise ScdError(f"{path}: cannot be written ({problem})") from error
+    finally:
+        with suppress(OSError):
+            aside.unlink()
+
+
+def _aside_name(path: Path) -> str:
+    """Name the file that is to become `path`: as `remove_unfinished` knows it, and not too long."""
+    end = f".{os.getpid()}{path.suffix}".encode(errors="surrogateescape")
+    stem = path.stem.encode(errors="surrogateescape")[: MAX_NAME_BYTES - len(end) - 1]
+    return f".{stem.decode(errors='ignore')}{end.decode(errors='surrogateescape')}"
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `path`, flush it, then put it in place of an older one.
+
+    Killed at the worst moment, it leaves no folder at `path`, but never half of one.
+
+    Raises:
+        ScdError: the disk is full, the parent read-only, or the like.
+    """
+    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        for left in (aside, old):  # of a dead process with the same number
+            shutil.rmtree(left, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write(aside)
+        for part in [*aside.rglob("*"), aside]:
+            flush(part)
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        problem = getattr(error, "strerror", None) or reason(error)
+        raise ScdError(f"{path}: cannot be written ({problem})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes left half-written.
+
+    For a folder that no other process writes to.
+    """
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.\d+\.\w+", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        # Some file systems have nothing to flush of a folder, and say so.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(number)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        ScdError: the file is missing, unreadable, not JSON or larger than `MAX_JSON_BYTES`.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES // 2**20} MiB")
+        return json.loads(data.decode("utf-8"))
+    except FileNotFoundError as error:
+        raise ScdError(f"{path}: {why_missing(path)}") from error
+    except OSError as error:
+        raise ScdError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ScdError(f"{path}: not valid JSON ({reason(error)})") from error
+
+
+def npz_keys(path: Path) -> set[str]:
+    """The names of the arrays of an npz file.
+
+    Raises:
+        ScdError: the file is missing or damaged.
+    """
+    with _open_npz(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def npz_header(
+    path: Path, key: str, most: int = MAX_ARRAY_BYTES
+) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of one array of an npz file, without reading the array.
+
+    Raises:
+        ScdError: the file is missing, damaged, has no such key or announces an array of more than
+            `most` bytes: a few compressed bytes may stand for any amount of memory.
+    """
+    with _npz_member(path, key) as member:
+        return _array_header(path, key, member, most)
+
+
+def read_npz(path: Path, key: str, most: int = MAX_ARRAY_BYTES) -> np.ndarray:
+    """One array of an npz file; pickled objects are refused.
+
+    Raises:
+        ScdError: see `npz_header`.
+    """
+    with _npz_member(path, key) as member:
+        _array_header(path, key, member, most)
+        member.seek(0)
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def _open_npz(path: Path) -> zipfile.ZipFile:
+    if not path.exists():
+        raise ScdError(f"{path}: {why_missing(path)}")
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # damaged archives raise many kinds
+        raise ScdError(f"{path}: not an npz file") from error
+
+
+@contextmanager
+def _npz_member(path: Path, key: str) -> Iterator[IO[bytes]]:
+    with _open_npz(path) as archive:
+        if f"{key}.npy" not in archive.namelist():
+            keys = reprlib.repr(sorted(name.removesuffix(".npy") for name in archive.namelist()))
+            raise ScdError(f"{path}: has no key {key!r}, but {keys}")
+        try:
+            with archive.open(f"{key}.npy") as member:
+                yield member
+        except ScdError:
+            raise
+        except Exception as error:  # many kinds again, zlib.error among them
+            raise ScdError(f"{path}: no npz file with a key {key!r} ({reason(error)})") from error
+
+
+def _array_header(
+    path: Path, key: str, member: IO[bytes], most: int
+) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(member)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    shape, _, dtype = read[version](member)
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size > most:
+        raise ScdError(
+            f"{path}: {key!r} has {size / 2**30:.1f} GiB, more than the "
+            f"{most / 2**30:g} GiB that are read at once"
+        )
+    return shape, dtype
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,66 @@
+"""Locks on files: one process at a time does something in a folder."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from scd.errors import ScdError, reason
+from scd.utils.files import read_json
+
+
+@contextmanager
+def hold_lock(path: Path, busy: str, advice: str) -> Iterator[None]:
+    """Hold the lock on a file, which is made where it is missing and names who holds it.
+
+    It is a POSIX record lock, which belongs to a process: the operating system frees it the moment
+    that process is dead, however it died, and forked children (data workers) do not inherit it. A
+    worker that outlives its run for a moment would keep the next run out under `flock`, which
+    belongs to the open file. The other side of it: within one process nothing is kept out.
+
+    Where the file system knows no locks, one line says so, and nothing is locked.
+
+    Args:
+        path: of the lock. Nothing else in this process may open it meanwhile: closing it frees a
+            record lock.
+        busy: the message where another process holds it; who that is comes after it.
+        advice: what to do then.
+
+    Raises:
+        ScdError: another process holds it, or the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open as long as it is locked
+    except OSError as error:
+        raise ScdError(f"{path.parent}: cannot be written ({error.strerror or error})") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # either, says POSIX
+            raise ScdError(f"{busy} ({_holder(path)}); {advice}") from error
+        except OSError as error:
+            print(
+                f"{path}: this file system has no locks ({reason(error)}): "
+                f"nothing keeps a second process out"
+            )
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": now}
+        try:
+            file.truncate(0)
+            file.write(json.dumps(holder).encode())
+        except OSError as error:
+            raise ScdError(f"{path}: cannot be written ({error.strerror or error})") from error
+        yield
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = read_json(path)
+        return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
+    except (ScdError, KeyError, TypeError):  # it has the lock, but has not told its name yet
+        return "its process has just begun"
