@@ -147,6 +147,13 @@ def test_qkv_start_is_that_of_three_linears():
     assert weight.shape == (384, 128)
 
 
+def test_sharding_sees_what_a_block_is_modulated_by():
+    """FSDP reduces a block's gradients once those of the tensors in its inputs are there."""
+    e = torch.randn(1, 1, 64, requires_grad=True)
+    leaves = torch.utils._pytree.tree_leaves(Modulations(e, project))
+    assert any(leaf is e for leaf in leaves)
+
+
 def test_wrong_conditions_are_refused(model, inputs):
     latents, _, _, actions = inputs
     with pytest.raises(ScdError, match="labels given"):

@@ -30,7 +30,7 @@ from scd.utils.tensor_files import is_torch_archive
 
 
 def build_world_model(options: Options, codec: Codec) -> WorldModel:
-    """A fresh model of the options' kind and sizes, for the codec's latents.
+    """Build a fresh model of the options' kind and sizes, for the codec's latents.
 
     Raises:
         ScdError: the frames do not divide into latents and patches.
@@ -101,8 +101,10 @@ def resolved_on(device: torch.device, rollout: RolloutOptions) -> RolloutOptions
 def load_checkpoint_for_use(
     path: Path, options_path: str | None = None, overrides: list[str] | None = None
 ) -> LoadedModel:
-    """Load `ema.safetensors` or `model.safetensors` of this project, the reference's `ema.pth`, or
-    a folder as `scd export` writes it (see `load_folder`).
+    """Load a checkpoint, or a folder as `scd export` writes it (see `load_folder`).
+
+    Checkpoints are `ema.safetensors` or `model.safetensors` of this project, or the reference's
+    `ema.pth`.
 
     Args:
         options_path: an options file instead of the options in the checkpoint.
@@ -165,7 +167,7 @@ def _built(options: Options, codec: Codec, tensors: dict[str, Tensor], path: Pat
 def options_for_use(
     path: Path, options_path: str | None = None, overrides: list[str] | None = None
 ) -> Options:
-    """The options that `load_checkpoint_for_use` goes by, found without reading the weights.
+    """Find the options that `load_checkpoint_for_use` goes by, without reading the weights.
 
     Raises:
         ScdError: the file is missing or damaged, no world model, or the options cannot work.
@@ -184,7 +186,7 @@ def options_for_use(
 
 
 def _own_options(path: Path, overrides: list[str] | None = None) -> Options | None:
-    """The options that a checkpoint or a folder carries; None for the reference's files."""
+    """Read the options that a checkpoint or a folder carries; None for the reference's files."""
     if path.is_dir():
         if not (path / OPTIONS_FILE).is_file():
             raise ScdError(
@@ -199,7 +201,7 @@ def _own_options(path: Path, overrides: list[str] | None = None) -> Options | No
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """Of a safetensors file; a file of `torch.save` has none, anything else is no checkpoint."""
+    """Read a safetensors file's metadata; a file of `torch.save` has none."""
     if path.suffix == ".safetensors":
         return read_metadata(path)
     if path.is_file() and not is_torch_archive(path):

@@ -30,7 +30,7 @@ RENAMED = {
 def load_reference_checkpoint(
     source: str | Path | dict[str, Tensor], patch_size: int = 1, fusion: str = "token_concat"
 ) -> SCD:
-    """An `SCD` with the weights of the reference implementation.
+    """Make an `SCD` with the weights of the reference implementation.
 
     Sizes, layers and conditions are read off the tensors.
 
@@ -124,8 +124,10 @@ def _halves(channels: Tensor) -> Tensor:
 def _take_context_projection(
     unknown: dict[str, Tensor], converted: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The LayerNorm and Linear of the context, recognised by their shapes: the only matrix among
-    the decoder's remaining tensors is the Linear's."""
+    """Take the context's LayerNorm and Linear from the rest, recognised by their shapes.
+
+    The only matrix among the decoder's remaining tensors is the Linear's.
+    """
     stems = {key.rpartition(".")[0] for key in unknown if key.startswith("decoder.")}
     rest = dict(unknown)
     for stem in stems:

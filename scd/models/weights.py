@@ -18,7 +18,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Read tensors and metadata of a safetensors file.
 
     Raises:
         ScdError: the file is missing or damaged.
@@ -31,7 +31,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file, without its tensors.
+    """Read the metadata of a safetensors file, without its tensors.
 
     Raises:
         ScdError: the file is missing or damaged.
@@ -46,7 +46,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A flat state dict that others published: `.safetensors`, or `.pth` of plain tensors.
+    """Read a flat state dict that others published: `.safetensors`, or `.pth` of plain tensors.
 
     Raises:
         ScdError: the file is missing, damaged, or holds anything but tensors.
@@ -95,8 +95,8 @@ def load_matching(module: nn.Module, tensors: dict[str, Tensor], source: str) ->
 
 
 def _refuse_differences(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    wanted = {name: _told(tensor) for name, tensor in module.state_dict().items()}
-    found = {name: _told(tensor) for name, tensor in tensors.items()}
+    wanted = {name: _described(tensor) for name, tensor in module.state_dict().items()}
+    found = {name: _described(tensor) for name, tensor in tensors.items()}
     differences = [
         f"{name} is {found.get(name, 'absent')}, the model's {wanted.get(name, 'absent')}"
         for name in sorted(wanted.keys() | found.keys())
@@ -111,6 +111,6 @@ def _refuse_differences(module: nn.Module, tensors: dict[str, Tensor], source: s
         )
 
 
-def _told(tensor: Tensor) -> str:
-    """Shape, and what no weight is converted to or from."""
+def _described(tensor: Tensor) -> str:
+    """Describe a tensor by its shape, and its type where no weight is converted to or from it."""
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' {tensor.dtype}'}"
