@@ -3,11 +3,11 @@
 torchrun --nproc_per_node=2 tests/train_on_processes.py KIND OPTIONS [key=value ...]
 
 Launched by `launch`, the processes are forks of one that has imported everything, and save the
-seconds which that takes. KIND is plain, sharded, hybrid or lost. Accelerate shards on accelerators only. `sharded` and
-`hybrid` stand for it on the CPU: they take the settings of `scripts/accelerate/fsdp2.yaml` and
-`hsdp.yaml` as `accelerate launch` hands them over; `hybrid` as on nodes of two. In `lost`, the
-second process stands still after the first step, as one does whose machine is gone, and seconds
-are enough to notice it.
+seconds which that takes. KIND is plain, sharded, hybrid or lost. Accelerate shards on accelerators
+only. `sharded` and `hybrid` stand for it on the CPU: they take the settings of
+`scripts/accelerate/fsdp2.yaml` and `hsdp.yaml` as `accelerate launch` hands them over; `hybrid` as
+on nodes of two. In `lost`, the second process stands still after the first step, as one does whose
+machine is gone, and seconds are enough to notice it.
 """
 
 import os
