@@ -318,7 +318,7 @@ def _resolve(written: Any, source: str, overrides: list[str]) -> Options:
         if not isinstance(part, dict):
             raise ScdError(f"{where}: an options file is a mapping of names to values")
         try:
-            merged = OmegaConf.merge(merged, _plain(part, Options, where))
+            merged = OmegaConf.unsafe_merge(merged, _plain(part, Options, where))
         except OmegaConfBaseException as error:
             raise ScdError(f"{where}: {error.full_key}: {_one_line(error)}") from error
         except OverflowError as error:

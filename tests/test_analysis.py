@@ -39,6 +39,8 @@ from scd.models.load import load_checkpoint_for_use
 from scd.options import FlowOptions, load_options
 from tests.test_causal_dit import make as make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, K, NEW, C, H, W = 2, 5, 2, 4, 4, 6  # no two counts that a result's axes have are the same
 ROWS, COLUMNS, STEPS = 2, 3, 4
 N = ROWS * COLUMNS  # tokens of a frame (patch 2)

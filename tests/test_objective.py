@@ -9,6 +9,8 @@ from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import continue_videos
 from tests.test_model import make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, F, C, H, W = 3, 4, 3, 4, 4
 TOKENS = 4
 

@@ -28,7 +28,7 @@ TINY = Path(__file__).parent.parent / "options/scd_doom_tiny.yml"
 STEPS, EVERY = 400, 20
 OTHERS = (0.04, 0.07, 0.15)  # of neither of the two that are kept
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
 
 
 def options(folder: Path, *overrides: str) -> Options:

@@ -55,7 +55,7 @@ CPU = torch.device("cpu")
 UNSAVED = {"path": None, "sha256": None, "step": None}
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
 
 
 def make_options(doom_root, output_root):

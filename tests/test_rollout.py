@@ -14,6 +14,8 @@ from scd.rollout import Rollout, cache, continue_videos, generate
 from scd.utils import precision
 from tests.test_model import make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, K, NEW, C, H, W = 2, 4, 3, 4, 4, 6
 STEPS = 4
 TOLERANCE = 5e-5  # absolute, fp32; measured: about 3e-6

@@ -26,7 +26,7 @@ SMALL += ["train.batch_size=2", "train.save_every=2", "train.workers=0", "train.
 SMALL += ["train.mixed_precision=no", "train.sample_every=0"]
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
 
 
 @pytest.fixture

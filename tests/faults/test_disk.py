@@ -43,7 +43,7 @@ SMALL += ["train.mixed_precision=no", "train.sample_every=0", "name=run"]
 FRAMES = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
 
 
 @dataclass
