@@ -374,7 +374,7 @@ def test_recorded_keys_train_and_are_evaluated(
         *(f"data.root={data}", f"output_root={tmp_path}", "name=keys", "data.source=video"),
         *("data.frames=6", "autoencoder.path=null", "model.patch_size=32", "model.heads=1"),
         *("model.encoder_layers=1", "model.decoder_layers=1", "train.steps=2", "train.workers=0"),
-        *("train.batch_size=2", "train.mixed_precision=no", "train.trackers=[]"),
+        *("train.batch_size=2", "train.mixed_precision=fp32", "train.trackers=[]"),
         *("eval.context_frames=3", "eval.new_frames=3", "eval.videos=2", "rollout.steps=1"),
         "eval.saved_videos=0",
     ]

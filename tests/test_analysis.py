@@ -392,7 +392,7 @@ def trained(doom_root, tmp_path):
         overrides = [
             *zero, *layers, f"name={kind}", f"data.root={doom_root}", "data.source=video",
             "data.frames=4", "autoencoder.path=null", "model.patch_size=32", "model.heads=1",
-            "train.steps=1", "train.batch_size=2", "train.workers=0", "train.mixed_precision=no",
+            "train.steps=1", "train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32",
             "eval.context_frames=3", f"output_root={tmp_path}",
         ]  # fmt: skip
         assert main(["train", "--opt", "options/scd_doom_tiny.yml", *overrides]) == 0

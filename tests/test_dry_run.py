@@ -63,8 +63,8 @@ def test_every_options_file_runs_dry(file, monkeypatch, capsys):
         layers = ["layers"] if options.model.type == "causal_dit" else ["encoder_", "decoder_"]
         overrides += [f"model.{side.removesuffix('layers')}layers=1" for side in layers]
         overrides += ["eval.context_frames=0"] if not options.eval.context_frames else []
-    elif options.adversary.weight:
-        overrides += ["adversary.channels=8"]
+    elif options.discriminator.weight:
+        overrides += ["discriminator.channels=8"]
     else:
         overrides += narrow(options.autoencoder)
     if options.data.frame_size > 128:  # half of it: what divides that divides the whole

@@ -172,7 +172,7 @@ def test_refusals(pipeline):
         pipeline(video, **{**given, "num_frames": 3})
     with pytest.raises(ScdError, match="output_type"):
         pipeline(video, output_type="pil", **given)
-    with pytest.raises(ScdError, match=r"rollout\.steps must be above 0, not 0"):
+    with pytest.raises(ScdError, match=r"rollout\.steps must be above 0, but is 0"):
         pipeline(video, **{**given, "num_inference_steps": 0})
     with pytest.raises(ScdError, match="the lowest and the highest noise level"):
         pipeline(video, guidance_interval=[0.7, 0.3], **given)

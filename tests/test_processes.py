@@ -46,7 +46,7 @@ def overrides(doom_root, tmp_path):
         f"output_root={tmp_path}",
         *("data.source=video", "autoencoder.path=null", "data.frames=4", "model.patch_size=16"),
         *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
-        *("train.steps=4", "train.save_every=2", "train.workers=0", "train.mixed_precision=no"),
+        *("train.steps=4", "train.save_every=2", "train.workers=0", "train.mixed_precision=fp32"),
         *(
             "train.log_every=1",
             "optim.lr=1e-4",

@@ -53,7 +53,7 @@ def make_options(doom_root: Path, output_root: Path, *overrides: str) -> Options
         "train.save_every=2",
         "train.log_every=1",
         "train.workers=0",
-        "train.mixed_precision=no",
+        "train.mixed_precision=fp32",
         "eval.context_frames=4",
         "eval.new_frames=4",  # with 4 given, too few for FVD
         "eval.videos=2",
@@ -165,7 +165,7 @@ def test_resumed_on_another_kind_of_machine(options, monkeypatch, capsys, fresh_
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about processors")
 def test_checkpoints_from_before_auto_go_on(options, monkeypatch, capsys, fresh_accelerate):
     """Their options name a precision, and their manifests none."""
-    o = options("name=old", "train.mixed_precision=no")
+    o = options("name=old", "train.mixed_precision=fp32")
     folder = train(o, stop_after=4)
     manifest = latest_checkpoint(folder) / "manifest.json"
     written = json.loads(manifest.read_text())

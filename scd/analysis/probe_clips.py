@@ -13,7 +13,7 @@ from scd.models import WorldModel
 from scd.models.load import LoadedModel
 from scd.options import RolloutOptions
 from scd.rollout import continue_videos
-from scd.utils.precision import autocast, resolve_precision
+from scd.utils.precision import Precision, autocast, resolve_precision
 from scd.utils.seeding import generator
 
 CLIPS_AT_ONCE = 16  # in one pass; bounds the memory
@@ -29,7 +29,7 @@ class ProbeClips:
     labels: Tensor | None  # (n,)
     known: int
     numbers: tuple[int, ...]  # of the clips in the validation list; randomness is a function of it
-    precision: str = "fp32"  # that probes compute in: fp32, tf32 or bf16
+    precision: Precision = "fp32"  # that probes compute in: fp32, tf32 or bf16
 
     def __len__(self) -> int:
         return len(self.latents)

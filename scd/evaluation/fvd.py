@@ -6,6 +6,7 @@ Its embedding of a video is the 400 class logits, averaged over time.
 
 import functools
 from collections.abc import Mapping
+from typing import get_args
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from scd.errors import ScdError
 from scd.evaluation.frame_metrics import check_videos, measuring
 from scd.evaluation.metric_weights import load_i3d_weights
-from scd.option_rules import CHOICES
+from scd.options import FvdPrecision
 from scd.utils.precision import DTYPES, resolve_precision
 
 FEATURES = 400
@@ -204,7 +205,7 @@ def i3d_features(
         raise ScdError(f"FVD needs videos of at least {SHORTEST} frames, these have {frames}")
     if batch_size is not None and batch_size < 1:
         raise ScdError(f"batch_size: {batch_size}, wanted at least 1")
-    known = CHOICES["eval.fvd_precision"]
+    known = get_args(FvdPrecision)
     if precision not in known:
         raise ScdError(f"precision: {precision!r}, known are {', '.join(known)}")
     device = videos.device if device is None else torch.device(device)

@@ -16,7 +16,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import safetensors.torch
@@ -31,8 +31,7 @@ from scd.data.video_checks import identity_of
 from scd.errors import ScdError
 from scd.evaluation.pictures import to_bytes
 from scd.models.autoencoder import autoencoder_hash
-from scd.option_rules import CHOICES
-from scd.options import Options
+from scd.options import FvdPrecision, Options
 from scd.utils.files import read_json, sha256, write_atomically, write_json
 
 MANIFEST = "manifest.json"
@@ -102,7 +101,7 @@ class SampleFolder:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples ({error})") from error
         numbers = (self.videos, self.context_frames, self.frames)
         fits = fits and all(type(number) is int and 0 <= number <= MOST for number in numbers)
-        fits = fits and self.fvd_precision in list(CHOICES["eval.fvd_precision"])
+        fits = fits and self.fvd_precision in get_args(FvdPrecision)
         if not fits or not self.videos or not self.context_frames < self.frames:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples, or a damaged one")
 

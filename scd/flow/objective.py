@@ -127,10 +127,10 @@ class FlowObjective(nn.Module):
         if options.encoder_input == "mixed":
             return torch.where(_of_frames(draws.clean_frame), latents, frames.noisy[:, 0])
         history = latents
-        if options.own_history:
+        if options.self_forcing_prob:
             own = self._own_frames(latents, conditions, draws)
             history = torch.where(_of_frames(draws.own_history[:, None]), own, latents)
-        if options.history_noise:
+        if options.history_noise_max:
             # A frame is predicted from other noise than that of its history.
             level = _of_frames(draws.history_level[:, None])
             history = level * draws.noise[:, 0] + (1 - level) * history

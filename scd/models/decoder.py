@@ -1,6 +1,7 @@
 """The frame decoder: once per denoising step, inside one frame, under the encoder's context."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from scd.models.layers import (
     unpatchify,
 )
 from scd.models.linear import Float32Linear
+from scd.options import Fusion
 
-FUSIONS = ("token_concat", "token_concat_with_proj", "concat", "add")
+FUSIONS = get_args(Fusion)
 
 
 class FrameDecoder(nn.Module):

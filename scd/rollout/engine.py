@@ -12,8 +12,7 @@ from scd.flow.sampler import guide, integrate, noise_levels
 from scd.models.linear import PackedWeights
 from scd.models.scd import DecoderField
 from scd.models.world_model import MAX_TIMESTEP, VelocityField, WorldModel
-from scd.option_rules import check_rollout
-from scd.options import RolloutOptions
+from scd.options import Guidance, RolloutOptions, check_rollout
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.conditions import RolloutConditions
 from scd.utils.precision import float32_products, resolve_precision, with_weights_in
@@ -64,7 +63,7 @@ class Rollout:
         self.levels = noise_levels(s.steps, s.spacing, s.shift)
         self._timesteps = MAX_TIMESTEP * torch.tensor(self.levels[:-1], device=model.device)
         if s.window:
-            kept = s.window_first + model.start_places if s.window_first else 0
+            kept = s.sink_frames + model.start_places if s.sink_frames else 0
             places = s.window + model.start_places + model.noisy_places
             self.window = Window(places, "slide", kept)
         else:
@@ -211,7 +210,7 @@ def generate(
     num_frames: int,
     num_steps: int,
     guidance_scale: float = 1.0,
-    guidance: str = "context",
+    guidance: Guidance = "context",
     noise: Tensor | None = None,
     generator: Generators = None,
 ) -> Tensor:

@@ -64,7 +64,7 @@ def describe(options: Options) -> str:
 def _on_noise(options: Options, folder: Path) -> Options:
     """The same experiment for one step, with clips of noise, all below `folder`."""
     data, evaluation = options.data, options.eval
-    if options.task == "world_model" or options.adversary.weight:
+    if options.task == "world_model" or options.discriminator.weight:
         path = options.autoencoder.path
         if path is not None and not (to_read(path) / "config.json").is_file():
             path = str(folder / "autoencoder")

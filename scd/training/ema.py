@@ -31,8 +31,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from scd.errors import ScdError
 from scd.models.weights import read_weights
-from scd.option_rules import MAX_SIGMA_REL
-from scd.options import Options, options_to_dict
+from scd.options import MAX_SIGMA_REL, Options, options_to_dict
 from scd.training.sharding import sharded_like, whole_on_cpu
 from scd.utils.files import write_atomically
 from scd.utils.processes import error_barrier, processes

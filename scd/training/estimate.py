@@ -78,7 +78,7 @@ def clip_cost(options: Options, codec: Codec) -> ClipCost:
     """Count what the model itself asks for, by which training speed is judged.
 
     Attention counts for the keys that a query may see. A frozen autoencoder and a history of the
-    model's own frames (`flow.own_history`) are left out.
+    model's own frames (`flow.self_forcing_prob`) are left out.
 
     Every further layer costs as much as the second: counting all twelve of the dense baseline, on
     300 frames, would keep a run from starting for a minute.

@@ -132,7 +132,7 @@ def kept_of_parameters(optimizer: Optimizer) -> list[tuple[torch.Tensor, set[str
 
 
 class OptimizedModel:
-    """The task's network, or the adversary that learns against it.
+    """The task's network, or the discriminator that learns against it.
 
     Args:
         groups, bf16: see `scd.training.optimizer.make_optimizer`.

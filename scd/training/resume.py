@@ -99,7 +99,7 @@ def precision_before(saved: dict[str, Any]) -> str | None:
     """Read what a checkpoint's run computed in; None where its manifest does not say."""
     # Checkpoints from before `auto` computed in what the option named.
     named = flat_options(saved["options"]).get("train.mixed_precision")
-    return saved.get("precision") or {"bf16": "bf16", "no": "fp32"}.get(str(named))
+    return saved.get("precision") or (named if named in ("bf16", "fp32") else None)
 
 
 def flat_options(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

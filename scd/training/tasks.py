@@ -27,7 +27,7 @@ class Task(Protocol):
         ...
 
     @property
-    def adversary(self) -> nn.Module | None:
+    def discriminator(self) -> nn.Module | None:
         """A second part of the objective, which learns against the network: its own optimiser
         steps on the gradients of the same loss. It is saved, but neither averaged nor exported."""
         ...

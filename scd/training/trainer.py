@@ -69,10 +69,13 @@ class Trainer:
         self.saved_step = 0
         bf16 = all_have_bf16(accelerator.device)
         self.learner = OptimizedModel(task.network, task.parameter_groups(), options, bf16)
-        self.adversary: OptimizedModel | None = None
-        if task.adversary is not None:
-            group = {"params": list(task.adversary.parameters()), "lr": options.optim.adversary_lr}
-            self.adversary = OptimizedModel(task.adversary, [group], options, bf16)
+        self.discriminator: OptimizedModel | None = None
+        if task.discriminator is not None:
+            group = {
+                "params": list(task.discriminator.parameters()),
+                "lr": options.optim.discriminator_lr,
+            }
+            self.discriminator = OptimizedModel(task.discriminator, [group], options, bf16)
         task.objective.to(accelerator.device)
         state = self._newest_state()
         data = options.data
@@ -90,7 +93,9 @@ class Trainer:
         self.averages = PostHocEMA(task.network, options, saved_averages)
         if self.main:
             set_aside_newer_snapshots(options.output, self.step)
-        saved = () if state is None else (state.optimizer, (state.adversary or {}).get("optimizer"))
+        saved = (
+            () if state is None else (state.optimizer, (state.discriminator or {}).get("optimizer"))
+        )
         for learner, optimizer, moments in zip_longest(learners, prepared, saved[: len(learners)]):
             learner.start(optimizer, self.step, moments)
         output = options.output
@@ -207,10 +212,10 @@ class Trainer:
             optimizer=whole_on_cpu(self.learner.optimizer.state_dict(), keep),
             averages=self.averages.state(keep),
         )
-        if self.adversary is not None:
-            state.adversary = {
-                "model": whole_on_cpu(self.adversary.network.state_dict(), keep),
-                "optimizer": whole_on_cpu(self.adversary.optimizer.state_dict(), keep),
+        if self.discriminator is not None:
+            state.discriminator = {
+                "model": whole_on_cpu(self.discriminator.network.state_dict(), keep),
+                "optimizer": whole_on_cpu(self.discriminator.optimizer.state_dict(), keep),
             }
         return state
 
@@ -229,12 +234,12 @@ class Trainer:
         )
 
     def _learners(self) -> list[OptimizedModel]:
-        return [self.learner] if self.adversary is None else [self.learner, self.adversary]
+        return [self.learner] if self.discriminator is None else [self.learner, self.discriminator]
 
     def _train_step(
         self, batches: Iterator[dict[str, Tensor]], meter: Meter, request: StopRequest
     ) -> tuple[dict[str, Tensor], bool, bool]:
-        """One optimiser step, of an adversary too, over `gradient_accumulation` batches.
+        """One optimiser step, of a discriminator too, over `gradient_accumulation` batches.
 
         Returns:
             What to log; whether the step was bad, and so not applied; whether to stop. The last
@@ -261,7 +266,7 @@ class Trainer:
                 totals[name] = totals.get(name, 0) + value.detach() / accumulation
             seen.append((samples, values["loss"].detach()))
         norms = [learner.clip(self.accelerator) for learner in self._learners()]
-        totals |= zip(("grad_norm", "adversary_grad_norm"), norms, strict=False)
+        totals |= zip(("grad_norm", "discriminator_grad_norm"), norms, strict=False)
         judged = is_bad(totals["loss"], norms, self.options.optim.skip_grad_norm)
         asked = request.signal is not None
         bad, stop, unsaved = agree(self.accelerator, judged, asked, self.checkpoints.failed)
@@ -338,9 +343,11 @@ class Trainer:
         refuse_other_run(state.run, now, str(path))
         load_matching(self.task.network, state.ema, str(path))  # for now, to see that it fits
         load_matching(self.task.network, state.model, str(path))
-        if self.adversary is not None:
-            assert state.adversary is not None  # the run is the same, so it had one
-            load_matching(self.adversary.network, state.adversary["model"], f"{path} (adversary)")
+        if self.discriminator is not None:
+            assert state.discriminator is not None  # the run is the same, so it had one
+            load_matching(
+                self.discriminator.network, state.discriminator["model"], f"{path} (discriminator)"
+            )
         self.step = self.saved_step = state.step
         if self.main:
             set_aside_newer(path)

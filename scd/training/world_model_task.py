@@ -38,7 +38,7 @@ VALIDATION_VIDEOS = 16  # while training; a full evaluation is `scd evaluate`
 class WorldModelTask:
     """See `scd.training.tasks.Task`."""
 
-    adversary = None
+    discriminator = None
     pictures = {
         "grid.png": "generated above real, given frames framed",
         "*.mp4": "left generated, right real, given frames framed",

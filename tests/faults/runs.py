@@ -78,7 +78,7 @@ class Runs:
             *("data.source=video", "data.frame_size=16", "data.frames=3", "model.patch_size=8"),
             *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
             *("train.steps=4", "train.save_every=2", "train.log_every=1", "train.batch_size=2"),
-            *("train.workers=0", "train.mixed_precision=no", "optim.schedule=constant"),
+            *("train.workers=0", "train.mixed_precision=fp32", "optim.schedule=constant"),
             *("eval.context_frames=2", "eval.new_frames=2", "eval.videos=2", "optim.lr=1e-3"),
         ]
 
