@@ -30,8 +30,10 @@ from scd.evaluation import (
     lpips_distance,
     psnr,
     ssim,
-    weights,
     weights_hash,
+)
+from scd.evaluation import (
+    metric_weights as weights,
 )
 
 
