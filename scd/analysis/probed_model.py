@@ -22,10 +22,10 @@ from scd.analysis.quality import (
     paired,
 )
 from scd.data.clips import TrainingClips
-from scd.evaluation.table import Table
 from scd.models import WorldModel
 from scd.models.load import LoadedModel
 from scd.options import Options
+from scd.utils.table import Table
 
 METRICS = {"psnr": ("PSNR, dB", 2), "lpips": ("LPIPS", 3)}
 TOLERANCE = 0.05  # increase of the loss at which a change counts as harmless

@@ -17,12 +17,13 @@ from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.evaluate import evaluation_folder
 from scd.evaluation.protocol import MODEL
-from scd.evaluation.table import COLUMNS, Table, of_fvd, rollout_text
+from scd.evaluation.table import COLUMNS, of_fvd, rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options
 from scd.rollout import Rollout
 from scd.utils.environment import environment
 from scd.utils.files import read_json, write_atomically, write_json
+from scd.utils.table import Table
 
 TIMED_FRAMES = 9  # of each model, after one that warms up
 

@@ -9,10 +9,11 @@ from accelerate.utils import ProjectConfiguration
 from scd.evaluation.pictures import write_grid, write_side_by_side
 from scd.evaluation.protocol import MODEL, REAL_SET
 from scd.evaluation.samples import SampleFolder
-from scd.evaluation.table import Evaluation, Table, sweep_table, table
+from scd.evaluation.table import Evaluation, sweep_table, table
 from scd.options import Options
 from scd.utils.environment import environment
 from scd.utils.files import write_atomically, write_json
+from scd.utils.table import Table
 from scd.utils.tracking import trackers_of
 
 Done = tuple[dict[str, str], Path, Evaluation]  # varied options, folder of samples, result

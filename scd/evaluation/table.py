@@ -18,6 +18,7 @@ from scd.evaluation.measures import Measures
 from scd.evaluation.protocol import REAL_SET
 from scd.evaluation.samples import SampleFolder
 from scd.options import RolloutOptions
+from scd.utils.table import Table
 
 FIRST_FRAMES = 4
 
@@ -60,30 +61,6 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass
-class Table:
-    """Text in lines and columns, of which the first `names` are names; and notes below."""
-
-    heads: list[str]
-    lines: list[list[str]]
-    names: int
-    notes: list[str]
-
-    def markdown(self) -> str:
-        columns = list(zip(self.heads, *self.lines, strict=True))
-        padded = []
-        for number, column in enumerate(columns):
-            width = max(map(len, column))
-            if number < self.names:
-                head, *cells = [cell.ljust(width) for cell in column]
-                padded.append([head, "-" * width, *cells])
-            else:
-                head, *cells = [cell.rjust(width) for cell in column]
-                padded.append([head, "-" * (width - 1) + ":", *cells])
-        text = ["| " + " | ".join(cells) + " |" for cells in zip(*padded, strict=True)]
-        return "\n".join([*text, *(f"\n{note}" for note in self.notes)])
 
 
 def summarise(samples: SampleFolder, measures: Measures) -> Evaluation:
