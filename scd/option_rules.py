@@ -82,6 +82,7 @@ NOT_NEGATIVE = [
     "rollout.window",
     "rollout.window_first",
     "eval.saved_videos",
+    "eval.windows",
     "autoencoder.lpips_weight",
     "adversary.weight",
 ]

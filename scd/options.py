@@ -196,6 +196,7 @@ class EvalOptions:
     # Rows beside the model's; each takes as long to measure as the model's.
     comparisons: list[str] = field(default_factory=lambda: ["repeat", "autoencoder", "other"])
     fvd_precision: str = "fp32"  # | bf16: half the time where the device has it
+    windows: int = 0  # of the new frames, each with an FVD of its own; 0: only of whole clips
 
 
 @dataclass
