@@ -1,4 +1,4 @@
-"""The metrics of generated videos. Each is one entry of `METRICS`; no other module names it.
+"""The metrics of generated videos: each is one entry of `METRICS`, which all of evaluation reads.
 
 Three kinds: a frame metric compares each new frame with the real one, a clip statistic is a number
 of a clip alone that is held against that of the real clips, and a set metric is a distance between

@@ -144,8 +144,8 @@ class SampleFolder:
             ScdError: samples of another identity lie there.
         """
         if (path / MANIFEST).exists():
-            found = read_json(path / MANIFEST)
-            if not isinstance(found, dict) or found.get("identity") != identity:
+            manifest = read_json(path / MANIFEST)
+            if not isinstance(manifest, dict) or manifest.get("identity") != identity:
                 raise ScdError(f"{path}: holds samples of another evaluation; move them away")
         parts = {"rows": rows, "protocol": protocol, "checkpoint": checkpoint}
         write_json(path / MANIFEST, {"identity": identity, **parts})
@@ -243,9 +243,9 @@ class SampleFolder:
 def siblings(samples: SampleFolder) -> list[SampleFolder]:
     """Find other evaluations of the same real clips, cut and measured in the same way, of this
     experiment and of those beside it."""
-    found: list[SampleFolder] = []
+    others: list[SampleFolder] = []
     if samples.path.parent.name != EVALUATIONS:
-        return found
+        return others
     for path in sorted(samples.path.parents[2].glob(f"*/{EVALUATIONS}/*")):
         try:
             other = SampleFolder(path)
@@ -254,8 +254,8 @@ def siblings(samples: SampleFolder) -> list[SampleFolder]:
         except (ScdError, KeyError, TypeError):  # not a folder of samples, or a damaged one
             continue
         if same:
-            found.append(other)
-    return found
+            others.append(other)
+    return others
 
 
 def _is_row(sets: object) -> bool:
