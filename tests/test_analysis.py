@@ -29,7 +29,7 @@ from scd.analysis.similarity import (
 )
 from scd.cli import main
 from scd.errors import ScdError
-from scd.evaluation import measures
+from scd.evaluation import metrics
 from scd.evaluation.metric_weights import MetricUnavailable
 from scd.flow.noise import FlowDraws
 from scd.flow.objective import LEVELS, FlowObjective, with_scaled_latents
@@ -536,10 +536,10 @@ def test_chosen_clips():
 def test_an_exported_folder_and_a_metric_that_is_missing(trained, monkeypatch):
     """A folder is probed like a checkpoint; what cannot be measured is told."""
 
-    def nowhere():
+    def nowhere(weights):
         raise MetricUnavailable("no weights here")
 
-    monkeypatch.setattr(measures, "load_lpips_weights", nowhere)
+    monkeypatch.setattr(metrics, "weights_hash", nowhere)
     folder = trained.root / "exported"
     assert main(["export", str(trained("scd")), "--out", str(folder)]) == 0
     assert main(["probe", str(folder), "--clips", "2", "--steps", "3", "--fine-tune", "0"]) == 0

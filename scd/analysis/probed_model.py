@@ -22,12 +22,13 @@ from scd.analysis.quality import (
     paired,
 )
 from scd.data.clips import TrainingClips
-from scd.evaluation.table import Table
+from scd.evaluation.metrics import METRICS
 from scd.models import WorldModel
 from scd.models.load import LoadedModel
 from scd.options import Options
+from scd.utils.table import Table
 
-METRICS = {"psnr": ("PSNR, dB", 2), "lpips": ("LPIPS", 3)}
+FRAME_METRICS = ("psnr", "lpips")
 TOLERANCE = 0.05  # increase of the loss at which a change counts as harmless
 
 
@@ -109,10 +110,9 @@ class ProbedModel:
     @property
     def missing(self) -> dict[str, str]:
         """Metrics that would be measured, and why they are not."""
-        missing = dict(self.judge.measures.missing)
-        if len(self.clips) < FVD_CLIPS:
-            missing.pop("fvd", None)
-        return missing
+        wanted = [*FRAME_METRICS, "fvd"] if len(self.clips) >= FVD_CLIPS else FRAME_METRICS
+        missing = self.judge.available.missing
+        return {metric: why for metric, why in missing.items() if metric in wanted}
 
     def difference(self, variant: Variant, metric: str) -> tuple[float, float]:
         """Compare a frame metric with the untouched model's: difference, standard error."""
@@ -135,11 +135,11 @@ class ProbedModel:
         """For `figures.differences`: a panel for each metric of the frames."""
         assert self.untouched.frames is not None
         return {
-            f"{label}, difference": {
+            f"{_label(metric)}, difference": {
                 name: [None if v is None else self.difference(v, metric) for v in line]
                 for name, line in lines.items()
             }
-            for metric, (label, _) in METRICS.items()
+            for metric in FRAME_METRICS
             if metric in self.untouched.frames.metrics
         }
 
@@ -147,11 +147,11 @@ class ProbedModel:
         """A line for each: increase of the loss, difference of the frames' metrics, FVD."""
         untouched = self.untouched
         assert untouched.frames is not None
-        metrics = [metric for metric in METRICS if metric in untouched.frames.metrics]
-        heads = ["", "loss"] + [METRICS[metric][0] for metric in metrics]
+        metrics = [metric for metric in FRAME_METRICS if metric in untouched.frames.metrics]
+        heads = ["", "loss"] + [_label(metric) for metric in metrics]
         lines = []
         plain = [
-            f"{untouched.frames.metrics[metric].mean():.{METRICS[metric][1]}f}"
+            METRICS[metric].format(float(untouched.frames.metrics[metric].mean()))
             for metric in metrics
         ]
         assert untouched.loss is not None
@@ -161,7 +161,7 @@ class ProbedModel:
             line.append("–" if variant.loss is None else percent(self.loss_increase(variant)))
             for metric in metrics:
                 mean, error = self.difference(variant, metric)
-                digits = METRICS[metric][1]
+                digits = METRICS[metric].decimals
                 line.append(f"{mean:+.{digits}f} ± {error:.{digits}f}")
             lines.append(line)
         if untouched.frames.fvd is not None:
@@ -188,6 +188,11 @@ class ProbedModel:
                 out[f"{metric}_difference"] = self.difference(variant, metric)
             out["fvd"] = variant.frames.fvd
         return out
+
+
+def _label(metric: str) -> str:
+    """Name a metric with its unit."""
+    return ", ".join(filter(None, (METRICS[metric].title, METRICS[metric].unit)))
 
 
 def percent(share: tuple[float, float]) -> str:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from scd.analysis.probe_clips import ProbeClips, roll_out
-from scd.evaluation.fvd import SHORTEST, frechet_distance
-from scd.evaluation.measures import Measures
+from scd.evaluation.fvd import frechet_distance
+from scd.evaluation.i3d import SHORTEST, i3d_features
+from scd.evaluation.metrics import AvailableMetrics
 from scd.flow.objective import errors_by_level
 from scd.models import WorldModel
 from scd.models.autoencoder import Codec
@@ -62,7 +63,7 @@ class FrameJudge:
     """Measures new frames against the real ones, and FVD where there are clips enough.
 
     Raises:
-        ScdError: see `Measures`.
+        ScdError: the weights of a metric are damaged.
     """
 
     def __init__(self, codec: Codec, clips: ProbeClips, steps: int, seed: int):
@@ -70,10 +71,10 @@ class FrameJudge:
         self.clips = clips
         self.steps = steps
         self.seed = seed
-        self.measures = Measures()
+        self.available = AvailableMetrics()
         enough = len(clips) >= FVD_CLIPS and clips.latents.shape[1] >= SHORTEST
-        # None also where its weights are not there.
-        self._real = self.measures.features(clips.video) if enough else None
+        fvd = enough and "fvd" in self.available.metrics
+        self._real = i3d_features(clips.video) if fvd else None
 
     @torch.no_grad()
     def __call__(self, model: WorldModel, around: Around = nullcontext) -> Frames:
@@ -84,12 +85,9 @@ class FrameJudge:
             with around(part):
                 latents = roll_out(model, part, self.steps, self.seed)
             new = (self.codec.decode(latents) * 255).round() / 255
-            found.append(self.measures.frames(new, part.video[:, known:]))
-            of_clips = None
+            found.append(self.available.compare_frames(new, part.video[:, known:]))
             if self._real is not None:
-                of_clips = self.measures.features(torch.cat([part.video[:, :known], new], dim=1))
-            if of_clips is not None:
-                features.append(of_clips)
+                features.append(i3d_features(torch.cat([part.video[:, :known], new], dim=1)))
         metrics = {name: torch.cat([part[name] for part in found]) for name in found[0]}
         fvd = None if self._real is None else frechet_distance(self._real, torch.cat(features))
         return Frames(metrics, fvd)

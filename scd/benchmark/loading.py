@@ -27,12 +27,12 @@ from scd.data.lists import ClipEntry, write_list
 from scd.data.loader import training_batches
 from scd.data.video import write_video
 from scd.data.video_checks import VideoChecks
-from scd.evaluation.table import Table
 from scd.models.autoencoder import PUBLISHED_SCALING, LatentCodec, build_autoencoder
 from scd.options import Options, load_options
 from scd.training.estimate import estimate_step
 from scd.utils.files import write_atomically
 from scd.utils.paths import project_file
+from scd.utils.table import Table
 
 SETTING = project_file("options/scd_minecraft.yml")
 # What the data have to keep up with, on paper: nobody has measured a step on these GPUs.

@@ -286,6 +286,8 @@ class EvalOptions:
     )
     # Precision of the FVD network. bf16: half the time where the device has it.
     fvd_precision: FvdPrecision = "fp32"
+    # Split the new frames into this many windows, each with an FVD of its own; 0: whole clips only.
+    windows: int = not_negative(0)
 
 
 @dataclass

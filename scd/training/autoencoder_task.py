@@ -23,7 +23,7 @@ from torch.func import functional_call
 from scd.data.clips import clip_folder, with_float_pixels
 from scd.errors import ScdError
 from scd.evaluation.frame_metrics import load_lpips
-from scd.evaluation.measures import Measures
+from scd.evaluation.metrics import AvailableMetrics
 from scd.models.autoencoder import (
     ENCODING,
     Autoencoder,
@@ -95,7 +95,8 @@ class AutoencoderTask:
         picture = Image.fromarray(rows)
         picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
         write_atomically(folder / "reconstructions.png", picture.save)
-        return {name: float(v.mean()) for name, v in Measures().frames(out, real).items()}
+        metrics = AvailableMetrics().compare_frames(out, real)
+        return {name: float(values.mean()) for name, values in metrics.items()}
 
     @torch.no_grad()
     def export(self, network: Autoencoder, folder: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
 from scd.errors import ScdError
-from scd.evaluation.fvd import SHORTEST
+from scd.evaluation.i3d import SHORTEST
 from scd.models.autoencoder import build_autoencoder, load_codec
 from scd.options import AutoencoderOptions, Options, load_options
 from scd.training.encode import encoding_name, latent_shape
