@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from scd.data.clips import StepSampler, TrainingClips
 from scd.errors import ScdError
 from scd.options import TrainOptions
-from scd.training.watchdog import leave_signals_to_the_trainer
+from scd.utils.signals import ignore_stop_signals
 
 
 @contextmanager
@@ -36,13 +36,13 @@ def training_batches(
         num_workers=options.workers,
         pin_memory=accelerator.device.type == "cuda",
         prefetch_factor=4 if options.workers else None,
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=ignore_stop_signals,
     )
     batches = iter(loader)
     try:
         yield _told(batches)
     finally:
-        # Only their iterator can stop workers that leave signals to the trainer, and the traceback
+        # Only their iterator can stop workers that ignore stop signals, and the traceback
         # of an error may keep it for ever: the process would wait for them when it leaves.
         if options.workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]
