@@ -18,6 +18,7 @@ from scd.data.clips import ClipFolder
 from scd.data.framing import Framing, as_images, framing_of
 from scd.data.latents import (
     LatentHeader,
+    LatentSpec,
     check_latents,
     latent_header,
     of_another_video,
@@ -107,6 +108,18 @@ def _encode_video(video: Video, codec: LatentCodec, framing: Framing, precision:
 def encoding_name(options: Options) -> str:
     """What identifies how latents were made: the encoder's hash, and any scaling before it."""
     return encoder_hash(str(options.autoencoder.path)) + framing_of(options.data).name
+
+
+def latent_spec(options: Options) -> LatentSpec | None:
+    """Describe the latents that an experiment trains on; None if it reads videos.
+
+    Raises:
+        ScdError: there is no autoencoder, or the frames do not divide into latents.
+    """
+    if options.data.source == "video":
+        return None
+    codec = load_codec(options.autoencoder.path)
+    return LatentSpec(encoding_name(options), latent_shape(codec, options))
 
 
 def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -> None:

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scd.data.clips import TrainingClips
-from scd.data.loader import training_batches
+from scd.data.loader import TrainingClips, training_batches
 from scd.errors import ScdError, Stopped
 from scd.models.weights import load_matching
 from scd.options import Options

@@ -18,8 +18,7 @@ from torch.distributed import TCPStore
 
 from scd.errors import ScdError, Stopped, reason
 from scd.utils.files import read_json, write_json
-
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+from scd.utils.processes import STOP_SIGNALS
 
 
 class StopRequest:
@@ -47,7 +46,7 @@ def stop_request() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may ask for signals
         return
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     if before[signal.SIGHUP] == signal.SIG_IGN:  # by nohup: the run is to outlive its terminal
         del before[signal.SIGHUP]
     for number in before:
@@ -67,13 +66,6 @@ def _leave_terminal() -> None:
             if stat.S_ISCHR(os.fstat(output).st_mode):
                 os.dup2(nowhere, output)
     os.close(nowhere)
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """For data workers, which get the signals sent to a whole job: the trainer needs their batches
-    for the step that it finishes. They leave when it does, or dies."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
 
 
 NAME = "heartbeat.json"

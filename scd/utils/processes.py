@@ -6,6 +6,7 @@ several machines: a shared file system).
 
 import atexit
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from torch.distributed.rendezvous import rendezvous
 from scd.errors import ScdError, reason
 from scd.utils.precision import has_bf16
 
+# What a scheduler, a launcher, a user or a lost terminal sends to stop a job.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 LONGEST_WAIT = timedelta(hours=12)  # for the slowest process
 LONGEST_START = timedelta(minutes=5)  # of the last process after the first
 TOLD_AFTER = 10  # seconds of waiting for it
