@@ -275,8 +275,8 @@ def test_nohup_keeps_its_meaning():
 
 
 def test_own_files_are_found_from_any_folder(tmp_path, monkeypatch):
-    from scd.data.hub import AUTOENCODERS
     from scd.models.autoencoder import encoder_hash, load_codec
+    from scd.models.published_autoencoder import AUTOENCODERS
     from scd.utils.paths import project_file
 
     monkeypatch.chdir(tmp_path)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from scd.cli import main
-from scd.data.clips import ClipFolder, TrainingClips, clip_folder, with_float_pixels
+from scd.data.clips import ClipFolder, clip_folder, with_float_pixels
 from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.loader import TrainingClips
 from scd.data.sequential_video import InOrderVideo, decode, remedy
 from scd.data.video import VideoFile, write_video
 from scd.data.video_checks import KEPT, VideoChecks, decoder

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from scd.data.clips import TrainingClips, clip_folder
+from scd.data.clips import clip_folder
+from scd.data.loader import TrainingClips
 from scd.errors import ScdError
 from scd.flow.objective import FlowObjective, with_scaled_latents
 from scd.models import WorldModel

@@ -21,7 +21,7 @@ from scd.analysis.quality import (
     loss_by_level,
     paired,
 )
-from scd.data.clips import TrainingClips
+from scd.data.loader import TrainingClips
 from scd.evaluation.metrics import METRICS
 from scd.models import WorldModel
 from scd.models.load import LoadedModel

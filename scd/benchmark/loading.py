@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from scd.benchmark.cases import ACTIONS, CHANNELS, DataCase
 from scd.benchmark.machine import peak_bytes
 from scd.benchmark.streaming import AUTOENCODER
-from scd.data.clips import TrainingClips, clip_folder
+from scd.data.clips import clip_folder
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
-from scd.data.loader import training_batches
+from scd.data.loader import TrainingClips, training_batches
 from scd.data.video import write_video
 from scd.data.video_checks import VideoChecks
 from scd.models.autoencoder import PUBLISHED_SCALING, LatentCodec, build_autoencoder

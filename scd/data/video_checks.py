@@ -151,7 +151,7 @@ class VideoChecks:
         write_json(self._path, {DECODER: decoder(), "videos": videos})
 
 
-def told_in_order(list_path: Path, root: Path, videos: list[str]) -> str:
+def slow_reading_note(list_path: Path, root: Path, videos: list[str]) -> str:
     """One line on the videos of a list that are slow to read, and the remedy."""
     return (
         f"{list_path}: videos read from their first frame on for every clip, since seeking in them "

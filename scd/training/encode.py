@@ -19,6 +19,7 @@ from scd.data.clips import ClipFolder
 from scd.data.framing import Framing, as_images, framing_of
 from scd.data.latents import (
     LatentHeader,
+    LatentSpec,
     check_latents,
     latent_header,
     of_another_video,
@@ -88,6 +89,18 @@ def encode_dataset(options: Options) -> None:
                         raise ScdError(f"{target}: {found[target]} latents for {length} frames")
             named = [replace(e, latent_path=str(targets[str(e.video_path)])) for e in entries]
             write_list(list_path, named)
+
+
+def latent_spec(options: Options) -> LatentSpec | None:
+    """Describe the latents that an experiment trains on; None if it reads videos.
+
+    Raises:
+        ScdError: there is no autoencoder, or the frames do not divide into latents.
+    """
+    if options.data.source == "video":
+        return None
+    codec = load_codec(options.autoencoder.path)
+    return LatentSpec(encoding_name(options), latent_shape(codec, options))
 
 
 def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -> None:

@@ -13,7 +13,7 @@ from accelerate.utils import gather, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from scd.data.clips import TrainingClips, too_many_broken
+from scd.data.loader import TrainingClips, too_many_broken
 from scd.errors import ScdError
 from scd.training.run_log import RunLog, read_log
 from scd.utils.files import write_atomically

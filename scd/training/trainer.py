@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from scd.data.clips import TrainingClips
-from scd.data.loader import training_batches
+from scd.data.loader import TrainingClips, training_batches
 from scd.errors import ScdError, Stopped
 from scd.options import Options
 from scd.training.checkpoint import CheckpointWriter, TrainingState, saves_in_background

@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from scd.data.clips import HELD_OUT_STREAM, ClipFolder, clip_folder
+from scd.data.clips import ClipFolder, clip_folder
+from scd.data.loader import HELD_OUT_STREAM
 from scd.evaluation.evaluate import evaluate_in_passing
 from scd.flow.objective import LEVELS, FlowObjective, errors_by_level, with_scaled_latents
 from scd.models.autoencoder import Codec, load_codec

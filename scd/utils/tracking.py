@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.tracking import GeneralTracker, WandBTracker, on_main_process
@@ -12,14 +12,16 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 from PIL import Image
 
 from scd.errors import ScdError
-from scd.options import Options
 from scd.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from scd.options import Options
 
 STEP = "step"  # the metric that wandb plots all others over
 RUN_FILE = "wandb.json"  # in an experiment's folder, with the ID of its wandb run
 
 
-def trackers_of(options: Options, job: str) -> list[str | GeneralTracker]:
+def trackers_of(options: "Options", job: str) -> list[str | GeneralTracker]:
     """Make the trackers of `train.trackers` for `Accelerator(log_with=...)`.
 
     Args:
@@ -48,7 +50,7 @@ class WandB(WandBTracker):
     logs until it is past the last step of the killed one.
     """
 
-    def __init__(self, options: Options, job: str):
+    def __init__(self, options: "Options", job: str):
         super().__init__(options.train.wandb_project)
         self.options = options
         self.job = job

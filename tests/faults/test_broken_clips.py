@@ -9,8 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from scd.cli import main
-from scd.data.clips import ClipFolder, StepSampler, TrainingClips, clip_folder
+from scd.data.clips import ClipFolder, clip_folder
 from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.loader import StepSampler, TrainingClips
 from scd.errors import ScdError
 from scd.models.autoencoder import load_codec
 from scd.options import Options, load_options

@@ -17,12 +17,10 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save
 
-from scd.data.archives import unpack
 from scd.data.clips import ClipFolder, read_actions
-from scd.data.hub import _Notes
-from scd.data.hub_repository import HubFile
+from scd.data.hub import HubFile, unpack
 from scd.data.latents import check_latents, latent_header, read_latents
-from scd.data.published import adopt_lists
+from scd.data.published import Notes, adopt_lists
 from scd.data.video import NpzVideo, write_video
 from scd.data.video_checks import KEPT, VideoChecks
 from scd.errors import ScdError
@@ -317,7 +315,7 @@ def notes(_: Path) -> Kind:
     data = {"complete": "abc", "files": {"shard-0.tar": note}}
 
     def read(folder: Path) -> None:
-        notes = _Notes(folder / "fetched.json")
+        notes = Notes(folder / "fetched.json")
         notes.has(HubFile("shard-0.tar", 1, "abc", None))
         assert isinstance(notes.count((".mp4",)), int) and len(notes.lists()) >= 0
 
