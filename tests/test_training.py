@@ -144,7 +144,7 @@ def test_resumed_on_another_kind_of_machine(options, monkeypatch, capsys, fresh_
 
 
 def test_checkpoints_with_former_names_of_options_go_on(options, capsys):
-    """The run is the same one, and a value that differs is still told, under its present name."""
+    """The run is the same one, and a value that differs is still named, by its present name."""
     o = options("name=former", "flow.self_forcing_prob=0.5")
     folder = train(o, stop_after=4)
     manifest = latest_checkpoint(folder) / "manifest.json"
