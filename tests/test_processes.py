@@ -167,7 +167,7 @@ def test_sharded_resumes_from_one_process(overrides, tmp_path):
     assert_close(state_of(tmp_path / "one"), whole)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_sharded_with_an_autoencoder_trains_as_data_parallel(
     precision, overrides, tiny_autoencoder_path, tmp_path
 ):
@@ -189,7 +189,7 @@ def test_sharded_with_an_autoencoder_trains_as_data_parallel(
         for key in ("loss", "grad_norm")
     )
     # Under DDP, autocast rounds weights to bf16 op by op; sharded, they arrive rounded.
-    tolerance = 1e-6 if precision == "no" else 2e-4
+    tolerance = 1e-6 if precision == "fp32" else 2e-4
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=tolerance)
     assert norms[1] == pytest.approx(norms[0], rel=30 * tolerance)
     whole = state_of(tmp_path / "sharded")

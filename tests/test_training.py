@@ -162,6 +162,25 @@ def test_resumed_on_another_kind_of_machine(options, monkeypatch, capsys, fresh_
     assert "so far" not in capsys.readouterr().out
 
 
+def test_checkpoints_with_former_names_of_options_go_on(options, capsys):
+    """The run is the same one, and a value that differs is still named, by its present name."""
+    o = options("name=former", "flow.self_forcing_prob=0.5")
+    folder = train(o, stop_after=4)
+    manifest = latest_checkpoint(folder) / "manifest.json"
+    written = json.loads(manifest.read_text())
+    saved = written["run"]["options"]
+    saved["adversary"] = saved.pop("discriminator")
+    saved["flow"]["own_history"] = saved["flow"].pop("self_forcing_prob")
+    manifest.write_text(json.dumps(written))
+    changed = options("name=former", "flow.self_forcing_prob=0.25", "discriminator.channels=8")
+    with pytest.raises(ScdError) as caught:
+        train(changed)
+    for change in ("flow.self_forcing_prob was 0.5, is 0.25", "discriminator.channels was 64, is"):
+        assert change in str(caught.value)
+    train(o)
+    assert "continuing former from step 4" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about processors")
 def test_checkpoints_from_before_auto_go_on(options, monkeypatch, capsys, fresh_accelerate):
     """Their options name a precision, and their manifests none."""
@@ -170,6 +189,7 @@ def test_checkpoints_from_before_auto_go_on(options, monkeypatch, capsys, fresh_
     manifest = latest_checkpoint(folder) / "manifest.json"
     written = json.loads(manifest.read_text())
     del written["run"]["precision"]
+    written["run"]["options"]["train"]["mixed_precision"] = "no"  # as fp32 was called then
     manifest.write_text(json.dumps(written))
     AcceleratorState._reset_state()
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)

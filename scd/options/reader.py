@@ -29,7 +29,7 @@ PATHS = (
     *("output_root", "init_from", "autoencoder.path"),
     *("data.root", "data.train_list", "data.val_list"),
 )
-# Options and values that files and checkpoints have under another name; each stays in its section.
+# Former names of options and values, which files and checkpoints may have; none changes section.
 RENAMED = {
     "adversary": "discriminator",
     "optim.adversary_lr": "optim.discriminator_lr",

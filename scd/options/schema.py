@@ -79,7 +79,7 @@ class DataOptions:
     # when training on videos, in the center for evaluation and latents. null: no scaling, the
     # videos have frame_size already.
     resize_shorter: int | None = None
-    mirror: bool = False  # when training on videos, flip every second clip horizontally
+    mirror: bool = False  # when training on videos, flip clips horizontally with probability 1/2
     frames: int = positive(16)  # frames per training clip
     frame_stride: int = positive(1)  # use every n-th frame of a video
     max_broken_clips: int = not_negative(0)  # unreadable training clips to skip before giving up
@@ -112,7 +112,7 @@ class DiscriminatorOptions:
     """The second training stage of an autoencoder: it starts from `autoencoder.path`, freezes the
     encoder and trains the decoder against a patch discriminator."""
 
-    # Weight of the adversarial loss, on top of VQGAN's adaptive weight. 0: no discriminator.
+    # Weight of the adversarial loss, times VQGAN's adaptive weight. 0: no discriminator.
     weight: float = not_negative(0.0)
     channels: int = positive(64)  # width of the first layer; each further layer doubles it
     # Layers that halve the resolution: with 3, each logit sees 70x70 pixels, with 2 34x34, with 1
@@ -247,8 +247,9 @@ class RolloutOptions:
     steps: int = positive(50)  # denoising steps per frame
     # multistep: second order, with as many network passes.
     solver: Literal["euler", "multistep"] = "euler"
-    # Spacing of the noise levels. diffusers: as FlowMatchEulerDiscreteScheduler spaces them, down
-    # to 0.001, so that the last step does next to nothing. even: T equal steps down to 0.
+    # Spacing of the noise levels. diffusers: as FlowMatchEulerDiscreteScheduler has them, evenly
+    # from 1 to 0.001 and then 0, so that the last step does next to nothing. even: equal steps
+    # from 1 to 0.
     spacing: Literal["diffusers", "even"] = "diffusers"
     shift: float = positive(1.0)  # timestep shift: above 1, smaller steps at high noise
     # The negative branch: a perturbed context (scd only), or the null condition.
@@ -262,7 +263,8 @@ class RolloutOptions:
         "be the lowest and the highest noise level, in 0..1",
     )
     window: int = not_negative(0)  # past frames that a new frame attends to; 0: all of them
-    sink_frames: int = not_negative(0)  # first frames of the video that always stay in the window
+    # How many of the window's places the first frames of the video keep for good.
+    sink_frames: int = not_negative(0)
     compile: bool = False  # torch.compile of the denoising steps; on CUDA, one graph per frame
     # auto: bf16 where the device computes it at least as fast as fp32, otherwise fp32.
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
@@ -275,7 +277,8 @@ class EvalOptions:
     context_frames: int = not_negative(MISSING)  # given frames per video
     new_frames: int = positive(MISSING)  # generated frames per video
     videos: int = positive(256)  # validation clips to evaluate on
-    trajectories: int = positive(1)  # predictions per clip; the best counts, as in the paper
+    # Predictions per clip: frame metrics take the best of them, FVD their mean.
+    trajectories: int = positive(1)
     seeds: list[int] = field(default_factory=lambda: [0])  # one per trajectory
     batch_size: int = positive(16)  # clips generated at a time
     saved_videos: int = not_negative(16)  # how many predictions are kept as mp4 to look at
