@@ -21,7 +21,7 @@ from scd.flow.noise import draw_noise
 from scd.flow.objective import FlowObjective
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT
-from scd.models.layers import Conditioning
+from scd.models.layers import ConditionEmbedding
 from scd.options import FlowOptions, RolloutOptions, load_options
 from scd.pipeline import SCDPipeline
 from scd.rollout import Rollout, continue_videos, generate
@@ -57,7 +57,7 @@ def inputs():
 @torch.no_grad()
 def test_a_one_hot_vector_is_a_row_of_the_table():
     torch.manual_seed(0)
-    conditioning = Conditioning(64, V)
+    conditioning = ConditionEmbedding(64, V)
     times, indices = torch.rand(B, F) * 1000, torch.randint(0, V + 1, (B, F))
     vectors = one_hot(indices, V + 1).float()
     assert torch.equal(conditioning(times, vectors), conditioning(times, indices))

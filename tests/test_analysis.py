@@ -245,7 +245,7 @@ def test_skipping_reuses_what_the_last_full_step_added(clips, kind):
     assert same(found[0], plain[0])
     with layers_skipped(model, 0, 3, full_steps=STEPS):
         assert same(watch_steps(model, clips, STEPS, 0).features, plain)
-    assert "next_frame" not in vars(model)  # nothing is left behind
+    assert "begin_frame" not in vars(model)  # nothing is left behind
     assert same(watch_steps(model, clips, STEPS, 0).features, plain)
 
 
@@ -310,8 +310,8 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
             context_noise=torch.zeros(B, K + NEW, N, model.width),
             drop_condition=torch.zeros(B, dtype=torch.bool),
             clean_frame=torch.zeros(B, K + NEW, dtype=torch.bool),
-            history_level=torch.zeros(B),
-            own_history=torch.zeros(B, dtype=torch.bool),
+            history_noise=torch.zeros(B),
+            self_forced=torch.zeros(B, dtype=torch.bool),
         )
         with torch.no_grad():
             expected = objective.loss(clips.latents, clips.conditions(model), draws)

@@ -137,13 +137,13 @@ def test_noise_in_the_history(clips):
     latents, actions = clips
     made = objective(history_noise_max=0.5)
     draws = draws_of(made, latents)
-    assert (draws.history_level > 0).all()
-    assert (draws.history_level < 0.5).all()
-    assert len(set(draws.history_level.tolist())) == B
-    level = draws.history_level[:, None, None, None, None]
+    assert (draws.history_noise > 0).all()
+    assert (draws.history_noise < 0.5).all()
+    assert len(set(draws.history_noise.tolist())) == B
+    level = draws.history_noise[:, None, None, None, None]
     expected = level * draws.noise[:, 0] + (1 - level) * latents
     assert torch.equal(history_of(made, latents, actions, draws), expected[:, :-1])
-    silent = draws._replace(history_level=torch.zeros(B))
+    silent = draws._replace(history_noise=torch.zeros(B))
     assert torch.equal(
         made.loss(latents, actions, silent), objective(made.model).loss(latents, actions, silent)
     )
@@ -168,7 +168,7 @@ def test_own_history(clips):
             noise=draws.noise[:, 0, j : j + 1],
         )
         assert torch.allclose(history[:, j], own[:, 0], atol=1e-5)
-    some = draws._replace(own_history=torch.tensor([True, False, True]))
+    some = draws._replace(self_forced=torch.tensor([True, False, True]))
     mixed = history_of(made, latents, actions, some)
     assert torch.equal(mixed[1], latents[1, :-1])
     assert torch.equal(mixed[2], history[2])

@@ -8,7 +8,6 @@ import torch
 from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT, WorldModel, encoder
-from scd.models.layers import Modulations
 from scd.options import RolloutOptions
 from scd.rollout import Rollout, cache, continue_videos, generate
 from scd.utils import precision
@@ -172,13 +171,15 @@ def test_prefill_in_chunks_equals_at_once(model, inputs):
     at_once = cache.KVCache(model, B, cache.Window(K), 6)
     by_frame = cache.KVCache(model, B, cache.Window(K), 6)
     with torch.no_grad():
-        table = model.encoder.modulations(torch.arange(4)).values
-        whole = model.encoder.take_in(context, Modulations(table[actions[:, :K]]), at_once)(None)
+        table = model.encoder.precompute_modulation(torch.arange(4))
+        modulation = table[actions[:, :K]]
+        whole = model.encoder.prefill(context, modulation, at_once)
         for i in range(K):
             part = slice(i, i + 1)
-            of_frame = Modulations(table[actions[:, part]])
-            single = model.encoder.take_in(context[:, part], of_frame, by_frame)(None)
+            single = model.encoder.prefill(context[:, part], modulation[:, part], by_frame)
             assert (single - whole[:, part]).abs().max() < TOLERANCE
+        contexts = model.encoder.context(whole, modulation)
+        assert (contexts - model.encoder(context, actions[:, :K])).abs().max() < TOLERANCE
     assert at_once.frames == by_frame.frames == K
     assert (at_once.keys - by_frame.keys).abs().max() < TOLERANCE
 
@@ -357,7 +358,7 @@ def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
         shown |= index[None] < kept + start
     mask = (shown & (index[None] <= index[:, None])).repeat_interleave(6, 0).repeat_interleave(6, 1)
 
-    def masked(q, k, v, tokens_per_frame, blocks=None):
+    def masked(q, k, v, tokens_per_frame, block_mask=None):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -401,7 +402,7 @@ def test_a_stream_without_end(inputs):
 def test_windows_that_cannot_be():
     for bad in (
         {"frames": 0},
-        {"frames": 2, "first_frames": 2},
+        {"frames": 2, "sink_frames": 2},
         {"frames": 2, "when_full": "wrap"},
     ):
         with pytest.raises(ScdError):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from scd.models import SCD, WorldModel
 from scd.models.attention import full_attention
 from scd.models.layers import Attend
+from scd.models.world_model import FrameDenoiser
 
-CLEAN_PASS = -1  # the "step" in which the newest clean frame is taken in
+CLEAN_PASS = -1  # the "step" in which the newest clean frame is encoded
 
 
 def step_blocks(model: WorldModel) -> list[nn.Module]:
@@ -39,7 +40,7 @@ def all_blocks(model: WorldModel) -> dict[str, nn.Module]:
 
 
 class StepClock:
-    """`step`: of the rollout, from 0; `CLEAN_PASS`; or None while given frames are taken in."""
+    """`step`: of the rollout, from 0; `CLEAN_PASS`; or None during prefill."""
 
     step: int | None = None
 
@@ -54,31 +55,31 @@ def step_clock(
         see: gets every step's number, noisy frames and velocities, (B, 1, C, H, W).
     """
     clock = StepClock()
-    before, plain = model.__dict__.get("next_frame"), model.next_frame
+    before, plain = model.__dict__.get("begin_frame"), model.begin_frame
 
-    def next_frame(*args: Any, **kwargs: Any) -> Callable[[Tensor, int], Tensor]:
+    def begin_frame(*args: Any, **kwargs: Any) -> FrameDenoiser:
         clock.step = CLEAN_PASS
-        field = plain(*args, **kwargs)
+        denoiser = plain(*args, **kwargs)
         clock.step = None
 
-        def timed(noisy: Tensor, step: int) -> Tensor:
+        def timed(noisy: Tensor, step: int, *inputs: Tensor) -> Tensor:
             clock.step = step
-            velocity = field(noisy, step)
+            velocity = denoiser.velocity(noisy, step, *inputs)
             clock.step = None
             if see is not None:
                 see(step, noisy, velocity)
             return velocity
 
-        return timed
+        return denoiser._replace(velocity=timed)
 
-    model.next_frame = next_frame  # type: ignore[method-assign]
+    model.begin_frame = begin_frame  # type: ignore[method-assign]
     try:
         yield clock
     finally:
         if before is None:
-            del model.next_frame
+            del model.begin_frame
         else:  # another clock goes on
-            model.next_frame = before  # type: ignore[method-assign]
+            model.begin_frame = before  # type: ignore[method-assign]
 
 
 @contextmanager
