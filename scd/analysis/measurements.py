@@ -13,7 +13,7 @@ from torch import Tensor
 from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.fvd import frechet_distance
-from scd.evaluation.i3d import SHORTEST
+from scd.evaluation.i3d import SHORTEST, i3d_features
 from scd.evaluation.metrics import AvailableMetrics
 from scd.evaluation.protocol import read_evaluation_batch
 from scd.flow.objective import errors_by_level
