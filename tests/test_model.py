@@ -85,7 +85,7 @@ def test_last_frame_repeats_its_own_action(model, inputs):
 
 
 def test_an_unknown_fusion_is_refused():
-    with pytest.raises(ScdError, match="model.fusion is 'concatenate'.*did you mean 'concat'"):
+    with pytest.raises(ScdError, match=r"model.fusion is 'concatenate'.*did you mean 'concat'"):
         make_model(fusion="concatenate")
 
 
