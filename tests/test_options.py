@@ -246,6 +246,10 @@ def test_every_missing_value_is_named(file: Path) -> None:
         ([*ACTIONS, "eval.swapped_actions=[1, 1]"], "eval.swapped_actions=[1, 1]"),
         ([*ACTIONS, "eval.swapped_actions=[-1, 1]"], "eval.swapped_actions=[-1, 1]"),
         ([*ACTIONS, "eval.swapped_actions=[1]"], "eval.swapped_actions=[1]"),
+        (  # however many there are, they are not counted through
+            ["model.condition=action", "model.num_conditions=1e15", "eval.swapped_actions=[1, -1]"],
+            "eval.swapped_actions=[1, -1]",
+        ),
         (
             ["model.condition=label", "model.num_conditions=4", "eval.swapped_actions=[1, 2]"],
             "a model with model.condition=action",
@@ -291,6 +295,13 @@ def test_every_missing_value_is_named(file: Path) -> None:
                 "autoencoder.encoder_layers=[1]",
             ],
             "need equally many stages",
+        ),
+        (
+            [
+                *("task=autoencoder", "autoencoder.path=a"),
+                *("discriminator.weight=1", "discriminator.layers=1e15"),
+            ],
+            "too many for frames of 64 pixels",
         ),
         (
             [*AUTOENCODER, "data.frame_size=65"],

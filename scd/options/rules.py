@@ -225,7 +225,7 @@ ADVERSARIAL_STAGE: list[Rule] = [
         "its norms",
     ),
     (
-        lambda o: o.data.frame_size // 2**o.discriminator.layers >= 3,
+        lambda o: o.data.frame_size >> o.discriminator.layers >= 3,
         "discriminator.layers={discriminator.layers}: too many for frames of {data.frame_size} "
         "pixels",
     ),
@@ -239,12 +239,12 @@ def check(options: Options, source: str) -> None:
         ScdError: naming the source and the first value or pair of values that is wrong.
     """
     _raise_first(_wrong_values(options), source)
-    rules = COMMON
     if options.task == "world_model":
-        rules = rules + WORLD_MODEL
+        rules = [*COMMON, *WORLD_MODEL]
+    elif options.discriminator.weight:
+        rules = [*COMMON, *AUTOENCODER, *ADVERSARIAL_STAGE]
     else:
-        rules = rules + AUTOENCODER
-        rules += ADVERSARIAL_STAGE if options.discriminator.weight else FIRST_STAGE
+        rules = [*COMMON, *AUTOENCODER, *FIRST_STAGE]
     _raise_first(_broken(rules, options), source)
 
 
@@ -315,5 +315,6 @@ def _are_steps(profiled: list[int], steps: int) -> bool:
 
 
 def _are_two_actions(o: Options) -> bool:
-    pair, known = o.eval.swapped_actions, range(o.model.num_conditions)
-    return o.model.has_actions and len(pair) == len(set(pair)) == 2 and set(pair) <= set(known)
+    pair, known = o.eval.swapped_actions, o.model.num_conditions
+    different = len(pair) == len(set(pair)) == 2
+    return o.model.has_actions and different and all(0 <= action < known for action in pair)
