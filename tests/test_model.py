@@ -1,7 +1,5 @@
 """The network: causality, alignment, positions, and its fast paths against plain ones."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -11,7 +9,14 @@ from scd.errors import ScdError
 from scd.models import SCD, attention, cpu, masks
 from scd.models.attention import block_causal_attention
 from scd.models.decoder import FUSIONS
-from scd.models.layers import HEAD_DIM, Block, ConditionEmbedding, project, rotary_positions
+from scd.models.layers import (
+    HEAD_DIM,
+    Block,
+    ConditionEmbedding,
+    Modulations,
+    project,
+    rotary_positions,
+)
 
 B, F, C, H, W = 2, 5, 4, 4, 6
 
@@ -259,8 +264,8 @@ def test_data_prediction_gives_the_velocity(inputs):
     for t in (800.0, 10.0):
         times = torch.full((B, F), t)
         with torch.no_grad():
-            modulation = partial(project, model.decoder.conditioning(times, None))
-            clean = model.decoder(noisy, context, modulation)
+            modulations = Modulations(model.decoder.conditioning(times, None), project)
+            clean = model.decoder(noisy, context, modulations)
             velocity = model.decode(noisy, times, context, None)
         expected = (noisy - clean) / max(t / 1000, 0.05)
         assert torch.allclose(velocity, expected, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from scd.models.layers import (
     Block,
     ConditionEmbedding,
     Float32Linear,
-    Modulate,
+    Modulations,
     OutputNorm,
     initialise,
     look_up,
@@ -117,8 +117,8 @@ class CausalDiT(WorldModel):
             first=first,
             block_mask=block_mask,
         )
-        modulation = partial(project, self.conditioning(times, conditions))
-        prediction = self._predict(frames, modulation, positions, [attend] * len(self.blocks))
+        modulations = Modulations(self.conditioning(times, conditions), project)
+        prediction = self._predict(frames, modulations, positions, [attend] * len(self.blocks))
         prediction = rearrange(prediction[:, count:], "b (k f) c h w -> b k f c h w", k=draws)
         return self._as_velocity(prediction, noisy, timesteps)  # (B, K, F', C, H, W)
 
@@ -175,12 +175,12 @@ class CausalDiT(WorldModel):
         """Predict frames (B, F, C, H, W) that follow those in the cache, and write their keys."""
         positions = torch.arange(frames.shape[1], device=frames.device) + cache.frames
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        return self._predict(frames, partial(look_up, modulation), positions, attends)
+        return self._predict(frames, Modulations(modulation, look_up), positions, attends)
 
     def _predict(
         self,
         frames: Tensor,
-        modulation: Modulate,
+        modulations: Modulations,
         positions: Tensor,
         attends: Sequence[Attend],
     ) -> Tensor:
@@ -193,8 +193,8 @@ class CausalDiT(WorldModel):
             x = x.float()
         for block, attend in zip(self.blocks, attends, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, rotary, attend, use_reentrant=False)
+                x = checkpoint(block, x, modulations, rotary, attend, use_reentrant=False)
             else:
-                x = block(x, modulation, rotary, attend)  # (B, F, N, D)
-        x = self.unembed(self.norm_out(x.float(), modulation))  # (B, F, N, C·p·p)
+                x = block(x, modulations, rotary, attend)  # (B, F, N, D)
+        x = self.unembed(self.norm_out(x.float(), modulations))  # (B, F, N, C·p·p)
         return unpatchify(x, patch, height, width)  # (B, F, C, H, W)

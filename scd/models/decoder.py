@@ -1,7 +1,6 @@
 """The frame decoder: once per denoising step, inside one frame, under the encoder's context."""
 
 import difflib
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,7 @@ from scd.models.layers import (
     Block,
     ConditionEmbedding,
     Float32Linear,
-    Modulate,
-    Modulated,
+    Modulations,
     OutputNorm,
     Rotary,
     initialise,
@@ -82,13 +80,13 @@ class FrameDecoder(nn.Module):
             identity = torch.eye(width)
             self.fuse.weight.data.copy_(torch.cat([identity, identity], dim=1))
 
-    def forward(self, noisy: Tensor, context: Tensor, modulation: Modulate) -> Tensor:
+    def forward(self, noisy: Tensor, context: Tensor, modulations: Modulations) -> Tensor:
         """Predict frames from noisy ones, each independent of the others.
 
         Args:
             noisy: (B, F, C, H, W).
             context: (B, F, N, D), of these frames.
-            modulation: of these frames (B, F): of their timesteps and conditions.
+            modulations: of the timesteps and conditions of these frames (B, F).
 
         Returns:
             (B, F, C, H, W): velocity or clean frame, as the model was trained.
@@ -97,7 +95,7 @@ class FrameDecoder(nn.Module):
         rows, columns = height // self.patch_size, width // self.patch_size
         tokens = rows * columns
         # Every frame is frame 0 of a sequence of its own.
-        modulation = partial(_frame_by_frame, modulation)  # of (B·F, 1)
+        modulations = modulations.frame_by_frame()  # of (B·F, 1)
         x = patchify(noisy, self.patch_size).to(self.embed.weight.dtype)  # (B, F, N, C·p·p)
         x = self.embed(x).flatten(0, 1)  # (B·F, N, D)
         x = self._join(context.flatten(0, 1).type_as(x), x).unsqueeze(1)  # (B·F, 1, 2·N, D)
@@ -111,11 +109,11 @@ class FrameDecoder(nn.Module):
             keep = tokens if number == len(self.blocks) else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(
-                    block, x, modulation, rotary, full_attention, keep, use_reentrant=False
+                    block, x, modulations, rotary, full_attention, keep, use_reentrant=False
                 )
             else:
-                x = block(x, modulation, rotary, full_attention, keep)  # (B·F, 1, 2·N or N, D)
-        x = self.unembed(self.norm_out(x.float(), modulation))  # (B·F, 1, N, C·p·p)
+                x = block(x, modulations, rotary, full_attention, keep)  # (B·F, 1, 2·N or N, D)
+        x = self.unembed(self.norm_out(x.float(), modulations))  # (B·F, 1, N, C·p·p)
         x = x.squeeze(1).unflatten(0, (batch, -1))  # (B, F, N, C·p·p)
         return unpatchify(x, self.patch_size, height, width)  # (B, F, C, H, W)
 
@@ -137,8 +135,3 @@ class FrameDecoder(nn.Module):
         if self.fusion == "token_concat_with_proj":
             context = self.context_proj(self.context_norm(context))
         return torch.cat([context, x], dim=1)
-
-
-def _frame_by_frame(modulation: Modulate, layer: Modulated) -> Tensor:
-    """Reshape a layer's modulation from (B, F, 6, D) to (B·F, 1, 6, D)."""
-    return modulation(layer).flatten(0, 1).unsqueeze(1)

@@ -12,7 +12,7 @@ from scd.models.layers import (
     Attend,
     Block,
     ConditionEmbedding,
-    Modulate,
+    Modulations,
     OutputNorm,
     initialise,
     look_up,
@@ -73,9 +73,9 @@ class CausalEncoder(nn.Module):
         if uses_flex(frames * n, latents.device):
             block_mask = block_causal_block_mask(n, frames * n, frames * n, latents.device)
         attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
-        modulation = partial(project, self._embed_conditions((batch, frames), conditions))
-        x = self._run_blocks(latents, 0, modulation, [attend] * len(self.blocks))  # (B, F, N, D)
-        return self.norm_out(x, modulation, perturbation)  # (B, F, N, D)
+        modulations = Modulations(self._embed_conditions((batch, frames), conditions), project)
+        x = self._run_blocks(latents, 0, modulations, [attend] * len(self.blocks))  # (B, F, N, D)
+        return self.norm_out(x, modulations, perturbation)  # (B, F, N, D)
 
     def precompute_modulation(self, conditions: Tensor) -> Tensor:
         """Compute the modulation under conditions (R,) or (R, V + 1): (R, 6·L + 2, D)."""
@@ -93,16 +93,16 @@ class CausalEncoder(nn.Module):
             (B, F, N, D), what `context` takes.
         """
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        x = self._run_blocks(latents, cache.frames, partial(look_up, modulation), attends)
+        x = self._run_blocks(latents, cache.frames, Modulations(modulation, look_up), attends)
         cache.advance(x.shape[1])
         return x
 
     def context(self, x: Tensor, modulation: Tensor, perturbation: Tensor | None = None) -> Tensor:
         """Norm the tokens (B, F, N, D) of `prefill` to the contexts of `forward`."""
-        return self.norm_out(x, partial(look_up, modulation), perturbation)
+        return self.norm_out(x, Modulations(modulation, look_up), perturbation)
 
     def _run_blocks(
-        self, latents: Tensor, past: int, modulation: Modulate, attends: Sequence[Attend]
+        self, latents: Tensor, past: int, modulations: Modulations, attends: Sequence[Attend]
     ) -> Tensor:
         """Embed frames (B, F, C, H, W) that follow `past` others, and run all blocks."""
         x = patchify(latents, self.patch_size).to(self.embed.weight.dtype)  # (B, F, N, C·p·p)
@@ -117,9 +117,9 @@ class CausalEncoder(nn.Module):
         rotary = rotary_positions(positions, self._rows(latents), self._columns(latents))
         for block, attend in zip(self.blocks, attends, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, rotary, attend, use_reentrant=False)
+                x = checkpoint(block, x, modulations, rotary, attend, use_reentrant=False)
             else:
-                x = block(x, modulation, rotary, attend)  # (B, F, N, D)
+                x = block(x, modulations, rotary, attend)  # (B, F, N, D)
         return x
 
     def _embed_conditions(self, shape: tuple[int, ...], conditions: Tensor | None) -> Tensor:

@@ -133,7 +133,7 @@ class ConditionEmbedding(nn.Module):
         return e
 
 
-class Modulated(Protocol):
+class ModulatedLayer(Protocol):
     """A layer with adaLN: a `Block`, or the `OutputNorm` of a stack of them."""
 
     def modulation(self, e: Tensor) -> Tensor:
@@ -145,27 +145,42 @@ class Modulated(Protocol):
         ...
 
 
-Modulate = Callable[[Modulated], Tensor]
-"""A layer -> its modulation (B, F, 6 or 2, D), for all tokens of a frame alike: in training
-`partial(project, e)`, in a rollout `partial(look_up, precomputed)`. The layer calls it in its own
-forward: there a sharded layer has its weights, and gradient checkpointing computes it anew."""
+class Modulations(NamedTuple):
+    """The modulation of every layer of a stack: shifts, scales and gates, alike for all tokens.
+
+    In training `Modulations(e, project)`, in a rollout `Modulations(precomputed, look_up)`. A layer
+    reads its own in its forward: there FSDP has gathered its weights (and finds the tensor in this
+    tuple), and gradient checkpointing keeps no more than the tensor.
+    """
+
+    tensor: Tensor  # (B, F, D) or (B, F, 6·L + 2, D)
+    read: Callable[[Tensor, ModulatedLayer], Tensor]
+
+    def vectors(self, layer: ModulatedLayer) -> tuple[Tensor, ...]:
+        """Read a layer's 6 or 2 vectors (B, F, 1, D)."""
+        return self.read(self.tensor, layer).unsqueeze(-2).unbind(-3)
+
+    def frame_by_frame(self) -> "Modulations":
+        """Take every frame as a sequence of its own: (B·F, 1) frames."""
+        return self._replace(tensor=self.tensor.flatten(0, 1).unsqueeze(1))
 
 
-def project(e: Tensor, layer: Modulated) -> Tensor:
+def project(e: Tensor, layer: ModulatedLayer) -> Tensor:
     """Compute a layer's modulation from embeddings (B, F, D)."""
     return layer.modulation(e)
 
 
-def look_up(precomputed: Tensor, layer: Modulated) -> Tensor:
+def look_up(precomputed: Tensor, layer: ModulatedLayer) -> Tensor:
     """Take a layer's modulation from that of its whole stack, (B, F, 6·L + 2, D)."""
     return layer.rows(precomputed)
 
 
-def precompute_modulation(layers: Iterable[Modulated], e: Tensor) -> Tensor:
+def precompute_modulation(layers: Iterable[ModulatedLayer], e: Tensor) -> Tensor:
     """Compute the modulation of L blocks and their output norm: (..., D) -> (..., 6·L + 2, D).
 
-    A rollout does so once, for every condition and every step that it can meet. Frame by frame and
-    step by step it would read a third of a network's weights for a handful of vectors.
+    An output norm without modulation adds nothing. A rollout computes this once, for every
+    condition and every step that it can meet. Frame by frame and step by step it would read a third
+    of a network's weights for a handful of vectors.
     """
     return torch.cat([layer.modulation(e) for layer in layers], dim=-2)
 
@@ -173,11 +188,6 @@ def precompute_modulation(layers: Iterable[Modulated], e: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Compute x·(1 + scale) + shift, for x (B, F, N, D) and shift and scale (B, F, 1, D)."""
     return torch.addcmul(shift, x, 1 + scale)
-
-
-def as_vectors(modulation: Tensor) -> tuple[Tensor, ...]:
-    """Split (B, F, n, D) into n vectors (B, F, 1, D), one for all tokens of a frame."""
-    return modulation.unsqueeze(-2).unbind(-3)
 
 
 class Modulation(nn.Module):
@@ -270,7 +280,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        modulation: Modulate,
+        modulations: Modulations,
         rotary: Rotary,
         attend: Attend,
         keep: int | None = None,
@@ -280,7 +290,7 @@ class Block(nn.Module):
         Args:
             keep: of a single frame (F = 1), only the last tokens are wanted: (B, 1, keep, D).
         """
-        vectors = as_vectors(modulation(self))  # (B, F, 1, D) each
+        vectors = modulations.vectors(self)  # 6 x (B, F, 1, D)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = vectors
         frames = x.shape[1]
         h = modulate(self.norm(x), shift_attention, scale_attention)  # (B, F, N, D)
@@ -313,7 +323,7 @@ class OutputNorm(nn.Module):
         return modulation[..., -2:, :]
 
     def forward(
-        self, x: Tensor, modulation: Modulate, perturbation: Tensor | None = None
+        self, x: Tensor, modulations: Modulations, perturbation: Tensor | None = None
     ) -> Tensor:
         """Norm and modulate x; x and perturbation are (B, F, N, D)."""
         h = self.norm(x)  # (B, F, N, D)
@@ -321,7 +331,7 @@ class OutputNorm(nn.Module):
             h = h + perturbation  # (B, F, N, D)
         if self.linear is None:
             return h
-        scale, shift = as_vectors(modulation(self))  # (B, F, 1, D) each
+        scale, shift = modulations.vectors(self)  # (B, F, 1, D) each
         return modulate(h, shift, scale)  # (B, F, N, D)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scd.models.decoder import FrameDecoder
 from scd.models.encoder import CausalEncoder
-from scd.models.layers import HEAD_DIM, look_up, project
+from scd.models.layers import HEAD_DIM, Modulations, look_up, project
 from scd.models.world_model import (
     Cache,
     FrameDenoiser,
@@ -139,7 +139,7 @@ class SCD(WorldModel):
             (B, F, C, H, W), in float32.
         """
         e = self.decoder.conditioning(timesteps, conditions)  # (B, F, D)
-        prediction = self.decoder(noisy, context, partial(project, e))  # (B, F, C, H, W)
+        prediction = self.decoder(noisy, context, Modulations(e, project))  # (B, F, C, H, W)
         return self._as_velocity(prediction, noisy, timesteps)  # (B, F, C, H, W)
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
@@ -185,7 +185,7 @@ class SCD(WorldModel):
         """Predict a step's velocities for the first of a batch's frames; see `FrameDenoiser`."""
         batch = len(noisy)
         modulation = modulation[:batch, step : step + 1]  # (B, 1, 6·L + 2, D)
-        prediction = self.decoder(noisy, context[:batch], partial(look_up, modulation))
+        prediction = self.decoder(noisy, context[:batch], Modulations(modulation, look_up))
         return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
 
     def compile_steps(self) -> None:
