@@ -52,7 +52,7 @@ class TrainingState:
 
 
 def saves_in_background(device: torch.device) -> bool:
-    """Whether training on this device leaves the CPU free to write checkpoints."""
+    """Check whether training on this device leaves the CPU free to write checkpoints."""
     return device.type == "cuda"
 
 
@@ -89,7 +89,7 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether writing the pending checkpoint has failed; `finish` then raises the reason."""
+        """Check whether writing the pending checkpoint has failed; `finish` then raises the reason."""
         pending = self.pending
         return pending is not None and pending.done() and pending.exception() is not None
 
@@ -266,7 +266,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two nested states are equal; tensors to the bit."""
+    """Check whether two nested states are equal; tensors to the bit."""
     if isinstance(one, Tensor):
         if not isinstance(other, Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
             return False

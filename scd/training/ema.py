@@ -8,11 +8,10 @@ becomes. So a run with `train.snapshot_every` tracks a few more averages of know
 snapshots of them (`PostHocEMA`); `scd ema` combines those to the average of any length, at the step
 of any snapshot (Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C).
 
-Several exponential averages in each checkpoint would be less work, but each costs as much memory
-as one of these, their lengths have to be guessed before the run, and they are gone with the
-checkpoints. What snapshots cost instead is disk: they hold the averages in half precision, two of
-them in as many bytes as one `ema.safetensors`. Checkpoints hold them in full, so that a resumed run
-continues them to the bit.
+Several plain EMAs would be less work, but each takes as much memory, their lengths have to be
+guessed before the run, and they are deleted with old checkpoints. Snapshots cost disk instead: two
+averages, in half precision, take as many bytes as one `ema.safetensors`. Checkpoints hold them in
+full precision, so that a resumed run continues them to the bit.
 """
 
 import json
@@ -292,9 +291,9 @@ def _key(sigma_rel: float, name: str) -> str:
 
 def _snapshots(output: Path) -> dict[int, Path]:
     """List a run's snapshots by their steps, in order."""
-    found = sorted((output / SNAPSHOTS).glob("step-????????.safetensors"))
-    numbers = ((path.stem.removeprefix("step-"), path) for path in found)
-    return {int(number): path for number, path in numbers if number.isdecimal()}
+    paths = sorted((output / SNAPSHOTS).glob("step-????????.safetensors"))
+    numbers = [path.stem.removeprefix("step-") for path in paths]
+    return {int(n): path for n, path in zip(numbers, paths, strict=True) if n.isdecimal()}
 
 
 def _sigma_rels(keys: set[str], path: Path) -> list[float]:

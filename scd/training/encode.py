@@ -146,7 +146,7 @@ def latent_shape(codec: Codec, options: Options) -> tuple[int, int, int]:
 
 
 def _is_encoded(target: Path, video: Path, wanted: LatentHeader) -> bool:
-    """Whether a file holds the latents of a video as it is now, made by this encoder."""
+    """Check whether a file holds the latents of a video as it is now, made by this encoder."""
     header = latent_header(target)
     if header is None or replace(header, video=None) != wanted:
         return False

@@ -21,7 +21,7 @@ from scd.training.watchdog import lost_process_ends_run, report_outcome
 from scd.utils.files import remove_unfinished
 from scd.utils.locks import hold_lock
 from scd.utils.precision import DTYPES, resolve_precision
-from scd.utils.processes import agree_on_precision, error_barrier, join, take_accelerate_settings
+from scd.utils.processes import agree_on_precision, error_barrier, join, pop_accelerate_settings
 from scd.utils.tracking import trackers_of
 
 # Timeout of collective operations, for processes that are alive (see `scd.training.watchdog`): the
@@ -58,7 +58,7 @@ def make_accelerator(options: Options) -> Accelerator:
 
     Its other variables are ignored; one line on stderr names those that contradict the options.
     """
-    ignored = take_accelerate_settings()
+    ignored = pop_accelerate_settings()
     precision = run_precision(options)
     mixed_precision = {"fp32": "no", "bf16": "bf16"}[precision]
     decided = {

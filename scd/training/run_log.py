@@ -55,7 +55,7 @@ class RunLog:
                 raise ScdError(f"{self.path}: cannot be written ({error})") from error
 
     def has(self, key: str, step: int) -> bool:
-        """Whether an entry of this step has this key."""
+        """Check whether an entry of this step has this key."""
         if not self.path.exists():
             return False
         return any(e["step"] == step and key in e for e in read_log(self.path))

@@ -13,7 +13,7 @@ from scd.training.performance import ClipCost
 
 
 class Task(Protocol):
-    """What a trainer trains: objective, data, validation and export."""
+    """The objective, data, validation and export of one kind of training."""
 
     training_data: ClipFolder
     pictures: dict[str, str]  # captions of the files that `validate` writes, by glob pattern

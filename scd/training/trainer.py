@@ -193,7 +193,7 @@ class Trainer:
         return StepResult(totals, not bad, stop)
 
     def _is_due(self, every: int) -> bool:
-        """Whether what is done every so many steps (0: never), and at the end, is due."""
+        """Check whether an action is due: every `every` steps (0: never), and at the last one."""
         return bool(every) and (self.step % every == 0 or self.step == self.options.train.steps)
 
     def _validate(self) -> None:
@@ -220,7 +220,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _is_due_and_not_logged(self, every: int, key: str) -> bool:
-        """Whether a validation is due; collective.
+        """Check whether a validation is due; collective.
 
         A resumed run may owe one: it was killed between a checkpoint and its validation.
         """

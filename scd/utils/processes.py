@@ -62,7 +62,7 @@ def join(longest_wait: timedelta) -> PartialState:
         ScdError: the environment is that of a launch of several processes, but variables are
             missing, or the others do not join within `LONGEST_START`.
     """
-    take_accelerate_settings()
+    pop_accelerate_settings()
     cpu = not torch.cuda.is_available()
     if PartialState._shared_state or is_initialized():
         return PartialState(cpu=cpu)
@@ -106,7 +106,7 @@ def _launch_variables(cpu: bool) -> list[str]:
     return [name for name in names if os.environ.get(name)]
 
 
-def take_accelerate_settings() -> dict[str, str]:
+def pop_accelerate_settings() -> dict[str, str]:
     """Remove accelerate's variables that set how a run computes from the environment."""
     names = [
         name
