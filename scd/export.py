@@ -129,7 +129,8 @@ def _data(options: Options) -> str:
 
 
 def _training(options: Options, weights: Path, step: str | int | None) -> str:
-    text = f"step {step} of {options.train.steps}, batch size {options.train.batch_size}"
+    at = "unknown" if step is None else step
+    text = f"step {at} of {options.train.steps}, batch size {options.train.batch_size}"
     if options.init_from is not None:
         text += f", initialized from {options.init_from}"
     log = _experiment(weights) / "log.jsonl"
