@@ -37,7 +37,7 @@ from scd.analysis.probed_model import fine_tuning, open_training_clips
 from scd.analysis.similarity import principal_pictures, record_features, step_similarity
 from scd.cli import main
 from scd.errors import ScdError
-from scd.evaluation import measures
+from scd.evaluation import metrics
 from scd.evaluation.metric_weights import MetricUnavailable
 from scd.flow.noise import FlowDraws
 from scd.flow.objective import LEVELS, FlowObjective, with_scaled_latents
@@ -46,6 +46,8 @@ from scd.models import SCD, CausalDiT
 from scd.models.load import load_checkpoint_for_use
 from scd.options import FlowOptions, load_options
 from tests.test_causal_dit import make as make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, K, NEW, C, H, W = 2, 5, 2, 4, 4, 6  # no two counts that a result's axes have are the same
 ROWS, COLUMNS, STEPS = 2, 3, 4
@@ -253,7 +255,7 @@ def test_skipping_reuses_what_the_last_full_step_added(clips, kind):
     assert same(result[0], plain[0])
     with skip_layers(model, 0, 3, full_steps=STEPS):
         assert same(record_features(model, clips, STEPS, 0).features, plain)
-    assert "next_frame" not in vars(model)  # nothing is left behind
+    assert "begin_frame" not in vars(model)  # nothing is left behind
     assert same(record_features(model, clips, STEPS, 0).features, plain)
 
 
@@ -318,8 +320,8 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
             context_noise=torch.zeros(B, K + NEW, N, model.width),
             drop_condition=torch.zeros(B, dtype=torch.bool),
             clean_frame=torch.zeros(B, K + NEW, dtype=torch.bool),
-            history_level=torch.zeros(B),
-            own_history=torch.zeros(B, dtype=torch.bool),
+            history_noise=torch.zeros(B),
+            self_forced=torch.zeros(B, dtype=torch.bool),
         )
         with torch.no_grad():
             expected = objective.loss(clips.latents, clips.conditions(model), draws)
@@ -400,7 +402,7 @@ def trained(doom_root, tmp_path):
         overrides = [
             *zero, *layers, f"name={kind}", f"data.root={doom_root}", "data.source=video",
             "data.frames=4", "autoencoder.path=null", "model.patch_size=32", "model.heads=1",
-            "train.steps=1", "train.batch_size=2", "train.workers=0", "train.mixed_precision=no",
+            "train.steps=1", "train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32",
             "eval.context_frames=3", f"output_root={tmp_path}",
         ]  # fmt: skip
         assert main(["train", "--opt", "options/scd_doom_tiny.yml", *overrides]) == 0
@@ -544,10 +546,10 @@ def test_chosen_clips():
 def test_an_exported_folder_and_a_metric_that_is_missing(trained, monkeypatch):
     """A folder is probed like a checkpoint; the report says what could not be measured."""
 
-    def nowhere():
+    def nowhere(weights):
         raise MetricUnavailable("no weights here")
 
-    monkeypatch.setattr(measures, "load_lpips_weights", nowhere)
+    monkeypatch.setattr(metrics, "weights_hash", nowhere)
     folder = trained.root / "exported"
     assert main(["export", str(trained("scd")), "--out", str(folder)]) == 0
     assert main(["probe", str(folder), "--clips", "2", "--steps", "3", "--fine-tune", "0"]) == 0

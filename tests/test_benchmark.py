@@ -20,7 +20,7 @@ from scd.benchmark.data_loading import (
 from scd.benchmark.machine import Machine, frame_floor
 from scd.benchmark.rollouts import build
 from scd.errors import ScdError
-from scd.models import linear
+from scd.models import cpu
 from scd.options import RolloutOptions, load_options
 from scd.rollout import Rollout
 
@@ -32,9 +32,7 @@ def test_the_floor_counts_what_a_frame_computes(encoder_layers, guidance, monkey
     if not encoder_layers and guidance == "context":
         pytest.skip("the dense baseline has no context to perturb")
     # The counter does not know the packed product.
-    monkeypatch.setattr(
-        linear.PackedWeights, "__init__", lambda self, model: setattr(self, "_of", {})
-    )
+    monkeypatch.setattr(cpu.PackedWeights, "__init__", lambda self, model: setattr(self, "_of", {}))
     case = RolloutCase(
         "tiny", heads=2, encoder_layers=encoder_layers, decoder_layers=2, context=5, steps=3,
         guidance=guidance,

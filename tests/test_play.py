@@ -304,7 +304,7 @@ def test_pretrained_folders_that_cannot_be_played(tmp_path, tiny_autoencoder_pat
     folder = pretrained_folder(tmp_path / "good", tiny_autoencoder_path)
     for override, match in (
         ("rollout.window=0", "rollout.window must be at least 1"),
-        ("rollout.window_first=1", "rollout.window_first 0"),
+        ("rollout.sink_frames=1", "rollout.sink_frames 0"),
         ("data.action_names=[a,b]", "2 data.action_names for 4 actions"),
         ("model.heads=2", "does not fit the model"),
     ):

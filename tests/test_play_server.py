@@ -321,7 +321,7 @@ def test_a_fault_ends_its_session_only(catalog, caplog):
             assert (await two.picture())["frame"] == 6
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(catalog.models["baseline"].model, "next_frame", None)
+        patch.setattr(catalog.models["baseline"].model, "begin_frame", None)
         run(test, catalog)
     assert "a session failed" in caplog.text
 

@@ -27,7 +27,7 @@ def options(doom_root, tmp_path):
         small = [
             f"data.root={doom_root}", "data.source=video", "data.frames=4", "autoencoder.path=null",
             "model.patch_size=32", "model.heads=1", f"model.layers={LAYERS}", "train.steps=1",
-            "train.batch_size=2", "train.workers=0", "train.mixed_precision=no",
+            "train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32",
             f"output_root={tmp_path}", "name=dense",
         ]  # fmt: skip
         return load_options(ROOT / "options/causal_dit_doom_tiny.yml", [*small, *overrides])

@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from scd.evaluation.table import Table
 from scd.utils.files import write_atomically, write_json
+from scd.utils.table import Table
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --quiet: #5c5c5c; --line: #d6d6d6; }

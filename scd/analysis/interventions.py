@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scd.models import SCD, WorldModel
 from scd.models.attention import full_attention
 from scd.models.layers import Attend
+from scd.models.world_model import FrameDenoiser
 
 CLEAN_PASS = -1  # the "step" in which the newest clean frame is encoded into the KV cache
 
@@ -56,31 +57,31 @@ def track_steps(
             (B, 1, C, H, W) each.
     """
     current = CurrentStep()
-    before, plain = model.__dict__.get("next_frame"), model.next_frame
+    before, plain = model.__dict__.get("begin_frame"), model.begin_frame
 
-    def next_frame(*args: Any, **kwargs: Any) -> Callable[[Tensor, int], Tensor]:
+    def begin_frame(*args: Any, **kwargs: Any) -> FrameDenoiser:
         current.step = CLEAN_PASS
-        field = plain(*args, **kwargs)
+        denoiser = plain(*args, **kwargs)
         current.step = None
 
-        def tracked(noisy: Tensor, step: int) -> Tensor:
+        def tracked(noisy: Tensor, step: int, *inputs: Tensor) -> Tensor:
             current.step = step
-            velocity = field(noisy, step)
+            velocity = denoiser.velocity(noisy, step, *inputs)
             current.step = None
             if on_step is not None:
                 on_step(step, noisy, velocity)
             return velocity
 
-        return tracked
+        return denoiser._replace(velocity=tracked)
 
-    model.next_frame = next_frame  # type: ignore[method-assign]
+    model.begin_frame = begin_frame  # type: ignore[method-assign]
     try:
         yield current
     finally:
         if before is None:
-            del model.next_frame
+            del model.begin_frame
         else:  # another tracker is still active
-            model.next_frame = before  # type: ignore[method-assign]
+            model.begin_frame = before  # type: ignore[method-assign]
 
 
 @contextmanager

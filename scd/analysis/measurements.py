@@ -12,8 +12,9 @@ from torch import Tensor
 
 from scd.data.clips import clip_folder
 from scd.errors import ScdError
-from scd.evaluation.fvd import SHORTEST, frechet_distance
-from scd.evaluation.measures import Measures
+from scd.evaluation.fvd import frechet_distance
+from scd.evaluation.i3d import SHORTEST, i3d_features
+from scd.evaluation.metrics import AvailableMetrics
 from scd.evaluation.protocol import read_evaluation_batch
 from scd.flow.objective import errors_by_level
 from scd.models import WorldModel
@@ -21,7 +22,7 @@ from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel
 from scd.options import RolloutOptions
 from scd.rollout import continue_videos
-from scd.utils.precision import autocast, float32_products, resolve_precision
+from scd.utils.precision import Precision, autocast, float32_products, resolve_precision
 from scd.utils.seeding import generator
 
 CLIPS_AT_ONCE = 16  # in one forward pass; bounds the memory
@@ -38,7 +39,7 @@ class ProbeClips:
     labels: Tensor | None  # (n,)
     known: int
     numbers: tuple[int, ...]  # of the clips in the validation list; they seed all randomness
-    precision: str = "fp32"  # of the probes' forward passes: fp32, tf32 or bf16
+    precision: Precision = "fp32"  # of the probes' forward passes: fp32, tf32 or bf16
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -186,7 +187,7 @@ class FrameEvaluator:
     """Compares generated frames with the real ones; also by FVD, given at least `FVD_CLIPS` clips.
 
     Raises:
-        ScdError: see `Measures`.
+        ScdError: the weights of a metric are damaged.
     """
 
     def __init__(self, codec: Codec, clips: ProbeClips, steps: int, seed: int):
@@ -194,10 +195,11 @@ class FrameEvaluator:
         self.clips = clips
         self.steps = steps
         self.seed = seed
-        self.measures = Measures()
+        self.available = AvailableMetrics()
         enough = len(clips) >= FVD_CLIPS and clips.latents.shape[1] >= SHORTEST
         # Also None where the weights of FVD's network are missing.
-        self._real = self.measures.features(clips.video) if enough else None
+        fvd = enough and "fvd" in self.available.metrics
+        self._real = i3d_features(clips.video) if fvd else None
 
     @torch.no_grad()
     def __call__(self, model: WorldModel, intervention: Intervention = nullcontext) -> FrameScores:
@@ -209,12 +211,9 @@ class FrameEvaluator:
             with intervention(part):
                 latents = roll_out(model, part, self.steps, self.seed)
             new = (self.codec.decode(latents) * 255).round() / 255
-            scores.append(self.measures.frames(new, part.video[:, known:]))
-            of_clips = None
+            scores.append(self.available.compare_frames(new, part.video[:, known:]))
             if self._real is not None:
-                of_clips = self.measures.features(torch.cat([part.video[:, :known], new], dim=1))
-            if of_clips is not None:
-                features.append(of_clips)
+                features.append(i3d_features(torch.cat([part.video[:, :known], new], dim=1)))
         metrics = {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
         fvd = None if self._real is None else frechet_distance(self._real, torch.cat(features))
         return FrameScores(metrics, fvd)

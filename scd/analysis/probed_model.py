@@ -21,9 +21,10 @@ from scd.analysis.measurements import (
     paired_difference,
     relative_increase,
 )
-from scd.data.clips import TrainingClips, clip_folder
+from scd.data.clips import clip_folder
+from scd.data.loader import TrainingClips
 from scd.errors import ScdError
-from scd.evaluation.table import Table
+from scd.evaluation.metrics import METRICS
 from scd.flow.objective import FlowObjective, with_scaled_latents
 from scd.models import WorldModel
 from scd.models.autoencoder import Codec
@@ -33,8 +34,9 @@ from scd.training.encode import check_training_latents
 from scd.training.optimizer import make_optimizer
 from scd.training.world_model_task import parameter_groups
 from scd.utils.precision import autocast, has_bf16, resolve_precision
+from scd.utils.table import Table
 
-METRICS = {"psnr": ("PSNR, dB", 2), "lpips": ("LPIPS", 3)}
+FRAME_METRICS = ("psnr", "lpips")
 TOLERANCE = 0.05  # relative increase of the loss up to which a change counts as harmless
 WARMUP = 10  # steps of a fine-tune
 
@@ -118,10 +120,9 @@ class ProbedModel:
     @property
     def missing_metrics(self) -> dict[str, str]:
         """List the metrics that cannot be computed: name -> reason."""
-        missing = dict(self.evaluator.measures.missing)
-        if len(self.clips) < FVD_CLIPS:
-            missing.pop("fvd", None)
-        return missing
+        wanted = [*FRAME_METRICS, "fvd"] if len(self.clips) >= FVD_CLIPS else FRAME_METRICS
+        missing = self.evaluator.available.missing
+        return {metric: why for metric, why in missing.items() if metric in wanted}
 
     def difference(self, measurement: Measurement, metric: str) -> tuple[float, float]:
         """Compare a frame metric with the unmodified model's: difference, standard error."""
@@ -146,11 +147,11 @@ class ProbedModel:
         """Make a panel of `figures.differences` for each frame metric."""
         assert self.unmodified.frames is not None
         return {
-            f"{label}, difference": {
+            f"{_label(metric)}, difference": {
                 name: [None if m is None else self.difference(m, metric) for m in curve]
                 for name, curve in curves.items()
             }
-            for metric, (label, _) in METRICS.items()
+            for metric in FRAME_METRICS
             if metric in self.unmodified.frames.metrics
         }
 
@@ -158,10 +159,10 @@ class ProbedModel:
         """Tabulate measurements: increase of the loss, differences of the frame metrics, FVD."""
         unmodified = self.unmodified
         assert unmodified.frames is not None and unmodified.loss is not None
-        metrics = [metric for metric in METRICS if metric in unmodified.frames.metrics]
-        heads = ["", "loss"] + [METRICS[metric][0] for metric in metrics]
+        metrics = [metric for metric in FRAME_METRICS if metric in unmodified.frames.metrics]
+        heads = ["", "loss"] + [_label(metric) for metric in metrics]
         absolute = [
-            f"{unmodified.frames.metrics[metric].mean():.{METRICS[metric][1]}f}"
+            METRICS[metric].format(float(unmodified.frames.metrics[metric].mean()))
             for metric in metrics
         ]
         rows = [[unmodified.name, f"{unmodified.loss.mean():.4f}", *absolute]]
@@ -172,7 +173,7 @@ class ProbedModel:
             )
             for metric in metrics:
                 mean, error = self.difference(measurement, metric)
-                digits = METRICS[metric][1]
+                digits = METRICS[metric].decimals
                 row.append(f"{mean:+.{digits}f} ± {error:.{digits}f}")
             rows.append(row)
         if unmodified.frames.fvd is not None:
@@ -201,6 +202,11 @@ class ProbedModel:
                 out[f"{metric}_difference"] = self.difference(measurement, metric)
             out["fvd"] = measurement.frames.fvd
         return out
+
+
+def _label(metric: str) -> str:
+    """Name a metric with its unit."""
+    return ", ".join(filter(None, (METRICS[metric].title, METRICS[metric].unit)))
 
 
 def percent(increase: tuple[float, float]) -> str:

@@ -13,11 +13,11 @@ from scd.analysis.measurements import relative_increase
 from scd.analysis.probed_model import TOLERANCE, ProbedModel
 from scd.analysis.split import Split, split_model, split_options
 from scd.evaluation.compare import Candidate, time_frames
-from scd.evaluation.table import Table
 from scd.flow.objective import LEVELS
 from scd.models import CausalDiT, WorldModel
 from scd.models.load import build_world_model
 from scd.options import Options
+from scd.utils.table import Table
 
 FALLING = 0.95  # a loss below this part of what it was halfway: training has not settled yet
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scd.options import Guidance
+
 SIDE, CHANNELS, ACTIONS = 8, 32, 4  # a frame's latents are 8x8 with 32 channels, as for Minecraft
 
 
@@ -27,7 +29,7 @@ class RolloutCase:
     capacity: int = 0
     prefill: bool = True
     steps: int = 10
-    guidance: str = "context"
+    guidance: Guidance = "context"
     dtype: str = "float32"
     frames: int = 7
 

@@ -21,18 +21,18 @@ from torch.nn import functional as F
 from scd.benchmark.cases import ACTIONS, CHANNELS, DataCase
 from scd.benchmark.machine import peak_bytes
 from scd.benchmark.rollouts import AUTOENCODER
-from scd.data.clips import TrainingClips, clip_folder
+from scd.data.clips import clip_folder
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
-from scd.data.loader import training_batches
+from scd.data.loader import TrainingClips, training_batches
 from scd.data.video import write_video
 from scd.data.video_checks import VideoChecks
-from scd.evaluation.table import Table
 from scd.models.autoencoder import PUBLISHED_SCALING, LatentCodec, build_autoencoder
 from scd.options import Options, load_options
-from scd.training.estimate import estimate_step
+from scd.training.performance import estimate_step
 from scd.utils.files import write_atomically
 from scd.utils.paths import project_file
+from scd.utils.table import Table
 
 SETTING = project_file("options/scd_minecraft.yml")
 # The GPUs that the data have to keep up with; an estimate, as no step has been measured on them.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from scd.benchmark.cases import SIDE, RolloutCase
-from scd.models.linear import Linear, PackedWeights
+from scd.models.cpu import Linear, PackedWeights
 
 
 @dataclass(frozen=True)

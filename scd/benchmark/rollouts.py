@@ -15,10 +15,11 @@ from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, LongRolloutCase, Rollou
 from scd.benchmark.machine import frame_floor, measure_machine, peak_bytes, seconds, synchronize
 from scd.models import SCD, CausalDiT, WorldModel
 from scd.models.autoencoder import LatentCodec, build_autoencoder
-from scd.options import AutoencoderOptions, RolloutOptions
+from scd.options import AutoencoderOptions, BlockType, RolloutOptions
 from scd.rollout import Rollout
 
-RES, VIT = "ResBlock", "EfficientViTBlock"
+RES: BlockType = "ResBlock"
+VIT: BlockType = "EfficientViTBlock"
 # From 128x128 pixels to 8x8 latents, as for Minecraft.
 AUTOENCODER = AutoencoderOptions(
     encoder_block_types=[RES, RES, RES, VIT, VIT],

@@ -14,10 +14,10 @@ import torch
 from scd.benchmark import cases
 from scd.benchmark.cases import Case, DataCase, LongRolloutCase, RolloutCase, TrainCase
 from scd.errors import ScdError
-from scd.evaluation.table import Table
 from scd.utils.environment import environment
 from scd.utils.files import write_atomically, write_json
 from scd.utils.precision import has_bf16
+from scd.utils.table import Table
 
 
 def benchmark(folder: Path, only: str | None, plots: bool) -> None:

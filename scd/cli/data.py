@@ -1,6 +1,7 @@
 """Commands that make data ready: record, fetch, list, validate, encode."""
 
 import argparse
+import difflib
 
 from scd.cli.arguments import Commands, add_options_file, add_overrides
 from scd.errors import ScdError
@@ -14,9 +15,20 @@ def record(a: argparse.Namespace) -> None:
 
 
 def fetch_data(a: argparse.Namespace) -> None:
-    from scd.data.hub import fetch
+    from scd.data.published import DATA_SETS, fetch_data_set
+    from scd.models.published_autoencoder import AUTOENCODERS, fetch_autoencoder
 
-    fetch(a.names, a.root)
+    known = [*DATA_SETS, *AUTOENCODERS]
+    for name in a.names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ScdError(f"nothing is called {name!r}{hint}; there are {', '.join(known)}")
+    for name in a.names:
+        if name in DATA_SETS:
+            fetch_data_set(DATA_SETS[name], a.root)
+        else:
+            fetch_autoencoder(AUTOENCODERS[name], a.root / "pretrained" / name)
 
 
 def fetch_weights(a: argparse.Namespace) -> None:
@@ -43,8 +55,9 @@ def validate(a: argparse.Namespace) -> None:
 
         options = load_options(a.opt, a.overrides)
         from scd.data.validate import validate_experiment
+        from scd.training.encode import latent_spec
 
-        validate_experiment(options, a.json)
+        validate_experiment(options, latent_spec(options), a.json)
     else:
         from scd.data.validate import validate_list
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from scd.data.clips import read_actions
 from scd.data.lists import ClipEntry, path_problem, write_list
-from scd.data.video_checks import VideoChecks, told_in_order
+from scd.data.video_checks import VideoChecks, slow_reading_note
 from scd.errors import ScdError
 from scd.utils.files import npz_keys, write_json
 from scd.utils.paths import why_missing
@@ -91,7 +91,7 @@ def make_lists(request: ListRequest) -> None:
         write_list(path, half)
         print(f"{path}: {_told(half)}")
         if slow := checks.in_order(str(entry.video_path) for entry in half):
-            print(told_in_order(path, root, slow))
+            print(slow_reading_note(path, root, slow))
     if broken:
         print(f"left out as broken: {len(broken)}, named above")
 

@@ -103,7 +103,7 @@ class Navigator:
         return self._towards((wanted - pose.heading + 180) % 360 - 180)
 
     def _towards(self, error: float) -> Action:
-        """Of a way that lies so many degrees to the left."""
+        """Choose the action for a direction that many degrees to the left."""
         if abs(error) <= 0.75 * TURN_DEGREES:
             return FORWARD
         return TURN_LEFT if error > 0 else TURN_RIGHT

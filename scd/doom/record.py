@@ -87,6 +87,7 @@ def _record_split(
     listed = read_list(list_path) if list_path.exists() else []
     known = {entry.video_path: entry for entry in listed}  # with the latents `scd encode` made
     entries = []
+    recorded: list[str] = []
     written: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:  # one episode is compressed while the next is played
         for episode in tqdm(range(count), desc=f"record {split}", unit="episode"):
@@ -99,12 +100,15 @@ def _record_split(
                     written.result()
                 written = writer.submit(_write_episode, root / name, *played)
                 known.pop(video_path, None)
+                recorded.append(video_path)
             entries.append(known.get(video_path, ClipEntry(video_path, action_path)))
         if written is not None:
             written.result()
     if entries == listed:
         return False
-    VideoChecks(root).check_all(str(entry.video_path) for entry in entries)
+    checks = VideoChecks(root)
+    checks.check_alike(recorded)
+    checks.check_all(str(entry.video_path) for entry in entries)
     write_list(list_path, entries)
     return True
 

@@ -14,12 +14,12 @@ import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
 
 from scd.errors import ScdError
-from scd.evaluation.table import Table
 from scd.play.access import Limits
 from scd.play.catalog import Catalog
 from scd.play.messages import HEADER, WORLD_HEADER
 from scd.play.server import Address, listen, make_app, server_config
 from scd.utils.environment import environment
+from scd.utils.table import Table
 
 WARM_UP = 5  # frames
 PRESSES = 20

@@ -20,7 +20,7 @@ from scd.errors import ScdError
 from scd.models.autoencoder import Codec
 from scd.models.load import load_folder
 from scd.models.world_model import WorldModel
-from scd.options import OPTIONS_FILE, Options, load_options
+from scd.options import OPTIONS_FILE, Guidance, Options, load_options
 from scd.play.starts import Action, Start
 from scd.rollout import Rollout
 from scd.utils.paths import why_missing
@@ -237,7 +237,7 @@ class Pretrained:
         return {"kind": type(self.model).__name__, "parameters": parameters}
 
     @property
-    def guidance(self) -> str:
+    def guidance(self) -> Guidance:
         """The kind of guidance that a scale above 1 turns on."""
         if self.options.rollout.guidance != "none":
             return self.options.rollout.guidance
@@ -276,8 +276,8 @@ def _check_playable(options: Options, folder: Path) -> None:
         )
     if len(names) > MAX_ACTIONS:
         raise ScdError(f"{where}: {len(names)} actions, but the page supports {MAX_ACTIONS}")
-    if rollout.window < 1 or rollout.window_first:
+    if rollout.window < 1 or rollout.sink_frames:
         raise ScdError(
             f"{where}: to play for ever, rollout.window must be at least 1 and "
-            f"rollout.window_first 0, not {rollout.window} and {rollout.window_first}"
+            f"rollout.sink_frames 0, not {rollout.window} and {rollout.sink_frames}"
         )
