@@ -67,7 +67,7 @@ def test_every_shipped_file_loads(path: Path) -> None:
 @pytest.mark.parametrize("name", ["scd_ucf101_label", "scd_dmlab", "scd_bair"])
 def test_the_readme_makes_dense_baselines_of(name: str) -> None:
     """Its overrides, of one file there, work for each file without a baseline of its own."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "options/README.md").read_text(encoding="utf-8")
     command = readme[readme.index("./scripts/train.sh options/scd_dmlab.yml name=") :]
     command = command[: command.index("```")].replace("\\\n", " ")
     overrides = [word for word in command.split() if "=" in word]
@@ -307,7 +307,6 @@ def test_what_cannot_work_is_refused(file: Path, overrides: list[str], complaint
     ("key", "value", "complaint"),
     [
         ("task", "world", "is 'world', not one of world_model, autoencoder; did you mean 'world_"),
-        ("model.fusion", "concatenate", "did you mean 'concat'?"),
         ("eval.fvd_precision", "fp16", "is 'fp16', not one of fp32, bf16; did you mean 'bf16'?"),
         ("rollout.solver", "heun", "is 'heun', not one of euler, multistep"),
         ("rollout.solver", "null", "is None, not one of euler, multistep"),

@@ -51,7 +51,7 @@ from scd.evaluation.protocol import (
     swap_new_actions,
 )
 from scd.evaluation.samples import EVALUATIONS, SampleFolder
-from scd.evaluation.table import make_row, tables
+from scd.evaluation.summary import make_row, tables
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import LoadedModel, build_world_model
 from scd.options import load_options, options_from_json, options_to_dict

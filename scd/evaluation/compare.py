@@ -17,7 +17,7 @@ from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.evaluate import evaluation_folder
 from scd.evaluation.protocol import MODEL
-from scd.evaluation.table import columns, rollout_text
+from scd.evaluation.summary import columns, rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options
 from scd.rollout import Rollout

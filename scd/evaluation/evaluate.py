@@ -24,7 +24,7 @@ from scd.evaluation.report import (
     write_samples,
 )
 from scd.evaluation.samples import EVALUATIONS, SampleFolder, identity, identity_name
-from scd.evaluation.table import Evaluation, markdown, summarise, tables
+from scd.evaluation.summary import Evaluation, markdown, summarise, tables
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel, load_checkpoint_for_use, options_for_use
 from scd.models.world_model import WorldModel

@@ -3,7 +3,7 @@
 Three kinds: a frame metric compares each new frame with the real one, a clip statistic is a number
 of a clip alone that is held against that of the real clips, and a set metric is a distance between
 the features of two sets of clips. What becomes of each kind is in `scd.evaluation.measure` (what is
-stored of a clip) and `scd.evaluation.table` (what is reported of a row).
+stored of a clip) and `scd.evaluation.summary` (what is reported of a row).
 """
 
 from collections.abc import Callable

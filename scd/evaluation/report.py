@@ -9,7 +9,7 @@ from accelerate.utils import ProjectConfiguration
 from scd.evaluation.pictures import write_grid, write_side_by_side
 from scd.evaluation.protocol import MODEL, REAL_SET
 from scd.evaluation.samples import SampleFolder
-from scd.evaluation.table import Evaluation, markdown, sweep_tables, tables
+from scd.evaluation.summary import Evaluation, markdown, sweep_tables, tables
 from scd.options import Options
 from scd.utils.environment import environment
 from scd.utils.files import write_atomically, write_json

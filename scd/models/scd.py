@@ -8,8 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange, repeat
 from torch import Tensor
 
-from scd.errors import ScdError
-from scd.models.decoder import FUSIONS, FrameDecoder
+from scd.models.decoder import FrameDecoder
 from scd.models.encoder import CausalEncoder
 from scd.models.layers import HEAD_DIM, look_up, project
 from scd.models.world_model import (
@@ -63,8 +62,6 @@ class SCD(WorldModel):
         sigma_min: float = 0.05,
     ):
         super().__init__()
-        if fusion not in FUSIONS:
-            raise ScdError(f"fusion is {fusion!r}, not one of {', '.join(FUSIONS)}")
         check_condition(condition, num_conditions)
         shared = (channels, patch_size, heads * HEAD_DIM)
         self.encoder = CausalEncoder(

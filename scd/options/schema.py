@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-Fusion = Literal["token_concat", "token_concat_with_proj", "concat", "add"]
 Guidance = Literal["none", "context", "condition"]
 BlockType = Literal["ResBlock", "EfficientViTBlock"]
 FvdPrecision = Literal["fp32", "bf16"]
@@ -130,7 +129,8 @@ class ModelOptions:
     encoder_layers: int = not_negative(0)  # of scd; must be 0 for causal_dit
     decoder_layers: int = not_negative(0)  # of scd; must be 0 for causal_dit
     layers: int = not_negative(0)  # of causal_dit; must be 0 for scd
-    fusion: Fusion = "token_concat"  # how the decoder joins context and noisy tokens
+    # How the decoder joins context and noisy tokens: one of `scd.models.decoder.FUSIONS`.
+    fusion: str = "token_concat"
     # What drives a frame: one action out of num_conditions, a vector of num_conditions numbers
     # (several keys at once, a mouse), or one class label per video.
     condition: Literal["none", "action", "action_vector", "label"] = "none"

@@ -26,7 +26,7 @@ from scd.data.video_checks import KEPT, VideoChecks
 from scd.errors import ScdError
 from scd.evaluation.metrics import METRICS, AvailableMetrics
 from scd.evaluation.samples import SampleFolder
-from scd.evaluation.table import markdown, summarise, tables
+from scd.evaluation.summary import markdown, summarise, tables
 from scd.models.autoencoder import load_codec
 from scd.models.load import load_checkpoint_for_use
 from scd.models.reference import load_reference_checkpoint
