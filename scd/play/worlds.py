@@ -122,7 +122,7 @@ class ModelWorld:
     ) -> None:
         """Encode the past again; see `World`.
 
-        Frames that have left the window shaped those in it, since every layer looks one window
+        Frames that have left the window shaped those in it, since every layer reaches one window
         further back. So (layers × window) frames are encoded.
         """
         model, options, s = self.pretrained.model, self.pretrained.options.rollout, settings

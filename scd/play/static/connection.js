@@ -82,7 +82,7 @@ export class Connection {
     return this.#waiting.length > 0;
   }
 
-  // Notice when nothing arrives any more: a socket looks open even when the network is gone.
+  // Notice when nothing arrives any more: a socket stays open even when the network is gone.
   #checkHeartbeat() {
     if (!this.#socket) return;
     const missed = (performance.now() - this.#heard) / this.#alive;
