@@ -139,6 +139,15 @@ def no_weights(monkeypatch, tmp_path):
     monkeypatch.setenv("SCD_CACHE", str(tmp_path / "empty"))
 
 
+@pytest.fixture
+def registry():
+    """The metrics, to be changed; put back afterwards, in their order, which tables follow."""
+    before = dict(METRICS)
+    yield METRICS
+    METRICS.clear()
+    METRICS.update(before)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder but the report, which names versions and the commit."""
     return {
@@ -403,7 +412,9 @@ def fake_features(monkeypatch) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("better", ["↓", "↑"])
-def test_a_metric_is_one_entry(better, options, model, data, no_weights, tmp_path, monkeypatch):
+def test_a_metric_is_one_entry(
+    better, options, model, data, no_weights, registry, tmp_path, monkeypatch
+):
     """Measured, summarised and shown without a change elsewhere, each kind in its own way."""
 
     def mse(videos, real):
@@ -422,8 +433,7 @@ def test_a_metric_is_one_entry(better, options, model, data, no_weights, tmp_pat
         ),
         "large": FrameMetric(title="large", better="↑", decimals=1, smallest=999, function=mse),
     }
-    for name, metric in entries.items():
-        monkeypatch.setitem(METRICS, name, metric)
+    registry.update(entries)
     monkeypatch.setitem(EXTRACTORS, "color", lambda videos, precision: videos.mean(dim=(1, 3, 4)))
     found = evaluate(model, PixelCodec(), data, options, tmp_path, UNSAVED)
     samples = SampleFolder(tmp_path)
@@ -515,16 +525,14 @@ def test_windows_are_of_equal_length():
 
 
 def test_metrics_are_added_to_old_measurements(
-    options, model, data, no_weights, tmp_path, monkeypatch
+    options, model, data, no_weights, registry, tmp_path, monkeypatch
 ):
     """Samples measured before a metric was there: only that metric is computed."""
     calls = fake_features(monkeypatch)
     options.eval.new_frames = 6
-    new = {name: METRICS[name] for name in ("kvd", "sharpness", "motion")}
-    with monkeypatch.context() as patch:
-        for name in new:
-            patch.delitem(METRICS, name)
-        old = evaluate(model, PixelCodec(), data, options, tmp_path / "a", UNSAVED)
+    new = {name: registry.pop(name) for name in ("kvd", "sharpness", "motion")}
+    old = evaluate(model, PixelCodec(), data, options, tmp_path / "a", UNSAVED)
+    registry.update(new)
     for path in (tmp_path / "a").rglob("*.safetensors"):  # hashes by weights, used or not
         hashes = json.dumps({"i3d": "i3d", "unused": "abc"}, sort_keys=True)
         save_file(load_file(path), path, {"weights": hashes})
@@ -539,11 +547,11 @@ def test_metrics_are_added_to_old_measurements(
 
 
 def test_features_of_other_weights_are_computed_again(
-    options, model, data, no_weights, tmp_path, monkeypatch
+    options, model, data, no_weights, registry, tmp_path, monkeypatch
 ):
     """Also those of windows, which were saved under other weights than the whole clips' since."""
     calls = fake_features(monkeypatch)
-    monkeypatch.delitem(METRICS, "lpips")
+    del registry["lpips"]
     options.eval.new_frames = 20
     lengths = []
     for weights, windows in (("one", 2), ("one", 0), ("other", 0), ("other", 2)):

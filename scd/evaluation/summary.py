@@ -180,9 +180,12 @@ def columns_over_time(rows: list[Row], protocols: list[dict[str, Any]]) -> list[
         if isinstance(m, ClipStatistic):
             known.append(Column(key, m, m.head))
             known.append(Column(f"{key}_by_quarter", m, f"{m.title} by quarter"))
-        elif isinstance(m, SetMetric):
-            head = f"{m.title} by window {m.better}{_conditions(protocols)}"
-            known.append(Column(by_window(key), m, head))
+    conditions = _conditions(protocols)
+    known += [
+        Column(by_window(key), m, f"{m.title} by window {m.better}{conditions}")
+        for key, m in METRICS.items()
+        if isinstance(m, SetMetric)
+    ]
     return _shown(known, rows)
 
 
