@@ -42,7 +42,7 @@ def test_freed_memory_is_kept():
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that has not loaded torch, whose user has chosen nothing."""
-    for name in startup.CHOSEN:
+    for name in startup.USER_CHOICES:
         monkeypatch.setenv(name, "")  # restored afterwards, whatever the code under test sets
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "torch")

@@ -13,7 +13,8 @@ from scd.evaluation.metric_weights import MetricUnavailable
 from scd.models.autoencoder import PixelCodec
 from scd.options import AutoencoderOptions, load_options
 from scd.training import dry_run
-from scd.training.estimate import counterpart, estimate_step
+from scd.training.dry_run import counterpart
+from scd.training.performance import estimate_step
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "options").glob("*.yml"))
@@ -70,7 +71,7 @@ def test_every_options_file_runs_dry(file, monkeypatch, capsys):
     overrides += ["train.batch_size=1", "train.compile=false", f"data.root={file.stem}-is-nowhere"]
     dry_run.dry_run(load_options(file, overrides))
     out = capsys.readouterr().out
-    assert f"{options.name}: a step, a rollout and an evaluation on noise went through" in out
+    assert f"{options.name}: a step, a rollout and an evaluation on noise succeeded" in out
     assert ("(for comparison)" in out) == (options.task == "world_model")
 
 

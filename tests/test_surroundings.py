@@ -21,8 +21,8 @@ from scd.evaluation.metric_weights import MetricUnavailable, weights_path
 from scd.options import load_options
 from scd.training.launch import make_accelerator, run_experiment
 from scd.training.run_log import read_log
-from scd.training.watchdog import stop_request
 from scd.utils import processes, startup
+from scd.utils.signals import stop_request
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "options/scd_doom_tiny.yml"
@@ -72,7 +72,7 @@ def test_variables_of_accelerate_change_no_run(doom_root, tmp_path, monkeypatch,
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ACC")]
     assert notes == [
         "note: ACCELERATE_DYNAMO_BACKEND=EAGER, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4, "
-        "ACCELERATE_MIXED_PRECISION=bf16: not used, the options file alone decides"
+        "ACCELERATE_MIXED_PRECISION=bf16: ignored, the options file decides"
     ]
 
 
@@ -235,7 +235,7 @@ def test_names_that_a_locale_cannot_open_are_one_line(tmp_path, monkeypatch):
 
 HANGUP = """
 import os, signal, sys
-from scd.training.watchdog import stop_request
+from scd.utils.signals import stop_request
 with stop_request() as request:
     print("ready", flush=True)
     while request.signal is None:

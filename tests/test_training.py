@@ -23,7 +23,7 @@ from scd.pipeline import SCDPipeline
 from scd.training import checkpoint, launch, watchdog
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.encode import encode_dataset
-from scd.training.launch import make_accelerator, sums_in_fixed_order
+from scd.training.launch import deterministic_on_cpu, make_accelerator
 from scd.training.run_log import read_log
 from scd.training.trainer import Trainer
 from scd.utils import precision
@@ -130,8 +130,8 @@ def test_resumed_on_another_kind_of_machine(options, monkeypatch, capsys, fresh_
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
     folder = train(o)
     said = capsys.readouterr().out
-    assert "continuing moved from step 4" in said
-    assert "it was trained in bf16 so far, and goes on in fp32" in said
+    assert "resuming moved from step 4" in said
+    assert "it was trained in bf16 so far, and is in fp32 from here on" in said
     assert load_checkpoint(latest_checkpoint(folder)).run["precision"] == "fp32"
     written = json.loads((o.output / "environment.json").read_text())
     assert written["precision"] == written["best_precision"] == "fp32"
@@ -155,7 +155,7 @@ def test_checkpoints_from_before_auto_go_on(options, monkeypatch, capsys, fresh_
     AcceleratorState._reset_state()
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
     train(options("name=old", "train.mixed_precision=auto"))
-    assert "it was trained in fp32 so far, and goes on in bf16" in capsys.readouterr().out
+    assert "it was trained in fp32 so far, and is in bf16 from here on" in capsys.readouterr().out
 
 
 def test_worker_counts_do_not_matter(options):
@@ -210,7 +210,7 @@ def test_compiled_gradients_are_the_same_every_time():
 
     table = torch.randn(5, 256, requires_grad=True)
     indices, x = torch.randint(5, (64, 96)), torch.randn(64, 96, 256)
-    with sums_in_fixed_order(torch.device("cpu")):
+    with deterministic_on_cpu(torch.device("cpu")):
         first, *others = [torch.autograd.grad(loss(table, indices, x), table)[0] for _ in range(30)]
     assert all(torch.equal(first, other) for other in others)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -285,7 +285,7 @@ def test_damaged_checkpoint_is_passed_over(options, capsys):
     data[-5] ^= 1
     weights.write_bytes(data)
     assert latest_checkpoint(folder).name == "step-00000004"
-    assert "step-00000006: passed over, model.safetensors is damaged" in capsys.readouterr().out
+    assert "step-00000006: skipped, model.safetensors is damaged" in capsys.readouterr().out
 
 
 def test_failed_save_leaves_the_old_checkpoints(options, monkeypatch):
@@ -427,7 +427,7 @@ def test_a_save_that_reads_back_differently_does_not_count(options, monkeypatch)
         path.write_bytes(data)
 
     monkeypatch.setattr(checkpoint, "_write", flip_a_bit)
-    with pytest.raises(ScdError, match=r"step-00000008.*model.safetensors is not what was written"):
+    with pytest.raises(ScdError, match=r"step-00000008.*model.safetensors reads back differently"):
         checkpoint.save_checkpoint(folder, state, 1)
     assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
 
@@ -442,7 +442,7 @@ def test_what_killed_saves_left_is_cleared_and_the_damaged_set_aside(options, ca
     shutil.copytree(folder / "step-00000003", folder / "step-00000006")
     (folder / "step-00000006/ema.safetensors").write_bytes(b"")
     train(o)
-    assert "step-00000006: passed over, its manifest is that of step 3" in (capsys.readouterr().out)
+    assert "step-00000006: skipped, its manifest is that of step 3" in (capsys.readouterr().out)
     assert {p.name for p in folder.iterdir()} == {"step-00000006", "passed-over-step-00000006"}
     assert_same_state(whole.output / "checkpoints", folder)
 
@@ -520,7 +520,7 @@ def test_log_entries_and_heartbeat(options, monkeypatch):
     monkeypatch.setattr(
         watchdog, "write_json", lambda path, value: (beats.append(value), write_json(path, value))
     )
-    monkeypatch.setattr(watchdog, "SECONDS", 0.0)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.0)
     o = options("name=watched", "train.steps=2")
     launch.run_experiment(o)
     states = [beat["state"] for beat in beats]

@@ -30,7 +30,7 @@ from scd.data.video_checks import VideoChecks
 from scd.evaluation.table import Table
 from scd.models.autoencoder import PUBLISHED_SCALING, LatentCodec, build_autoencoder
 from scd.options import Options, load_options
-from scd.training.estimate import estimate_step
+from scd.training.performance import estimate_step
 from scd.utils.files import write_atomically
 from scd.utils.paths import project_file
 

@@ -5,7 +5,6 @@ the history of the run changes it. Sample numbers count clips over all processes
 """
 
 import shutil
-import signal
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from scd.data.clips import ClipFolder
 from scd.errors import ScdError
 from scd.options import TrainOptions
-from scd.utils.processes import STOP_SIGNALS
+from scd.utils.signals import ignore_stop_signals
 
 # Sub-streams of the seed; no two draws share a number. Stream 3 belongs to evaluation.
 ORDER_STREAM, START_STREAM, FRAMING_STREAM, HELD_OUT_STREAM = 1, 2, 4, 5
@@ -144,7 +143,7 @@ def training_batches(
         num_workers=options.workers,
         pin_memory=accelerator.device.type == "cuda",
         prefetch_factor=4 if options.workers else None,
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=ignore_stop_signals,
     )
     batches = iter(loader)
     try:
@@ -154,15 +153,6 @@ def training_batches(
         # may keep it alive, and the process would wait for the workers as it exits.
         if options.workers:
             batches._shutdown_workers()  # type: ignore[attr-defined]
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """Let a data worker outlive the signals that stop a whole job.
-
-    The trainer needs its batches for the step that it finishes. Workers exit when the trainer does.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _explain_full_shared_memory(

@@ -98,7 +98,7 @@ def test_broken_clips_are_left_out_counted_and_told_once(
 ) -> None:
     straight = train(options_of(root, "straight", "data.max_broken_clips=2"))
     told = capfd.readouterr().err
-    lines = [line for line in told.splitlines() if "broken clip, left out: " in line]
+    lines = [line for line in told.splitlines() if "broken clip, skipped: " in line]
     assert len(lines) == 2 and all(f"{root}/train/broken" in line for line in lines)
     text = (straight.parent / "broken-clips.jsonl").read_text()
     found = [json.loads(line) for line in text.splitlines()]
