@@ -10,7 +10,7 @@ from torch import nn
 from scd.data.lists import read_list
 from scd.errors import ScdError
 from scd.evaluation.samples import EVALUATIONS
-from scd.evaluation.table import rollout_text
+from scd.evaluation.summary import rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options
 from scd.pipeline import pipeline_of

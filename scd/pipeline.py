@@ -15,7 +15,13 @@ from torch import Tensor
 from scd.errors import ScdError, reason
 from scd.models.autoencoder import Codec, LatentCodec, PixelCodec, downsampling
 from scd.models.world_model import WorldModel
-from scd.options import OPTIONS_FILE, Options, RolloutOptions, options_to_dict
+from scd.options import (
+    OPTIONS_FILE,
+    Options,
+    RolloutOptions,
+    options_to_dict,
+    with_present_names,
+)
 from scd.rollout import Rollout
 from scd.utils.precision import with_weights_in
 
@@ -55,7 +61,11 @@ class SCDPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(rollout=asdict(RolloutOptions(**(rollout or {}))), options=options)
+        # Pipelines on disk can have options under their former names.
+        settings = with_present_names({"rollout": rollout or {}}, "rollout")["rollout"]
+        if options is not None:
+            options = with_present_names(options, "options")
+        self.register_to_config(rollout=asdict(RolloutOptions(**settings)), options=options)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """See diffusers; with `options.yml`, where the model's experiment is known."""

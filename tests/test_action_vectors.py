@@ -21,7 +21,7 @@ from scd.flow.noise import draw_noise
 from scd.flow.objective import FlowObjective
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT
-from scd.models.layers import Conditioning
+from scd.models.layers import ConditionEmbedding
 from scd.options import FlowOptions, RolloutOptions, load_options
 from scd.pipeline import SCDPipeline
 from scd.rollout import Rollout, continue_videos, generate
@@ -57,7 +57,7 @@ def inputs():
 @torch.no_grad()
 def test_a_one_hot_vector_is_a_row_of_the_table():
     torch.manual_seed(0)
-    conditioning = Conditioning(64, V)
+    conditioning = ConditionEmbedding(64, V)
     times, indices = torch.rand(B, F) * 1000, torch.randint(0, V + 1, (B, F))
     vectors = one_hot(indices, V + 1).float()
     assert torch.equal(conditioning(times, vectors), conditioning(times, indices))
@@ -379,7 +379,7 @@ def test_recorded_keys_train_and_are_evaluated(
         *(f"data.root={data}", f"output_root={tmp_path}", "name=keys", "data.source=video"),
         *("data.frames=6", "autoencoder.path=null", "model.patch_size=32", "model.heads=1"),
         *("model.encoder_layers=1", "model.decoder_layers=1", "train.steps=2", "train.workers=0"),
-        *("train.batch_size=2", "train.mixed_precision=no", "train.trackers=[]"),
+        *("train.batch_size=2", "train.mixed_precision=fp32", "train.trackers=[]"),
         *("eval.context_frames=3", "eval.new_frames=3", "eval.videos=2", "rollout.steps=1"),
         "eval.saved_videos=0",
     ]

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from scd.errors import ScdError
 from scd.flow.objective import FlowObjective
 from scd.flow.sampler import noise_levels
-from scd.models import SCD, CausalDiT, attention, causal_dit
+from scd.models import SCD, CausalDiT, attention, causal_dit, cpu, masks
 from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import Rollout, generate
 
@@ -50,13 +50,13 @@ def test_dense_equals_a_mask_over_the_whole_sequence(inputs):
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, sees_clean | own)
     for at_once in (1, 6, 10_000):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "QUERIES_AT_ONCE", at_once)
+            patch.setattr(cpu, "QUERIES_AT_ONCE", at_once)
             found = attention.clean_context_attention(q, k, v, n, clean, first)
         assert (found - expected).abs().max() < 1e-5
     # What CUDA computes long sequences with.
     tokens = q.shape[2]
-    admits = attention.clean_context(n, clean, first)
-    blocks = attention.flex_blocks(admits, n, tokens, tokens, q.device)
+    admits = masks.clean_context(n, clean, first)
+    blocks = attention.make_block_mask(admits, n, tokens, tokens, q.device)
     assert (flex_attention(q, k, v, block_mask=blocks) - expected).abs().max() < 1e-5
 
 
@@ -136,17 +136,17 @@ def test_a_sliding_window_shows_so_many_past_frames(monkeypatch, kept, first_fra
     g = torch.Generator().manual_seed(5)
     video, noise = torch.randn(2, B, frames + 1, C, H, W, generator=g)
     actions = torch.randint(0, 3, (B, frames + 1), generator=g)
-    rollout = Rollout(model, RolloutOptions(1, guidance="none", window=window, window_first=kept))
+    rollout = Rollout(model, RolloutOptions(1, guidance="none", window=window, sink_frames=kept))
     found = {}
     for known in range(2, frames + 1):
         rollout.reset(video[:, :known], actions[:, :known])
         found[known] = rollout.step(actions[:, known], noise[:, known])
 
-    def masked(q, k, v, tokens_per_frame, clean_frames, first, blocks=None):
+    def masked(q, k, v, tokens_per_frame, clean_frames, first, block_mask=None):
         frame = torch.tensor([*range(clean_frames), *range(first, clean_frames + 1)])
         frame = frame.repeat_interleave(n)
         token = torch.arange(len(frame))
-        mask = attention.clean_context(n, clean_frames, first)(token[:, None], token[None])
+        mask = masks.clean_context(n, clean_frames, first)(token[:, None], token[None])
         near = frame[:, None] - frame[None] <= window - kept
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, mask & (near | (frame[None] < kept))

@@ -505,7 +505,7 @@ def options(root: Path, tiny_autoencoder_path: str) -> Options:
         [
             f"data.root={root}",
             f"autoencoder.path={tiny_autoencoder_path}",
-            "train.mixed_precision=no",
+            "train.mixed_precision=fp32",
         ],
     )
 

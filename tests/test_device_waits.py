@@ -74,7 +74,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     "more",
     [
         ["optim.muon_lr=null"],
-        ["optim.muon_lr=1e-3", "flow.own_history=0.5", "flow.history_noise=0.3"],
+        ["optim.muon_lr=1e-3", "flow.self_forcing_prob=0.5", "flow.history_noise_max=0.3"],
         [*DENSE, "train.gradient_checkpointing=true"],
         ["train.gradient_accumulation=2", "autoencoder.path=AUTOENCODER", "model.patch_size=2"],
     ],

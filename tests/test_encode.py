@@ -38,7 +38,7 @@ def overrides(root: Path, tiny_autoencoder_path: str) -> list[str]:
     return [
         f"data.root={root}",
         f"autoencoder.path={tiny_autoencoder_path}",
-        "train.mixed_precision=no",
+        "train.mixed_precision=fp32",
     ]
 
 

@@ -34,9 +34,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with unset_fake_temporarily():
             return levels(*arguments, **keywords)
 
-    def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
-        assert blocks.kv_num_blocks.device == blocks.kv_indices.device == q.device
-        assert blocks.seq_lengths == (q.shape[2], k.shape[2])
+    def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+        assert block_mask.kv_num_blocks.device == block_mask.kv_indices.device == q.device
+        assert block_mask.seq_lengths == (q.shape[2], k.shape[2])
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     for module in (scd.flow.objective, scd.rollout.engine):
@@ -44,11 +44,11 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(seeding, "generator", lambda device, *key: None)
     monkeypatch.setattr(WorldModel, "check_conditions", lambda self, conditions: None)
     monkeypatch.setattr(attention, "_flex", flex)
-    for cached in (attention._kept_blocks, layers._rotary_tables):
+    for cached in (attention._cached_block_mask, layers._rotary_tables):
         cached.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
-    for cached in (attention._kept_blocks, layers._rotary_tables):
+    for cached in (attention._cached_block_mask, layers._rotary_tables):
         cached.cache_clear()
 
 
@@ -66,8 +66,8 @@ def make(kind: type, **config) -> WorldModel:
         ({}, {}),
         ({}, {"encoder_input": "noisy"}),
         ({}, {"encoder_input": "mixed"}),
-        ({}, {"history_noise": 0.2}),
-        ({}, {"own_history": 0.5}),
+        ({}, {"history_noise_max": 0.2}),
+        ({}, {"self_forcing_prob": 0.5}),
         ({"first_frame": True}, {}),
         ({"prediction": "data"}, {}),
     ],
@@ -100,7 +100,7 @@ def test_every_fusion(fusion):
         ({"guidance": "condition"}, 5, 2),
         ({"guidance": "context"}, 5, 2),
         ({"guidance": "none", "window": 4}, 9, 2),
-        ({"guidance": "none", "window": 4, "window_first": 2}, 9, 2),
+        ({"guidance": "none", "window": 4, "sink_frames": 2}, 9, 2),
         ({"guidance": "none"}, 40, 6),
         ({"guidance": "none"}, 0, 2),
     ],
@@ -134,6 +134,6 @@ def test_block_masks_are_never_dense():
             return out
 
     with Sizes():
-        blocks = attention.clean_context_blocks(n, clean, 1, tokens, CUDA)
-    assert blocks.kv_indices.shape[-2:] == (449, 449)
+        mask = attention.clean_context_block_mask(n, clean, 1, tokens, CUDA)
+    assert mask.kv_indices.shape[-2:] == (449, 449)
     assert 0 < largest < 2**25  # bytes; a dense mask alone would have 3.3e9

@@ -138,7 +138,7 @@ def test_evaluation_and_latents_see_the_centre(
         root,
         "data.mirror=false",
         f"autoencoder.path={tiny_autoencoder_path}",
-        "train.mixed_precision=no",
+        "train.mixed_precision=fp32",
     )
     folder = clip_folder(options, "val.json", "video")
     clip = folder.read(0, 4, rng=np.random.default_rng(0))["video"]

@@ -71,7 +71,7 @@ def test_imports_go_one_way() -> None:
     [
         ("import scd.models", True),
         ("from scd import training", True),
-        ("from scd.evaluation.table import table", True),
+        ("from scd.evaluation.summary import table", True),
         ("def late():\n    if True:\n        from scd.models.scd import SCD", True),
         ("from scd.data.lists import read_list\nimport torch", False),
         ("if TYPE_CHECKING:\n    from scd.cli import main", False),

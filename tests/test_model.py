@@ -1,15 +1,17 @@
 """The network: causality, alignment, positions, and its fast paths against plain ones."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from scd.errors import ScdError
-from scd.models import SCD, attention
+from scd.models import SCD, attention, cpu, masks
 from scd.models.attention import block_causal_attention
 from scd.models.decoder import FUSIONS
-from scd.models.layers import HEAD_DIM, Block, Conditioning, rotary_positions
+from scd.models.layers import HEAD_DIM, Block, ConditionEmbedding, project, rotary_positions
 
 B, F, C, H, W = 2, 5, 4, 4, 6
 
@@ -80,6 +82,11 @@ def test_last_frame_repeats_its_own_action(model, inputs):
     latents, _, _, actions = inputs
     conditions = torch.cat([actions[:, 1:], actions[:, -1:]], 1)
     assert torch.equal(model.encode(latents, actions), model.encoder(latents, conditions))
+
+
+def test_an_unknown_fusion_is_refused():
+    with pytest.raises(ScdError, match=r"model.fusion is 'concatenate'.*did you mean 'concat'"):
+        make_model(fusion="concatenate")
 
 
 @torch.no_grad()
@@ -156,7 +163,7 @@ def test_wrong_conditions_are_refused(model, inputs):
 @pytest.mark.parametrize("at_once", [1, 12, 4096])
 def test_block_causal_attention_equals_a_dense_mask(monkeypatch, past, at_once):
     """One, two or all frames at a time, with gradients, within 1e-5 (fp32)."""
-    monkeypatch.setattr(attention, "QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr(cpu, "QUERIES_AT_ONCE", at_once)
     n, frames = 6, 4
     g = torch.Generator().manual_seed(2)
     q = torch.randn(2, 3, frames * n, HEAD_DIM, generator=g, requires_grad=True)
@@ -183,7 +190,7 @@ def test_flex_blocks_admit_what_a_dense_mask_admits(past):
     queries, keys = frames * n, (past + frames) * n
     g = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, 3, t, HEAD_DIM, generator=g) for t in (queries, keys, keys))
-    blocks = attention.block_causal_blocks(n, queries, keys, torch.device("cpu"))
+    blocks = attention.block_causal_block_mask(n, queries, keys, torch.device("cpu"))
     found = flex_attention(q, k, v, block_mask=blocks)
     assert (found - block_causal_attention(q, k, v, n)).abs().max() < 1e-5
 
@@ -198,14 +205,14 @@ def test_blocks_are_those_that_torch_finds(n, past):
         (
             queries,
             keys,
-            attention.block_causal(n, queries, keys),
-            attention.block_causal_blocks(n, queries, keys, device),
+            masks.block_causal(n, queries, keys),
+            attention.block_causal_block_mask(n, queries, keys, device),
         ),
         (
             tokens,
             tokens,
-            attention.clean_context(n, 7, 2),
-            attention.clean_context_blocks(n, 7, 2, tokens, device),
+            masks.clean_context(n, 7, 2),
+            attention.clean_context_block_mask(n, 7, 2, tokens, device),
         ),
     ):
         expected = create_block_mask(
@@ -237,7 +244,7 @@ def test_rotary_angles_written_out():
 
 
 def test_time_embedding_written_out():
-    conditioning = Conditioning(64, 0)
+    conditioning = ConditionEmbedding(64, 0)
     t = torch.tensor([500.0])
     angles = 500.0 * torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 127)
     expected = torch.cat([angles.cos(), angles.sin()])
@@ -252,7 +259,8 @@ def test_data_prediction_gives_the_velocity(inputs):
     for t in (800.0, 10.0):
         times = torch.full((B, F), t)
         with torch.no_grad():
-            clean = model.decoder(noisy, context, model.decoder.conditioning(times, None))
+            modulation = partial(project, model.decoder.conditioning(times, None))
+            clean = model.decoder(noisy, context, modulation)
             velocity = model.decode(noisy, times, context, None)
         expected = (noisy - clean) / max(t / 1000, 0.05)
         assert torch.allclose(velocity, expected, rtol=1e-5, atol=1e-5)
@@ -277,7 +285,7 @@ def test_head_by_head_equals_the_fused_kernel(masked):
     """In bfloat16, with more keys than plain products serve; both within a bfloat16 of float64."""
     g = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, 16, HEAD_DIM, generator=g).bfloat16()
-    keys = attention.PLAIN_KEYS + 40
+    keys = cpu.PLAIN_KEYS + 40
     k, v = torch.randn(2, 2, 3, keys, HEAD_DIM, generator=g).bfloat16()
     mask = torch.rand(16, keys, generator=g) < 0.5 if masked else None
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)

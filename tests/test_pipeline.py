@@ -152,7 +152,10 @@ def test_what_is_pushed_can_be_played(tmp_path, monkeypatch):
     for asks_the_hub in ("create_repo", "load_or_create_model_card", "populate_model_card"):
         monkeypatch.setattr(diffusers_hub, asks_the_hub, lambda *a, **k: made)
     shipped = Path(__file__).parent.parent / "assets/pretrained/scd_doom"
-    SCDPipeline.from_pretrained(shipped).push_to_hub("someone/scd_doom")
+    pipe = SCDPipeline.from_pretrained(shipped)  # its options have the names of their time
+    assert pipe.config.rollout["sink_frames"] == 0 == pipe.config.options["rollout"]["sink_frames"]
+    assert "adversary" not in pipe.config.options
+    pipe.push_to_hub("someone/scd_doom")
     path = tmp_path / "options.yml"
     path.write_text(pushed["options.yml"])
     assert load_options(path) == load_options(shipped / "options.yml")
@@ -172,7 +175,7 @@ def test_refusals(pipeline):
         pipeline(video, **{**given, "num_frames": 3})
     with pytest.raises(ScdError, match="output_type"):
         pipeline(video, output_type="pil", **given)
-    with pytest.raises(ScdError, match=r"rollout\.steps must be above 0, not 0"):
+    with pytest.raises(ScdError, match=r"rollout\.steps must be above 0, but is 0"):
         pipeline(video, **{**given, "num_inference_steps": 0})
     with pytest.raises(ScdError, match="the lowest and the highest noise level"):
         pipeline(video, guidance_interval=[0.7, 0.3], **given)

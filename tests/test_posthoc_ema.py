@@ -30,7 +30,7 @@ TINY = Path(__file__).parent.parent / "options/scd_doom_tiny.yml"
 STEPS, EVERY = 400, 20
 OTHERS = (0.04, 0.07, 0.15)  # of neither of the two that are kept
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
 
 
 def options(folder: Path, *overrides: str) -> Options:
@@ -188,7 +188,7 @@ def test_a_killed_run_keeps_the_same_snapshots_and_averages(doom_root, tmp_path,
         *(f"data.root={doom_root}", f"output_root={tmp_path}", "autoencoder.path=null"),
         *("data.source=video", "data.frames=4", "model.patch_size=16", "model.heads=1"),
         *("model.encoder_layers=1", "model.decoder_layers=1", "train.steps=6"),
-        *("train.batch_size=2", "train.workers=0", "train.mixed_precision=no"),
+        *("train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32"),
         *("train.save_every=2", "train.snapshot_every=1"),
     ]
     run_experiment(load_options(TINY, [*small, "name=straight"]))
@@ -232,7 +232,7 @@ def test_averages_are_not_begun_half_way(doom_root, tmp_path):
         *(f"data.root={doom_root}", f"output_root={tmp_path}", "autoencoder.path=null"),
         *("data.source=video", "data.frames=4", "model.patch_size=16", "model.heads=1"),
         *("model.encoder_layers=1", "model.decoder_layers=1", "train.save_every=1"),
-        *("train.batch_size=2", "train.workers=0", "train.mixed_precision=no"),
+        *("train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32"),
     ]
     run_experiment(load_options(TINY, [*small, "train.steps=1"]))
     with pytest.raises(ScdError, match=r"averages .*were not tracked, are \[0.05, 0.1\]"):

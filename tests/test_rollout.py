@@ -8,11 +8,12 @@ import torch
 from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT, WorldModel, encoder
-from scd.models.layers import Modulations
 from scd.options import RolloutOptions
 from scd.rollout import Rollout, cache, continue_videos, generate
 from scd.utils import precision
 from tests.test_model import make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, K, NEW, C, H, W = 2, 4, 3, 4, 4, 6
 STEPS = 4
@@ -170,13 +171,15 @@ def test_prefill_in_chunks_equals_at_once(model, inputs):
     at_once = cache.KVCache(model, B, cache.Window(K), 6)
     by_frame = cache.KVCache(model, B, cache.Window(K), 6)
     with torch.no_grad():
-        table = model.encoder.modulations(torch.arange(4)).values
-        whole = model.encoder.take_in(context, Modulations(table[actions[:, :K]]), at_once)(None)
+        table = model.encoder.precompute_modulation(torch.arange(4))
+        modulation = table[actions[:, :K]]
+        whole = model.encoder.prefill(context, modulation, at_once)
         for i in range(K):
             part = slice(i, i + 1)
-            of_frame = Modulations(table[actions[:, part]])
-            single = model.encoder.take_in(context[:, part], of_frame, by_frame)(None)
+            single = model.encoder.prefill(context[:, part], modulation[:, part], by_frame)
             assert (single - whole[:, part]).abs().max() < TOLERANCE
+        contexts = model.encoder.context(whole, modulation)
+        assert (contexts - model.encoder(context, actions[:, :K])).abs().max() < TOLERANCE
     assert at_once.frames == by_frame.frames == K
     assert (at_once.keys - by_frame.keys).abs().max() < TOLERANCE
 
@@ -340,7 +343,7 @@ def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
     g = torch.Generator().manual_seed(8)
     video = torch.randn(B, frames + 1, C, H, W, generator=g)
     actions = torch.randint(0, 3, (B, frames + 1), generator=g)
-    rollout = Rollout(model, plain(1, window=window, window_first=kept))
+    rollout = Rollout(model, plain(1, window=window, sink_frames=kept))
     start = 1 - model.first_predicted
     seen = []
     for known in range(2, frames + 1):
@@ -355,7 +358,7 @@ def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
         shown |= index[None] < kept + start
     mask = (shown & (index[None] <= index[:, None])).repeat_interleave(6, 0).repeat_interleave(6, 1)
 
-    def masked(q, k, v, tokens_per_frame, blocks=None):
+    def masked(q, k, v, tokens_per_frame, block_mask=None):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -383,7 +386,7 @@ def test_a_stream_without_end(inputs):
     """Constant memory and no drift: 60 frames through a window of 4, two streams side by side."""
     context, _, actions = inputs
     model = make_model()
-    streams = [Rollout(model, plain(1, window=4, window_first=kept)) for kept in (0, 1)]
+    streams = [Rollout(model, plain(1, window=4, sink_frames=kept)) for kept in (0, 1)]
     alone = Rollout(model, plain(1, window=4))
     for rollout in (*streams, alone):
         rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(1))
@@ -399,7 +402,7 @@ def test_a_stream_without_end(inputs):
 def test_windows_that_cannot_be():
     for bad in (
         {"frames": 0},
-        {"frames": 2, "first_frames": 2},
+        {"frames": 2, "sink_frames": 2},
         {"frames": 2, "when_full": "wrap"},
     ):
         with pytest.raises(ScdError):

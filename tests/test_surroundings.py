@@ -54,7 +54,7 @@ def test_variables_of_accelerate_change_no_run(doom_root, tmp_path, monkeypatch,
         f"output_root={tmp_path}",
         *("data.source=video", "autoencoder.path=null", "data.frames=4", "model.patch_size=16"),
         *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
-        *("train.steps=2", "train.batch_size=1", "train.workers=0", "train.mixed_precision=no"),
+        *("train.steps=2", "train.batch_size=1", "train.workers=0", "train.mixed_precision=fp32"),
         *("train.gradient_accumulation=2", "train.log_every=1"),
         *("eval.context_frames=2", "eval.new_frames=2", "eval.videos=2"),
     ]
@@ -85,7 +85,7 @@ def test_what_launchers_set_is_not_told(monkeypatch, capfd):
         ("GRADIENT_ACCUMULATION_STEPS", "1"),
     ):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    overrides = ["train.mixed_precision=no", "train.gradient_accumulation=2"]
+    overrides = ["train.mixed_precision=fp32", "train.gradient_accumulation=2"]
     make_accelerator(load_options(TINY, overrides))
     assert "note:" not in capfd.readouterr().err
 
@@ -293,14 +293,19 @@ def test_an_installed_package_brings_its_options(tmp_path, monkeypatch):
 
     installed = tmp_path / "share/scd/options"
     shutil.copytree(ROOT / "options", installed)
-    file = SimpleNamespace(
-        match=lambda pattern: pattern == "share/scd/options/dcae_minecraft.yml",
-        locate=lambda: installed / "dcae_minecraft.yml",
-    )
+    files = [
+        SimpleNamespace(
+            match=lambda pattern, name=path.name: pattern == f"share/scd/options/{name}",
+            locate=lambda path=path: path,
+        )
+        for path in installed.glob("*.yml")
+    ]
     monkeypatch.setattr(paths, "CHECKOUT", tmp_path / "site-packages")
-    monkeypatch.setattr("importlib.metadata.files", lambda name: [file])
-    found = paths.project_file("options/dcae_minecraft.yml")
-    assert found == installed / "dcae_minecraft.yml" and load_options(found)
+    monkeypatch.setattr("importlib.metadata.files", lambda name: files)
+    monkeypatch.chdir(tmp_path)
+    assert paths.project_file("options/dcae_minecraft.yml") == installed / "dcae_minecraft.yml"
+    for path in installed.glob("*.yml"):  # those with a base find it beside them
+        assert load_options(f"options/{path.name}") == load_options(ROOT / "options" / path.name)
 
 
 def test_what_is_missing_is_told_with_where_it_was_looked_for(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def overrides(root: Path, autoencoder: str) -> list[str]:
     return [
         f"data.root={root}",
         f"autoencoder.path={autoencoder}",
-        "train.mixed_precision=no",
+        "train.mixed_precision=fp32",
         "train.batch_size=2",
         "eval.videos=2",
     ]

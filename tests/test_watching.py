@@ -48,7 +48,7 @@ def options(doom_root, tmp_path):
             *("model.patch_size=16", "model.heads=1"),
             *("model.encoder_layers=1", "model.decoder_layers=1"),
             *("train.steps=6", "train.batch_size=2", "train.save_every=2", "train.log_every=1"),
-            *("train.workers=0", "train.mixed_precision=no"),
+            *("train.workers=0", "train.mixed_precision=fp32"),
             *("eval.context_frames=4", "eval.new_frames=2", "eval.videos=2"),
         ]
         return load_options(ROOT / "options/scd_doom_tiny.yml", [*small, *overrides])

@@ -34,9 +34,9 @@ def play(a: argparse.Namespace) -> None:
     with ThreadPoolExecutor(1) as loading:
         catalog = loading.submit(load_catalog, a.model, a.baseline, a.starts, a.overrides).result()
     if a.measure is not None:
-        from scd.play.latency import measure
+        from scd.play.latency import measure_latency
 
-        measure(catalog, a.measure)
+        measure_latency(catalog, a.measure)
     else:
         from scd.play.server import Address, serve
 

@@ -11,6 +11,7 @@ from scd.data.video_checks import VideoChecks, slow_reading_note
 from scd.errors import ScdError
 from scd.options import Options
 from scd.utils.files import write_json
+from scd.utils.table import Table
 
 FPS_SPREAD = 1.01  # a model cannot tell 29.97 from 30
 SHOWN_KINDS = 12  # per line of the table; the JSON file has all
@@ -154,7 +155,7 @@ def _conclude(
     broken = [line for survey in surveys for line in survey.broken]
     of_videos = [line for survey in surveys for line in _videos(survey, checks.root)]
     warnings = warnings + of_videos + _kept(checks)
-    print(table(surveys, names))
+    print(table(surveys, names).markdown())
     for line in broken:
         print(f"broken: {line}")
     for line in warnings:
@@ -167,35 +168,28 @@ def _conclude(
         raise ScdError(f"{len(broken)} of {clips} clips are broken, named above")
 
 
-def table(surveys: list[Survey], action_names: dict[int, str]) -> str:
-    """One column a list, as a Markdown table."""
-    rows = [["", *(Path(survey.path).name for survey in surveys)]]
-
-    def row(head: str, cells: list[str]) -> None:
-        if any(cells):
-            rows.append([head, *(cell or "–" for cell in cells)])
-
-    row("clips", [str(s.clips) for s in surveys])
-    row("broken", [str(len(s.broken)) for s in surveys])
-    row("frames", [str(sum(s.lengths)) for s in surveys])
-    row(
-        "frames a clip: min / median / max", [" / ".join(map(str, s.length_range)) for s in surveys]
-    )
-    row("clips by frame size", [_kinds(s.sizes) for s in surveys])
-    row("frames a second", [_kinds(Counter(f"{fps:.4g}" for fps in s.fps)) for s in surveys])
-    row("videos read in order", [str(len(s.in_order) or "") for s in surveys])
-    row("actions, share of frames", [_shares(s.actions, action_names) for s in surveys])
-    row("held together, share of frames", [_held(s.held, action_names) for s in surveys])
-    row("classes", [_classes(s.labels) for s in surveys])
-    row("latents", [_kinds(s.latents) for s in surveys])
-    row("content hash", [s.content_hash[:16] for s in surveys])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
+def table(surveys: list[Survey], action_names: dict[int, str]) -> Table:
+    """Make a table with one column for each list."""
+    heads = ["", *(Path(survey.path).name for survey in surveys)]
     lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-        for cells in rows
+        ["clips", *(str(s.clips) for s in surveys)],
+        ["broken", *(str(len(s.broken)) for s in surveys)],
+        ["frames", *(str(sum(s.lengths)) for s in surveys)],
+        [
+            "frames a clip: min / median / max",
+            *(" / ".join(map(str, s.length_range)) for s in surveys),
+        ],
+        ["clips by frame size", *(_kinds(s.sizes) for s in surveys)],
+        ["frames a second", *(_kinds(Counter(f"{fps:.4g}" for fps in s.fps)) for s in surveys)],
+        ["videos read in order", *(str(len(s.in_order) or "") for s in surveys)],
+        ["actions, share of frames", *(_shares(s.actions, action_names) for s in surveys)],
+        ["held together, share of frames", *(_held(s.held, action_names) for s in surveys)],
+        ["classes", *(_classes(s.labels) for s in surveys)],
+        ["latents", *(_kinds(s.latents) for s in surveys)],
+        ["content hash", *(s.content_hash[:16] for s in surveys)],
     ]
-    return "\n".join(lines)
+    shown = [[head, *(cell or "–" for cell in cells)] for head, *cells in lines if any(cells)]
+    return Table(heads, shown, len(heads), [])
 
 
 def _kinds(counts: Counter[str]) -> str:

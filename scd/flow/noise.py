@@ -9,15 +9,15 @@ from scd.utils.seeding import normal_per_sample, uniform_per_sample
 
 
 class FlowDraws(NamedTuple):
-    """For B clips of F frames and K draws."""
+    """The random numbers of a training step, for B clips of F frames and K draws."""
 
     level: Tensor  # (B, K, F), normal: the logit of the noise level before mean and spread
     noise: Tensor  # (B, K, F, C, H, W), ε
     context_noise: Tensor | None  # (B, F, N, D), ζ
     drop_condition: Tensor  # (B,), bool
     clean_frame: Tensor  # (B, F), bool: frames the mixed encoder input leaves clean
-    history_level: Tensor  # (B,), of the noise in the history
-    own_history: Tensor  # (B,), bool: clips with a history of the model's own frames
+    history_noise: Tensor  # (B,), σ of the noise in the history
+    self_forced: Tensor  # (B,), bool: clips whose history is of the model's own frames
 
 
 def draw_noise(
@@ -27,7 +27,7 @@ def draw_noise(
     latents: Tensor,
     context_shape: tuple[int, int] | None,
 ) -> FlowDraws:
-    """Draws for clips (B, F, C, H, W) with the given sample numbers.
+    """Draw the random numbers of clips (B, F, C, H, W) with the given sample numbers.
 
     Args:
         context_shape: tokens in a frame and width, (N, D); None: no context is perturbed. Its
@@ -49,6 +49,6 @@ def draw_noise(
         context_noise=None if context_shape is None else normal("context", frames, *context_shape),
         drop_condition=uniform("drop", 1)[:, 0] < options.condition_dropout,
         clean_frame=uniform("clean", frames) < options.clean_fraction,
-        history_level=options.history_noise * uniform("history", 1)[:, 0],
-        own_history=uniform("own", 1)[:, 0] < options.own_history,
+        history_noise=options.history_noise_max * uniform("history", 1)[:, 0],
+        self_forced=uniform("own", 1)[:, 0] < options.self_forcing_prob,
     )

@@ -16,15 +16,15 @@ from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.options import FlowOptions
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ that models are measured at
-OWN_HISTORY_STEPS = 2  # more would cost more than the training step itself
+SELF_FORCING_STEPS = 2  # for each frame; more would cost more than the training step itself
 
 
 class NoisyFrames(NamedTuple):
-    """K draws of every frame: noisy frames and targets (B, K, F, C, H, W), levels (B, K, F)."""
+    """K draws of every frame, at a noise level each."""
 
-    noisy: Tensor
-    target: Tensor
-    sigmas: Tensor
+    noisy: Tensor  # (B, K, F, C, H, W)
+    target: Tensor  # (B, K, F, C, H, W), the velocity
+    sigmas: Tensor  # (B, K, F)
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def with_scaled_latents(batch: dict[str, Tensor], codec: Codec) -> dict[str, Ten
 
 
 class FlowObjective(nn.Module):
-    """Batch -> loss, for the training loop.
+    """The flow-matching loss of a batch, for the training loop.
 
     Frame 0 has no loss, unless the model predicts first frames. All K noise draws of a clip share
     one pass over the clean frames and the same actions.
@@ -59,7 +59,7 @@ class FlowObjective(nn.Module):
         Args:
             batch: `sample`, the clips' numbers, best as a list or on the CPU, since they are read;
                 `latents` (B, F, C, h, w); `actions` (B, F) or (B, F, V), or `label` (B,), where the
-                model has such conditions, which nobody checks here: their readers have.
+                model has such conditions; their values are not checked again here.
         """
         latents = batch["latents"]
         tokens = self.model.tokens_per_frame(*latents.shape[-2:])
@@ -81,7 +81,7 @@ class FlowObjective(nn.Module):
         return self.model.has_context and self.options.context_noise > 0
 
     def loss(self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws) -> Tensor:
-        """The loss for given noise.
+        """Compute the loss for given noise.
 
         Args:
             latents: (B, F, C, H, W), clean.
@@ -90,22 +90,23 @@ class FlowObjective(nn.Module):
         first = self.model.first_predicted
         frames = self._add_noise(latents, draws)
         if conditions is not None:
-            dropped = draws.drop_condition[(..., *[None] * (conditions.ndim - 1))]
+            dropped = draws.drop_condition[(..., *[None] * (conditions.ndim - 1))]  # (B, 1, ...)
             null = self.model.null_conditions(conditions.shape[:2])
             conditions = torch.where(dropped, null, conditions)
         perturbation = None
         if draws.context_noise is not None:
             perturbation = self.options.context_noise * draws.context_noise[:, first:]
         velocity = self.model(
-            self._history(latents, frames, conditions, draws),
-            frames.noisy[:, :, first:],
-            frames.sigmas[:, :, first:] * MAX_TIMESTEP,
+            self._history(latents, frames, conditions, draws),  # (B, F, C, H, W)
+            frames.noisy[:, :, first:],  # (B, K, F', C, H, W)
+            frames.sigmas[:, :, first:] * MAX_TIMESTEP,  # (B, K, F')
             conditions,
-            perturbation,
-        )
+            perturbation,  # (B, F', N, D)
+        )  # (B, K, F', C, H, W)
         return (velocity - frames.target[:, :, first:]).square().mean()
 
     def _add_noise(self, latents: Tensor, draws: FlowDraws) -> NoisyFrames:
+        """Mix frames with noise: x_t = σ·ε + (1−σ)·x, at logit-normal σ."""
         clean = latents[:, None]
         sigmas = torch.sigmoid(self.options.logit_mean + self.options.logit_std * draws.level)
         sigma = sigmas[..., None, None, None]
@@ -120,44 +121,46 @@ class FlowObjective(nn.Module):
     def _history(
         self, latents: Tensor, frames: NoisyFrames, conditions: Tensor | None, draws: FlowDraws
     ) -> Tensor:
-        """The frames before each frame, as the model is shown them."""
+        """Make the history (B, F, C, H, W) that the model sees: clean, noisy or self-generated."""
         options = self.options
         if options.encoder_input == "noisy":
             return frames.noisy[:, 0]
         if options.encoder_input == "mixed":
-            return torch.where(_of_frames(draws.clean_frame), latents, frames.noisy[:, 0])
+            return torch.where(_over_frames(draws.clean_frame), latents, frames.noisy[:, 0])
         history = latents
-        if options.own_history:
-            own = self._own_frames(latents, conditions, draws)
-            history = torch.where(_of_frames(draws.own_history[:, None]), own, latents)
-        if options.history_noise:
+        if options.self_forcing_prob:
+            generated = self._self_forced_history(latents, conditions, draws)
+            history = torch.where(_over_frames(draws.self_forced[:, None]), generated, latents)
+        if options.history_noise_max:
             # A frame is predicted from other noise than that of its history.
-            level = _of_frames(draws.history_level[:, None])
-            history = level * draws.noise[:, 0] + (1 - level) * history
+            sigma = _over_frames(draws.history_noise[:, None])
+            history = sigma * draws.noise[:, 0] + (1 - sigma) * history
         return history
 
     @torch.no_grad()
-    def _own_frames(self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws) -> Tensor:
-        """What the model makes of every frame after the true ones before it, all frames at once."""
+    def _self_forced_history(
+        self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws
+    ) -> Tensor:
+        """Generate every frame after the true ones before it, all frames at once: self-forcing."""
         first = self.model.first_predicted
-        levels = noise_levels(OWN_HISTORY_STEPS, "even")
+        levels = noise_levels(SELF_FORCING_STEPS, "even")
 
         def velocity(x: Tensor, step: int) -> Tensor:
             timesteps = torch.full(x.shape[:2], levels[step] * MAX_TIMESTEP, device=x.device)
             return self.model(latents, x[:, None], timesteps[:, None], conditions)[:, 0]
 
-        own = integrate(velocity, draws.noise[:, 0, first:], levels, "multistep")
+        generated = integrate(velocity, draws.noise[:, 0, first:], levels, "multistep")
         # Before pytorch's #165068, autocast kept the weights that it had cast without gradients
         # and gave them to the pass with gradients as well: no Linear would have learned.
         torch.clear_autocast_cache()
-        return torch.cat([latents[:, :first], own], dim=1)
+        return torch.cat([latents[:, :first], generated], dim=1)
 
 
 @torch.no_grad()
 def errors_by_level(
     model: WorldModel, latents: Tensor, conditions: Tensor | None, noise: Tensor
 ) -> Tensor:
-    """Mean squared error of the velocity ε − x under teacher forcing, (B, levels, F').
+    """Measure the squared error of the velocity ε − x under teacher forcing, (B, levels, F').
 
     Args:
         latents: (B, F, C, H, W), clean.
@@ -174,6 +177,6 @@ def errors_by_level(
     return (velocity - (noise - clean)).square().mean(dim=(3, 4, 5))
 
 
-def _of_frames(values: Tensor) -> Tensor:
-    """(B, F) -> (B, F, 1, 1, 1)."""
+def _over_frames(values: Tensor) -> Tensor:
+    """Reshape values (B, F) to broadcast over frames: (B, F, 1, 1, 1)."""
     return values[:, :, None, None, None]

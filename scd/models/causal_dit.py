@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from diffusers import ModelMixin  # noqa: F401 (diffusers' pipelines look for it beside the class)
@@ -13,28 +12,30 @@ from torch.utils.checkpoint import checkpoint
 
 from scd.models.attention import (
     clean_context_attention,
-    clean_context_blocks,
-    needs_blocks,
+    clean_context_block_mask,
+    uses_flex,
 )
 from scd.models.layers import (
     HEAD_DIM,
     Attend,
     Block,
-    BlockModulation,
-    Conditioning,
-    Modulated,
-    Modulations,
+    ConditionEmbedding,
+    Float32Linear,
+    Modulate,
     OutputNorm,
     initialise,
+    look_up,
     patchify,
+    precompute_modulation,
+    project,
     rotary_positions,
     unpatchify,
 )
-from scd.models.linear import Float32Linear
 from scd.models.world_model import (
     CLEAN_TIMESTEP,
     Cache,
-    VelocityField,
+    FrameDenoiser,
+    PrecomputedModulation,
     WorldModel,
     check_condition,
     repeat_steps,
@@ -52,7 +53,7 @@ class CausalDiT(WorldModel):
     Args: as `SCD`, with one number of `layers`.
     """
 
-    noisy_places = 1
+    noisy_slots = 1
 
     @register_to_config
     def __init__(
@@ -73,8 +74,8 @@ class CausalDiT(WorldModel):
         width = heads * HEAD_DIM
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels * patch_size**2, width)
-        self.conditioning = Conditioning(width, num_conditions)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.conditioning = ConditionEmbedding(width, num_conditions)
+        self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
         self.unembed = Float32Linear(width, channels * patch_size**2)
         initialise(self)
@@ -94,123 +95,106 @@ class CausalDiT(WorldModel):
     ) -> Tensor:
         """See `WorldModel.forward`: one sequence [clean ‖ noisy draw 1 ‖ … ‖ draw K]."""
         draws, first = noisy.shape[1], self.first_predicted
-        clean = latents[:, :-1]  # the last frame is nobody's history
+        clean = latents[:, :-1]  # (B, F - 1, C, H, W): the last frame is nobody's history
         count = clean.shape[1]
         frames = torch.cat([clean, rearrange(noisy, "b k f c h w -> b (k f) c h w")], dim=1)
-        of_noisy = rearrange(timesteps, "b k f -> b (k f)")
-        times = torch.cat(
-            [torch.full_like(of_noisy[:, :1], CLEAN_TIMESTEP).expand(-1, count), of_noisy], 1
-        )
+        noisy_times = rearrange(timesteps, "b k f -> b (k f)")  # (B, K·F')
+        clean_times = torch.full_like(noisy_times[:, :1], CLEAN_TIMESTEP).expand(-1, count)
+        times = torch.cat([clean_times, noisy_times], dim=1)  # (B, F - 1 + K·F')
         if conditions is not None:
-            of_draws = repeat(conditions[:, first:], "b f ... -> b (k f) ...", k=draws)
-            conditions = torch.cat([conditions[:, :-1], of_draws], dim=1)
+            noisy_conditions = repeat(conditions[:, first:], "b f ... -> b (k f) ...", k=draws)
+            conditions = torch.cat([conditions[:, :-1], noisy_conditions], dim=1)
         positions = torch.arange(count + 1, device=latents.device)
-        positions = torch.cat([positions[:-1], *[positions[first:]] * draws])
+        positions = torch.cat([positions[:-1], *[positions[first:]] * draws])  # (F - 1 + K·F',)
         n = self.tokens_per_frame(*latents.shape[-2:])
-        blocks = None
-        if needs_blocks(tokens := frames.shape[1] * n, latents.device):
-            blocks = clean_context_blocks(n, count, first, tokens, latents.device)
+        block_mask = None
+        if uses_flex(tokens := frames.shape[1] * n, latents.device):
+            block_mask = clean_context_block_mask(n, count, first, tokens, latents.device)
         attend = partial(
             clean_context_attention,
             tokens_per_frame=n,
             clean_frames=count,
             first=first,
-            blocks=blocks,
+            block_mask=block_mask,
         )
-        e = self.conditioning(times, conditions)  # (B, all frames, D)
-        depth = len(self.blocks)
-        prediction = self._predict(frames, [e] * depth, e, positions, [attend] * depth)
+        modulation = partial(project, self.conditioning(times, conditions))
+        prediction = self._predict(frames, modulation, positions, [attend] * len(self.blocks))
         prediction = rearrange(prediction[:, count:], "b (k f) c h w -> b k f c h w", k=draws)
-        return self._as_velocity(prediction, noisy, timesteps)
+        return self._as_velocity(prediction, noisy, timesteps)  # (B, K, F', C, H, W)
 
-    def conditioned(self, conditions: Tensor, timesteps: Tensor) -> "DenseConditioned":
-        """See `WorldModel.conditioned`."""
-        clean = torch.full(conditions.shape[:1], CLEAN_TIMESTEP, device=conditions.device)
+    def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
+        """See `WorldModel.precompute_modulation`."""
+        times = torch.full(conditions.shape[:1], CLEAN_TIMESTEP, device=conditions.device)  # (R,)
+        layers = [*self.blocks, self.norm_out]
+        clean = precompute_modulation(layers, self.conditioning(times, conditions))
         times = timesteps.expand(len(conditions), -1)  # (R, T)
-        return DenseConditioned(
-            self._modulations(clean, conditions).values,
-            self._modulations(times, repeat_steps(conditions, len(timesteps))).values,
-            timesteps,
-        )
+        e = self.conditioning(times, repeat_steps(conditions, len(timesteps)))  # (R, T, D)
+        return PrecomputedModulation(clean, precompute_modulation(layers, e), timesteps)
 
-    def take_in(
+    def prefill(
         self,
         latents: Tensor,
-        own: Tensor,
-        following: Tensor,
+        condition_ids: Tensor,
+        next_condition_ids: Tensor,
         cache: Cache,
-        conditioned: "DenseConditioned",
+        modulation: PrecomputedModulation,
     ) -> None:
-        """See `WorldModel.take_in`; a clean frame has its own condition, not the following."""
+        """See `WorldModel.prefill`; a clean frame has its own condition, not the next."""
         if latents.shape[1]:
-            self._predict_cached(latents, Modulations(conditioned.clean[own]), cache)
+            self._predict_cached(latents, modulation.clean[condition_ids], cache)
             cache.advance(latents.shape[1])
 
-    def next_frame(
+    def begin_frame(
         self,
         newest: Tensor,
-        own: Tensor,
-        following: Tensor,
+        condition_ids: Tensor,
+        next_condition_ids: Tensor,
         cache: Cache,
-        conditioned: "DenseConditioned",
+        modulation: PrecomputedModulation,
         perturbation: Tensor | None = None,
-    ) -> VelocityField:
-        """See `WorldModel.next_frame`: all layers run at every step.
+    ) -> FrameDenoiser:
+        """See `WorldModel.begin_frame`: all layers run at every step.
 
         The noisy frame's keys and values lie where the clean frame's will be written.
         """
-        self.take_in(newest, own, following, cache, conditioned)
-        of_steps = conditioned.steps[following[:, 0]]  # (B, T, ...)
-        timesteps = conditioned.timesteps
+        self.prefill(newest, condition_ids, next_condition_ids, cache, modulation)
+        inputs = (modulation.noisy[next_condition_ids[:, 0]],)  # (B, T, 6·L + 2, D)
+        velocity = partial(self._step_velocity, cache, modulation.timesteps)
+        return FrameDenoiser(velocity, inputs, capturable=False)
 
-        def field(noisy: Tensor, step: int, /) -> Tensor:
-            batch = len(noisy)
-            of_step = Modulations(of_steps[:batch, step : step + 1])
-            prediction = self._predict_cached(noisy, of_step, cache)
-            return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
-
-        return field
-
-    def _modulations(self, timesteps: Tensor, conditions: Tensor) -> Modulations:
-        return Modulations.of(self.blocks, self.norm_out, self.conditioning(timesteps, conditions))
-
-    def _predict_cached(
-        self,
-        frames: Tensor,
-        modulations: Modulations,
-        cache: Cache,
+    def _step_velocity(
+        self, cache: Cache, timesteps: Tensor, noisy: Tensor, step: int, modulation: Tensor
     ) -> Tensor:
+        """Predict a step's velocities for the first of a batch's frames; see `FrameDenoiser`."""
+        batch = len(noisy)
+        modulation = modulation[:batch, step : step + 1]  # (B, 1, 6·L + 2, D)
+        prediction = self._predict_cached(noisy, modulation, cache)  # (B, 1, C, H, W)
+        return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
+
+    def _predict_cached(self, frames: Tensor, modulation: Tensor, cache: Cache) -> Tensor:
+        """Predict frames (B, F, C, H, W) that follow those in the cache, and write their keys."""
         positions = torch.arange(frames.shape[1], device=frames.device) + cache.frames
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        return self._predict(frames, *modulations.by_layer(len(attends)), positions, attends)
+        return self._predict(frames, partial(look_up, modulation), positions, attends)
 
     def _predict(
         self,
         frames: Tensor,
-        of_blocks: Sequence[Tensor | BlockModulation],
-        of_norm_out: Tensor | Modulated | None,
+        modulation: Modulate,
         positions: Tensor,
         attends: Sequence[Attend],
     ) -> Tensor:
-        """The network: frames (B, F, C, H, W) at positions (F,) -> prediction, as the frames."""
+        """Predict from frames (B, F, C, H, W) at positions (F,), in the shape of the frames."""
         height, width = frames.shape[-2:]
         patch = self.config.patch_size
         rotary = rotary_positions(positions, height // patch, width // patch)
         x = self.embed(patchify(frames, patch).to(self.embed.weight.dtype))  # (B, F, N, D)
         if self.config.prediction == "data":  # it is divided by σ, which magnifies its rounding
             x = x.float()
-        for block, e, attend in zip(self.blocks, of_blocks, attends, strict=True):
+        for block, attend in zip(self.blocks, attends, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, e, rotary, attend, use_reentrant=False)
+                x = checkpoint(block, x, modulation, rotary, attend, use_reentrant=False)
             else:
-                x = block(x, e, rotary, attend)
-        x = self.unembed(self.norm_out(x.float(), of_norm_out))  # (B, F, N, C·p·p)
-        return unpatchify(x, patch, height, width)
-
-
-class DenseConditioned(NamedTuple):
-    """See `WorldModel.conditioned`; values of `Modulations`, T timesteps."""
-
-    clean: Tensor  # (R, ...)
-    steps: Tensor  # (R, T, ...)
-    timesteps: Tensor
+                x = block(x, modulation, rotary, attend)  # (B, F, N, D)
+        x = self.unembed(self.norm_out(x.float(), modulation))  # (B, F, N, C·p·p)
+        return unpatchify(x, patch, height, width)  # (B, F, C, H, W)

@@ -1,28 +1,31 @@
 """The frame decoder: once per denoising step, inside one frame, under the encoder's context."""
 
-from collections.abc import Sequence
+import difflib
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scd.errors import ScdError
 from scd.models.attention import full_attention
 from scd.models.layers import (
     NORM_EPS,
     Block,
-    BlockModulation,
-    Conditioning,
+    ConditionEmbedding,
+    Float32Linear,
+    Modulate,
     Modulated,
-    Modulations,
     OutputNorm,
     Rotary,
     initialise,
     patchify,
+    precompute_modulation,
     rotary_positions,
     unpatchify,
 )
-from scd.models.linear import Float32Linear
 
+# To add one: its name here, its parameters in `__init__`, what it does in `_join`.
 FUSIONS = ("token_concat", "token_concat_with_proj", "concat", "add")
 
 
@@ -36,6 +39,9 @@ class FrameDecoder(nn.Module):
         exact_residuals: what the blocks add up stays in float32 also where they compute in bf16:
             for a prediction that is divided by σ, which magnifies its rounding. The last norm and
             Linear are in float32 anyway.
+
+    Raises:
+        ScdError: an unknown fusion.
     """
 
     def __init__(
@@ -50,18 +56,22 @@ class FrameDecoder(nn.Module):
         exact_residuals: bool = False,
     ):
         super().__init__()
+        if fusion not in FUSIONS:
+            near = difflib.get_close_matches(fusion, FUSIONS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ScdError(f"model.fusion is {fusion!r}, not one of {', '.join(FUSIONS)}{hint}")
         self.patch_size = patch_size
         self.fusion = fusion
         self.exact_residuals = exact_residuals
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels * patch_size**2, width)
-        self.conditioning = Conditioning(width, num_conditions)
+        self.conditioning = ConditionEmbedding(width, num_conditions)
         if fusion == "token_concat_with_proj":
             self.context_norm = nn.LayerNorm(width, eps=NORM_EPS)
             self.context_proj = nn.Linear(width, width)
         elif fusion == "concat":
             self.fuse = nn.Linear(2 * width, width)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
         self.unembed = Float32Linear(width, channels * patch_size**2)
         initialise(self)
@@ -72,14 +82,13 @@ class FrameDecoder(nn.Module):
             identity = torch.eye(width)
             self.fuse.weight.data.copy_(torch.cat([identity, identity], dim=1))
 
-    def forward(self, noisy: Tensor, context: Tensor, e: Tensor | Modulations) -> Tensor:
-        """Frames are independent of each other.
+    def forward(self, noisy: Tensor, context: Tensor, modulation: Modulate) -> Tensor:
+        """Predict frames from noisy ones, each independent of the others.
 
         Args:
             noisy: (B, F, C, H, W).
-            context: (B, F, N, D), of these same frames.
-            e: (B, F, D), conditioning vectors of these same frames (`conditioning`: of their
-                timesteps and conditions), or (B, F) of what `modulations` made of such vectors.
+            context: (B, F, N, D), of these frames.
+            modulation: of these frames (B, F): of their timesteps and conditions.
 
         Returns:
             (B, F, C, H, W): velocity or clean frame, as the model was trained.
@@ -87,42 +96,40 @@ class FrameDecoder(nn.Module):
         batch, _, _, height, width = noisy.shape
         rows, columns = height // self.patch_size, width // self.patch_size
         tokens = rows * columns
-        # Every frame is frame 0 of a sequence of its own: (B·F, 1, N, D).
-        x = self.embed(patchify(noisy, self.patch_size).to(self.embed.weight.dtype)).flatten(0, 1)
-        x = self._join(context.flatten(0, 1).type_as(x), x).unsqueeze(1)
+        # Every frame is frame 0 of a sequence of its own.
+        modulation = partial(_frame_by_frame, modulation)  # of (B·F, 1)
+        x = patchify(noisy, self.patch_size).to(self.embed.weight.dtype)  # (B, F, N, C·p·p)
+        x = self.embed(x).flatten(0, 1)  # (B·F, N, D)
+        x = self._join(context.flatten(0, 1).type_as(x), x).unsqueeze(1)  # (B·F, 1, 2·N, D)
         x = x.float() if self.exact_residuals else x
         rotary = rotary_positions(torch.zeros(1, device=noisy.device), rows, columns)
         if x.shape[2] == 2 * tokens:
-            # Context tokens carry the same row and column as the noisy tokens.
+            # Context tokens carry the row and column of the noisy tokens.
             rotary = Rotary(*(table.repeat(2, 1) for table in rotary))
-        depth = len(self.blocks)
-        of_blocks: Sequence[Tensor | BlockModulation]
-        of_norm_out: Tensor | Modulated | None
-        if isinstance(e, Tensor):
-            e = e.flatten(0, 1).unsqueeze(1)
-            of_blocks, of_norm_out = [e] * depth, e
-        else:
-            of_blocks, of_norm_out = Modulations(e.values.flatten(0, 1).unsqueeze(1)).by_layer(
-                depth
-            )
-        for number, (block, of_block) in enumerate(zip(self.blocks, of_blocks, strict=True), 1):
-            # Of the last block nobody reads the context half.
-            keep = tokens if number == depth else None
+        for number, block in enumerate(self.blocks, 1):
+            # Nobody reads the context half of the last block.
+            keep = tokens if number == len(self.blocks) else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(
-                    block, x, of_block, rotary, full_attention, keep, use_reentrant=False
+                    block, x, modulation, rotary, full_attention, keep, use_reentrant=False
                 )
             else:
-                x = block(x, of_block, rotary, full_attention, keep)
-        x = self.unembed(self.norm_out(x.float(), of_norm_out))
-        return unpatchify(x.squeeze(1).unflatten(0, (batch, -1)), self.patch_size, height, width)
+                x = block(x, modulation, rotary, full_attention, keep)  # (B·F, 1, 2·N or N, D)
+        x = self.unembed(self.norm_out(x.float(), modulation))  # (B·F, 1, N, C·p·p)
+        x = x.squeeze(1).unflatten(0, (batch, -1))  # (B, F, N, C·p·p)
+        return unpatchify(x, self.patch_size, height, width)  # (B, F, C, H, W)
 
-    def modulations(self, timesteps: Tensor, conditions: Tensor) -> Modulations:
-        """For `forward`: of timesteps (R, T) under conditions (R, T) or (R, T, V + 1)."""
-        return Modulations.of(self.blocks, self.norm_out, self.conditioning(timesteps, conditions))
+    def precompute_modulation(self, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """Compute the modulation of timesteps (R, T) under conditions (R, T) or (R, T, V + 1).
+
+        Returns:
+            (R, T, 6·L + 2, D).
+        """
+        e = self.conditioning(timesteps, conditions)  # (R, T, D)
+        return precompute_modulation([*self.blocks, self.norm_out], e)
 
     def _join(self, context: Tensor, x: Tensor) -> Tensor:
-        """Context and noisy tokens, both (B, N, D) -> (B, N or 2N, D)."""
+        """Join context and noisy tokens, both (B, N, D), to (B, N or 2·N, D)."""
         if self.fusion == "add":
             return context + x
         if self.fusion == "concat":
@@ -130,3 +137,8 @@ class FrameDecoder(nn.Module):
         if self.fusion == "token_concat_with_proj":
             context = self.context_proj(self.context_norm(context))
         return torch.cat([context, x], dim=1)
+
+
+def _frame_by_frame(modulation: Modulate, layer: Modulated) -> Tensor:
+    """Reshape a layer's modulation from (B, F, 6, D) to (B·F, 1, 6, D)."""
+    return modulation(layer).flatten(0, 1).unsqueeze(1)

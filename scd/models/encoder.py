@@ -1,22 +1,24 @@
-"""The causal encoder: runs once per frame over clean history and writes the script of the next."""
+"""The causal encoder: runs once per frame over clean frames, and writes the context of the next."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scd.models.attention import block_causal_attention, block_causal_blocks, needs_blocks
+from scd.models.attention import block_causal_attention, block_causal_block_mask, uses_flex
 from scd.models.layers import (
     Attend,
     Block,
-    BlockModulation,
-    Conditioning,
-    Modulations,
+    ConditionEmbedding,
+    Modulate,
     OutputNorm,
     initialise,
+    look_up,
     patchify,
+    precompute_modulation,
+    project,
     rotary_positions,
 )
 from scd.models.world_model import CLEAN_TIMESTEP, Cache
@@ -44,8 +46,8 @@ class CausalEncoder(nn.Module):
         self.patch_size = patch_size
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels * patch_size**2, width)
-        self.conditioning = Conditioning(width, num_conditions)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.conditioning = ConditionEmbedding(width, num_conditions)
+        self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
         initialise(self)
         self.start = nn.Parameter(0.02 * torch.randn(width)) if first_frame else None
@@ -53,82 +55,80 @@ class CausalEncoder(nn.Module):
     def forward(
         self, latents: Tensor, conditions: Tensor | None, perturbation: Tensor | None = None
     ) -> Tensor:
-        """Contexts of the frames after the given ones.
+        """Encode the contexts of the frames after the given ones.
 
         Args:
             latents: (B, F, C, H, W).
             conditions: (B, F) or (B, F, V + 1), entry j for frame j+1; None: the null condition.
                 Where the learned start comes first: (B, 1 + F, …), for frames 0..F.
-            perturbation: as the contexts, added to them once normed.
+            perturbation: shaped as the contexts, added to them once normed.
 
         Returns:
             (B, F, N, D), or (B, 1 + F, N, D) where the learned start comes first.
         """
         batch, frames = latents.shape[:2]
-        count = frames if self.start is None else 1 + frames
-        e = self._conditioning((batch, count), conditions)  # (B, F, D)
-        rows, columns = self._grid(latents)
-        n, tokens = rows * columns, count * rows * columns
-        blocks = None
-        if needs_blocks(tokens, latents.device):
-            blocks = block_causal_blocks(n, tokens, tokens, latents.device)
-        attend = partial(block_causal_attention, tokens_per_frame=n, blocks=blocks)
-        depth = len(self.blocks)
-        x = self._run(latents, 0, [e] * depth, [attend] * depth)
-        return self.norm_out(x, e, perturbation)
+        frames = frames if self.start is None else 1 + frames
+        n = self._rows(latents) * self._columns(latents)
+        block_mask = None
+        if uses_flex(frames * n, latents.device):
+            block_mask = block_causal_block_mask(n, frames * n, frames * n, latents.device)
+        attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
+        modulation = partial(project, self._embed_conditions((batch, frames), conditions))
+        x = self._run_blocks(latents, 0, modulation, [attend] * len(self.blocks))  # (B, F, N, D)
+        return self.norm_out(x, modulation, perturbation)  # (B, F, N, D)
 
-    def modulations(self, conditions: Tensor) -> Modulations:
-        """For `take_in`: under each of the conditions (R,) or (R, V + 1)."""
-        return Modulations.of(
-            self.blocks, self.norm_out, self._conditioning((len(conditions),), conditions)
-        )
+    def precompute_modulation(self, conditions: Tensor) -> Tensor:
+        """Compute the modulation under conditions (R,) or (R, V + 1): (R, 6·L + 2, D)."""
+        e = self._embed_conditions((len(conditions),), conditions)  # (R, D)
+        return precompute_modulation([*self.blocks, self.norm_out], e)
 
-    def take_in(
-        self, latents: Tensor, modulations: Modulations, cache: Cache
-    ) -> Callable[[Tensor | None], Tensor]:
-        """`forward` behind the frames of a cache, to which these are added.
+    def prefill(self, latents: Tensor, modulation: Tensor, cache: Cache) -> Tensor:
+        """Encode frames into the KV cache, behind those that it holds.
 
         Args:
-            modulations: (B, F) of them, as the conditions of `forward`.
+            latents: (B, F, C, H, W).
+            modulation: (B, F, 6·L + 2, D), precomputed; frames count as in `forward`.
 
         Returns:
-            perturbation -> contexts, as of `forward`.
+            (B, F, N, D), what `context` takes.
         """
-        of_blocks, of_norm_out = modulations.by_layer(len(self.blocks))
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        x = self._run(latents, cache.frames, of_blocks, attends)
+        x = self._run_blocks(latents, cache.frames, partial(look_up, modulation), attends)
         cache.advance(x.shape[1])
-        return partial(self.norm_out, x, of_norm_out)
+        return x
 
-    def _conditioning(self, shape: tuple[int, ...], conditions: Tensor | None) -> Tensor:
+    def context(self, x: Tensor, modulation: Tensor, perturbation: Tensor | None = None) -> Tensor:
+        """Norm the tokens (B, F, N, D) of `prefill` to the contexts of `forward`."""
+        return self.norm_out(x, partial(look_up, modulation), perturbation)
+
+    def _run_blocks(
+        self, latents: Tensor, past: int, modulation: Modulate, attends: Sequence[Attend]
+    ) -> Tensor:
+        """Embed frames (B, F, C, H, W) that follow `past` others, and run all blocks."""
+        x = patchify(latents, self.patch_size).to(self.embed.weight.dtype)  # (B, F, N, C·p·p)
+        x = self.embed(x)  # (B, F, N, D)
+        position = past
+        if self.start is not None:
+            position = past - 1
+            if not past:
+                start = self.start.expand(len(x), 1, x.shape[2], -1)  # (B, 1, N, D)
+                x = torch.cat([start, x], dim=1)  # (B, 1 + F, N, D)
+        positions = torch.arange(position, position + x.shape[1], device=latents.device)
+        rotary = rotary_positions(positions, self._rows(latents), self._columns(latents))
+        for block, attend in zip(self.blocks, attends, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulation, rotary, attend, use_reentrant=False)
+            else:
+                x = block(x, modulation, rotary, attend)  # (B, F, N, D)
+        return x
+
+    def _embed_conditions(self, shape: tuple[int, ...], conditions: Tensor | None) -> Tensor:
+        """Embed the conditions of clean frames (...) as (..., D)."""
         device = self.embed.weight.device
         return self.conditioning(torch.full(shape, CLEAN_TIMESTEP, device=device), conditions)
 
-    def _grid(self, latents: Tensor) -> tuple[int, int]:
-        """Rows and columns of a frame's tokens."""
-        return latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
+    def _rows(self, latents: Tensor) -> int:
+        return latents.shape[-2] // self.patch_size
 
-    def _run(
-        self,
-        latents: Tensor,
-        seen: int,
-        of_blocks: Sequence[Tensor | BlockModulation],
-        attends: Sequence[Attend],
-    ) -> Tensor:
-        """Embedding and blocks, for frames (B, F, C, H, W) that follow `seen` others."""
-        rows, columns = self._grid(latents)
-        x = self.embed(patchify(latents, self.patch_size).to(self.embed.weight.dtype))
-        position = seen
-        if self.start is not None:
-            position = seen - 1
-            if not seen:
-                x = torch.cat([self.start.expand(len(x), 1, rows * columns, -1), x], dim=1)
-        # x is (B, F, N, D)
-        indices = torch.arange(position, position + x.shape[1], device=latents.device)
-        rotary = rotary_positions(indices, rows, columns)
-        for block, e, attend in zip(self.blocks, of_blocks, attends, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, e, rotary, attend, use_reentrant=False)
-            else:
-                x = block(x, e, rotary, attend)
-        return x
+    def _columns(self, latents: Tensor) -> int:
+        return latents.shape[-1] // self.patch_size

@@ -1,4 +1,4 @@
-"""The parts that encoder and decoder share: positions, conditioning, modulation, block.
+"""The parts that all models share: rotary positions, embedding of conditions, modulation, block.
 
 Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
 """
@@ -6,7 +6,7 @@ Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
 import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scd.models.linear import Linear
+from scd.models.cpu import Linear
+from scd.utils.precision import without_autocast
 
 HEAD_DIM = 64
 ROTARY_DIMS = (16, 24, 24)  # of frame, row and column; together HEAD_DIM
@@ -28,8 +29,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the position angles, (tokens, HEAD_DIM) each: every angle twice, its
-    sine first with a minus."""
+    """Cosines and sines of the position angles, (tokens, HEAD_DIM) each.
+
+    Every angle stands there twice, its sine first with a minus.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -37,7 +40,7 @@ class Rotary(NamedTuple):
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate the pairs (x_i, x_{i + 32}) of every head of x (..., heads, tokens, HEAD_DIM).
 
-        The reference pairs neighbours instead: the same up to the order of a head's channels, but
+        The reference pairs neighbours instead: equal up to the order of a head's channels, but
         strided and several times slower. Its checkpoints are reordered when they are read.
         """
         cos, sin = self.cos.type_as(x), self.sin.type_as(x)
@@ -45,7 +48,7 @@ class Rotary(NamedTuple):
 
 
 def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
-    """Angles of (frame, row, column) for every token of the given frames.
+    """Compute the rotary angles of (frame, row, column) for every token of the given frames.
 
     Args:
         frames: (F,) frame indices.
@@ -58,10 +61,10 @@ def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
     # In double precision: in single, the angles of frame 10,000 would be off by half a thousandth.
     angles = frames.to(frequencies.device).double()[:, None] * frequencies  # (F, 8)
 
-    def table(of_frames: Tensor, of_places: Tensor, sign: int) -> Tensor:
+    def table(over_frames: Tensor, over_places: Tensor, sign: int) -> Tensor:
         shape = (len(frames), height * width, -1)
-        of_frames = of_frames.float().to(device)[:, None].expand(shape)
-        half = torch.cat([of_frames, of_places.expand(shape)], dim=-1).flatten(0, 1)
+        over_frames = over_frames.float().to(device)[:, None].expand(shape)
+        half = torch.cat([over_frames, over_places.expand(shape)], dim=-1).flatten(0, 1)
         return torch.cat([sign * half, half], dim=-1)
 
     cosines, sines = within
@@ -71,25 +74,29 @@ def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
 def _make_tables(
     height: int, width: int, device: torch.device
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Compute what all frames share and a rollout asks for at every step: the frequencies (8,) of
-    the frame axis, and cosines and sines of every row and column, (height·width, 24) each."""
+    """Compute what all frames share, once for all steps of a rollout.
+
+    Returns:
+        The frequencies (8,) of the frame axis; cosines and sines of every row and column,
+        (height·width, 24) each.
+    """
     exact = device if device.type not in WITHOUT_FLOAT64 else torch.device("cpu")
 
     def frequencies(dims: int) -> Tensor:
         return ROTARY_THETA ** -(torch.arange(0, dims, 2, device=exact).double() / dims)
 
-    of_frame, of_row, of_column = (frequencies(dims) for dims in ROTARY_DIMS)
+    frame, row, column = (frequencies(dims) for dims in ROTARY_DIMS)
     rows = torch.arange(height, device=exact).double().repeat_interleave(width)
     columns = torch.arange(width, device=exact).double().repeat(height)
-    angles = torch.cat([rows[:, None] * of_row, columns[:, None] * of_column], dim=-1)
-    return of_frame, (angles.cos().float().to(device), angles.sin().float().to(device))
+    angles = torch.cat([rows[:, None] * row, columns[:, None] * column], dim=-1)
+    return frame, (angles.cos().float().to(device), angles.sin().float().to(device))
 
 
 _rotary_tables = lru_cache(maxsize=16)(_make_tables)
 
 
-class Conditioning(nn.Module):
-    """The conditioning vector e of a frame: its noise level plus its action or class label.
+class ConditionEmbedding(nn.Module):
+    """The embedding e of a frame's noise level plus that of its action or class label.
 
     Args:
         num_conditions: actions, classes or components of an action; the table has one more row,
@@ -126,39 +133,71 @@ class Conditioning(nn.Module):
         return e
 
 
-class Modulated(NamedTuple):
-    """What a layer makes of the conditioning vector: (B, F, 1, D) each, one for all tokens."""
+class Modulated(Protocol):
+    """A layer with adaLN: a `Block`, or the `OutputNorm` of a stack of them."""
 
-    shift: Tensor
-    scale: Tensor
+    def modulation(self, e: Tensor) -> Tensor:
+        """Project embeddings (..., D) to shifts, scales and gates: (..., 6, D), or (..., 2, D)."""
+        ...
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x·(1 + scale) + shift."""
-        return torch.addcmul(self.shift, x, 1 + self.scale)
+    def rows(self, modulation: Tensor) -> Tensor:
+        """Pick the layer's own from `precompute_modulation` (..., 6·L + 2, D) of its stack."""
+        ...
 
 
-class Gated(NamedTuple):
-    """Of a branch of a block, whose result is multiplied by the gate before it is added."""
+Modulate = Callable[[Modulated], Tensor]
+"""A layer -> its modulation (B, F, 6 or 2, D), for all tokens of a frame alike: in training
+`partial(project, e)`, in a rollout `partial(look_up, precomputed)`. The layer calls it in its own
+forward: there a sharded layer has its weights, and gradient checkpointing computes it anew."""
 
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x·(1 + scale) + shift."""
-        return torch.addcmul(self.shift, x, 1 + self.scale)
+def project(e: Tensor, layer: Modulated) -> Tensor:
+    """Compute a layer's modulation from embeddings (B, F, D)."""
+    return layer.modulation(e)
+
+
+def look_up(precomputed: Tensor, layer: Modulated) -> Tensor:
+    """Take a layer's modulation from that of its whole stack, (B, F, 6·L + 2, D)."""
+    return layer.rows(precomputed)
+
+
+def precompute_modulation(layers: Iterable[Modulated], e: Tensor) -> Tensor:
+    """Compute the modulation of L blocks and their output norm: (..., D) -> (..., 6·L + 2, D).
+
+    A rollout does so once, for every condition and every step that it can meet. Frame by frame and
+    step by step it would read a third of a network's weights for a handful of vectors.
+    """
+    return torch.cat([layer.modulation(e) for layer in layers], dim=-2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Compute x·(1 + scale) + shift, for x (B, F, N, D) and shift and scale (B, F, 1, D)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def as_vectors(modulation: Tensor) -> tuple[Tensor, ...]:
+    """Split (B, F, n, D) into n vectors (B, F, 1, D), one for all tokens of a frame."""
+    return modulation.unsqueeze(-2).unbind(-3)
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate of one branch of a block: the thirds of Linear(SiLU(e))."""
+    """Shift, scale and gate of one branch of a block: Linear(SiLU(e))."""
 
     def __init__(self, width: int):
         super().__init__()
         self.linear = nn.Linear(width, 3 * width)
 
-    def forward(self, e: Tensor) -> Gated:
-        """e (B, F, D)."""
-        return Gated(*self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(3, dim=-1))
+    def forward(self, e: Tensor) -> Tensor:
+        """Project embeddings (..., D) to (..., 3, D)."""
+        return self.linear(nn.functional.silu(e)).unflatten(-1, (3, -1))
+
+
+class Float32Linear(nn.Linear):
+    """`nn.Linear` in float32, whatever autocast or the type of its weights says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with without_autocast(x.device):
+            return nn.functional.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class Attention(nn.Module):
@@ -172,16 +211,16 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend, keep: int | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D), or (B, keep, D): of the last tokens only."""
-        qkv = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, d=HEAD_DIM)
-        weights = torch.stack([self.norm_q, self.norm_k])[:, None, None, None]
+        """Attend among tokens: (B, T, D) -> (B, T, D), or (B, keep, D) for the last ones only."""
+        qkv = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, d=HEAD_DIM)  # (3, B, h, T, d)
+        weights = torch.stack([self.norm_q, self.norm_k])[:, None, None, None]  # (2, 1, 1, 1, d)
         # q and k at once, and contiguous: a third of the time of one after the other.
         normed = nn.functional.rms_norm(qkv[:2].contiguous(), (HEAD_DIM,), eps=NORM_EPS)
-        normed = normed.type_as(qkv)  # which autocast gives back in float32
-        q, k = rotary.rotate(normed * weights.type_as(normed))
-        if keep is not None:
-            q = q[:, :, -keep:]
-        return self.out(rearrange(attend(q, k, qkv[2]), "b h t d -> b t (h d)"))
+        normed = normed.type_as(qkv)  # autocast returns float32        (2, B, h, T, d)
+        q, k = rotary.rotate(normed * weights.type_as(normed))  # (B, h, T, d) each
+        q = q if keep is None else q[:, :, -keep:]  # (B, h, keep, d)
+        out = rearrange(attend(q, k, qkv[2]), "b h t d -> b t (h d)")  # (B, keep, D)
+        return self.out(out)  # (B, keep, D)
 
 
 class MLP(nn.Module):
@@ -193,8 +232,9 @@ class MLP(nn.Module):
         self.down = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Transform every token by itself: (..., D) -> (..., D)."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.down(self.up(x, gelu=True))
+            return self.down(self.up(x, gelu=True))  # (..., D)
         # The GELU's result, four times as wide as x, is not kept for the backward pass but made
         # again there. A compiled model decides on that by itself.
         return checkpoint(self._narrow, self.up(x), use_reentrant=False, preserve_rng_state=False)
@@ -203,112 +243,96 @@ class MLP(nn.Module):
         return self.down(nn.functional.gelu(h, approximate="tanh"))
 
 
-class BlockModulation(NamedTuple):
-    """Of the two branches of a block."""
-
-    attention: Gated
-    mlp: Gated
-
-
 class Block(nn.Module):
-    """x += g1·Attn(LN(x)·(1+s1)+b1);  x += g2·MLP(LN(x)·(1+s2)+b2)."""
+    """x += g1·Attn(LN(x)·(1+s1)+b1);  x += g2·MLP(LN(x)·(1+s2)+b2).
 
-    def __init__(self, width: int):
+    Args:
+        number: of the block in its stack, from 0.
+    """
+
+    def __init__(self, width: int, number: int = 0):
         super().__init__()
+        self.number = number
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.modulation_attention = Modulation(width)
         self.attention = Attention(width)
         self.modulation_mlp = Modulation(width)
         self.mlp = MLP(width)
 
-    def modulate(self, e: Tensor) -> BlockModulation:
-        return BlockModulation(self.modulation_attention(e), self.modulation_mlp(e))
+    def modulation(self, e: Tensor) -> Tensor:
+        """Project embeddings (..., D) to (..., 6, D): both branches' shift, scale and gate."""
+        return torch.cat([self.modulation_attention(e), self.modulation_mlp(e)], dim=-2)
+
+    def rows(self, modulation: Tensor) -> Tensor:
+        """Pick this block's (..., 6, D) from (..., 6·L + 2, D)."""
+        return modulation.narrow(-2, 6 * self.number, 6)
 
     def forward(
         self,
         x: Tensor,
-        e: Tensor | BlockModulation,
+        modulation: Modulate,
         rotary: Rotary,
         attend: Attend,
         keep: int | None = None,
     ) -> Tensor:
-        """x (B, F, N, D) -> (B, F, N, D).
+        """Add what attention and MLP make of tokens: (B, F, N, D) -> (B, F, N, D).
 
         Args:
-            e: conditioning vectors (B, F, D), or what `modulate` made of them.
             keep: of a single frame (F = 1), only the last tokens are wanted: (B, 1, keep, D).
         """
-        before_attention, before_mlp = self.modulate(e) if isinstance(e, Tensor) else e
+        vectors = as_vectors(modulation(self))  # (B, F, 1, D) each
+        shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = vectors
         frames = x.shape[1]
-        h = before_attention(self.norm(x)).flatten(1, 2)
-        h = self.attention(h, rotary, attend, keep).unflatten(1, (frames, -1))
-        x = torch.addcmul(x[:, :, -h.shape[2] :], before_attention.gate, h)
-        return torch.addcmul(x, before_mlp.gate, self.mlp(before_mlp(self.norm(x))))
+        h = modulate(self.norm(x), shift_attention, scale_attention)  # (B, F, N, D)
+        h = self.attention(h.flatten(1, 2), rotary, attend, keep)  # (B, F·N, D) or (B, keep, D)
+        h = h.unflatten(1, (frames, -1))  # (B, F, N, D)
+        x = torch.addcmul(x[:, :, -h.shape[2] :], gate_attention, h)  # (B, F, N, D)
+        h = self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))  # (B, F, N, D)
+        return torch.addcmul(x, gate_mlp, h)  # (B, F, N, D)
 
 
 class OutputNorm(nn.Module):
     """LN, then the context perturbation if any, then x·(1+s)+b unless modulation is off."""
 
-    def __init__(self, width: int, modulate: bool):
+    def __init__(self, width: int, modulated: bool):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.linear = nn.Linear(width, 2 * width) if modulate else None
+        self.linear = nn.Linear(width, 2 * width) if modulated else None
 
-    def modulate(self, e: Tensor) -> Modulated | None:
+    def modulation(self, e: Tensor) -> Tensor:
+        """Project embeddings (..., D) to scale and shift, (..., 2, D); nothing without modulation.
+
+        Scale comes first, as in the reference.
+        """
         if self.linear is None:
-            return None
-        scale, shift = self.linear(nn.functional.silu(e)).unsqueeze(-2).chunk(2, dim=-1)
-        return Modulated(shift, scale)
+            return e.unsqueeze(-2).narrow(-2, 0, 0)  # (..., 0, D)
+        return self.linear(nn.functional.silu(e)).unflatten(-1, (2, -1))  # (..., 2, D)
+
+    def rows(self, modulation: Tensor) -> Tensor:
+        """Pick the output norm's (..., 2, D) from (..., 6·L + 2, D)."""
+        return modulation[..., -2:, :]
 
     def forward(
-        self, x: Tensor, e: Tensor | Modulated | None, perturbation: Tensor | None = None
+        self, x: Tensor, modulation: Modulate, perturbation: Tensor | None = None
     ) -> Tensor:
-        """x and perturbation (B, F, N, D) -> (B, F, N, D).
-
-        Args:
-            e: conditioning vectors (B, F, D), or what `modulate` made of them.
-        """
-        h = self.norm(x)
+        """Norm and modulate x; x and perturbation are (B, F, N, D)."""
+        h = self.norm(x)  # (B, F, N, D)
         if perturbation is not None:
-            h = h + perturbation
-        modulation = self.modulate(e) if isinstance(e, Tensor) else e
-        return h if modulation is None else modulation(h)
-
-
-class Modulations(NamedTuple):
-    """What all blocks and the output norm make of conditioning vectors, in one tensor.
-
-    A rollout computes them once, for every condition and every step that it can meet. Frame by
-    frame and step by step they would read a third of a network's weights for a handful of vectors.
-    """
-
-    values: Tensor  # (..., 6·L or 6·L + 2, D), for L blocks
-
-    @classmethod
-    def of(cls, blocks: Iterable[Any], norm_out: OutputNorm, e: Tensor) -> "Modulations":
-        """Of conditioning vectors (..., D)."""
-        parts = [part for block in blocks for branch in block.modulate(e) for part in branch]
-        return cls(torch.cat([*parts, *(norm_out.modulate(e) or ())], dim=-2))
-
-    def by_layer(self, depth: int) -> tuple[list[BlockModulation], Modulated | None]:
-        """For every block, and for the output norm."""
-        vectors = self.values.unsqueeze(-2).unbind(-3)  # (..., 1, D) each
-        of_blocks = [
-            BlockModulation(Gated(*vectors[i : i + 3]), Gated(*vectors[i + 3 : i + 6]))
-            for i in range(0, 6 * depth, 6)
-        ]
-        rest = vectors[6 * depth :]
-        return of_blocks, Modulated(*rest) if rest else None
+            h = h + perturbation  # (B, F, N, D)
+        if self.linear is None:
+            return h
+        scale, shift = as_vectors(modulation(self))  # (B, F, 1, D) each
+        return modulate(h, shift, scale)  # (B, F, N, D)
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
-    """(B, F, C, H, W) -> tokens (B, F, N, C·p·p), channel outermost."""
+    """Cut frames into patches: (B, F, C, H, W) -> (B, F, N, C·p·p), channel outermost."""
     p = patch_size
     return rearrange(latents, "b f c (h p) (w q) -> b f (h w) (c p q)", p=p, q=p)
 
 
 def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """(B, F, N, C·p·p) -> (B, F, C, H, W), for H and W given in latent pixels."""
+    """Put frames together from patches: (B, F, N, C·p·p) -> (B, F, C, H, W)."""
     p = patch_size
     return rearrange(
         tokens, "b f (h w) (c p q) -> b f c (h p) (w q)", p=p, q=p, h=height // p, w=width // p
@@ -316,7 +340,7 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
 
 
 def initialise(module: nn.Module) -> None:
-    """How training starts: Xavier-uniform Linears, zero biases, modulations that do nothing."""
+    """Initialise for training: Xavier-uniform Linears, zero biases, modulations that do nothing."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)

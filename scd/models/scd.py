@@ -1,6 +1,6 @@
 """Separable Causal Diffusion: the causal encoder and the frame decoder composed."""
 
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from diffusers import ModelMixin  # noqa: F401 (diffusers' pipelines look for it beside the class)
@@ -8,11 +8,17 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange, repeat
 from torch import Tensor
 
-from scd.errors import ScdError
-from scd.models.decoder import FUSIONS, FrameDecoder
+from scd.models.decoder import FrameDecoder
 from scd.models.encoder import CausalEncoder
-from scd.models.layers import HEAD_DIM, Modulations
-from scd.models.world_model import Cache, WorldModel, check_condition, repeat_steps
+from scd.models.layers import HEAD_DIM, look_up, project
+from scd.models.world_model import (
+    Cache,
+    FrameDenoiser,
+    PrecomputedModulation,
+    WorldModel,
+    check_condition,
+    repeat_steps,
+)
 
 
 class SCD(WorldModel):
@@ -56,8 +62,6 @@ class SCD(WorldModel):
         sigma_min: float = 0.05,
     ):
         super().__init__()
-        if fusion not in FUSIONS:
-            raise ScdError(f"fusion is {fusion!r}, not one of {', '.join(FUSIONS)}")
         check_condition(condition, num_conditions)
         shared = (channels, patch_size, heads * HEAD_DIM)
         self.encoder = CausalEncoder(
@@ -68,7 +72,7 @@ class SCD(WorldModel):
         )
 
     @property
-    def start_places(self) -> int:  # type: ignore[override]
+    def start_slots(self) -> int:  # type: ignore[override]
         return 1 - self.first_predicted
 
     @property
@@ -87,20 +91,21 @@ class SCD(WorldModel):
         draws = noisy.shape[1]
         # The encoder needs the action that leads to the next frame, the decoder that of its own:
         # both are the actions of the frames to predict.
-        of_frames = None if conditions is None else conditions[:, self.first_predicted :]
-        context = self.encoder(latents[:, :-1], of_frames, perturbation)  # (B, F', N, D)
-        velocity = self.decode(
-            rearrange(noisy, "b k f c h w -> (b k) f c h w"),
-            rearrange(timesteps, "b k f -> (b k) f"),
-            repeat(context, "b f n d -> (b k) f n d", k=draws),
-            None if of_frames is None else repeat(of_frames, "b f ... -> (b k) f ...", k=draws),
-        )
+        if conditions is not None:
+            conditions = conditions[:, self.first_predicted :]  # (B, F', ...)
+        context = self.encoder(latents[:, :-1], conditions, perturbation)  # (B, F', N, D)
+        context = repeat(context, "b f n d -> (b k) f n d", k=draws)  # (B·K, F', N, D)
+        if conditions is not None:
+            conditions = repeat(conditions, "b f ... -> (b k) f ...", k=draws)  # (B·K, F', ...)
+        noisy = rearrange(noisy, "b k f c h w -> (b k) f c h w")  # (B·K, F', C, H, W)
+        timesteps = rearrange(timesteps, "b k f -> (b k) f")  # (B·K, F')
+        velocity = self.decode(noisy, timesteps, context, conditions)  # (B·K, F', C, H, W)
         return rearrange(velocity, "(b k) f c h w -> b k f c h w", k=draws)
 
     def encode(
         self, latents: Tensor, actions: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """Contexts of the frames after the given ones: c[:, j] is for frame j+1.
+        """Encode the contexts of the frames after the given ones: c[:, j] is for frame j+1.
 
         Args:
             latents: (B, F, C, H, W), clean.
@@ -122,7 +127,7 @@ class SCD(WorldModel):
     def decode(
         self, noisy: Tensor, timesteps: Tensor, context: Tensor, conditions: Tensor | None
     ) -> Tensor:
-        """Velocities of frames from their contexts.
+        """Predict velocities of frames from their contexts.
 
         Args:
             noisy: (B, F, C, H, W).
@@ -134,74 +139,56 @@ class SCD(WorldModel):
             (B, F, C, H, W), in float32.
         """
         e = self.decoder.conditioning(timesteps, conditions)  # (B, F, D)
-        return self._as_velocity(self.decoder(noisy, context, e), noisy, timesteps)
+        prediction = self.decoder(noisy, context, partial(project, e))  # (B, F, C, H, W)
+        return self._as_velocity(prediction, noisy, timesteps)  # (B, F, C, H, W)
 
-    def conditioned(self, conditions: Tensor, timesteps: Tensor) -> "SCDConditioned":
-        """See `WorldModel.conditioned`."""
+    def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
+        """See `WorldModel.precompute_modulation`; clean frames go through the encoder."""
         times = timesteps.expand(len(conditions), -1)  # (R, T)
-        of_decoder = self.decoder.modulations(times, repeat_steps(conditions, len(timesteps)))
-        of_encoder = self.encoder.modulations(conditions)
-        return SCDConditioned(of_encoder.values, of_decoder.values, timesteps)
+        noisy = self.decoder.precompute_modulation(times, repeat_steps(conditions, len(timesteps)))
+        clean = self.encoder.precompute_modulation(conditions)
+        return PrecomputedModulation(clean, noisy, timesteps)
 
-    def take_in(
+    def prefill(
         self,
         latents: Tensor,
-        own: Tensor,
-        following: Tensor,
+        condition_ids: Tensor,
+        next_condition_ids: Tensor,
         cache: Cache,
-        conditioned: "SCDConditioned",
+        modulation: PrecomputedModulation,
     ) -> None:
-        """See `WorldModel.take_in`; the encoder looks at `following` only."""
-        self.encoder.take_in(latents, Modulations(conditioned.encoder[following]), cache)
+        """See `WorldModel.prefill`; the encoder reads `next_condition_ids` only."""
+        self.encoder.prefill(latents, modulation.clean[next_condition_ids], cache)
 
-    def next_frame(
+    def begin_frame(
         self,
         newest: Tensor,
-        own: Tensor,
-        following: Tensor,
+        condition_ids: Tensor,
+        next_condition_ids: Tensor,
         cache: Cache,
-        conditioned: "SCDConditioned",
+        modulation: PrecomputedModulation,
         perturbation: Tensor | None = None,
-    ) -> "DecoderField":
-        """See `WorldModel.next_frame`: the encoder runs here, the decoder at every step after."""
-        context_under = self.encoder.take_in(
-            newest, Modulations(conditioned.encoder[following]), cache
-        )
-        context, numbers = context_under(None), following[:, 0]
+    ) -> FrameDenoiser:
+        """See `WorldModel.begin_frame`: the encoder runs here, the decoder at every step after."""
+        clean = modulation.clean[next_condition_ids]  # (B, 1, 6·L + 2, D)
+        x = self.encoder.prefill(newest, clean, cache)  # (B, 1, N, D)
+        context, ids = self.encoder.context(x, clean), next_condition_ids[:, 0]  # (B, 1, N, D)
         if perturbation is not None:
-            perturbed = context_under(perturbation.type_as(context))
-            context, numbers = torch.cat([context, perturbed]), numbers.repeat(2)
-        return DecoderField(self, conditioned.timesteps, context, conditioned.decoder[numbers])
+            perturbed = self.encoder.context(x, clean, perturbation.type_as(context))
+            context, ids = torch.cat([context, perturbed]), ids.repeat(2)  # (2·B, 1, N, D)
+        inputs = context, modulation.noisy[ids]  # (B, 1, N, D), (B, T, 6·L + 2, D)
+        return FrameDenoiser(partial(self._step_velocity, modulation.timesteps), inputs, True)
 
-
-class SCDConditioned(NamedTuple):
-    """See `WorldModel.conditioned`; values of `Modulations`, T timesteps."""
-
-    encoder: Tensor  # (R, ...)
-    decoder: Tensor  # (R, T, ...)
-    timesteps: Tensor
-
-
-class DecoderField(NamedTuple):
-    """The velocity field of a frame (see `VelocityField`), a function of two tensors."""
-
-    model: SCD
-    timesteps: Tensor  # (T,)
-    context: Tensor  # (B, 1, N, D)
-    modulations: Tensor  # (B, T, ...), values of `Modulations`
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """What changes from frame to frame."""
-        return self.context, self.modulations
-
-    def of(self, context: Tensor, modulations: Tensor) -> "DecoderField":
-        """The field of another frame."""
-        return self._replace(context=context, modulations=modulations)
-
-    def __call__(self, noisy: Tensor, step: int, /) -> Tensor:
+    def _step_velocity(
+        self, timesteps: Tensor, noisy: Tensor, step: int, context: Tensor, modulation: Tensor
+    ) -> Tensor:
+        """Predict a step's velocities for the first of a batch's frames; see `FrameDenoiser`."""
         batch = len(noisy)
-        of_step = Modulations(self.modulations[:batch, step : step + 1])
-        prediction = self.model.decoder(noisy, self.context[:batch], of_step)
-        timesteps = self.timesteps[step].expand(batch, 1)
-        return self.model._as_velocity(prediction, noisy, timesteps)
+        modulation = modulation[:batch, step : step + 1]  # (B, 1, 6·L + 2, D)
+        prediction = self.decoder(noisy, context[:batch], partial(look_up, modulation))
+        return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
+
+    def compile_steps(self) -> None:
+        """See `WorldModel.compile_steps`."""
+        if self.decoder._compiled_call_impl is None:
+            self.decoder.compile()

@@ -1,7 +1,8 @@
-"""What every world model here is: to the training objective, to the rollout and to diffusers."""
+"""The interface of a world model: to the training objective, the rollout and diffusers."""
 
 from abc import abstractmethod
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -14,19 +15,39 @@ MAX_TIMESTEP = 1000.0
 CLEAN_TIMESTEP = -1.0
 
 
-class VelocityField(Protocol):
-    """Of one frame of each sample."""
+class PrecomputedModulation(NamedTuple):
+    """The modulation of every layer under R conditions, computed once for a whole rollout.
 
-    def __call__(self, noisy: Tensor, step: int, /) -> Tensor:
-        """Noisy frames (B, 1, C, H, W) and the number of a step -> velocities, as the frames.
+    See `scd.models.layers.precompute_modulation`; L blocks may be others for clean and noisy.
+    """
 
-        It may be asked for the first samples of its batch only.
-        """
-        ...
+    clean: Tensor  # (R, 6·L + 2, D), of clean frames, which go into the KV cache
+    noisy: Tensor  # (R, T, 6·L + 2, D), of noisy frames at T denoising steps
+    timesteps: Tensor  # (T,)
+
+
+class FrameDenoiser(NamedTuple):
+    """The denoiser of one frame of each sample, with all that the frame's steps share.
+
+    Args:
+        velocity: (noisy (B, 1, C, H, W), step, *inputs) -> velocities, as `noisy`, which may hold
+            the first samples of the batch only.
+        inputs: tensors that change from frame to frame.
+        capturable: nothing else changes, so that a CUDA graph of one frame's steps makes the next
+            frame from its own inputs. Steps that read a growing KV cache are not.
+    """
+
+    velocity: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    capturable: bool
+
+    def __call__(self, noisy: Tensor, step: int) -> Tensor:
+        """Predict the velocities (B, 1, C, H, W) of noisy frames at a step, from 0."""
+        return self.velocity(noisy, step, *self.inputs)
 
 
 class Cache(Protocol):
-    """What a model asks of a key-value cache (`scd.rollout.cache.KVCache`)."""
+    """A key-value cache, as far as a model uses it (`scd.rollout.cache.KVCache`)."""
 
     frames: int
 
@@ -36,7 +57,7 @@ class Cache(Protocol):
 
 
 class WorldModel(ModelMixin, ConfigMixin):
-    """A causal model of video: the next frame's velocity field, given the frames before it.
+    """A causal video diffusion model: predicts the next frame's velocity from the frames before.
 
     Every config has `channels`, `patch_size`, `heads`, `condition` (`none`, `action`,
     `action_vector` or `label`), `num_conditions`, `first_frame`, `prediction` and `sigma_min`; see
@@ -50,10 +71,10 @@ class WorldModel(ModelMixin, ConfigMixin):
     _repeated_blocks = ["Block"]
     _no_split_modules = ["Block"]
     has_context = False  # whether a separate context can be perturbed (context guidance)
-    # Places of a cache that no past frame takes: a learned start's, before frame 0, and that of the
-    # frame to come, while it is denoised.
-    start_places = 0
-    noisy_places = 0
+    # Slots of a KV cache beside those of past frames: of a learned start before frame 0, and of the
+    # frame that is being denoised.
+    start_slots = 0
+    noisy_slots = 0
 
     @property
     def width(self) -> int:
@@ -87,7 +108,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
     ) -> Tensor:
-        """Teacher-forced velocities of K noise draws of every frame that can be predicted (F').
+        """Predict velocities under teacher forcing, of K draws of every frame F' to predict.
 
         Args:
             latents: (B, F, C, H, W), the frames as the history shows them.
@@ -101,47 +122,60 @@ class WorldModel(ModelMixin, ConfigMixin):
         """
 
     @abstractmethod
-    def conditioned(self, conditions: Tensor, timesteps: Tensor) -> Any:
-        """All that depends on conditions and noise levels alone, for many of them at once.
+    def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
+        """Compute all that depends on conditions and noise levels alone, for many of them at once.
 
         Args:
-            conditions: (R,) or (R, V + 1), those that frames may have; `take_in` and `next_frame`
-                know them by their numbers 0..R-1.
-            timesteps: (T,) in [0, 1000], of the denoising steps; `take_in` needs none.
+            conditions: (R,) or (R, V + 1), those that frames may have; `prefill` and `begin_frame`
+                take their ids 0..R-1.
+            timesteps: (T,) in [0, 1000], of the denoising steps; `prefill` needs none.
         """
 
     @abstractmethod
-    def take_in(
-        self, latents: Tensor, own: Tensor, following: Tensor, cache: Cache, conditioned: Any
+    def prefill(
+        self,
+        latents: Tensor,
+        condition_ids: Tensor,
+        next_condition_ids: Tensor,
+        cache: Cache,
+        modulation: PrecomputedModulation,
     ) -> None:
-        """Append clean frames to the cache.
+        """Encode clean frames into the KV cache, behind those that it holds.
 
         Args:
             latents: (B, F, C, H, W).
-            own: (B, F), numbers of the conditions of these frames.
-            following: (B, F), of the frames after each of them. At the start of a video, a model
-                that predicts first frames takes one more: the condition of frame 0.
+            condition_ids: (B, F), of these frames.
+            next_condition_ids: (B, F), of the frames after each of them. At the start of a video, a
+                model that predicts first frames takes one more: the condition of frame 0.
         """
 
     @abstractmethod
-    def next_frame(
+    def begin_frame(
         self,
         newest: Tensor,
-        own: Tensor,
-        following: Tensor,
+        condition_ids: Tensor,
+        next_condition_ids: Tensor,
         cache: Cache,
-        conditioned: Any,
+        modulation: PrecomputedModulation,
         perturbation: Tensor | None = None,
-    ) -> VelocityField:
-        """Take in the newest clean frame, and give the velocity field of the frame after it.
+    ) -> FrameDenoiser:
+        """Encode the newest clean frame into the KV cache, and make the next frame's denoiser.
 
         Args:
             newest: (B, 1, C, H, W); (B, 0, C, H, W) before the first frame of a video.
-            own: (B, 1) or (B, 0), the number of the newest frame's condition.
-            following: (B, 1), of the frame to come.
-            perturbation: (B, 1, N, D): the field is then one of 2B frames, the second half under
+            condition_ids: (B, 1) or (B, 0), of the newest frame.
+            next_condition_ids: (B, 1), of the frame to come.
+            perturbation: (B, 1, N, D): the denoiser is then one of 2B frames, the second half under
                 the perturbed context.
         """
+
+    def compile_steps(self) -> None:
+        """Compile the network that runs at every denoising step.
+
+        Raises:
+            ScdError: the steps read the KV cache, whose size changes from frame to frame.
+        """
+        raise ScdError(f"{type(self).__name__}: only the steps of an SCD can be compiled")
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute every block's activations in the backward pass instead of keeping them."""
@@ -160,7 +194,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         actions: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
-        """Teacher-forced velocities of every frame that can be predicted (F': mostly F - 1).
+        """Predict velocities under teacher forcing, of every frame F' to predict (mostly F - 1).
 
         Args:
             latents: (B, F, C, H, W), the clean frames.
@@ -180,9 +214,9 @@ class WorldModel(ModelMixin, ConfigMixin):
     def frame_conditions(
         self, shape: tuple[int, ...], actions: Tensor | None, labels: Tensor | None
     ) -> Tensor | None:
-        """The condition of every frame, (B, F) or (B, F, V + 1); None for a model without.
+        """Turn actions or labels into conditions, (B, F) or (B, F, V + 1); None without any.
 
-        The values are looked at by `check_conditions` alone: on a GPU that waits for the device.
+        Only `check_conditions` reads the values: on a GPU that waits for the device.
 
         Raises:
             ScdError: a kind of condition that the model does not have, or of another shape.
@@ -200,7 +234,7 @@ class WorldModel(ModelMixin, ConfigMixin):
                 raise ScdError(f"actions are {tuple(actions.shape)}, expected {expected}")
             if not self.has_vectors:
                 return actions
-            # Known: nothing of the null condition.
+            # The null condition's component is 0: the action is known.
             return nn.functional.pad(actions.float(), (0, 1))
         elif labels is not None:
             if tuple(labels.shape) != tuple(shape[:1]):
@@ -209,7 +243,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         return self.null_conditions(shape)
 
     def null_conditions(self, shape: tuple[int, ...]) -> Tensor:
-        """The null condition of so many frames, (B, F) or (B, F, V + 1)."""
+        """Make the null condition for a shape (B, F): (B, F) or (B, F, V + 1)."""
         if not self.has_vectors:
             return torch.full(tuple(shape), self.null_condition, device=self.device)
         null = torch.zeros(*shape, self.null_condition + 1, device=self.device)
@@ -217,11 +251,11 @@ class WorldModel(ModelMixin, ConfigMixin):
         return null
 
     def actions_shape(self, batch: int, frames: int) -> tuple[int, ...]:
-        """Of the actions of so many frames: (B, F) integers, or (B, F, V) numbers."""
+        """Give the shape of actions: (B, F) for integers, (B, F, V) for vectors."""
         return (batch, frames, self.config.num_conditions)[: 3 if self.has_vectors else 2]
 
     def check_conditions(self, conditions: Tensor | None) -> None:
-        """Refuse what no condition of the model can be: actions, labels or conditions of any shape.
+        """Refuse actions, labels or conditions, of any shape, that the model does not have.
 
         Raises:
             ScdError: an index outside of 0 to the null condition, or a vector that is not finite.
@@ -236,7 +270,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             raise ScdError(f"conditions must lie in 0..{self.null_condition} (null)")
 
     def _as_velocity(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The network's prediction for frames (..., C, H, W) at timesteps (...) as velocities."""
+        """Turn predictions for frames (..., C, H, W) at timesteps (...) into velocities."""
         prediction = prediction.float()
         if self.config.prediction == "velocity":
             return prediction
@@ -245,10 +279,15 @@ class WorldModel(ModelMixin, ConfigMixin):
 
 
 def repeat_steps(conditions: Tensor, steps: int) -> Tensor:
-    """(R,) or (R, V + 1) -> (R, T) or (R, T, V + 1): the same condition at every step."""
+    """Repeat conditions (R,) or (R, V + 1) at every step: (R, T) or (R, T, V + 1)."""
     return conditions[:, None].expand(-1, steps, *conditions.shape[1:])
 
 
 def check_condition(condition: str, num_conditions: int) -> None:
+    """Refuse a kind of condition without any, or conditions without a kind.
+
+    Raises:
+        ScdError: they contradict each other.
+    """
     if (condition == "none") != (num_conditions == 0):
         raise ScdError(f"condition {condition!r} contradicts num_conditions {num_conditions}")

@@ -13,13 +13,13 @@ from scd.models.world_model import WorldModel
 
 @dataclass(frozen=True)
 class Window:
-    """How many frames a cache holds, and what happens beyond.
+    """The number of frames that a KV cache holds, and what happens beyond.
 
     Args:
         frames: held at once, the newest among them.
-        when_full: `error`: one more frame is refused; `slide`: it takes the place of the oldest, so
+        when_full: `error`: one more frame is refused; `slide`: it takes the slot of the oldest, so
             that a stream can go on for ever at constant cost. Positions keep counting.
-        first_frames: of a sliding window, the first frames of the video, which are never replaced.
+        sink_frames: the first frames of the video, which a sliding window never replaces.
 
     Raises:
         ScdError: they contradict each other.
@@ -27,26 +27,26 @@ class Window:
 
     frames: int
     when_full: str = "error"
-    first_frames: int = 0
+    sink_frames: int = 0
 
     def __post_init__(self) -> None:
         if self.when_full not in ("error", "slide"):
             raise ScdError(f"when_full is {self.when_full!r}, not error or slide")
-        if self.frames < 1 or not 0 <= self.first_frames < self.frames:
+        if self.frames < 1 or not 0 <= self.sink_frames < self.frames:
             raise ScdError(
-                f"a window of {self.frames} frames cannot keep the first {self.first_frames}"
+                f"a window of {self.frames} frames has no room for {self.sink_frames} sink frames"
             )
 
     def slot(self, frame: int) -> int:
-        """Where a frame of the video is written."""
+        """Number the slot that a frame of the video is written to."""
         if frame < self.frames:
             return frame
-        sliding = self.frames - self.first_frames
-        return self.first_frames + (frame - self.first_frames) % sliding
+        sliding = self.frames - self.sink_frames
+        return self.sink_frames + (frame - self.sink_frames) % sliding
 
 
 class KVCache:
-    """Keys and values of the frames that were taken in, as far as the window reaches.
+    """Keys and values of encoded frames, as far as the window reaches.
 
     Args:
         tokens_per_frame: N.
@@ -87,11 +87,11 @@ class KVCache:
         return torch.cat(seen, dim=2)
 
     def advance(self, frames: int) -> None:
-        """All layers have written these frames."""
+        """Count frames that all layers have written."""
         self.frames += frames
 
     def _attend(self, layer: int, first: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same for frames from `first` on that need one place or lie side by side."""
+        """Attend from frames whose slots, from that of frame `first` on, lie side by side."""
         n, batch = self.tokens_per_frame, len(k)
         start = self.window.slot(first) * n
         self.keys[layer, :batch, :, start : start + k.shape[2]] = k

@@ -1,19 +1,17 @@
-"""What the frames of a rollout are conditioned on, and what follows from that alone."""
-
-from typing import Any
+"""The conditions of a rollout's frames, and the modulation that follows from them alone."""
 
 import torch
 from torch import Tensor
 
-from scd.models.world_model import WorldModel
+from scd.models.world_model import PrecomputedModulation, WorldModel
 
 
 class RolloutConditions:
-    """Actions and labels as the rollout's model takes them: by number (`WorldModel.conditioned`).
+    """Actions and labels of a rollout as ids, and the modulation that follows from them alone.
 
-    What follows from an action or a class that is one of several is computed once, for all of them;
-    frames keep their numbers. Of vectors there are too many: frames keep the vectors, and what
-    follows from theirs is computed with each frame, a few small matrix products.
+    Where an action or a class is one of several, the modulation is computed once, for all of them,
+    and frames keep their ids. There are too many vectors: frames keep the vectors, and their
+    modulation is computed with each frame, by a few small matrix products.
 
     Args:
         labels: (B,), of the whole rollout.
@@ -41,7 +39,7 @@ class RolloutConditions:
         self._labels = labels
         self._timesteps = timesteps
         self._with_null = with_null
-        self._known: Any = None
+        self._modulation: PrecomputedModulation | None = None
         if model.has_vectors:
             self._null = model.null_conditions((1, 1))[0, 0]
             return
@@ -50,13 +48,16 @@ class RolloutConditions:
             known = torch.arange(null + 1, device=model.device)
         else:  # of many classes, only those of this batch
             known = torch.cat([labels, labels.new_tensor([null])]).unique()
-        self._number_of = torch.zeros(null + 1, dtype=torch.long, device=model.device)
-        self._number_of[known] = torch.arange(len(known), device=model.device)
-        self._null = self._number_of[null]
-        self._known = model.conditioned(known, timesteps)
+        self._ids = torch.zeros(null + 1, dtype=torch.long, device=model.device)
+        self._ids[known] = torch.arange(len(known), device=model.device)
+        self._null = self._ids[null]
+        self._modulation = model.precompute_modulation(known, timesteps)
 
-    def of_frames(self, actions: Tensor | None, frames: int) -> Tensor:
-        """What so many frames under these actions, (B, F) or (B, F, V), keep.
+    def frame_conditions(self, actions: Tensor | None, frames: int) -> Tensor:
+        """Turn the actions (B, F) or (B, F, V) of F frames into what is kept of them.
+
+        Returns:
+            (B, F) ids, or (B, F, V + 1) vectors.
 
         Raises:
             ScdError: actions that the model does not have, or of another shape.
@@ -69,31 +70,31 @@ class RolloutConditions:
             # Before they are used, on the device they came on: on the CPU that costs no sync.
             model.check_conditions(conditions)
             conditions = conditions.to(model.device)
-        return conditions if self._known is None else self._number_of[conditions]
+        return conditions if self._modulation is None else self._ids[conditions]
 
-    def numbered(
-        self, own: Tensor, following: Tensor, denoised: bool
-    ) -> tuple[Tensor, Tensor, Any]:
-        """What `take_in` and `next_frame` of a model want of frames and those after them.
+    def modulation(
+        self, conditions: Tensor, next_conditions: Tensor, denoised: bool
+    ) -> tuple[Tensor, Tensor, PrecomputedModulation]:
+        """Look up or compute the modulation of frames and of those after them.
 
         Args:
-            own, following: see `of_frames`.
-            denoised: a frame is to be denoised, not only taken in.
+            conditions, next_conditions: from `frame_conditions`.
+            denoised: a frame is to be denoised, not only encoded.
 
         Returns:
-            Numbers (B, F) of `own` and of `following`, and what `WorldModel.conditioned` made of
-            the conditions that they stand for.
+            Ids (B, F) of `conditions` and of `next_conditions`, and the modulation of these ids,
+            as `prefill` and `begin_frame` of a model take them.
         """
         if self._with_null:
-            own, following = (
-                torch.cat([conditions, self._null.expand(conditions.shape)])
-                for conditions in (own, following)
+            conditions, next_conditions = (
+                torch.cat([given, self._null.expand(given.shape)])
+                for given in (conditions, next_conditions)
             )
-        if self._known is not None:
-            return own, following, self._known
-        rows = torch.cat([own.flatten(0, 1), following.flatten(0, 1)])
+        if self._modulation is not None:
+            return conditions, next_conditions, self._modulation
+        rows = torch.cat([conditions.flatten(0, 1), next_conditions.flatten(0, 1)])
         timesteps = self._timesteps if denoised else self._timesteps[:0]
-        conditioned = self._model.conditioned(rows, timesteps)
-        numbers = torch.arange(len(rows), device=rows.device)
-        of_own, of_following = numbers.tensor_split([own.shape[:2].numel()])
-        return of_own.view(own.shape[:2]), of_following.view(following.shape[:2]), conditioned
+        modulation = self._model.precompute_modulation(rows, timesteps)
+        shape, next_shape = conditions.shape[:2], next_conditions.shape[:2]
+        ids, next_ids = torch.arange(len(rows), device=rows.device).tensor_split([shape.numel()])
+        return ids.view(shape), next_ids.view(next_shape), modulation

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.flow.sampler import guide, integrate, noise_levels
-from scd.models.linear import PackedWeights
-from scd.models.scd import DecoderField
-from scd.models.world_model import MAX_TIMESTEP, VelocityField, WorldModel
-from scd.option_rules import check_rollout
-from scd.options import RolloutOptions
+from scd.models.cpu import PackedWeights
+from scd.models.world_model import MAX_TIMESTEP, FrameDenoiser, WorldModel
+from scd.options import Guidance, RolloutOptions, check_rollout
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.conditions import RolloutConditions
 from scd.utils.precision import float32_products, resolve_precision, with_weights_in
@@ -52,21 +50,19 @@ class Rollout:
                 f"{type(model).__name__} has no separate context to perturb: use guidance "
                 f"condition or none"
             )
-        if s.compile and not model.has_context:
-            raise ScdError(f"{type(model).__name__}: only the steps of an SCD can be compiled")
         unsaid = s.precision == "fp32"  # the default
         wanted = "auto" if model.dtype == torch.bfloat16 and unsaid else s.precision
         self.precision = resolve_precision(wanted, model.device)
         self.model = model = with_weights_in(model, self.precision)
         self.settings = settings
-        if s.compile and model.decoder._compiled_call_impl is None:
-            model.decoder.compile()
+        if s.compile:
+            model.compile_steps()
         self.levels = noise_levels(s.steps, s.spacing, s.shift)
         self._timesteps = MAX_TIMESTEP * torch.tensor(self.levels[:-1], device=model.device)
         if s.window:
-            kept = s.window_first + model.start_places if s.window_first else 0
-            places = s.window + model.start_places + model.noisy_places
-            self.window = Window(places, "slide", kept)
+            sink = s.sink_frames + model.start_slots if s.sink_frames else 0
+            slots = s.window + model.start_slots + model.noisy_slots
+            self.window = Window(slots, "slide", sink)
         else:
             self.window = Window(max_frames, "error")
         # Called between the two parts of a step, for whoever times the encoder and the denoising.
@@ -99,7 +95,7 @@ class Rollout:
         model = self.model
         guided = self.guidance == "condition"
         conditions = RolloutConditions(model, batch, labels, self._timesteps, guided)
-        of_frames = conditions.of_frames(actions, frames)
+        frame_conditions = conditions.frame_conditions(actions, frames)
         self._conditions = conditions
         self._packed = PackedWeights(model)
         self._graph: Callable[..., Tensor] | None = None  # made for the shapes of this reset
@@ -108,16 +104,16 @@ class Rollout:
         self._batch = batch
         tokens = model.tokens_per_frame(height, width)
         self.cache = KVCache(model, (1 + guided) * batch, self.window, tokens)
-        self._newest, self._newest_condition = context[:, -1:], of_frames[:, -1:]
+        self._newest, self._newest_condition = context[:, -1:], frame_conditions[:, -1:]
         # All but the newest frame, which may need the action that is yet to come. What the window
         # holds goes in at once, the rest slides in.
-        known, fits = frames - 1, self.window.frames - model.start_places
+        known, fits = frames - 1, self.window.frames - model.start_slots
         with self._packed.in_use(), float32_products(self.precision):
             if frames > model.first_predicted:
-                self._take_in(context, of_frames, 0, min(known, fits))
+                self._prefill(context, frame_conditions, 0, min(known, fits))
             for first in range(fits, known, SLIDING_FRAMES):
                 last = min(first + SLIDING_FRAMES, known)
-                self._take_in(context, of_frames, first, last)
+                self._prefill(context, frame_conditions, first, last)
 
     @torch.no_grad()
     def step(self, action: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
@@ -136,66 +132,67 @@ class Rollout:
         if self._newest is None:
             raise ScdError("step before reset")
         model = self.model
-        condition = self._conditions.of_frames(None if action is None else action[:, None], 1)
-        numbered = self._conditions.numbered(self._newest_condition, condition, denoised=True)
-        own, following, conditioned = numbered
+        action = None if action is None else action[:, None]
+        condition = self._conditions.frame_conditions(action, 1)
+        ids, next_ids, modulation = self._conditions.modulation(
+            self._newest_condition, condition, denoised=True
+        )
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
         if noise is None:
             noise = self._randn(self._newest.shape[2:])
         perturbation = None
         if self.guidance == "context":
-            noise_of_context = self._randn((tokens, model.width))[:, None]
-            perturbation = self.settings.guidance_noise * noise_of_context
+            context_noise = self._randn((tokens, model.width))[:, None]
+            perturbation = self.settings.guidance_noise * context_noise
         start = noise.to(model.device, torch.float32)[:, None]
         with self._packed.in_use(), float32_products(self.precision):
-            field = model.next_frame(
-                self._both(self._newest), own, following, self.cache, conditioned, perturbation
+            denoiser = model.begin_frame(
+                self._both(self._newest), ids, next_ids, self.cache, modulation, perturbation
             )
             self.on_encoded()
-            self._newest = self._denoise(field, start)
+            self._newest = self._denoise(denoiser, start)
         self._newest_condition = condition
         return self._newest[:, 0]
 
     def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
-        """A frame (B, C, H, W) for every action (B,) or (B, V), as soon as it is done."""
+        """Yield a frame (B, C, H, W) for every action (B,) or (B, V), as soon as it is done."""
         for action in actions:
             yield self.step(action)
 
-    def _denoise(self, field: VelocityField, noise: Tensor) -> Tensor:
-        """All steps of a frame: from noise (B, 1, C, H, W) to the frame, as the noise."""
-        if not self.settings.compile:
-            return self._integrate(field, noise)
-        assert isinstance(field, DecoderField)
+    def _denoise(self, denoiser: FrameDenoiser, noise: Tensor) -> Tensor:
+        """Take all steps of a frame: from noise (B, 1, C, H, W) to the frame, as the noise."""
+        if not self.settings.compile or not denoiser.capturable:
+            return self._integrate(denoiser, noise)
         if self._graph is None:
             self._graph = graphed(
-                lambda noise, *tensors: self._integrate(field.of(*tensors), noise),
-                (noise, *field.tensors),
+                lambda noise, *inputs: self._integrate(denoiser._replace(inputs=inputs), noise),
+                (noise, *denoiser.inputs),
             )
-        return self._graph(noise, *field.tensors)
+        return self._graph(noise, *denoiser.inputs)
 
-    def _integrate(self, field: VelocityField, noise: Tensor) -> Tensor:
+    def _integrate(self, denoiser: FrameDenoiser, noise: Tensor) -> Tensor:
         lowest, highest = self.settings.guidance_interval
 
         def velocity(x: Tensor, step: int) -> Tensor:
             if self.guidance == "none" or not lowest <= self.levels[step] <= highest:
-                return field(x, step)
-            positive, negative = field(x.repeat(2, 1, 1, 1, 1), step).chunk(2)
+                return denoiser(x, step)
+            positive, negative = denoiser(x.repeat(2, 1, 1, 1, 1), step).chunk(2)
             return guide(positive, negative, self.settings.guidance_scale)
 
         return integrate(velocity, noise, self.levels, self.settings.solver)
 
-    def _take_in(self, context: Tensor, conditions: Tensor, first: int, last: int) -> None:
-        """Append frames first..last-1 of the context to the cache."""
+    def _prefill(self, context: Tensor, conditions: Tensor, first: int, last: int) -> None:
+        """Encode frames first..last-1 of the context into the KV cache."""
         # A learned start comes before frame 0, and then needs the condition of that frame.
         begin = first + 1 if first or self.model.first_predicted else 0
-        own, following, conditioned = self._conditions.numbered(
+        ids, next_ids, modulation = self._conditions.modulation(
             conditions[:, first:last], conditions[:, begin : last + 1], denoised=False
         )
         latents = self._both(context[:, first:last])
-        self.model.take_in(latents, own, following, self.cache, conditioned)
+        self.model.prefill(latents, ids, next_ids, self.cache, modulation)
 
     def _both(self, latents: Tensor) -> Tensor:
-        """Condition guidance keeps a second history, which has never seen a condition."""
+        """Double frames for condition guidance, whose second history never sees a condition."""
         return torch.cat([latents, latents]) if self.guidance == "condition" else latents
 
     def _randn(self, shape: tuple[int, ...]) -> Tensor:
@@ -211,11 +208,14 @@ def generate(
     num_frames: int,
     num_steps: int,
     guidance_scale: float = 1.0,
-    guidance: str = "context",
+    guidance: Guidance = "context",
     noise: Tensor | None = None,
     generator: Generators = None,
 ) -> Tensor:
-    """`continue_videos` with the usual settings; see `scd.options.RolloutOptions` for them all."""
+    """Continue videos with the usual settings.
+
+    See `continue_videos`, which takes all settings of `scd.options.RolloutOptions`.
+    """
     settings = RolloutOptions(num_steps, guidance=guidance, guidance_scale=guidance_scale)
     return continue_videos(
         model, settings, context, num_frames, actions, labels, noise=noise, generator=generator
@@ -236,7 +236,7 @@ def continue_videos(
     """Continue videos by `num_frames` frames.
 
     Args:
-        context: latents (B, K, C, H, W); see `Rollout.reset` for K = 0.
+        context: latents (B, K, C, H, W) of the context frames; see `Rollout.reset` for K = 0.
         actions: (B, K + num_frames) or (B, K + num_frames, V), of the context and the new frames.
         labels: (B,).
         noise: (B, num_frames, C, H, W), initial noise of the new frames.
@@ -269,9 +269,9 @@ def continue_videos(
 
 
 def graphed(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
-    """A function of tensors, captured on CUDA: one launch, for inputs of these shapes.
+    """Capture a function of tensors as a CUDA graph: one launch, for inputs of these shapes.
 
-    It is warmed up first, at full shapes. Off CUDA, the function itself.
+    It is warmed up first, at full shapes. Off CUDA, the function itself is returned.
     """
     if inputs[0].device.type != "cuda":
         return function

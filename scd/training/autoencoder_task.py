@@ -21,7 +21,7 @@ from torch.func import functional_call
 from scd.data.clips import clip_folder, with_float_pixels
 from scd.errors import ScdError
 from scd.evaluation.frame_metrics import load_lpips
-from scd.evaluation.measures import Measures
+from scd.evaluation.metrics import AvailableMetrics
 from scd.models.autoencoder import (
     ENCODING,
     Autoencoder,
@@ -49,17 +49,17 @@ class AutoencoderTask:
     def __init__(self, options: Options, device: torch.device):
         self.options = options
         self.device = device
-        self.adversary: nn.Module | None = None
+        self.discriminator: nn.Module | None = None
         self.network: Autoencoder
         self.objective: nn.Module
         reconstruction = ReconstructionLoss(options.autoencoder.lpips_weight, device)
         torch.manual_seed(options.seed)
-        if options.adversary.weight:
-            a = options.adversary
+        if options.discriminator.weight:
+            a = options.discriminator
             self.network = _with_frozen_encoder(options)
-            self.adversary = PatchDiscriminator(a.channels, a.layers)
+            self.discriminator = PatchDiscriminator(a.channels, a.layers)
             self.objective = AdversarialObjective(
-                self.network, self.adversary, reconstruction, a.weight
+                self.network, self.discriminator, reconstruction, a.weight
             )
         else:
             self.network = build_autoencoder(options.autoencoder)
@@ -80,7 +80,7 @@ class AutoencoderTask:
         for name, parameter in self.network.named_parameters():
             (encoding if name.startswith(ENCODING) else decoding).append(parameter)
         groups = [{"params": encoding, "lr": lr}, {"params": decoding, "lr": lr * scale}]
-        return groups if self.adversary is None else groups[1:]
+        return groups if self.discriminator is None else groups[1:]
 
     @torch.no_grad()
     def validate(self, network: Autoencoder, folder: Path) -> dict[str, float]:
@@ -95,7 +95,8 @@ class AutoencoderTask:
         picture = Image.fromarray(rows)
         picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
         write_atomically(folder / "reconstructions.png", picture.save)
-        return {name: float(v.mean()) for name, v in Measures().frames(out, real).items()}
+        metrics = AvailableMetrics().compare_frames(out, real)
+        return {name: float(values.mean()) for name, values in metrics.items()}
 
     @torch.no_grad()
     def export(self, network: Autoencoder, folder: Path) -> None:
@@ -104,7 +105,7 @@ class AutoencoderTask:
         Rounding the weights moves a reconstruction by far less than its error. The adversarial
         stage leaves the latents alone, and hence their scaling factor.
         """
-        if self.adversary is None:
+        if self.discriminator is None:
             codec = LatentCodec(network)
             unscaled = codec.encode_images(self._validation_frames().flatten(0, 1))
             network.register_to_config(scaling_factor=round(1 / float(unscaled.std()), 4))

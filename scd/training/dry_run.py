@@ -15,7 +15,7 @@ import torch
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
 from scd.errors import ScdError
-from scd.evaluation.fvd import SHORTEST
+from scd.evaluation.i3d import SHORTEST
 from scd.models.autoencoder import build_autoencoder, load_codec
 from scd.options import AutoencoderOptions, Options, load_options
 from scd.training.encode import encoding_name, latent_shape
@@ -78,7 +78,7 @@ def counterpart(options: Options) -> Options:
 def _on_noise(options: Options, folder: Path) -> Options:
     """Reduce an experiment to one step on clips of noise, with all files below `folder`."""
     data, evaluation = options.data, options.eval
-    if options.task == "world_model" or options.adversary.weight:
+    if options.task == "world_model" or options.discriminator.weight:
         path = options.autoencoder.path
         if path is not None and not (to_read(path) / "config.json").is_file():
             path = str(folder / "autoencoder")

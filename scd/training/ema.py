@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 from scd.errors import ScdError
 from scd.models.weights import read_weights
-from scd.option_rules import MAX_SIGMA_REL
-from scd.options import Options, options_to_dict
+from scd.options import MAX_SIGMA_REL, Options, options_to_dict
 from scd.utils.files import write_atomically
 from scd.utils.processes import error_barrier, processes
 from scd.utils.sharding import gather_on_cpu, shard_like

@@ -126,7 +126,7 @@ class OptimizedModel:
     """A network with its optimiser and learning rate schedule.
 
     Args:
-        network: the task's, or the adversary that learns against it.
+        network: the task's, or the discriminator that learns against it.
         groups, bf16: see `make_optimizer`.
     """
 

@@ -90,7 +90,7 @@ def clip_cost(options: Options, codec: Codec) -> ClipCost:
     """Count the tokens and FLOPs of the model itself, which MFU is based on.
 
     Attention counts the keys that a query may see. A frozen autoencoder and a history of the
-    model's own frames (`flow.own_history`) are left out.
+    model's own frames (`flow.self_forcing_prob`) are left out.
 
     Only models of one and two layers are counted, since every further layer costs as much as the
     second: all twelve of the dense baseline, on 300 frames, would delay a run's start by a minute.

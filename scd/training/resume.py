@@ -50,9 +50,9 @@ def resume(
     refuse_other_run(state.run, identity, str(path))
     load_matching(task.network, state.ema, str(path))  # only to see that it fits
     load_matching(task.network, state.model, str(path))
-    if task.adversary is not None:
-        assert state.adversary is not None  # the run is the same, so it had one
-        load_matching(task.adversary, state.adversary["model"], f"{path} (adversary)")
+    if task.discriminator is not None:
+        assert state.discriminator is not None  # the run is the same, so it had one
+        load_matching(task.discriminator, state.discriminator["model"], f"{path} (discriminator)")
     if main:
         set_newer_checkpoints_aside(path)
         print(f"resuming {options.name} from step {state.step} ({path})")
@@ -150,7 +150,7 @@ def saved_precision(saved: dict[str, Any]) -> str | None:
     """Read from a run's identity what it computed in; None where it does not say."""
     # Runs from before `auto` computed in what the option named.
     named = flatten_options(saved["options"]).get("train.mixed_precision")
-    return saved.get("precision") or {"bf16": "bf16", "no": "fp32"}.get(str(named))
+    return saved.get("precision") or (named if named in ("bf16", "fp32") else None)
 
 
 def flatten_options(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Task(Protocol):
         ...
 
     @property
-    def adversary(self) -> nn.Module | None:
+    def discriminator(self) -> nn.Module | None:
         """The network that learns against the task's, from the gradients of the same loss.
 
         It has its own optimiser. It is saved, but neither averaged nor exported.

@@ -63,18 +63,21 @@ class Trainer:
 
         bf16 = all_have_bf16(accelerator.device)
         self.model = OptimizedModel(task.network, task.parameter_groups(), options, bf16)
-        self.adversary: OptimizedModel | None = None
-        if task.adversary is not None:
-            group = {"params": list(task.adversary.parameters()), "lr": options.optim.adversary_lr}
-            self.adversary = OptimizedModel(task.adversary, [group], options, bf16)
-        self.models = [model for model in (self.model, self.adversary) if model is not None]
+        self.discriminator: OptimizedModel | None = None
+        if task.discriminator is not None:
+            group = {
+                "params": list(task.discriminator.parameters()),
+                "lr": options.optim.discriminator_lr,
+            }
+            self.discriminator = OptimizedModel(task.discriminator, [group], options, bf16)
+        self.models = [model for model in (self.model, self.discriminator) if model is not None]
         # Together, because FSDP2 gives the optimizers other parameters.
         self.objective, *optimizers = accelerator.prepare(
             task.objective.to(accelerator.device), *(model.optimizer for model in self.models)
         )
         saved: list[dict[str, Any] | None] = [None, None]
         if state is not None:
-            saved = [state.optimizer, (state.adversary or {}).get("optimizer")]
+            saved = [state.optimizer, (state.discriminator or {}).get("optimizer")]
         for model, optimizer, moments in zip(self.models, optimizers, saved, strict=False):
             model.start(optimizer, self.step, moments)
         self.ema = EMA(task.network, options.optim.ema_decay, state.ema if state else None)
@@ -146,7 +149,7 @@ class Trainer:
         self._export()
 
     def _train_step(self, batches: Iterator[dict[str, Tensor]], request: StopRequest) -> StepResult:
-        """Take one optimizer step, of an adversary too, over `gradient_accumulation` batches."""
+        """Take one optimizer step, of a discriminator too, over `gradient_accumulation` batches."""
         accumulation = self.options.train.gradient_accumulation
         totals: dict[str, Tensor] = {}
         seen: list[tuple[Tensor, Tensor]] = []  # sample numbers and loss of each batch
@@ -168,7 +171,7 @@ class Trainer:
             seen.append((samples, values["loss"].detach()))
 
         norms = [model.clip_gradient(self.accelerator) for model in self.models]
-        totals |= zip(("grad_norm", "adversary_grad_norm"), norms, strict=False)
+        totals |= zip(("grad_norm", "discriminator_grad_norm"), norms, strict=False)
         bad, stop, save_failed = any_process(
             self.accelerator,
             is_bad_step(totals["loss"], norms, self.options.optim.skip_grad_norm),
@@ -236,7 +239,7 @@ class Trainer:
             **self.model.state(keep),
             ema=self.ema.state(keep),
             averages=self.posthoc_ema.state(keep),
-            adversary=self.adversary.state(keep) if self.adversary else None,
+            discriminator=self.discriminator.state(keep) if self.discriminator else None,
             bad_steps=bad_steps,
         )
         self.checkpoints.write(state)

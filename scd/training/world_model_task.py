@@ -40,7 +40,7 @@ HELD_OUT_CLIPS = 16
 class WorldModelTask:
     """The task of training a world model; see `scd.training.tasks.Task`."""
 
-    adversary = None
+    discriminator = None
     pictures = {
         "grid.png": "generated above real, given frames framed",
         "*.mp4": "left generated, right real, given frames framed",

@@ -21,7 +21,7 @@ from torch.distributed import DistError, PrefixStore, Store, is_initialized
 from torch.distributed.rendezvous import rendezvous
 
 from scd.errors import ScdError, reason
-from scd.utils.precision import has_bf16
+from scd.utils.precision import Precision, has_bf16
 
 LONGEST_WAIT = timedelta(hours=12)  # for the slowest process, in a collective operation
 LONGEST_START = timedelta(minutes=5)  # from the first process to the last
@@ -129,7 +129,7 @@ def split_between_processes(work: Sequence[T]) -> Sequence[T]:
     return work[state.process_index :: state.num_processes]
 
 
-def agree_on_precision(precision: str) -> str:
+def agree_on_precision(precision: Precision) -> Precision:
     """Return the precision that all processes resolved, or `fp32` if they differ; collective."""
     found = set(gather_object([precision])) if processes().num_processes > 1 else {precision}
     return precision if len(found) == 1 else "fp32"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from scd.flow.sampler import noise_levels
-from scd.models.layers import ROTARY_DIMS, ROTARY_THETA, Modulations, rotary_positions
+from scd.models.layers import ROTARY_DIMS, ROTARY_THETA, rotary_positions
 from scd.models.scd import SCD
 from scd.options import RolloutOptions
 from scd.rollout import Rollout
@@ -79,9 +79,10 @@ def uncached(stream: Stream, number: int, exact: SCD) -> Tensor:
     frames, actions = (torch.stack(part, dim=1) for part in zip(*stream.seen, strict=True))
     history = frames[:, :-1].double()
     band = Band(number - history.shape[1], (H // 2) * (W // 2))
-    table = exact.encoder.modulations(torch.arange(exact.null_condition + 1)).values
-    modulations = Modulations(table[actions[:, 1:]])
-    context = exact.encoder.take_in(history, modulations, band)(None)[:, -1:]
+    table = exact.encoder.precompute_modulation(torch.arange(exact.null_condition + 1))
+    modulation = table[actions[:, 1:]]
+    tokens = exact.encoder.prefill(history, modulation, band)
+    context = exact.encoder.context(tokens, modulation)[:, -1:]
     x = stream.noise[:, None].double()
     for sigma, following in pairwise(noise_levels(STEPS)):
         t = torch.full((B, 1), sigma * 1000, dtype=torch.float64)
@@ -120,10 +121,10 @@ def test_two_streams_do_not_disturb_each_other() -> None:
     """Side by side, with different seeds and actions, each is to the bit what it is alone."""
     model = make_model()
     count = min(FRAMES // 4, 1000)
-    both = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, window_first=1)]
+    both = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, sink_frames=1)]
     for _ in range(count):
         side_by_side = [stream.step() for stream in both]
-    alone = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, window_first=1)]
+    alone = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, sink_frames=1)]
     for stream, expected in zip(alone, side_by_side, strict=True):
         for _ in range(count):
             frame = stream.step()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scd.models.linear import Linear, PackedWeights
+from scd.models.cpu import Linear, PackedWeights
 from scd.utils.precision import has_bf16
 
 
