@@ -151,7 +151,7 @@ def test_several_keys_at_once(tmp_path: Path, simulator: DoomSimulator) -> None:
     record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=120, size=64, keys=True)
     note = json.loads((tmp_path / "recording.json").read_text())
     assert note["actions"] == list(KEYS)
-    with pytest.raises(ScdError, match="a recording of other settings"):
+    with pytest.raises(ScdError, match="a recording with other settings"):
         record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=120, size=64)
     for name, seed in {"train/00000": 0, "val/00000": 1_000_000}.items():
         frames, actions, poses = episode(tmp_path, name)
@@ -203,7 +203,7 @@ def test_recording_again_writes_nothing(doom_root: Path, tmp_path: Path) -> None
     record_dataset(root, 3, 2, 40, 64)
     assert written() == before
     for other in [(3, 2, 41, 64), (3, 2, 40, 32)]:
-        with pytest.raises(ScdError, match="holds a recording of other settings"):
+        with pytest.raises(ScdError, match="holds a recording with other settings"):
             record_dataset(root, *other)
     assert written() == before
     entries = read_list(root / "train.json")  # as `scd encode` leaves it

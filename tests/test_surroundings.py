@@ -226,7 +226,7 @@ def test_names_that_a_locale_cannot_open_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
     assert path_problem("plain.mp4") is None
     assert path_problem("caf\u00e9.mp4") == (
-        "cannot be opened in this locale, of ascii names: set PYTHONUTF8=1"
+        "cannot be opened in this locale, whose names are ascii: set PYTHONUTF8=1"
     )
 
 
