@@ -1,4 +1,4 @@
-"""Generate sample videos from a checkpoint: one mp4 each, and all of them in one grid.
+"""Generate sample videos from a checkpoint: an mp4 each, and a grid of all.
 
     python inference/run_decoupled_16_videos.py --opt options/scd_minecraft.yml \\
         --checkpoint CKPT --num-videos 16
@@ -12,6 +12,7 @@ from scd.utils.paths import from_user, to_read
 
 
 def main() -> int:
+    """Parse the arguments, generate the videos, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--opt", help="options file (default: the options in the checkpoint)")
     parser.add_argument("--checkpoint", required=True, type=to_read)

@@ -1,4 +1,4 @@
-"""`scd export`: a checkpoint as a folder for others: diffusers pipeline, options, model card."""
+"""`scd export`: write a checkpoint as a diffusers pipeline with its options and a model card."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 from scd.data.lists import read_list
 from scd.errors import ScdError
 from scd.evaluation.samples import EVALUATIONS
-from scd.evaluation.table import rollout_text
+from scd.evaluation.summary import rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options
 from scd.pipeline import pipeline_of
@@ -24,31 +24,45 @@ license: mit
 tags: [scd, world-model, video-prediction, flow-matching]
 ---
 """
+PAPER = (
+    "A causal video diffusion model that generates video frame by frame, trained with `scd`, the "
+    "open-source project for Separable Causal Diffusion ([Bai et al., CVPR "
+    "2026](https://arxiv.org/abs/2602.10095))."
+)
+ABOUT = {
+    "scd": "Its causal encoder runs once per frame, and only its light decoder denoises.",
+    "causal_dit": "It is the paper's dense baseline: every layer runs in every denoising step.",
+}
+LEGEND = (
+    "Arrows say whether higher or lower is better. +1…+4 are the first four new frames; n is the "
+    "number of videos that FVD is computed from. The rows below the model's are measured on the "
+    "same videos, for comparison."
+)
 
 
 def export_checkpoint(
     checkpoint: Path, folder: Path, dtype: torch.dtype, overrides: list[str]
 ) -> None:
-    """Write what `SCDPipeline.from_pretrained` and `scd play` read.
+    """Write the folder that `SCDPipeline.from_pretrained` and `scd play` load.
 
-    Where the autoencoder's folder lies beside the new one, its files are linked, not copied.
+    If the autoencoder's folder is beside the new one, its files are linked, not copied.
 
     Args:
-        dtype: of the world model's weights; the autoencoder stays as it is.
-        overrides: `key=value`, on top of the checkpoint's options: how frames are to be made.
+        dtype: of the world model's weights; the autoencoder's are unchanged.
+        overrides: `key=value`, applied to the checkpoint's options, such as `rollout.steps=4`.
 
     Raises:
-        ScdError: the checkpoint is missing or damaged, or the folder is there and is no export.
+        ScdError: the checkpoint is missing or damaged, or the folder holds something else.
     """
     if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ScdError(f"{folder} is there and holds no pipeline: choose another folder")
+        raise ScdError(f"{folder} exists and holds no pipeline: choose another folder")
     loaded = load_checkpoint_for_use(checkpoint, None, overrides)
     write_folder_atomically(folder, lambda aside: _write(loaded, aside, folder, dtype))
 
 
 def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -> None:
     vae = getattr(loaded.codec, "autoencoder", None)
-    # Not ModelMixin's own `to`, which warns of a list of layers that is empty here.
+    # Not ModelMixin's own `to`, which warns about an empty list of layers.
     model = nn.Module.to(loaded.model, "cpu", dtype)
     pipeline_of(loaded.options, model, vae).save_pretrained(aside)
     path = loaded.options.autoencoder.path
@@ -61,81 +75,113 @@ def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -
 
 
 def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
-    """Markdown: what it is, what it was trained on and for how long, and what was measured."""
+    """Write a model card in Markdown: the model, its data, training, use and evaluations."""
     options, source = loaded.options, loaded.source
     weights = Path(str(source["path"]))
-    count = sum(p.numel() for p in loaded.model.parameters())
     facts = {
-        "architecture": f"{type(loaded.model).__name__}, {_layers(options)}, width "
-        f"{loaded.model.width}, {count / 1e6:.1f} million parameters, {str(dtype).split('.')[1]}",
-        "autoencoder": options.autoencoder.path or "none, pixels",
-        "data": _data(options),
+        "architecture": _architecture(loaded, dtype),
+        "autoencoder": options.autoencoder.path or "none: the model works on pixels",
+        "conditions": _conditions(options),
+        "training data": _data(options),
         "training": _training(options, weights, source["step"]),
         "git commit": _manifest(weights).get("git_commit") or git_commit() or "unknown",
-        "weights": f"SHA-256 of the checkpoint they come from: {source['sha256']}",
-        "frames are made by": rollout_text(options.rollout),
+        "checkpoint": f"SHA-256 {source['sha256']}",
+        "sampling, by default": rollout_text(options.rollout),
     }
-    parts = [f"{CARD_HEAD}\n# {name}"]
+    parts = [f"{CARD_HEAD}\n# {name}", f"{PAPER} {ABOUT[options.model.type]}"]
     parts.append("| | |\n| --- | --- |\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items()))
-    parts.append(
-        "```python\nfrom scd.pipeline import SCDPipeline\n\n"
-        f'pipeline = SCDPipeline.from_pretrained("{name}")  # this folder\n'
-        "frames = pipeline(video, actions=actions, num_frames=64).frames\n```"
-    )
-    parts.append("## Measured")
+    parts += ["## Use", _usage(options, name), "## Evaluation"]
     parts += _evaluations(weights, str(source["sha256"])) or [
-        "Not measured yet: `scd evaluate`, then `scd export` again."
+        "This checkpoint has not been evaluated yet: run `scd evaluate`, then `scd export` again."
     ]
-    parts.append("All options are in `options.yml`.")
     return "\n\n".join(parts) + "\n"
 
 
-def _layers(options: Options) -> str:
-    m = options.model
-    return f"{m.layers} layers" if m.layers else f"{m.encoder_layers} + {m.decoder_layers} layers"
+def _architecture(loaded: LoadedModel, dtype: torch.dtype) -> str:
+    m = loaded.options.model
+    if m.type == "scd":
+        layers = f"{m.encoder_layers} encoder and {m.decoder_layers} decoder layers"
+    else:
+        layers = f"{m.layers} layers"
+    count = sum(p.numel() for p in loaded.model.parameters())
+    return (
+        f"{type(loaded.model).__name__}: {layers}, {loaded.model.width} wide, "
+        f"{count / 1e6:.1f} million parameters, {str(dtype).split('.')[1]}"
+    )
+
+
+def _conditions(options: Options) -> str:
+    model = options.model
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(options.data.action_names))
+    return {
+        "none": "none",
+        "label": f"a class label per video, 0 to {model.num_conditions - 1}",
+        "action": f"an action per frame: {names or f'0 to {model.num_conditions - 1}'}",
+        "action_vector": f"a vector per frame with the components {names or model.num_conditions}",
+    }[model.condition]
 
 
 def _data(options: Options) -> str:
     train = Path(options.data.root) / options.data.train_list
-    clips = f"{len(read_list(train))} videos" if train.is_file() else "videos"
+    videos = f"{len(read_list(train))} videos" if train.is_file() else "videos"
     size = options.data.frame_size
-    return f"{clips} of {train}, {size}x{size}, clips of {options.data.frames} frames"
+    return f"{videos} of {train}, {size}x{size} pixels, in clips of {options.data.frames} frames"
 
 
 def _training(options: Options, weights: Path, step: str | int | None) -> str:
-    said = f"step {step} of {options.train.steps}, batch {options.train.batch_size}"
+    at = "unknown" if step is None else step
+    text = f"step {at} of {options.train.steps}, batch size {options.train.batch_size}"
     if options.init_from is not None:
-        said += f", begun with the weights of {options.init_from}"
+        text += f", initialized from {options.init_from}"
     log = _experiment(weights) / "log.jsonl"
     if step is None or not log.is_file():
-        return said
+        return text
     seconds, last = 0.0, 0
     for entry in read_log(log):
         if "seconds" in entry and last < entry["step"] <= int(step):
             seconds += entry["seconds"] * (entry["step"] - last)
             last = entry["step"]
-    return f"{said}, {seconds / 3600:.1f} hours"
+    return f"{text}, {seconds / 3600:.1f} hours"
+
+
+def _usage(options: Options, name: str) -> str:
+    conditions = {
+        "none": ("", ""),
+        "label": ("labels=labels, ", ", labels (B,)"),
+        "action": ("actions=actions, ", ", actions (B, K + 64) integers"),
+        "action_vector": ("actions=actions, ", ", actions (B, K + 64, V)"),
+    }
+    argument, shape = conditions[options.model.condition]
+    return (
+        "```python\nfrom scd.pipeline import SCDPipeline\n\n"
+        f'pipeline = SCDPipeline.from_pretrained("{name}")  # this folder\n'
+        f"frames = pipeline(video, {argument}num_frames=64).frames\n"
+        f"# video (B, K, 3, H, W) in [0, 1]{shape} -> (B, K + 64, 3, H, W)\n```\n\n"
+        "All options of the experiment are in `options.yml`."
+    )
 
 
 def _evaluations(weights: Path, sha256: str) -> list[str]:
-    """The tables of this checkpoint's evaluations, each under what was asked of it."""
-    out = []
+    """Collect the tables of this checkpoint's evaluations, each under its protocol."""
+    tables = []
     for path in sorted((_experiment(weights) / EVALUATIONS).glob("*/metrics.json")):
-        found = read_json(path)
-        if found["checkpoint"]["sha256"] != sha256:
+        metrics = read_json(path)
+        if metrics["checkpoint"]["sha256"] != sha256:
             continue
-        asked: dict[str, Any] = found["protocol"]
-        how = f"{asked['rollout_steps']} steps, window {asked['rollout_window'] or 'open'}"
-        out.append(
-            f"{asked['videos']} videos of {asked['data']}, {asked['context_frames']} → "
-            f"{asked['new_frames']} frames, {how}:"
+        protocol: dict[str, Any] = metrics["protocol"]
+        window = protocol["rollout_window"]
+        tables.append(
+            f"{protocol['videos']} videos of {protocol['data']}, {protocol['new_frames']} new "
+            f"frames after {protocol['context_frames']} context frames, "
+            f"{protocol['rollout_steps']} denoising steps per frame, "
+            f"{f'a window of {window} frames' if window else 'attention to all past frames'}:"
         )
-        out.append(path.with_name("metrics.md").read_text(encoding="utf-8").strip())
-    return out
+        tables.append(path.with_name("metrics.md").read_text(encoding="utf-8").strip())
+    return [LEGEND, *tables] if tables else []
 
 
 def _experiment(weights: Path) -> Path:
-    """experiments/<name>/checkpoints/step-…/ema.safetensors -> experiments/<name>."""
+    """Go from experiments/<name>/checkpoints/step-…/ema.safetensors to experiments/<name>."""
     return weights.parent.parent.parent
 
 

@@ -1,4 +1,4 @@
-"""`SCDPipeline`: the model and its autoencoder as one diffusers pipeline."""
+"""`SCDPipeline`: a world model and its autoencoder as one diffusers pipeline."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,33 +15,43 @@ from torch import Tensor
 from scd.errors import ScdError, reason
 from scd.models.autoencoder import Codec, LatentCodec, PixelCodec, downsampling
 from scd.models.world_model import WorldModel
-from scd.options import OPTIONS_FILE, Options, RolloutOptions, options_to_dict
+from scd.options import (
+    OPTIONS_FILE,
+    Options,
+    RolloutOptions,
+    options_to_dict,
+    with_present_names,
+)
 from scd.rollout import Rollout
 from scd.utils.precision import with_weights_in
 
-ROUNDING = 1e-3  # how far floats may leave [0, 1]: as bf16 leaves them
+ROUNDING = 1e-3  # how far floats may exceed [0, 1], from rounding in bf16
 
 
 @dataclass
 class SCDPipelineOutput(BaseOutput):
-    """`frames`: context and new frames, (B, K + num_frames, 3, H, W) in [0, 1], or as NumPy with
-    channels last."""
+    """Output of `SCDPipeline`.
+
+    Args:
+        frames: context and new frames, (B, K + num_frames, 3, H, W) in [0, 1]; as NumPy with
+            channels last.
+    """
 
     frames: Tensor | np.ndarray
 
 
 class SCDPipeline(DiffusionPipeline):
-    """Continue videos, frame by frame, under actions or a label.
+    """Pipeline that continues videos frame by frame, given actions, a class label, or neither.
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` work as in every diffusers pipeline, and
-    carry the experiment's `options.yml`, by which `scd play` uses what comes back.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` work as in every diffusers pipeline. The
+    experiment's `options.yml` is saved too; `scd play` needs it.
 
     Args:
         transformer: the world model.
         vae: its autoencoder; None for a model of pixels.
-        rollout: fields of `RolloutOptions`, which are saved with it: how this model's frames are
-            made unless a call says otherwise.
-        options: the experiment that the model is from, as `options_to_dict` gives it.
+        rollout: fields of `RolloutOptions`: the defaults for generating frames, saved with the
+            pipeline.
+        options: of the model's experiment, from `options_to_dict`.
     """
 
     _optional_components = ["vae"]
@@ -55,19 +65,23 @@ class SCDPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(rollout=asdict(RolloutOptions(**(rollout or {}))), options=options)
+        # Pipelines on disk can have options under their former names.
+        settings = with_present_names({"rollout": rollout or {}}, "rollout")["rollout"]
+        if options is not None:
+            options = with_present_names(options, "options")
+        self.register_to_config(rollout=asdict(RolloutOptions(**settings)), options=options)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """See diffusers; with `options.yml`, where the model's experiment is known."""
+        """Save the pipeline, see diffusers; with `options.yml`, if the experiment is known."""
         if self.config.options is not None:
             folder = Path(save_directory)
-            folder.mkdir(parents=True, exist_ok=True)  # diffusers pushes what it finds there
+            folder.mkdir(parents=True, exist_ok=True)  # push_to_hub uploads the whole folder
             text = yaml.safe_dump(dict(self.config.options), sort_keys=False, allow_unicode=True)
             (folder / OPTIONS_FILE).write_text(text, encoding="utf-8")
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: between frames the model's cache stays on its device, and so must the model."""
+        """Refuse to offload: the KV cache stays on its device between frames, so must the model."""
         raise ScdError("SCDPipeline cannot offload its model to the CPU: use pipeline.to(device)")
 
     enable_sequential_cpu_offload = enable_model_cpu_offload
@@ -85,26 +99,26 @@ class SCDPipeline(DiffusionPipeline):
         output_type: str = "pt",
         **rollout: Any,
     ) -> SCDPipelineOutput:
-        """Generate `num_frames` frames after the given ones.
+        """Generate `num_frames` frames after the context frames of each video.
 
         Args:
-            video: (B, K, 3, H, W), or NumPy frames (B, K, H, W, 3); uint8, or floats in [0, 1].
-            actions: (B, K + num_frames) integers, of the given and the new frames; for a model of
-                `action_vector`, (B, K + num_frames, V) numbers: 1 for a key that is held, how far a
-                mouse has moved. Of one video, the first dimension can be left out. None: the null
-                action.
+            video: K context frames, (B, K, 3, H, W), or NumPy (B, K, H, W, 3); uint8, or floats in
+                [0, 1].
+            actions: (B, K + num_frames) integers, for the context and the new frames. For a model
+                with `action_vector`, (B, K + num_frames, V) numbers, such as 1 for a held key or
+                the movement of a mouse. For one video, B can be omitted. None: the null action.
             labels: (B,) integers.
-            num_inference_steps: a frame; None: as saved with the model.
+            num_inference_steps: denoising steps per frame; None: as saved with the model.
             output_type: `pt` or `np`.
             rollout: other fields of `RolloutOptions`, such as guidance_scale, solver or window.
 
         Raises:
-            ScdError: values or shapes that do not fit, or an unknown setting.
+            ScdError: a value or shape does not fit, or a setting is unknown.
         """
         if output_type not in ("pt", "np"):
             raise ScdError(f"output_type is {output_type!r}, not pt or np")
         if not isinstance(num_frames, int) or num_frames < 1:
-            raise ScdError(f"num_frames is {num_frames!r}, not a number of frames")
+            raise ScdError(f"num_frames is {num_frames!r}, not a positive integer")
         video = self._checked(video)
         known = video.shape[1]
         model = self.transformer
@@ -117,7 +131,7 @@ class SCDPipeline(DiffusionPipeline):
         engine = Rollout(self.transformer, settings, known + num_frames)
         codec: Codec = PixelCodec()
         if self.vae is not None:
-            # Autocast takes weights of either type.
+            # Autocast accepts weights of either dtype.
             in_bf16 = engine.precision == "bf16"
             vae = self.vae if in_bf16 else with_weights_in(self.vae, engine.precision)
             codec = LatentCodec(vae, engine.precision)
@@ -135,10 +149,10 @@ class SCDPipeline(DiffusionPipeline):
         return SCDPipelineOutput(frames=frames)
 
     def _checked(self, video: Tensor | np.ndarray) -> Tensor:
-        """The frames as (B, K, 3, H, W) floats, if they are in [0, 1] and of a size for the model.
+        """Check a video, and convert it to floats in [0, 1], (B, K, 3, H, W).
 
         Raises:
-            ScdError: naming what they are instead.
+            ScdError: its type, shape, size or range does not fit.
         """
         if isinstance(video, np.ndarray):
             video = torch.from_numpy(video)
@@ -149,7 +163,7 @@ class SCDPipeline(DiffusionPipeline):
         if video.dtype != torch.uint8 and not video.is_floating_point():
             raise ScdError(f"video holds {video.dtype}, not uint8 or floats")
         if video.ndim != 5 or video.shape[2] != 3:
-            raise ScdError(f"video is {tuple(video.shape)}, expected (B, K, 3, H, W)")
+            raise ScdError(f"video has shape {tuple(video.shape)}, expected (B, K, 3, H, W)")
         cell = self.transformer.config.patch_size
         cell *= 1 if self.vae is None else downsampling(self.vae)
         height, width = video.shape[-2:]
@@ -159,10 +173,10 @@ class SCDPipeline(DiffusionPipeline):
             return video.float() / 255
         video = video.float()
         low, high = (float(value) for value in video.aminmax()) if video.numel() else (0.0, 1.0)
-        if not -ROUNDING <= low <= high <= 1 + ROUNDING:  # nor if one is NaN
+        if not -ROUNDING <= low <= high <= 1 + ROUNDING:  # also false for NaN
             raise ScdError(
-                f"video has values from {low:.4g} to {high:.4g}: floats must lie in [0, 1], and "
-                f"0..255 be uint8"
+                f"video has values from {low:.4g} to {high:.4g}: floats must lie in [0, 1]; use "
+                f"uint8 for 0..255"
             )
         return video
 
@@ -179,24 +193,24 @@ class SCDPipeline(DiffusionPipeline):
 def pipeline_of(
     options: Options, model: WorldModel, vae: AutoencoderDC | AutoencoderKL | None
 ) -> SCDPipeline:
-    """The pipeline of an experiment's model."""
+    """Make the pipeline of an experiment's model."""
     return SCDPipeline(model, vae, asdict(options.rollout), options_to_dict(options))
 
 
 def _numbers(
     name: str, values: Any, shape: tuple[int, ...], integers: bool = True
 ) -> Tensor | None:
-    """Conditions, of whatever kind of list or number, as a tensor of a shape.
+    """Convert conditions from lists, arrays or tensors of any number type to a tensor.
 
     Raises:
-        ScdError: they are none, or of another shape.
+        ScdError: they are not numbers, or have another shape.
     """
     if values is None:
         return None
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ScdError(f"{name} are no numbers of one shape ({reason(error)})") from error
+        raise ScdError(f"{name} are not numbers of shape {shape} ({reason(error)})") from error
     if tensor.is_complex() or (
         integers and (tensor.is_floating_point() or tensor.dtype == torch.bool)
     ):
@@ -204,5 +218,5 @@ def _numbers(
     if shape[0] == 1 and tuple(tensor.shape) == shape[1:]:
         tensor = tensor[None]
     if tuple(tensor.shape) != shape:
-        raise ScdError(f"{name} are {tuple(tensor.shape)}, expected {shape}")
+        raise ScdError(f"{name} have shape {tuple(tensor.shape)}, expected {shape}")
     return tensor.long() if integers else tensor.float()

@@ -1,8 +1,8 @@
-# Shared by the scripts: run from the project's root, with the environment that setup_env.sh made.
+# Sourced by the scripts: changes to the project's root and finds the environment of setup_env.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The python of the environment: .venv, else the active one, else the conda environment "scd".
+# Print the environment's python: that of .venv, else the active one, else that of the conda environment "scd".
 find_python() {
     if [ -x .venv/bin/python ]; then
         echo "$PWD/.venv/bin/python"
@@ -16,7 +16,7 @@ find_python() {
     fi
 }
 
-# The weights of LPIPS and of FVD's network, if they are not there yet.
+# Download the weights of LPIPS and of FVD's network, if they are missing.
 fetch_weights() {
     "$(find_python)" -m scd.cli fetch-weights >/dev/null ||
         echo "note: LPIPS and FVD will be reported as missing until 'scd fetch-weights' succeeds" >&2
@@ -24,16 +24,16 @@ fetch_weights() {
 
 # Launch a scd command on all visible GPUs (NUM_GPUS and PORT override), or on the CPU: one process,
 # or NUM_PROCS. ACCELERATE_CONFIG names a file of scripts/accelerate/ instead (see scripts/README.md).
-# Takes the script's place, so that a scheduler's signals and the exit code go straight through.
+# Replaces the script's process, so that signals of a scheduler and the exit code pass through.
 launch() {
     local python gpus port=${PORT:-29500}
-    # torchrun, also under accelerate: pass on SIGUSR1 as well, and let a large checkpoint be saved.
+    # For torchrun, also under accelerate: pass on SIGUSR1 too, and leave time to save a large checkpoint.
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
     python=$(find_python)
     gpus=${NUM_GPUS:-$("$python" -c "import torch; print(torch.cuda.device_count())")}
     if [ -n "${ACCELERATE_CONFIG:-}" ]; then
-        # The sizes of parallelism_config are heard only where the file asks for it (hsdp.yaml).
+        # The sizes of parallelism_config only take effect if the file enables it (hsdp.yaml).
         exec "$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" \
             --num_processes "${NUM_PROCS:-$((gpus * ${NUM_NODES:-1}))}" \
             --num_machines "${NUM_NODES:-1}" --machine_rank "${NODE_RANK:-0}" \
@@ -42,7 +42,7 @@ launch() {
             --parallelism_config_dp_shard_size "$gpus" \
             --module scd.cli "$@"
     elif [ "$gpus" -gt 1 ]; then
-        # A file of ours, or accelerate would read what `accelerate config` once wrote for others.
+        # With our own file, or accelerate would read what `accelerate config` wrote for other projects.
         exec "$python" -m accelerate.commands.launch --config_file scripts/accelerate/ddp.yaml \
             --num_processes "$gpus" --num_machines 1 \
             --main_process_port "$port" --module scd.cli "$@"

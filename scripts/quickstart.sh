@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything once: environment, real game video, a world model, its pictures and its metrics.
-# Run again, it goes on where it stopped.
+# Everything once: environment, recorded game video, a world model, sample videos and metrics.
+# If interrupted, run it again to resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 options=options/scd_doom_tiny.yml
 output=experiments/scd_doom_tiny
 names=() seconds=()
 
-# Run one stage under its name, and note how long it took: stage NAME COMMAND [ARG ...]
+# Run a stage under its name, and record how long it takes: stage NAME COMMAND [ARG ...]
 stage() {
     local began=$SECONDS
     names+=("$1")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the environment: a conda environment "scd" where conda is present and .venv is not, else .venv.
-# Then install the project with tested versions (constraints.txt). EXTRAS=dev adds the test tools.
+# Make the environment (a conda environment "scd" if there is conda and no .venv, else .venv), and
+# install the project with tested versions (constraints.txt). EXTRAS=dev adds the test tools.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${EXTRAS:-trackers}
@@ -22,7 +22,7 @@ else
     hint="source .venv/bin/activate"
 fi
 
-# What pip is at, in one line that is written over; in a log, every 20th package.
+# Show pip's progress in one line that is overwritten; in a log, every 20th package.
 show_progress() {
     local line packages=0
     while IFS= read -r line; do
@@ -47,7 +47,7 @@ stamp=$("$python" -c 'import sys; print(sys.prefix)')/.scd-installed
 files="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1) $PWD"
 installed=$(cat "$stamp" 2>/dev/null || true)
 if [ "$installed" != "$extras $files" ] && [ "$installed" != "dev $files" ]; then # dev has all
-    echo "installing into $(dirname "$(dirname "$python")"): some minutes the first time"
+    echo "installing into $(dirname "$(dirname "$python")"): this takes some minutes the first time"
     "$python" -m pip install --progress-bar off --disable-pip-version-check \
         --constraint constraints.txt --editable ".[$extras]" | show_progress
     echo "$extras $files" >"$stamp"

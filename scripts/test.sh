@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The environment, then every check: lint, format, types, tests. Arguments go to pytest.
+# Make the environment, then run every check: lint, format, types, tests. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCD_VENV=1 EXTRAS=dev bash scripts/setup_env.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every fault in its long form, with figures: thousands of damaged files, full disks, killed runs, long
+# Run the fault tests in full, with figures: thousands of damaged files, full disks, killed runs, long
 # rollouts. Arguments go to pytest, such as -k killed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -45,11 +45,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """For tests that launch in this process: they neither find nor leave a launch's state."""
-    _forget_the_launch()
+    forget_the_launch()
     yield
-    _forget_the_launch()
+    forget_the_launch()
 
 
-def _forget_the_launch() -> None:
+def forget_the_launch() -> None:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()

@@ -1,4 +1,4 @@
-"""What the tests of play share: a small pretrained model, start clips, and a player."""
+"""Shared by the tests of play: a small pretrained model, start clips, and a player."""
 
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -32,7 +32,7 @@ def pretrained_folder(
     actions: Sequence[str] = ACTIONS,
     condition: str = "action",
 ) -> Path:
-    """Random weights, 64x64 pixels, a window of 4 frames."""
+    """Save a random model of 64x64 pixels with a window of 4 frames."""
     torch.manual_seed(0)
     shared: dict[str, Any] = {"channels": 8, "patch_size": 4, "heads": 1}
     shared |= {"condition": condition, "num_conditions": len(actions), "prediction": "data"}
@@ -63,14 +63,14 @@ def pretrained_folder(
 
 
 def some_start(name: str = "here", seed: int = 1_000_000, frames: int = 6) -> Start:
-    """Of noise."""
+    """Make a start clip of noise."""
     rng = np.random.default_rng(0)
     actions = tuple(int(action) for action in rng.integers(0, 4, frames))
     return Start(name, actions, rng.integers(0, 256, (frames, 64, 64, 3), np.uint8), seed)
 
 
 def own_data(root: Path, clips: int, frames: int, actions: int, size: int = 64) -> None:
-    """A validation list of videos of noise with actions, as anybody's data are."""
+    """Write videos of noise with actions, and their validation list."""
     rng = np.random.default_rng(0)
     entries = []
     for number in range(clips):
@@ -82,7 +82,7 @@ def own_data(root: Path, clips: int, frames: int, actions: int, size: int = 64) 
 
 
 def small_catalog(root: Path, autoencoder: str) -> Catalog:
-    """A model and a baseline, no ViZDoom."""
+    """Load a model and a baseline, without ViZDoom."""
     models = {
         name: load_pretrained(pretrained_folder(root / name, autoencoder, kind))
         for name, kind in (("model", "scd"), ("baseline", "causal_dit"))
@@ -92,39 +92,39 @@ def small_catalog(root: Path, autoencoder: str) -> Catalog:
 
 
 class Player:
-    """A connected client that plays by the rules."""
+    """A connected client that follows the protocol."""
 
     def __init__(self, socket: ClientConnection):
         self.socket = socket
 
-    async def say(self, kind: str, **fields: Any) -> None:
+    async def send(self, kind: str, **fields: Any) -> None:
         await self.socket.send(json.dumps({"type": kind, **fields}))
 
-    async def told(self, kind: str) -> dict[str, Any]:
-        """The next JSON message, which must be of a type; pictures before it are seen."""
+    async def receive(self, kind: str) -> dict[str, Any]:
+        """Receive the next JSON message, of this type; pictures before it are confirmed."""
         while True:
             message = await self.socket.recv()
             if isinstance(message, str):
-                told = json.loads(message)
-                if told["type"] == "alive":
+                fields = json.loads(message)
+                if fields["type"] == "alive":
                     continue
-                assert told["type"] == kind, told
-                return told
-            await self.say("seen", serial=read(message)["serial"])
+                assert fields["type"] == kind, fields
+                return fields
+            await self.send("seen", serial=read(message)["serial"])
 
     async def picture(self, seen: bool = True) -> dict[str, Any]:
-        """The next picture; what is told before it is passed over."""
+        """Receive the next picture; JSON messages before it are ignored."""
         while True:
             message = await self.socket.recv()
             if isinstance(message, bytes):
                 picture = read(message)
                 if seen:
-                    await self.say("seen", serial=picture["serial"])
+                    await self.send("seen", serial=picture["serial"])
                 return picture
 
 
 def read(message: bytes) -> dict[str, Any]:
-    """A picture message as README.md describes it."""
+    """Read a picture message, as README.md describes it."""
     names = ("protocol", "worlds", "action", "flags", "height", "width", "frame", "serial", "seq")
     picture = dict(zip((*names, "made_ms"), HEADER.unpack_from(message), strict=True))
     height, width = picture["height"], picture["width"]
@@ -139,11 +139,11 @@ def read(message: bytes) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def playing(place: str, query: str = "", **how: Any) -> AsyncIterator[Player]:
-    """A player who has been let in, up to the first picture."""
-    async with connect(f"ws://{place}/ws{query}", **how) as socket:
+async def playing(host: str, query: str = "", **how: Any) -> AsyncIterator[Player]:
+    """Connect a player, and receive everything up to the first picture."""
+    async with connect(f"ws://{host}/ws{query}", **how) as socket:
         player = Player(socket)
-        player.hello = await player.told("hello")  # type: ignore[attr-defined]
-        player.state = await player.told("state")  # type: ignore[attr-defined]
+        player.hello = await player.receive("hello")  # type: ignore[attr-defined]
+        player.state = await player.receive("state")  # type: ignore[attr-defined]
         player.first = await player.picture()  # type: ignore[attr-defined]
         yield player

@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import one_hot
 
 from scd.cli import main
-from scd.data.clips import ClipFolder, TrainingClips
+from scd.data.clips import ClipFolder
 from scd.data.lists import ClipEntry, write_list
+from scd.data.loader import TrainingClips
 from scd.doom.record import record_dataset
 from scd.errors import ScdError
 from scd.evaluation.protocol import swap_new_actions
@@ -274,14 +275,18 @@ def test_vectors_are_read_beside_their_frames(root: Path, name: str) -> None:
         (
             np.zeros((12, 4)),
             "action",
-            r"must be integers, one a frame, .*\(12, 4\) .* action_vector",
+            r"needs integers, one per frame; .*\(12, 4\) .* action_vector",
         ),
-        (np.zeros(12, int), "action_vector", r"must be vectors of 4 numbers, .*\(12,\) .* action$"),
+        (
+            np.zeros(12, int),
+            "action_vector",
+            r"needs vectors of 4 numbers, one per frame; .*\(12,\) .* action$",
+        ),
         (np.zeros((12, 5)), "action_vector", "have 5 components, but the model knows 4"),
         (np.zeros((11, 4)), "action_vector", "11 actions for 12 frames"),
         (np.full((12, 4), np.inf), "action_vector", "not all finite"),
         (np.full((12, 4), 1e300), "action_vector", "not all finite"),
-        (np.zeros((12, 4, 1)), "action_vector", r"a row a frame, not float64 \(12, 4, 1\)"),
+        (np.zeros((12, 4, 1)), "action_vector", r"one row per frame, not float64 \(12, 4, 1\)"),
         (np.zeros((12, 4), complex), "action_vector", "not complex128"),
     ],
 )
@@ -374,7 +379,7 @@ def test_recorded_keys_train_and_are_evaluated(
         *(f"data.root={data}", f"output_root={tmp_path}", "name=keys", "data.source=video"),
         *("data.frames=6", "autoencoder.path=null", "model.patch_size=32", "model.heads=1"),
         *("model.encoder_layers=1", "model.decoder_layers=1", "train.steps=2", "train.workers=0"),
-        *("train.batch_size=2", "train.mixed_precision=no", "train.trackers=[]"),
+        *("train.batch_size=2", "train.mixed_precision=fp32", "train.trackers=[]"),
         *("eval.context_frames=3", "eval.new_frames=3", "eval.videos=2", "rollout.steps=1"),
         "eval.saved_videos=0",
     ]

@@ -10,26 +10,34 @@ import torch
 
 from scd.analysis import attention_mass as masses
 from scd.analysis.attention_mass import attention_mass, frame_mass
-from scd.analysis.context_probe import CHANGES, context_given, contexts, of_newest, shorter
-from scd.analysis.fine_tune import fine_tuning, open_training_clips
+from scd.analysis.context_ablation import (
+    ABLATIONS,
+    encode_contexts,
+    encode_last_context,
+    history_lengths,
+    replace_context,
+)
 from scd.analysis.interventions import (
-    all_blocks,
-    frame_diagonal,
-    layers_skipped,
-    left_out,
-    past_blocks,
-    step_blocks,
+    bypass,
+    causal_blocks,
+    denoising_blocks,
+    frame_diagonal_attention,
+    named_blocks,
+    skip_layers,
 )
-from scd.analysis.probe_clips import ProbeClips, clip_numbers, roll_out
-from scd.analysis.quality import increase, loss_by_level, paired
-from scd.analysis.similarity import (
-    principal_pictures,
-    redundancy,
-    watch_steps,
+from scd.analysis.measurements import (
+    ProbeClips,
+    clip_numbers,
+    loss_by_level,
+    paired_difference,
+    relative_increase,
+    roll_out,
 )
+from scd.analysis.probed_model import fine_tuning, open_training_clips
+from scd.analysis.similarity import principal_pictures, record_features, step_similarity
 from scd.cli import main
 from scd.errors import ScdError
-from scd.evaluation import measures
+from scd.evaluation import metrics
 from scd.evaluation.metric_weights import MetricUnavailable
 from scd.flow.noise import FlowDraws
 from scd.flow.objective import LEVELS, FlowObjective, with_scaled_latents
@@ -38,6 +46,8 @@ from scd.models import SCD, CausalDiT
 from scd.models.load import load_checkpoint_for_use
 from scd.options import FlowOptions, load_options
 from tests.test_causal_dit import make as make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, K, NEW, C, H, W = 2, 5, 2, 4, 4, 6  # no two counts that a result's axes have are the same
 ROWS, COLUMNS, STEPS = 2, 3, 4
@@ -61,7 +71,7 @@ def same(one, other, tolerance=0.0):
     return one.shape == other.shape and (one - other).abs().max() <= tolerance
 
 
-# What a frame's attention is worth
+# Attention mass
 
 
 @pytest.mark.parametrize("at_once", [1, 2 * N, 10_000])
@@ -82,24 +92,24 @@ def test_mass_equals_that_of_the_whole_matrix(monkeypatch, at_once):
 def test_uniform_attention_has_the_mass_of_the_frames_seen(clips, kind):
     """Queries of zero: every visible frame gets the same, in every pass, layer and head."""
     model = make(kind, heads=2)
-    for block in all_blocks(model).values():
+    for block in named_blocks(model).values():
         block.attention.norm_q.data.zero_()
-    found = attention_mass(model, clips, STEPS, 0)
+    result = attention_mass(model, clips, STEPS, 0)
     passes, layers = (1, 2) if kind is SCD else (STEPS, 3)
-    for new, mass in enumerate(found.past):
+    for new, mass in enumerate(result.past):
         # The encoder runs over clean frames; a dense model's new frame also sees itself.
         seen = K + new + (kind is CausalDiT)
         assert mass.shape == (passes, layers, 2, seen)
         assert same(mass, torch.full_like(mass, 1 / seen), 1e-6)
     if kind is SCD:
-        assert found.context.shape == (STEPS, 3, 2)
-        assert same(found.context, torch.full_like(found.context, 0.5), 1e-6)
+        assert result.context.shape == (STEPS, 3, 2)
+        assert same(result.context, torch.full_like(result.context, 0.5), 1e-6)
 
 
 def blind_to_its_input(model):
     """Make queries and keys large, and functions of noise level, condition and position alone."""
     g = torch.Generator().manual_seed(3)
-    for block in past_blocks(model):
+    for block in causal_blocks(model):
         linear = block.modulation_attention.linear
         linear.weight.data[model.width : 2 * model.width] = 0
         linear.bias.data[model.width : 2 * model.width] = -1  # the scale: 0·x + shift
@@ -146,11 +156,13 @@ def test_mass_of_known_queries_and_keys(clips, kind):
     """By step, layer, head and frame, against an explicit softmax."""
     model = make(kind, heads=2)
     blind_to_its_input(model)
-    found = attention_mass(model, clips, STEPS, 0)
+    result = attention_mass(model, clips, STEPS, 0)
     conditioning = (model.encoder if kind is SCD else model).conditioning
     levels = noise_levels(STEPS)[:STEPS] if kind is CausalDiT else [-1 / 1000]
     for new in range(NEW):
-        expected = torch.zeros(len(levels), len(past_blocks(model)), 2, found.past[new].shape[-1])
+        expected = torch.zeros(
+            len(levels), len(causal_blocks(model)), 2, result.past[new].shape[-1]
+        )
         for actions in clips.actions:
             for step, level in enumerate(levels):
                 # A dense model's clean frames are under their own action, an encoder's under the
@@ -159,13 +171,13 @@ def test_mass_of_known_queries_and_keys(clips, kind):
                 times = torch.full(of_keys.shape, -1.0)
                 times[-1] = 1000 * level
                 e = conditioning(times, of_keys)
-                for layer, block in enumerate(past_blocks(model)):
+                for layer, block in enumerate(causal_blocks(model)):
                     mass = known_mass(model, block, e, 2)
                     expected[step, layer] += mass / B
         assert expected.std(-1).mean() > 0.05
         for axis in range(3 if kind is CausalDiT else 0):  # it differs along every axis
             assert not same(expected.roll(1, axis), expected, 0.01)
-        assert same(found.past[new], expected, 1e-4)
+        assert same(result.past[new], expected, 1e-4)
 
 
 def test_mass_does_not_depend_on_how_clips_are_batched(clips):
@@ -188,13 +200,13 @@ def test_known_similarities(clips):
     turned = torch.stack([east, north, north])
     features = torch.stack([east.expand(3, -1), turned], dim=1)  # (T, 2, D)
     features = features[:, :, None, None].expand(steps, 2, B, tokens, width)
-    found = redundancy(features.contiguous() * 7)
-    assert same(found.similarity[0], torch.ones(3, 3))
-    assert same(found.similarity[1], torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 1, 1]]))
-    assert same(found.floor, torch.ones(2))  # both clips are the same
-    assert found.error.max() == 0
+    result = step_similarity(features.contiguous() * 7)
+    assert same(result.similarity[0], torch.ones(3, 3))
+    assert same(result.similarity[1], torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 1, 1]]))
+    assert same(result.between_clips, torch.ones(2))  # both clips are the same
+    assert result.error.max() == 0
     # Off the mean (1/3, 2/3): (2/3, -2/3) once and (-1/3, 1/3) twice point in opposite directions.
-    assert same(found.centred[1], torch.tensor([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]]), 1e-5)
+    assert same(result.centred[1], torch.tensor([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]]), 1e-5)
     pictures = principal_pictures(features.contiguous(), 0)
     assert pictures.shape == (2, steps, tokens, 3)
     assert (pictures[1, 0, :, 0] - pictures[1, 1, :, 0]).abs().min() > 0.99
@@ -204,58 +216,58 @@ def test_known_similarities(clips):
 def test_blocks_without_gates_repeat_the_embedding(clips, kind):
     """An embedding blind to the noise: features are exactly the same at every step."""
     model = make(kind)
-    for block in step_blocks(model):
+    for block in denoising_blocks(model):
         for modulation in (block.modulation_attention, block.modulation_mlp):
             modulation.linear.weight.data.zero_()
             modulation.linear.bias.data.zero_()
     (model.decoder if kind is SCD else model).embed.weight.data.zero_()
-    watched = watch_steps(model, clips, STEPS, 0)
-    assert watched.features.shape == (STEPS, len(step_blocks(model)) + 1, B, N, 64)
+    watched = record_features(model, clips, STEPS, 0)
+    assert watched.features.shape == (STEPS, len(denoising_blocks(model)) + 1, B, N, 64)
     assert same(watched.features, watched.features[:1, :1].expand_as(watched.features))
-    found = redundancy(watched.features)
-    assert same(found.similarity, torch.ones_like(found.similarity), 1e-6)
+    result = step_similarity(watched.features)
+    assert same(result.similarity, torch.ones_like(result.similarity), 1e-6)
 
 
 @pytest.mark.parametrize("kind", [CausalDiT, SCD])
 def test_the_last_estimate_is_the_frame(clips, kind):
     """x − σ·v at the last step is the frame itself; clips in parts give the same features."""
     model = make(kind)
-    whole = watch_steps(model, clips, STEPS, 0)
+    whole = record_features(model, clips, STEPS, 0)
     assert same(whole.estimates[-1], roll_out(model, clips.cut(1), STEPS, 0)[:, 0], 1e-5)
     for number, part in enumerate(clips.parts(1)):
-        alone = watch_steps(model, part, STEPS, 0)
+        alone = record_features(model, part, STEPS, 0)
         assert same(alone.features[:, :, 0], whole.features[:, :, number], 1e-4)
 
 
-# Surgeries
+# Interventions
 
 
 @pytest.mark.parametrize("kind", [CausalDiT, SCD])
 def test_skipping_reuses_what_the_last_full_step_added(clips, kind):
     model = make(kind)
-    plain = watch_steps(model, clips, STEPS, 0).features
-    with layers_skipped(model, 1, 3, full_steps=1):
-        found = watch_steps(model, clips, STEPS, 0).features
-    added = found[:, 1:] - found[:, :-1]
-    for block in range(len(step_blocks(model))):
+    plain = record_features(model, clips, STEPS, 0).features
+    with skip_layers(model, 1, 3, full_steps=1):
+        result = record_features(model, clips, STEPS, 0).features
+    added = result[:, 1:] - result[:, :-1]
+    for block in range(len(denoising_blocks(model))):
         repeated = same(added[1:, block], added[:1, block].expand(STEPS - 1, -1, -1, -1), 1e-5)
         assert repeated == (block in (1, 2)), block
-    assert same(found[0], plain[0])
-    with layers_skipped(model, 0, 3, full_steps=STEPS):
-        assert same(watch_steps(model, clips, STEPS, 0).features, plain)
+    assert same(result[0], plain[0])
+    with skip_layers(model, 0, 3, full_steps=STEPS):
+        assert same(record_features(model, clips, STEPS, 0).features, plain)
     assert "begin_frame" not in vars(model)  # nothing is left behind
-    assert same(watch_steps(model, clips, STEPS, 0).features, plain)
+    assert same(record_features(model, clips, STEPS, 0).features, plain)
 
 
 @pytest.mark.parametrize("kind", [CausalDiT, SCD])
 def test_frame_diagonal_layers_do_not_see_the_past(clips, kind):
     """With all layers cut off a rollout is that from the last frame (SCD) or from none."""
     model = make(kind)
-    blocks = past_blocks(model)
+    blocks = causal_blocks(model)
     plain = roll_out(model, clips, STEPS, 0)
     other = replace(clips, latents=torch.cat([clips.latents[:, :1] + 1, clips.latents[:, 1:]], 1))
     assert not same(roll_out(model, other, STEPS, 0), plain)
-    with frame_diagonal(blocks, N):
+    with frame_diagonal_attention(blocks, N):
         blind = roll_out(model, clips, STEPS, 0)
         assert same(roll_out(model, other, STEPS, 0), blind)
         # Teacher-forced and in a rollout the same: the first new frame's velocity at pure noise.
@@ -263,19 +275,19 @@ def test_frame_diagonal_layers_do_not_see_the_past(clips, kind):
         frames[:, K] = clips.noise(0)[:, 0]
         times = torch.full((B, K + 1), 1000.0)
         forced = model.velocity(frames, frames, times, clips.actions[:, : K + 1])[:, -1]
-        watched = watch_steps(model, clips, STEPS, 0).estimates[0]
+        watched = record_features(model, clips, STEPS, 0).estimates[0]
         assert same(frames[:, K] - forced, watched, 1e-4)
     assert not same(blind, plain)
-    with frame_diagonal([], N):
+    with frame_diagonal_attention([], N):
         assert same(roll_out(model, clips, STEPS, 0), plain)
 
 
 @pytest.mark.parametrize("kind", [CausalDiT, SCD])
-def test_left_out_layers_do_not_matter(clips, kind):
+def test_bypassed_layers_do_not_matter(clips, kind):
     model = make(kind)
-    names = list(all_blocks(model))
-    for number, block in enumerate(all_blocks(model).values()):
-        with left_out(block):
+    names = list(named_blocks(model))
+    for number, block in enumerate(named_blocks(model).values()):
+        with bypass(block):
             before = loss_by_level(model, clips, 0)
             kept = block.attention.out.bias.data.clone()
             block.attention.out.bias.data += 1
@@ -291,13 +303,13 @@ def test_left_out_layers_do_not_matter(clips, kind):
 @pytest.mark.parametrize("kind", [CausalDiT, SCD])
 def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind, prediction):
     model = make(kind, prediction=prediction)
-    found = loss_by_level(model, clips, 0)
-    assert found.shape == (B, len(LEVELS))
+    result = loss_by_level(model, clips, 0)
+    assert result.shape == (B, len(LEVELS))
     noise = []
     monkeypatch.setattr(
         torch, "randn", lambda *a, plain=torch.randn, **k: noise.append(plain(*a, **k)) or noise[-1]
     )
-    assert same(loss_by_level(model, clips, 0), found)
+    assert same(loss_by_level(model, clips, 0), result)
     monkeypatch.undo()
     objective = FlowObjective(model, FlowOptions(context_noise=0.0), 0)
     shape = (B, 1, K + NEW)
@@ -313,35 +325,35 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
         )
         with torch.no_grad():
             expected = objective.loss(clips.latents, clips.conditions(model), draws)
-        assert abs(float(found[:, number].mean() / expected) - 1) < 1e-4, level
+        assert abs(float(result[:, number].mean() / expected) - 1) < 1e-4, level
 
 
 def test_pairs():
-    mean, error = paired(torch.tensor([[1.0, 3.0], [4.0, 4.0]]), torch.zeros(2, 2))
+    mean, error = paired_difference(torch.tensor([[1.0, 3.0], [4.0, 4.0]]), torch.zeros(2, 2))
     assert (mean, error) == (3.0, 1.0)
     # Levels 2 and 1 times as large: half as much more. Off that ratio clips are at ±1 and 0.
     loss, plain = torch.tensor([[3.0, 10.0], [1.0, 10.0]]), torch.tensor([[1.0, 10.0]] * 2)
-    assert increase(loss, plain) == (0.5, 0.5)
-    assert increase(2 * plain, plain) == (1.0, 0.0)
+    assert relative_increase(loss, plain) == (0.5, 0.5)
+    assert relative_increase(2 * plain, plain) == (1.0, 0.0)
 
 
 def test_changed_contexts(clips):
     """The right context changes nothing, another does; each change is what its name says."""
     model, one = make(SCD), clips.cut(1)
-    right = contexts(model, one)
+    right = encode_contexts(model, one)
     assert right.shape == (B, K, N, 64)
     loss, frame = loss_by_level(model, one, 0), roll_out(model, one, STEPS, 0)
-    with context_given(model, right, one)(one):
+    with replace_context(model, right, one)(one):
         assert same(roll_out(model, one, STEPS, 0), frame, 1e-5)
-    assert same(loss_by_level(model, one, 0, context_given(model, right, one)), loss, 1e-6)
-    for name, change in CHANGES.items():
-        around = context_given(model, change(right), one)
-        assert not same(loss_by_level(model, one, 0, around), loss, 1e-6), name
-        with around(one):
+    assert same(loss_by_level(model, one, 0, replace_context(model, right, one)), loss, 1e-6)
+    for name, change in ABLATIONS.items():
+        intervention = replace_context(model, change(right), one)
+        assert not same(loss_by_level(model, one, 0, intervention), loss, 1e-6), name
+        with intervention(one):
             assert not same(roll_out(model, one, STEPS, 0), frame, 1e-4), name
-    assert same(CHANGES["one frame late"](right)[:, 1:], right[:, :-1])
-    assert same(CHANGES["of another clip"](right)[0], right[1])
-    shuffled = CHANGES["tokens shuffled"](right)
+    assert same(ABLATIONS["one frame late"](right)[:, 1:], right[:, :-1])
+    assert same(ABLATIONS["of another clip"](right)[0], right[1])
+    shuffled = ABLATIONS["tokens shuffled"](right)
     assert same(shuffled.sum(2), right.sum(2), 1e-4)
 
 
@@ -349,18 +361,18 @@ def test_changed_contexts(clips):
 def test_a_shorter_history(clips):
     """The context that an encoder gives which never saw the older frames; all frames: the same."""
     model, one = make(SCD), clips.cut(1)
-    right = contexts(model, one)
-    assert same(of_newest(model, one, K), right[:, -1:], 1e-5)
-    for frames in shorter(K):
-        short = of_newest(model, one, frames)
+    right = encode_contexts(model, one)
+    assert same(encode_last_context(model, one, K), right[:, -1:], 1e-5)
+    for frames in history_lengths(K):
+        short = encode_last_context(model, one, frames)
         began = K - frames
         actions = one.actions[:, began + 1 :]
         assert same(short, model.encoder(one.latents[:, began:-1], actions)[:, -1:], 1e-5)
         assert not same(short, right[:, -1:], 1e-3)
-        given = context_given(model, short, one)
+        given = replace_context(model, short, one)
         changed = loss_by_level(model, one, 0, given, last_frame=True)
         assert not same(changed, loss_by_level(model, one, 0, last_frame=True), 1e-6)
-    assert shorter(5) == [1, 2, 4] and shorter(4) == [1, 2]
+    assert history_lengths(5) == [1, 2, 4] and history_lengths(4) == [1, 2]
 
 
 @torch.no_grad()
@@ -368,10 +380,10 @@ def test_the_loss_of_the_last_frame(clips):
     """Under given contexts, other frames have a say in the loss of all, not in that of the last."""
     model, one = make(SCD), clips.cut(1)
     other = replace(one, latents=torch.cat([one.latents[:, :-1] + 1, one.latents[:, -1:]], 1))
-    given = context_given(model, contexts(model, one), one)
+    given = replace_context(model, encode_contexts(model, one), one)
     for last in (False, True):
-        found = [loss_by_level(model, c, 0, given, last_frame=last) for c in (one, other)]
-        assert same(*found, 1e-6) == last
+        result = [loss_by_level(model, c, 0, given, last_frame=last) for c in (one, other)]
+        assert same(*result, 1e-6) == last
 
 
 # The command
@@ -390,7 +402,7 @@ def trained(doom_root, tmp_path):
         overrides = [
             *zero, *layers, f"name={kind}", f"data.root={doom_root}", "data.source=video",
             "data.frames=4", "autoencoder.path=null", "model.patch_size=32", "model.heads=1",
-            "train.steps=1", "train.batch_size=2", "train.workers=0", "train.mixed_precision=no",
+            "train.steps=1", "train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32",
             "eval.context_frames=3", f"output_root={tmp_path}",
         ]  # fmt: skip
         assert main(["train", "--opt", "options/scd_doom_tiny.yml", *overrides]) == 0
@@ -434,8 +446,8 @@ def test_fine_tuning_learns_and_leaves_the_model_alone(trained, muon):
     assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())
 
 
-def test_both_models_see_the_same_clips_and_rates_are_shares(trained):
-    """No share of the rates: nothing moves."""
+def test_all_models_train_on_the_same_clips_and_the_learning_rate_is_scaled(trained):
+    """At a scale of 0 nothing moves."""
     loaded = load_checkpoint_for_use(trained("causal_dit"))
     clips = open_training_clips(loaded)
     numbers = []
@@ -456,7 +468,7 @@ def test_probe_writes_a_report(trained, kind, capsys):
     command = ["probe", str(checkpoint), "--clips", "2", "--steps", "3", "--fine-tune", "2"]
     assert main([*command, "optim.ema_decay=0.5"]) == 0
     folder = checkpoint.parents[2] / "probe/step-00000001"
-    page, found = (
+    page, numbers = (
         (folder / "index.html").read_text(),
         json.loads((folder / "probe.json").read_text()),
     )
@@ -466,28 +478,28 @@ def test_probe_writes_a_report(trained, kind, capsys):
     expected |= {"skipped", "left_out", *(["split"] if kind == "causal_dit" else [])}
     expected |= {"context", "attention_context"} if kind == "scd" else set()
     assert pictures == {f"{name}.png" for name in expected}
-    assert found["checkpoint"]["step"] == 1
-    variants = found["frame_diagonal"]["variants"]
+    assert numbers["checkpoint"]["step"] == 1
+    variants = numbers["frame_diagonal"]["variants"]
     assert len(variants) == (2 if kind == "causal_dit" else 1)
     assert all(len(variant["loss_by_level"]) == len(LEVELS) for variant in variants)
-    assert found["frame_diagonal"]["fine_tuned"]
-    assert found["clips"] == [0, 1]
+    assert numbers["frame_diagonal"]["fine_tuned"]
+    assert numbers["clips"] == [0, 1]
     assert "Unfinished" not in page
     if kind == "causal_dit":
-        rows = found["suggestion"]["rows"]
+        rows = numbers["suggestion"]["rows"]
         assert [[at["step"] for at in row["steps"]] for row in rows] == [[0], *[[0, 1, 2]] * 4]
         assert all(row["seconds_per_frame"] > 0 for row in rows)
         assert all(len(at["loss_by_level"]) == len(LEVELS) for row in rows for at in row["steps"])
         assert rows[0]["steps"][0]["loss_over_dense"] == [1, 0]
-        # The command that it prints, with what the probe was told, makes what it suggests.
-        arguments = shlex.split(found["suggestion"]["command"])[1:]
+        # The command that it prints, with the overrides of the probe, makes what it suggests.
+        arguments = shlex.split(numbers["suggestion"]["command"])[1:]
         assert main(arguments) == 0
         made = load_options(checkpoint.parents[2].with_name("causal_dit_split") / "options.yml")
-        split = found["suggestion"]["split"]
+        split = numbers["suggestion"]["split"]
         assert made.model.decoder_layers == split["decoder_layers"]
         assert made.optim.ema_decay == 0.5
     else:
-        assert [*found["context"]["history"]] == ["1", "2"]
+        assert [*numbers["context"]["history"]] == ["1", "2"]
     assert str(folder / "index.html") in capsys.readouterr().out
 
 
@@ -501,11 +513,11 @@ def test_refusals(trained, capsys):
     assert "--steps 2: must be 3 or more" in refused("probe", checkpoint, "--steps", "2")
     for wrong in ("1", "x", "3,3", "-4", "2,-1"):
         assert f"--clips {wrong}: give how many" in refused("probe", checkpoint, f"--clips={wrong}")
-    assert "--clips: " in (told := refused("probe", checkpoint, "--clips", "500"))
-    assert "has clips 0 to 1, none of number 499" in told
+    assert "--clips: " in (message := refused("probe", checkpoint, "--clips", "500"))
+    assert "has clips 0 to 1, but no clip 499" in message
     none = refused("probe", checkpoint, "--clips", "2", "data.train_list=none.json")
     assert "none.json" in none and "--fine-tune 0 probes without training data" in none
-    assert not (trained.root / "scd/probe").exists()  # all told before anything is measured
+    assert not (trained.root / "scd/probe").exists()  # all refused before anything is measured
     assert "eval.context_frames=1" in refused("probe", checkpoint, "eval.context_frames=1")
     sizes = ["--encoder-layers", "1", "--decoder-layers", "1", "--out", "nowhere"]
     assert "only a dense model" in refused("split", checkpoint, *sizes)
@@ -514,15 +526,15 @@ def test_refusals(trained, capsys):
 def test_what_was_measured_stays_when_a_later_probe_fails(trained, monkeypatch, capsys):
     from scd.analysis import probe
 
-    def fails(bench):
+    def fails(probed):
         raise ScdError("no more")
 
-    monkeypatch.setattr(probe, "skip_layers", fails)
+    monkeypatch.setattr(probe, "probe_layer_skipping", fails)
     command = ["probe", str(trained("scd")), "--clips", "1,0", "--steps", "3", "--fine-tune", "0"]
     assert main(command) == 1
     folder = trained.root / "scd/probe/step-00000001"
-    found = json.loads((folder / "probe.json").read_text())
-    assert found["clips"] == [1, 0] and "attention" in found and "skipped" not in found
+    numbers = json.loads((folder / "probe.json").read_text())
+    assert numbers["clips"] == [1, 0] and "attention" in numbers and "skipped" not in numbers
     assert "Unfinished: 2 of 6 sections" in (folder / "index.html").read_text()
 
 
@@ -532,17 +544,17 @@ def test_chosen_clips():
 
 
 def test_an_exported_folder_and_a_metric_that_is_missing(trained, monkeypatch):
-    """A folder is probed like a checkpoint; what cannot be measured is told."""
+    """A folder is probed like a checkpoint; the report says what could not be measured."""
 
-    def nowhere():
+    def nowhere(weights):
         raise MetricUnavailable("no weights here")
 
-    monkeypatch.setattr(measures, "load_lpips_weights", nowhere)
+    monkeypatch.setattr(metrics, "weights_hash", nowhere)
     folder = trained.root / "exported"
     assert main(["export", str(trained("scd")), "--out", str(folder)]) == 0
     assert main(["probe", str(folder), "--clips", "2", "--steps", "3", "--fine-tune", "0"]) == 0
     report = trained.root / "scd/probe/exported"
     assert "LPIPS is missing: no weights here" in (report / "index.html").read_text()
-    found = json.loads((report / "probe.json").read_text())
-    assert found["missing_metrics"] == {"lpips": "no weights here"}
-    assert "lpips" not in found["skipped"]["variants"][0]
+    numbers = json.loads((report / "probe.json").read_text())
+    assert numbers["missing_metrics"] == {"lpips": "no weights here"}
+    assert "lpips" not in numbers["skipped"]["variants"][0]

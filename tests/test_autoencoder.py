@@ -69,7 +69,7 @@ def options(doom_root, tiny_autoencoder_path, tmp_path):
             f"autoencoder.path={tiny_autoencoder_path}",
             "autoencoder.lpips_weight=0",
             "data.frame_stride=9",
-            "adversary.channels=8",
+            "discriminator.channels=8",
             "optim.warmup_steps=0",
             "train.steps=4",
             "train.batch_size=2",
@@ -77,7 +77,7 @@ def options(doom_root, tiny_autoencoder_path, tmp_path):
             "train.save_every=2",
             "train.sample_every=0",
             "train.log_every=1",
-            "train.mixed_precision=no",
+            "train.mixed_precision=fp32",
             "eval.videos=2",
         ]
         return load_options(ROOT / "options/dcae_doom_adversarial.yml", [*small, *overrides])
@@ -216,7 +216,7 @@ def test_the_decoders_norm_is_an_option():
         assert len(found) == count
 
 
-# The adversary's parts
+# The discriminator's parts
 
 
 def test_receptive_fields():
@@ -297,12 +297,14 @@ def test_the_adversarial_stage_resumes_to_the_bit_and_leaves_the_encoder(options
     assert_same_state(straight, resumed)
     a, b = (load_checkpoint(latest_checkpoint(folder)) for folder in (straight, resumed))
     early = load_checkpoint(straight / "step-00000002")
-    for name, tensor in a.adversary["model"].items():
-        assert torch.equal(tensor, b.adversary["model"][name])
+    for name, tensor in a.discriminator["model"].items():
+        assert torch.equal(tensor, b.discriminator["model"][name])
         if name.endswith("weight"):
-            assert not torch.equal(tensor, early.adversary["model"][name])
-    moments = [state.adversary["optimizer"]["state"] for state in (a, b)]
-    assert moments[0].keys() == moments[1].keys() and len(moments[0]) == len(a.adversary["model"])
+            assert not torch.equal(tensor, early.discriminator["model"][name])
+    moments = [state.discriminator["optimizer"]["state"] for state in (a, b)]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) == len(
+        a.discriminator["model"]
+    )
     for number, values in moments[0].items():
         for key, value in values.items():
             assert torch.equal(value, moments[1][number][key])
@@ -315,7 +317,7 @@ def test_the_adversarial_stage_resumes_to_the_bit_and_leaves_the_encoder(options
             assert torch.equal(a.ema[name], tensor)
     log = read_log(o.output / "log.jsonl")[1:]  # after what it was trained on
     assert {"l1", "generator", "discriminator", "adaptive_weight"} <= log[0].keys()
-    assert log[0]["adversary_grad_norm"] > 0 and log[0]["grad_norm"] > 0
+    assert log[0]["discriminator_grad_norm"] > 0 and log[0]["grad_norm"] > 0
     assert set(log[-1]["validation"]) >= {"psnr", "ssim"}
     assert (o.output / "samples/step-00000004/reconstructions.png").exists()
     exported, start = (load_codec(str(p)) for p in (o.output / "exported", o.autoencoder.path))
@@ -338,14 +340,14 @@ def test_a_variational_autoencoders_decoder_trains(options, kl_path):
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["autoencoder.path=null"], "adversary.weight=0.5 needs autoencoder.path"),
-        (["adversary.weight=0"], "but adversary.weight is 0"),
-        (["adversary.weight=-1"], "adversary.weight must not be negative"),
+        (["autoencoder.path=null"], "discriminator.weight=0.5 needs autoencoder.path"),
+        (["discriminator.weight=0"], "but discriminator.weight is 0"),
+        (["discriminator.weight=-1"], "discriminator.weight must not be negative"),
         (["autoencoder.decoder_layers=[1]"], "autoencoder.decoder_layers: the adversarial stage"),
-        (["train.compile=true"], "train.compile with adversary.weight"),
-        (["adversary.channels=12"], "adversary.channels=12 must divide by 8"),
-        (["adversary.layers=5"], "too many for frames of 64 pixels"),
-        (WORLD_MODEL, "adversary.weight: only task autoencoder has one"),
+        (["train.compile=true"], "train.compile with discriminator.weight"),
+        (["discriminator.channels=12"], "discriminator.channels=12 must be a multiple of 8"),
+        (["discriminator.layers=5"], "too many for frames of 64 pixels"),
+        (WORLD_MODEL, "only task autoencoder has a discriminator"),
         (["autoencoder.decoder_norm=batchnorm"], "did you mean 'batch_norm'?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic and its output; what it times here is too small to mean anything."""
+"""The benchmark's arithmetic and output; the cases here are too small for meaningful timings."""
 
 import json
 from dataclasses import replace
@@ -9,10 +9,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd.benchmark import cases, runner
-from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, DataCase, StreamCase
-from scd.benchmark.loading import SETTING, clips_taken, flops_of_clip, wandering, worker_counts
+from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, DataCase, RolloutCase
+from scd.benchmark.data_loading import (
+    SETTING,
+    clips_consumed,
+    flops_of_clip,
+    moving_camera,
+    worker_counts,
+)
 from scd.benchmark.machine import Machine, frame_floor
-from scd.benchmark.streaming import build
+from scd.benchmark.rollouts import build
 from scd.errors import ScdError
 from scd.models import cpu
 from scd.options import RolloutOptions, load_options
@@ -27,7 +33,7 @@ def test_the_floor_counts_what_a_frame_computes(encoder_layers, guidance, monkey
         pytest.skip("the dense baseline has no context to perturb")
     # The counter does not know the packed product.
     monkeypatch.setattr(cpu.PackedWeights, "__init__", lambda self, model: setattr(self, "_of", {}))
-    case = StreamCase(
+    case = RolloutCase(
         "tiny", heads=2, encoder_layers=encoder_layers, decoder_layers=2, context=5, steps=3,
         guidance=guidance,
     )  # fmt: skip
@@ -40,7 +46,7 @@ def test_the_floor_counts_what_a_frame_computes(encoder_layers, guidance, monkey
 
 
 def test_the_floor_is_operations_or_bytes():
-    case = StreamCase("x", dtype="bfloat16")
+    case = RolloutCase("x", dtype="bfloat16")
     floor = frame_floor(case)
     assert floor.seconds(Machine(1.0, 1e12, 1e30)) == pytest.approx(floor.flops / 1e12)
     assert floor.seconds(Machine(1.0, 1e30, 1e9)) == pytest.approx(floor.bytes / 1e9)
@@ -55,9 +61,9 @@ def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
     starts = {"prefill_seconds": 1.5, "first_frame_seconds": 2.0}
     stream = starts | {"frame_seconds": [1.0, 1.1, 3.0]} | figures
     results = {
-        "StreamCase": stream | {"decode_seconds": [0.1, 0.15, 0.2]},
+        "RolloutCase": stream | {"decode_seconds": [0.1, 0.15, 0.2]},
         "TrainCase": {"step_seconds": [1.0, 2.0, 3.0]} | figures,
-        "EndlessCase": {"frame_seconds": [0.02] * 10, "bytes_after_each_tenth": [10**6] * 10},
+        "LongRolloutCase": {"frame_seconds": [0.02] * 10, "bytes_after_each_tenth": [10**6] * 10},
         "DataCase": {
             "rates": [{"workers": 0, "clips_per_second": 20.0, "cpu_seconds_a_clip": 0.05}],
             "file_bytes": 3e6,
@@ -71,18 +77,18 @@ def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
     text = (tmp_path / "benchmark.md").read_text(encoding="utf-8")
     assert "1.100" in text and "0.80" in text and "200 / 300" in text and "2.20" in text
     written = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
-    left_out = [case for case in cases.TABLE if runner._in_bf16(case) and not bf16]
-    assert len(written["cases"]) == len(cases.TABLE) - len(left_out)
-    said = capsys.readouterr().out
-    assert all(f"only emulates bf16: {case.name}" in said for case in left_out)
+    skipped = [case for case in cases.TABLE if runner._in_bf16(case) and not bf16]
+    assert len(written["cases"]) == len(cases.TABLE) - len(skipped)
+    printed = capsys.readouterr().out
+    assert all(f"only emulates bf16: {case.name}" in printed for case in skipped)
     plotted = {entry["case"]["dtype"] for entry in written["by_context"]}
     assert plotted == {"bfloat16" if bf16 else "float32"}
     assert len(written["by_steps"]) == 2 * len(cases.STEPS)
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
-    with pytest.raises(ScdError, match="no case contains 'SCD-XXL'"):
+    with pytest.raises(ScdError, match="'SCD-XXL': no case contains this"):
         runner.benchmark(tmp_path, "SCD-XXL", plots=False)
     if not bf16:
-        with pytest.raises(ScdError, match="all cases that contain ', bf16' are in bf16"):
+        with pytest.raises(ScdError, match="', bf16': all these cases are in bf16"):
             runner.benchmark(tmp_path, ", bf16", plots=False)
 
 
@@ -110,22 +116,22 @@ def test_data_go_through_the_loader_of_training(
         lambda case, folder: runner.run_case("DataCase", vars(case), str(folder)),
     )  # fmt: skip
     runner.benchmark(tmp_path, "data", plots=False)
-    (found,) = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
-    assert [rate["workers"] for rate in found["rates"]] == [0, 1]
-    assert all(rate["clips_per_second"] > 0 for rate in found["rates"])
+    (result,) = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
+    assert [rate["workers"] for rate in result["rates"]] == [0, 1]
+    assert all(rate["clips_per_second"] > 0 for rate in result["rates"])
     # Beside the latents or the video: headers, and eight actions in an npz.
-    assert bytes_each + 8 * 8 < found["file_bytes"] < bytes_each + 8 * 8 + 5000
-    assert found["taken"]["clips_per_second"] == pytest.approx(
-        8 * 989e12 * 0.4 / found["flops_of_clip"]
+    assert bytes_each + 8 * 8 < result["file_bytes"] < bytes_each + 8 * 8 + 5000
+    assert result["taken"]["clips_per_second"] == pytest.approx(
+        8 * 989e12 * 0.4 / result["flops_of_clip"]
     )
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| data: tiny") for line in lines) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "benchmark.md"}
 
 
-def test_what_gpus_would_take():
-    assert clips_taken(2e13) == pytest.approx(158.24)  # 8 x 989e12 x 0.4 / 2e13
-    assert clips_taken(1e12, gpus=1, peak=1e14, utilisation=0.5) == pytest.approx(50)
+def test_clips_that_gpus_need():
+    assert clips_consumed(2e13) == pytest.approx(158.24)  # 8 x 989e12 x 0.4 / 2e13
+    assert clips_consumed(1e12, gpus=1, peak=1e14, utilization=0.5) == pytest.approx(50)
 
 
 def test_operations_of_a_clip_by_hand():
@@ -150,9 +156,9 @@ def test_worker_counts():
     assert worker_counts(16) == [0, 1, 2, 4, 8, 16]
 
 
-def test_pictures_wander():
+def test_the_camera_moves_smoothly():
     """Each differs from the one before, but far less than from one long after."""
-    video = wandering(np.random.default_rng(0), 200, 64).astype(float)
+    video = moving_camera(np.random.default_rng(0), 200, 64).astype(float)
     assert video.shape == (200, 64, 64, 3) and video.std() > 20
     step = [abs(video[n + 1] - video[n]).mean() for n in range(199)]
     far = [abs(video[n + 99] - video[n]).mean() for n in range(101)]

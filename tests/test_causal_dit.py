@@ -136,7 +136,7 @@ def test_a_sliding_window_shows_so_many_past_frames(monkeypatch, kept, first_fra
     g = torch.Generator().manual_seed(5)
     video, noise = torch.randn(2, B, frames + 1, C, H, W, generator=g)
     actions = torch.randint(0, 3, (B, frames + 1), generator=g)
-    rollout = Rollout(model, RolloutOptions(1, guidance="none", window=window, window_first=kept))
+    rollout = Rollout(model, RolloutOptions(1, guidance="none", window=window, sink_frames=kept))
     found = {}
     for known in range(2, frames + 1):
         rollout.reset(video[:, :known], actions[:, :known])

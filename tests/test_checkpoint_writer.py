@@ -88,7 +88,7 @@ def tiny(doom_root: Path, root: Path, name: str, *more: str):
             *("data.source=video", "autoencoder.path=null", "data.frames=3", "model.patch_size=16"),
             *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
             *("train.steps=4", "train.save_every=2", "train.workers=0", "train.batch_size=1"),
-            *("train.log_every=1", "train.mixed_precision=no", "eval.videos=1"),
+            *("train.log_every=1", "train.mixed_precision=fp32", "eval.videos=1"),
             *("eval.context_frames=1", "eval.new_frames=2", "optim.warmup_steps=0"),
             *more,
         ],

@@ -95,7 +95,7 @@ def test_overrides_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_impossible_recordings_are_one_line(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:
     small = ["--train-episodes", "1", "--val-episodes", "1", "--frames", "2"]
-    assert "pixels a side" in error_of(capfd, "record", "--root", "d", "--size", "0", *small)
+    assert "pixels per side" in error_of(capfd, "record", "--root", "d", "--size", "0", *small)
     Path("file").write_text("")
     assert "file" in error_of(capfd, "record", "--root", "file/d", *small)
 

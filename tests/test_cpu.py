@@ -13,36 +13,35 @@ CODE = """
 import resource, torch
 from scd.utils.startup import keep_freed_memory
 
-{first}
-
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
-tensor = torch.ones(2**24)
-held = resident()
-del tensor
-print((held - resident()) / 2**26)
+def given_back():
+    tensor = torch.ones(2**24)
+    held = resident()
+    del tensor
+    return (held - resident()) / 2**26
+
+before = given_back()
+keep_freed_memory()
+print(before, given_back())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc only")
 def test_freed_memory_is_kept():
-    def given_back(first: str) -> float:
-        code = CODE.format(first=first)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return float(done.stdout)
-
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     # Shares of a tensor of 64 MiB that go back to the system when it is freed.
-    assert given_back("") > 0.9
-    assert given_back("keep_freed_memory()") < 0.1
+    before, after = map(float, done.stdout.split())
+    assert before > 0.9 and after < 0.1
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that has not loaded torch, whose user has chosen nothing."""
-    for name in startup.CHOSEN:
+    for name in startup.USER_CHOICES:
         monkeypatch.setenv(name, "")  # restored afterwards, whatever the code under test sets
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "torch")

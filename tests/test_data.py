@@ -17,15 +17,10 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from scd.data import latents as latent_files
-from scd.data.clips import (
-    ClipFolder,
-    StepSampler,
-    TrainingClips,
-    read_actions,
-    with_float_pixels,
-)
+from scd.data.clips import ClipFolder, read_actions, with_float_pixels
 from scd.data.latents import LatentHeader, latent_header, read_latents, write_latents
 from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.loader import StepSampler, TrainingClips
 from scd.data.video import VideoFile, write_video
 from scd.data.video_checks import identity_of
 from scd.errors import ScdError
@@ -280,8 +275,8 @@ def save_npz(**arrays: object) -> Callable[[Path], object]:
         (save_npz(action=np.zeros(40, int)), "'actions'"),
         (save_npz(actions=np.array([{}] * 40)), "Object arrays cannot be loaded"),
         (save_npz(actions=np.zeros(40)), "must be integers"),
-        (save_npz(actions=np.zeros((40, 1), int)), "must be integers, one a frame"),
-        (save_npz(actions=np.zeros(0, int)), "must be integers, one a frame"),
+        (save_npz(actions=np.zeros((40, 1), int)), "needs integers, one per frame"),
+        (save_npz(actions=np.zeros(0, int)), "must be integers, one per frame"),
         (save_npz(actions=np.zeros(39, int)), "39 actions for 40 frames"),
         (save_npz(actions=np.arange(40) % 5), "actions 0 to 4, but the model knows 0 to 3"),
         (save_npz(actions=np.arange(40) % 3 - 1), "actions -1 to 1"),
@@ -510,7 +505,7 @@ def options(root: Path, tiny_autoencoder_path: str) -> Options:
         [
             f"data.root={root}",
             f"autoencoder.path={tiny_autoencoder_path}",
-            "train.mixed_precision=no",
+            "train.mixed_precision=fp32",
         ],
     )
 

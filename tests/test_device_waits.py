@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scd.data.loader import training_batches
 from scd.options import load_options
 from scd.training.launch import build_task, make_accelerator
-from scd.training.run_log import Meter
 from scd.training.trainer import Trainer
 from tests.test_processes import OPTIONS
 
@@ -75,7 +74,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     "more",
     [
         ["optim.muon_lr=null"],
-        ["optim.muon_lr=1e-3", "flow.own_history=0.5", "flow.history_noise=0.3"],
+        ["optim.muon_lr=1e-3", "flow.self_forcing_prob=0.5", "flow.history_noise_max=0.3"],
         [*DENSE, "train.gradient_checkpointing=true"],
         ["train.gradient_accumulation=2", "autoencoder.path=AUTOENCODER", "model.patch_size=2"],
     ],
@@ -106,10 +105,10 @@ def test_a_step_waits_once(
     with training_batches(0, trainer.clips, options.train, accelerator) as batches:
         read = [next(batches) for _ in range(4)]
         first, second = iter(read[:2]), iter(read[2:])
-        trainer._train_step(first, Meter(2, 1, None, None), request)  # type: ignore[arg-type]
+        trainer._train_step(first, request)  # type: ignore[arg-type]
         with watched(monkeypatch) as found:  # now the optimiser has its moments
-            trainer._train_step(second, Meter(2, 1, None, None), request)  # type: ignore[arg-type]
+            trainer._train_step(second, request)  # type: ignore[arg-type]
     # The clips' numbers and a scheduler's noise levels never were on the device.
     of_host = ("trainer.py _train_step", "sampler.py")
-    assert [place for place in found if not place.startswith(of_host)] == ["faults.py agree"]
+    assert [place for place in found if not place.startswith(of_host)] == ["faults.py any_process"]
     assert "trainer.py _train_step" in found  # so reads are seen

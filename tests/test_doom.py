@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from scd.data import video_checks
 from scd.data.lists import read_list, write_list
 from scd.data.video import VideoFile
 from scd.doom import record
@@ -31,6 +33,7 @@ from scd.doom.simulator import (
     Pose,
 )
 from scd.errors import ScdError
+from scd.utils.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,30 @@ def test_a_recording_is_complete(doom_root: Path) -> None:
     assert note == {"frames": 40, "frame_size": 64, "actions": list(ACTIONS)}
 
 
+def test_one_video_of_a_split_is_checked_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+
+    def counting(path: Path, identity: str) -> video_checks.VideoCheck:
+        checked.append(path.relative_to(tmp_path).as_posix())
+        return in_full(path, identity)
+
+    in_full = video_checks.check_video
+    monkeypatch.setattr(video_checks, "check_video", counting)
+    record_dataset(tmp_path, train_episodes=3, val_episodes=1, frames=40, size=64)
+    assert checked == ["train/00000.mp4", "val/00000.mp4"]
+    kept = read_json(tmp_path / video_checks.KEPT)["videos"]
+    assert len(kept) == 4
+    for name, check in kept.items():
+        path = tmp_path / name
+        assert check == asdict(in_full(path, video_checks.identity_of(path)))
+    # A video that was there before is somebody else's.
+    (tmp_path / video_checks.KEPT).unlink()
+    record_dataset(tmp_path, train_episodes=4, val_episodes=1, frames=40, size=64)
+    assert sorted(checked[2:]) == [f"train/0000{n}.mp4" for n in range(4)]
+
+
 def test_a_seed_decides_its_episode(doom_root: Path, tmp_path: Path) -> None:
     """Recorded alone, an episode is the same to the byte; another seed gives another one."""
     record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=40, size=64)
@@ -124,7 +151,7 @@ def test_several_keys_at_once(tmp_path: Path, simulator: DoomSimulator) -> None:
     record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=120, size=64, keys=True)
     note = json.loads((tmp_path / "recording.json").read_text())
     assert note["actions"] == list(KEYS)
-    with pytest.raises(ScdError, match="a recording of other settings"):
+    with pytest.raises(ScdError, match="a recording with other settings"):
         record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=120, size=64)
     for name, seed in {"train/00000": 0, "val/00000": 1_000_000}.items():
         frames, actions, poses = episode(tmp_path, name)
@@ -176,7 +203,7 @@ def test_recording_again_writes_nothing(doom_root: Path, tmp_path: Path) -> None
     record_dataset(root, 3, 2, 40, 64)
     assert written() == before
     for other in [(3, 2, 41, 64), (3, 2, 40, 32)]:
-        with pytest.raises(ScdError, match="holds a recording of other settings"):
+        with pytest.raises(ScdError, match="holds a recording with other settings"):
             record_dataset(root, *other)
     assert written() == before
     entries = read_list(root / "train.json")  # as `scd encode` leaves it

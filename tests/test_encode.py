@@ -38,7 +38,7 @@ def overrides(root: Path, tiny_autoencoder_path: str) -> list[str]:
     return [
         f"data.root={root}",
         f"autoencoder.path={tiny_autoencoder_path}",
-        "train.mixed_precision=no",
+        "train.mixed_precision=fp32",
     ]
 
 
@@ -201,7 +201,7 @@ def test_a_video_that_was_replaced_is_encoded_anew(
     write_video(replaced, frames, 8.75)
     os.utime(replaced, (0, 0))  # as one that was made long before, but of another size
     before = [read_latents(root / str(entry.latent_path)) for entry in (first, second)]
-    with pytest.raises(ScdError, match=r"latents of another video than .* is now: run scd encode"):
+    with pytest.raises(ScdError, match=r"latents of another video, .* has changed: run scd encode"):
         check_training_latents(folder, codec, options)
     assert main(["validate", "--opt", str(TINY), *overrides]) == 1
     assert "latents of another video" in capsys.readouterr().out

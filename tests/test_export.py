@@ -17,7 +17,7 @@ from scd.utils.files import sha256
 
 @pytest.fixture
 def experiment(tmp_path, doom_root, tiny_autoencoder_path):
-    """A checkpoint of step 20 with its log and two evaluations, one of them of other weights."""
+    """Write a checkpoint of step 20, its log, and two evaluations, one of them of other weights."""
     shutil.copytree(tiny_autoencoder_path, tmp_path / "models" / "autoencoder")
     options = load_options(
         "options/scd_doom_tiny.yml",
@@ -37,17 +37,17 @@ def experiment(tmp_path, doom_root, tiny_autoencoder_path):
     log = [json.dumps({"step": step, "loss": 1.0, "seconds": s / 10}) for step, s in entries]
     (folder / "log.jsonl").write_text("\n".join(log) + '\n{"step": 40, "lo')  # cut off by a kill
     for name, digest in (("one", sha256(checkpoint)), ("two", "0" * 64)):
-        found = folder / "evaluation" / name
-        found.mkdir(parents=True)
+        evaluation = folder / "evaluation" / name
+        evaluation.mkdir(parents=True)
         protocol = {"videos": 3, "data": "val.json", "context_frames": 36, "new_frames": 64}
         protocol |= {"rollout_steps": 4, "rollout_window": 47}
         metrics = {"checkpoint": {"sha256": digest}, "protocol": protocol}
-        (found / "metrics.json").write_text(json.dumps(metrics))
-        (found / "metrics.md").write_text(f"| table of {name} |\n")
+        (evaluation / "metrics.json").write_text(json.dumps(metrics))
+        (evaluation / "metrics.md").write_text(f"| table of {name} |\n")
     return model.eval(), checkpoint
 
 
-def test_it_is_the_checkpoint(experiment, tmp_path, capsys):
+def test_the_pipeline_has_the_weights_of_the_checkpoint(experiment, tmp_path, capsys):
     model, checkpoint = experiment
     out = tmp_path / "elsewhere" / "doom"
     assert main(["export", str(checkpoint), "--out", str(out), "rollout.steps=3"]) == 0
@@ -58,12 +58,12 @@ def test_it_is_the_checkpoint(experiment, tmp_path, capsys):
         assert torch.equal(ours, theirs), name
     assert not any(path.is_symlink() for path in out.rglob("*"))
     used = load_checkpoint_for_use(out).options.autoencoder.path
-    assert used == str(out / "vae")  # and no longer the one that it was made from
+    assert used == str(out / "vae")  # no longer the one it was trained with
     assert load_options(out / "options.yml").rollout.steps == 3
     video = torch.rand(1, 2, 3, 64, 64)
     frames = pipeline(video, num_frames=1, num_inference_steps=1, guidance_scale=1.0).frames
     assert frames.shape == (1, 3, 3, 64, 64)
-    main(["export", str(checkpoint), "--out", str(out)])  # again: it takes the old one's place
+    main(["export", str(checkpoint), "--out", str(out)])  # again: it replaces the old one
     assert load_options(out / "options.yml").rollout.steps == 4
 
 
@@ -85,8 +85,11 @@ def test_the_card_says_what_it_is(experiment, tmp_path):
     out = tmp_path / "doom"
     main(["export", str(checkpoint), "--out", str(out)])
     card = (out / "README.md").read_text()
-    assert "step 20 of 30, batch 4, 1.5 hours" in card
-    assert "3 videos of" in card and "36 → 64 frames" in card
+    assert "step 20 of 30, batch size 4, 1.5 hours" in card
+    assert "SCD: 1 encoder and 1 decoder layers, 64 wide" in card
+    assert "an action per frame: 0 none, 1 turn left, 2 turn right, 3 forward" in card
+    assert "3 videos of val.json, 64 new frames after 36 context frames, 4 denoising" in card
+    assert "a window of 47 frames:" in card
     assert "table of one" in card and "table of two" not in card
     assert sha256(checkpoint) in card
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from scd.data.clips import ClipFolder, StepSampler, TrainingClips, clip_folder
+from scd.data.clips import ClipFolder, clip_folder
 from scd.data.framing import Framing, resize_shorter
 from scd.data.latents import read_latents
 from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.loader import StepSampler, TrainingClips
 from scd.data.video import NpzVideo, write_video
 from scd.errors import ScdError
 from scd.models.autoencoder import load_codec
@@ -137,7 +138,7 @@ def test_evaluation_and_latents_see_the_centre(
         root,
         "data.mirror=false",
         f"autoencoder.path={tiny_autoencoder_path}",
-        "train.mixed_precision=no",
+        "train.mixed_precision=fp32",
     )
     folder = clip_folder(options, "val.json", "video")
     clip = folder.read(0, 4, rng=np.random.default_rng(0))["video"]

@@ -140,7 +140,7 @@ def launch(launcher: list[str], overrides: list[str], **environment: str) -> Non
 ONE = ["torch.distributed.run", "--nproc_per_node=1"]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compile_", ["false", "true"])
 def test_a_run_resumes_where_it_was(doom_root, tmp_path, precision, compile_):
     """With the fused optimiser and Muon; weights within rounding of an uninterrupted run."""
@@ -163,7 +163,7 @@ def test_a_run_resumes_where_it_was(doom_root, tmp_path, precision, compile_):
 
 
 @pytest.mark.parametrize("gpus", sorted({1, torch.cuda.device_count() or 1}))
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_sharded_trains_as_data_parallel(doom_root, tmp_path, gpus, precision):
     options = (f"train.mixed_precision={precision}", "optim.muon_lr=null")
     for name in ("ddp", "fsdp2"):
@@ -175,7 +175,7 @@ def test_sharded_trains_as_data_parallel(doom_root, tmp_path, gpus, precision):
         for name in ("ddp", "fsdp2")
     )
     print(gpus, precision, ddp, fsdp)
-    assert fsdp == pytest.approx(ddp, rel=1e-4 if precision == "no" else 5e-3)
+    assert fsdp == pytest.approx(ddp, rel=1e-4 if precision == "fp32" else 5e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])

@@ -81,7 +81,7 @@ def test_the_split_is_a_function_of_the_names(root: Path, video: Callable[[Path]
 def test_lists_are_not_overwritten(root: Path, capsys: pytest.CaptureFixture) -> None:
     (root / "val.json").write_text("mine")
     assert main(["make-lists", str(root)]) == 1
-    assert "val.json: is there already" in capsys.readouterr().err
+    assert "val.json: exists already" in capsys.readouterr().err
     assert (root / "val.json").read_text() == "mine" and not (root / "train.json").exists()
 
 
@@ -120,7 +120,7 @@ def test_broken_videos_are_named_and_left_out(root: Path, capsys: pytest.Capture
         (["a.mp4"], [], "too few for two lists"),
         (["a.mp4", "b.mp4"], ["--labels"], "a.mp4: lies in no class folder"),
         (["a.mp4", "b.mp4"], ["--val-fraction", "1"], "between 0 and 1"),
-        (["x/a.mp4"], ["--split", "ucf101-mcvd"], "not named as UCF-101's videos"),
+        (["x/a.mp4"], ["--split", "ucf101-mcvd"], "not named as in UCF-101"),
     ],
 )
 def test_what_cannot_be_listed_is_told(

@@ -24,15 +24,18 @@ from scd.evaluation import (
     frame_metrics,
     frechet_distance,
     frechet_video_distance,
-    fvd,
     i3d_features,
+    kernel_distance,
     load_lpips,
     lpips_distance,
+    motion,
     psnr,
+    sharpness,
     ssim,
-    weights,
     weights_hash,
 )
+from scd.evaluation import i3d as network
+from scd.evaluation import metric_weights as weights
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +383,38 @@ def test_measuring_is_full_precision_and_leaves_settings_alone() -> None:
     assert settings() == before
 
 
+# --- Sharpness and motion
+
+
+def test_sharpness_is_the_mean_absolute_laplacian() -> None:
+    videos = random(2, 3, 3, 6, 7)
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3)
+    expected = F.conv2d(videos.flatten(0, 1), kernel, groups=3).abs().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(sharpness(videos), expected.reshape(2, 3))
+    assert sharpness(torch.full((1, 2, 3, 8, 8), 0.7)).abs().max() < 1e-6
+    with pytest.raises(ScdError, match="needs 3 a side"):
+        sharpness(random(1, 1, 3, 2, 8))
+
+
+def test_a_blurred_edge_is_less_sharp() -> None:
+    """Half as sharp where it is twice as wide, though its gradients have the same sum."""
+    found = []
+    for width in (4, 8, 16):
+        ramp = ((torch.arange(64) - 32) / width + 0.5).clamp(0, 1)
+        smooth = ramp * ramp * (3 - 2 * ramp)
+        found.append(float(sharpness(smooth.expand(1, 1, 3, 16, 64).clone())))
+    assert found[0] / found[1] == pytest.approx(2, rel=0.15)
+    assert found[1] / found[2] == pytest.approx(2, rel=0.1)
+
+
+def test_motion_is_the_mean_absolute_change() -> None:
+    videos = random(2, 4, 3, 5, 6)
+    expected = (videos[:, 1:] - videos[:, :-1]).abs().mean(dim=(2, 3, 4))
+    torch.testing.assert_close(motion(videos), expected)
+    assert motion(videos[:, :1].expand(-1, 4, -1, -1, -1)).abs().max() == 0
+    assert motion(videos[:, :1]).shape == (2, 0)
+
+
 # --- LPIPS
 
 
@@ -488,15 +523,15 @@ def i3d_by_hand(net: dict[str, Tensor], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", range(3, 12))
 def test_padding_is_that_of_tensorflow(size: int) -> None:
     for kernel, stride in [(3, 1), (3, 2), (2, 2), (1, 1), (7, 2)]:
-        before, after = fvd.same_padding(size, kernel, stride)
+        before, after = network.same_padding(size, kernel, stride)
         assert (size + before + after - kernel) // stride + 1 == math.ceil(size / stride)
         assert 0 <= after - before <= 1
     windows = [((3, 3, 3), (1, 1, 1)), ((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (2, 2, 2))]
     for window, strides in windows:
         x = random(1, 2, size, size + 1, size + 2)
         expected = F.max_pool3d(same_pad(x, window, strides), window, strides)
-        assert torch.equal(fvd.max_pool_same(x, window, strides), expected)
-        assert fvd.max_pool_same(-1 - x, window, strides).max() < 0  # padding never wins
+        assert torch.equal(network.max_pool_same(x, window, strides), expected)
+        assert network.max_pool_same(-1 - x, window, strides).max() < 0  # padding never wins
 
 
 def test_a_unit_folds_its_batch_norm_exactly() -> None:
@@ -518,7 +553,7 @@ def test_a_unit_folds_its_batch_norm_exactly() -> None:
             y = (y - mean[:, None, None, None]) / (var + 1e-3).sqrt()[:, None, None, None]
             y = y + net[f"params/{name}/BatchNorm_0/bias"][:, None, None, None]
             expected.append(y.relu())
-        folded = fvd.Unit(net, "one", "two", stride=stride)(x)
+        folded = network.Unit(net, "one", "two", stride=stride)(x)
         torch.testing.assert_close(folded, torch.cat(expected, 1), atol=1e-4, rtol=1e-4)
 
 
@@ -546,7 +581,7 @@ def test_channels_stay_innermost(side: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        out = fvd.Unit(net, "x")(x)
+        out = network.Unit(net, "x")(x)
     finally:
         torch.set_num_threads(threads)
     assert out.is_contiguous(memory_format=torch.channels_last_3d)
@@ -606,16 +641,59 @@ def test_features_that_cannot_be_compared_are_refused() -> None:
             frechet_distance(good, bad)
 
 
+def test_the_kernel_distance_is_its_formula() -> None:
+    a, b = gaussian(7, 5, 0), gaussian(7, 5, 1) + 0.5
+
+    def kernel(x: Tensor, y: Tensor) -> float:
+        return float((x @ y / 5 + 1) ** 3)
+
+    pairs = [(i, j) for i in range(7) for j in range(7) if i != j]  # none with itself: no bias
+    within = [np.mean([kernel(x[i], x[j]) for i, j in pairs]) for x in (a, b)]
+    across = np.mean([kernel(x, y) for x in a for y in b])
+    assert kernel_distance(a, b) == pytest.approx(sum(within) - 2 * across, rel=1e-9)
+    assert kernel_distance(b, a) == pytest.approx(kernel_distance(a, b), rel=1e-9)
+
+
+def test_the_kernel_distance_has_no_bias() -> None:
+    """Of two draws of one distribution it is 0 on average, however few; FVD is not."""
+    mix = gaussian(6, 6, 2)
+
+    def draws(n: int, seed: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return tuple(torch.randn(n, 6, generator=generator).double() @ mix / 3 for _ in range(2))
+
+    pairs = [draws(8, seed) for seed in range(400)]
+    kernel = np.array([kernel_distance(*pair) for pair in pairs])
+    assert abs(kernel.mean()) < 3 * kernel.std() / math.sqrt(len(kernel))
+    frechet = np.array([frechet_distance(*pair) for pair in pairs])
+    assert frechet.mean() > 10 * frechet.std() / math.sqrt(len(frechet))
+
+
+def test_kernel_distances_of_unequal_sets_are_refused() -> None:
+    good = gaussian(4, 3, 0)
+    for bad, complaint in [
+        (good[:1], "at least 2 samples"),
+        (good[:3], "differ"),
+        (good[:, :2], "differ"),
+        (good / 0, "not finite"),
+    ]:
+        with pytest.raises(ScdError, match=complaint):
+            kernel_distance(good, bad)
+
+
 def test_black_against_white(i3d: dict[str, Tensor]) -> None:
     # Equal videos have no spread, so 2 of each give what the published example's 16 give.
     black, white = torch.zeros(2, 15, 3, 64, 64), torch.ones(2, 15, 3, 64, 64)
     assert frechet_video_distance(black, white) == pytest.approx(133.9, abs=0.2)
 
 
-def test_fvd_grows_with_the_damage(i3d: dict[str, Tensor]) -> None:
+def test_distances_grow_with_the_damage(i3d: dict[str, Tensor]) -> None:
     # Flat patches of colour that change over time.
     videos = random(2, 9, 3, 4, 4).repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
     noise = random(*videos.shape, seed=1)
     real = i3d_features(videos)
-    distances = [frechet_distance(real, i3d_features(videos.lerp(noise, x))) for x in (0.2, 0.8)]
+    damaged = [i3d_features(videos.lerp(noise, share)) for share in (0.2, 0.8)]
+    distances = [frechet_distance(real, features) for features in damaged]
     assert 0 < distances[0] < distances[1]
+    distances = [kernel_distance(real, features) for features in damaged]
+    assert distances[0] < distances[1]

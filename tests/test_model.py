@@ -89,6 +89,11 @@ def test_last_frame_repeats_its_own_action(model, inputs):
     assert torch.equal(model.encode(latents, actions), model.encoder(latents, conditions))
 
 
+def test_an_unknown_fusion_is_refused():
+    with pytest.raises(ScdError, match=r"model.fusion is 'concatenate'.*did you mean 'concat'"):
+        make_model(fusion="concatenate")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("condition", ["none", "action", "label"])

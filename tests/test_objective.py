@@ -9,6 +9,8 @@ from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import continue_videos
 from tests.test_model import make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, F, C, H, W = 3, 4, 3, 4, 4
 TOKENS = 4
 
@@ -133,7 +135,7 @@ def history_of(made: FlowObjective, latents, actions, draws):
 def test_noise_in_the_history(clips):
     """One level a clip, drawn below the option's; the target stays the clean frame."""
     latents, actions = clips
-    made = objective(history_noise=0.5)
+    made = objective(history_noise_max=0.5)
     draws = draws_of(made, latents)
     assert (draws.history_noise > 0).all()
     assert (draws.history_noise < 0.5).all()
@@ -151,7 +153,7 @@ def test_noise_in_the_history(clips):
 def test_own_history(clips):
     """Frame j of the history is what two steps of a rollout make of frame j (within 1e-5)."""
     latents, actions = clips
-    made = objective(own_history=1.0, condition_dropout=0.0)
+    made = objective(self_forcing_prob=1.0, condition_dropout=0.0)
     draws = draws_of(made, latents)
     history = history_of(made, latents, actions, draws)
     assert torch.equal(history[:, 0], latents[:, 0])
@@ -174,7 +176,7 @@ def test_own_history(clips):
 
 def test_no_gradient_flows_through_the_own_history(clips):
     latents, actions = clips
-    made = objective(own_history=1.0)
+    made = objective(self_forcing_prob=1.0)
     seen = history_of(made, latents, actions, draws_of(made, latents))
     assert not seen.requires_grad
 
@@ -183,7 +185,7 @@ def test_no_gradient_flows_through_the_own_history(clips):
 def test_every_parameter_gets_a_gradient_under_autocast(clips, own_history):
     """Though the same weights were used without gradients first, to make the own history."""
     latents, actions = clips
-    made = objective(own_history=own_history)
+    made = objective(self_forcing_prob=own_history)
     with torch.autocast("cpu", torch.bfloat16):
         loss = made.loss(latents, actions, draws_of(made, latents))
     loss.backward()

@@ -9,7 +9,7 @@ from torch import nn
 
 from scd.models.scd import SCD
 from scd.options import OptimOptions
-from scd.training.optimizer import AdamWithMuon, make_optimizer, share_of_rate
+from scd.training.optimizer import AdamWithMuon, lr_multiplier, make_optimizer
 from scd.training.world_model_task import MATRICES, parameter_groups
 
 
@@ -114,7 +114,7 @@ def test_schedule_and_saved_state_reach_both(layers):
 def test_the_warm_up_wastes_no_step(schedule):
     """Its steps take 1/4, 2/4, 3/4 and all of the rate."""
     options = OptimOptions(schedule=schedule, warmup_steps=4, decay_steps=3)
-    assert [share_of_rate(done, options, 20) for done in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert [lr_multiplier(done, options, 20) for done in range(5)] == [0.25, 0.5, 0.75, 1, 1]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -127,7 +127,7 @@ def test_runs_past_their_warm_up_go_on_with_the_rates_they_had(schedule):
     options = OptimOptions(schedule=schedule, warmup_steps=5)
     for done in range(37):
         if done >= 5:
-            assert theirs.get_last_lr()[0] == 0.3 * share_of_rate(done, options, 37)
+            assert theirs.get_last_lr()[0] == 0.3 * lr_multiplier(done, options, 37)
         sgd.step()
         theirs.step()
 
@@ -135,14 +135,14 @@ def test_runs_past_their_warm_up_go_on_with_the_rates_they_had(schedule):
 def test_wsd_is_stable_then_falls_as_one_minus_the_root():
     """And a longer run has the same rates until its own decay."""
     options = OptimOptions(schedule="wsd", warmup_steps=2, decay_steps=4, min_lr_ratio=0.1)
-    rates = [share_of_rate(done, options, 10) for done in range(11)]
+    rates = [lr_multiplier(done, options, 10) for done in range(11)]
     assert rates[:6] == [0.5, 1, 1, 1, 1, 1]
     fallen = [1 - (x / 4) ** 0.5 for x in range(5)]
     assert rates[6:] == pytest.approx([0.1 + 0.9 * share for share in fallen])
-    assert [share_of_rate(done, options, 20) for done in range(6)] == rates[:6]
+    assert [lr_multiplier(done, options, 20) for done in range(6)] == rates[:6]
 
 
 def test_cosine_falls_to_its_minimum():
     options = OptimOptions(schedule="cosine", warmup_steps=2, min_lr_ratio=0.2)
-    rates = [share_of_rate(done, options, 12) for done in (2, 7, 12)]
+    rates = [lr_multiplier(done, options, 12) for done in (2, 7, 12)]
     assert rates == pytest.approx([1, 0.6, 0.2])

@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 
 from scd.errors import ScdError
-from scd.options import Options, load_options, options_from_json, options_to_dict
+from scd.options import (
+    Options,
+    RolloutOptions,
+    check_rollout,
+    known_keys,
+    load_options,
+    options_from_json,
+    options_to_dict,
+    options_to_yaml,
+    rules,
+    with_present_names,
+)
+from scd.options.reader import RENAMED
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "options").glob("*.yml"))
@@ -55,7 +67,7 @@ def test_every_shipped_file_loads(path: Path) -> None:
 @pytest.mark.parametrize("name", ["scd_ucf101_label", "scd_dmlab", "scd_bair"])
 def test_the_readme_makes_dense_baselines_of(name: str) -> None:
     """Its overrides, of one file there, work for each file without a baseline of its own."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "options/README.md").read_text(encoding="utf-8")
     command = readme[readme.index("./scripts/train.sh options/scd_dmlab.yml name=") :]
     command = command[: command.index("```")].replace("\\\n", " ")
     overrides = [word for word in command.split() if "=" in word]
@@ -67,21 +79,19 @@ def test_values_have_the_types_that_are_declared(file: Path) -> None:
     options = load_options(
         file,
         [
-            "train.mixed_precision=no",  # a YAML reader would make it false
             "train.compile=yes",
             "optim.lr=1e-3",
             "optim.betas=[0.5, 0]",
-            "data.action_names=[on, 1.10, turn left]",
+            "data.action_names=[on, no, 1.10, turn left]",  # YAML has booleans and numbers here
             "autoencoder.path=null",
             "name=2026-01-01",
             "output_root=a=b",
         ],
     )
-    assert options.train.mixed_precision == "no"
     assert options.train.compile is True
     assert options.optim.lr == 0.001
     assert options.optim.betas == [0.5, 0.0] and type(options.optim.betas[1]) is float
-    assert options.data.action_names == ["on", "1.10", "turn left"]
+    assert options.data.action_names == ["on", "no", "1.10", "turn left"]
     assert options.autoencoder.path is None
     assert str(options.output) == "a=b/2026-01-01"
     assert options.train.steps == 10 and options.data.frames == 4  # of the file
@@ -95,7 +105,7 @@ def test_later_overrides_win(file: Path) -> None:
 
 def test_options_survive_a_checkpoint(file: Path) -> None:
     for path in [file, *SHIPPED]:
-        options = load_options(path, ["train.mixed_precision=no", "optim.lr=3.3e-05"])
+        options = load_options(path, ["train.mixed_precision=fp32", "optim.lr=3.3e-05"])
         text = json.dumps(options_to_dict(options))
         assert options_from_json(text, "checkpoint") == options
     changed = options_from_json(text, "checkpoint", ["eval.videos=7"])
@@ -188,8 +198,6 @@ def test_every_missing_value_is_named(file: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["task=world"], "task is 'world', not one of world_model, autoencoder; did you mean"),
-        (["model.fusion=concatenate"], "did you mean 'concat'?"),
         (["train.batch_size=0"], "train.batch_size must be above 0"),
         (["train.workers=-1"], "train.workers must not be negative"),
         (["train.val_loss_every=-1"], "train.val_loss_every must not be negative"),
@@ -197,51 +205,61 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["train.profile_steps=[3]"], "train.profile_steps=[3]: the first and the last step"),
         (["train.profile_steps=[0, 3]"], "train.profile_steps=[0, 3]: the first and the last"),
         (["train.profile_steps=[4, 3]"], "train.profile_steps=[4, 3]: the first and the last"),
-        (["train.profile_steps=[3, 11]"], "of 1 to train.steps=10"),
-        (["train.wandb_project=a/b"], "train.wandb_project must do as the name of a wandb project"),
-        (["train.wandb_project=''"], "train.wandb_project must do as the name of a wandb project"),
-        (["seed=-1"], "seed must not be negative"),
+        (["train.profile_steps=[3, 11]"], "from 1 to train.steps=10"),
+        (["train.wandb_project=a/b"], "train.wandb_project must be a possible name of a wandb"),
+        (["train.wandb_project=''"], "train.wandb_project must be a possible name of a wandb"),
+        (["seed=-1"], "seed must lie between 0 and 2^63 - 1, but is -1"),
         (["eval.context_frames=-1"], "eval.context_frames must not be negative"),
-        (["seed=9223372036854775808"], "seed must lie below"),
+        (["seed=9223372036854775808"], "seed must lie between 0 and 2^63 - 1"),
         (["flow.clean_fraction=1.1"], "flow.clean_fraction must lie between 0 and 1"),
         (["optim.lr=nan"], "optim.lr must be finite"),
         (["optim.muon_lr=0"], "optim.muon_lr must be above 0"),
         (["optim.lr=inf"], "optim.lr must be finite"),
         (["flow.logit_mean=-inf"], "flow.logit_mean must be finite"),
-        (["train.trackers=[wandbb]"], "unknown 'wandbb'; known: tensorboard, wandb"),
-        (["eval.comparisons=[others]"], "unknown 'others'; known: repeat, autoencoder, other"),
-        (["eval.fvd_precision=fp16"], "eval.fvd_precision is 'fp16', not one of fp32, bf16"),
-        (["name=a/b"], "name must do as a folder's name"),
-        (["name=.."], "name must do as a folder's name"),
-        (['name="a\\nb"'], "name must do as a folder's name"),
+        (["optim.skip_grad_norm=0"], "optim.skip_grad_norm must be above 0"),
+        (["rollout.guidance_interval=[0.7, 0.3]"], "the lowest and the highest noise level"),
+        (["rollout.window=2", "rollout.sink_frames=2"], "must lie below rollout.window=2"),
+        (["flow.encoder_input=noisy", "flow.self_forcing_prob=1"], "flow.self_forcing_prob=1.0 n"),
+        (["flow.encoder_input=noisy", "flow.history_noise_max=1"], "flow.history_noise_max=1.0 n"),
+        ([*DENSE, "rollout.guidance=none", "rollout.compile=true"], "see a growing past"),
+        (["eval.context_frames=0"], "eval.context_frames=0 needs model.first_frame=true"),
+        ([*AUTOENCODER, "init_from=a"], "only task world_model starts from given weights"),
+        ([*AUTOENCODER, "optim.muon_lr=1"], "only task world_model has blocks with matrices"),
+        (["name=a/b"], "name must be a possible name of a folder"),
+        (["name=.."], "name must be a possible name of a folder"),
+        (['name="a\\nb"'], "name must be a possible name of a folder"),
         (["optim.schedule=wsd"], "optim.decay_steps=0 with optim.schedule=wsd: wsd needs it"),
         (["optim.decay_steps=2"], "optim.decay_steps=2 with optim.schedule=constant"),
         (
             ["optim.schedule=wsd", "optim.decay_steps=8", "optim.warmup_steps=3"],
             "optim.warmup_steps=3 and optim.decay_steps=8 are more than train.steps=10",
         ),
-        (["optim.min_lr_ratio=0.1"], "optim.schedule=constant falls to nothing"),
+        (["optim.min_lr_ratio=0.1"], "optim.schedule=constant never falls"),
         (["optim.ema_sigma_rel=[0.05, 0.05]"], "one or more different numbers"),
         (["optim.ema_sigma_rel=[]"], "one or more different numbers"),
         (["optim.ema_sigma_rel=[0.3]"], "at most 0.28"),
         ([*AUTOENCODER, "train.snapshot_every=2"], "averages world models, not autoencoders"),
-        (["optim.betas=[0.9]"], "optim.betas takes two numbers"),
-        (["optim.betas=[0.9, 1.0]"], "optim.betas takes two numbers"),
-        (["eval.trajectories=2"], "eval.seeds has 1 entries for eval.trajectories=2"),
+        (["optim.betas=[0.9]"], "optim.betas must be two numbers"),
+        (["optim.betas=[0.9, 1.0]"], "optim.betas must be two numbers"),
+        (["eval.trajectories=2"], "eval.seeds=[0] for eval.trajectories=2"),
         ([*ACTIONS, "eval.swapped_actions=[1, 4]"], "eval.swapped_actions=[1, 4]"),
         ([*ACTIONS, "eval.swapped_actions=[1, 1]"], "eval.swapped_actions=[1, 1]"),
         ([*ACTIONS, "eval.swapped_actions=[-1, 1]"], "eval.swapped_actions=[-1, 1]"),
         ([*ACTIONS, "eval.swapped_actions=[1]"], "eval.swapped_actions=[1]"),
+        (  # however many there are, they are not counted through
+            ["model.condition=action", "model.num_conditions=1e15", "eval.swapped_actions=[1, -1]"],
+            "eval.swapped_actions=[1, -1]",
+        ),
         (
             ["model.condition=label", "model.num_conditions=4", "eval.swapped_actions=[1, 2]"],
             "a model with model.condition=action",
         ),
         (
             ["model.decoder_layers=0"],
-            "model.decoder_layers is 0, but model.type=scd needs it above",
+            "model.decoder_layers=0 contradicts model.type=scd: scd needs it above 0",
         ),
-        (["model.layers=3"], "model.layers is 3, but model.type=scd needs it to be 0"),
-        (["model.type=causal_dit"], "model.encoder_layers is 2, but model.type=causal_dit needs"),
+        (["model.layers=3"], "model.layers=3 contradicts model.type=scd"),
+        (["model.type=causal_dit"], "model.encoder_layers=2 contradicts model.type=causal_dit"),
         ([*DENSE, "rollout.guidance=context"], "guidance=context contradicts model.type"),
         (["data.frames=1"], "at least 2 frames"),
         (["model.condition=action"], "contradicts model.num_conditions=0"),
@@ -251,7 +269,7 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["data.source=latents"], "data.source=latents needs autoencoder.path"),
         (["data.resize_shorter=63"], "data.resize_shorter=63 leaves too little"),
         (["data.resize_shorter=0"], "data.resize_shorter=0 leaves too little"),
-        ([*ACTIONS, "data.mirror=true"], "left and right would change places"),
+        ([*ACTIONS, "data.mirror=true"], "left and right would be swapped"),
         (
             ["data.mirror=true", "data.source=latents", "autoencoder.path=somewhere"],
             "data.mirror needs data.source=video",
@@ -270,24 +288,66 @@ def test_every_missing_value_is_named(file: Path) -> None:
         ([*AUTOENCODER, "autoencoder.encoder_channels=[0, 64]"], "must be above 0"),
         ([*AUTOENCODER, "autoencoder.decoder_layers=[0, -1]"], "not be negative"),
         (
-            [*AUTOENCODER, "autoencoder.encoder_block_types=[ResBlock, Resblock]"],
-            "known are ResBlock, EfficientViTBlock",
-        ),
-        (
             [
                 *AUTOENCODER,
                 "autoencoder.encoder_block_types=[ResBlock]",
                 "autoencoder.encoder_channels=[64]",
                 "autoencoder.encoder_layers=[1]",
             ],
-            "need as many stages",
+            "need equally many stages",
         ),
-        ([*AUTOENCODER, "data.frame_size=65"], "does not divide by 2"),
+        (
+            [
+                *("task=autoencoder", "autoencoder.path=a"),
+                *("discriminator.weight=1", "discriminator.layers=1e15"),
+            ],
+            "too many for frames of 64 pixels",
+        ),
+        (
+            [*AUTOENCODER, "data.frame_size=65"],
+            "data.frame_size=65 is not divisible by the",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(file: Path, overrides: list[str], complaint: str) -> None:
     message = refusal(file, *overrides)
     assert message.startswith(f"{file}: ") and complaint in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("task", "world", "is 'world', not one of world_model, autoencoder; did you mean 'world_"),
+        ("eval.fvd_precision", "fp16", "is 'fp16', not one of fp32, bf16; did you mean 'bf16'?"),
+        ("rollout.solver", "heun", "is 'heun', not one of euler, multistep"),
+        ("rollout.solver", "null", "is None, not one of euler, multistep"),
+        ("train.trackers", "[wandb, wandbb]", "has 'wandbb', not one of tensorboard, wandb; did"),
+        ("eval.comparisons", "[others]", "has 'others', not one of repeat, autoencoder, other;"),
+        ("autoencoder.encoder_block_types", "[Resblock]", "not one of ResBlock, EfficientViTBl"),
+    ],
+)
+def test_an_unknown_choice_is_named_with_its_neighbour(
+    file: Path, key: str, value: str, complaint: str
+) -> None:
+    override = f"{key}={value}"
+    message = refusal(file, override)
+    assert message.startswith(f"override {override!r}: {key} ") and complaint in message
+    section, _, name = key.rpartition(".")
+    lines = [line for line in SMALL.splitlines() if not line.startswith(f"{section or name}:")]
+    lines.append(f"{section}: {{{name}: {value}}}" if section else f"{name}: {value}")
+    file.write_text("\n".join(lines))
+    message = refusal(file)
+    assert message.startswith(f"{file}: {key} ") and complaint in message
+
+
+def test_every_rule_can_say_what_is_wrong(file: Path) -> None:
+    """A message names only options that there are."""
+    options = load_options(file)
+    first, second = rules.FIRST_STAGE, rules.ADVERSARIAL_STAGE
+    every = [*rules.COMMON, *rules.WORLD_MODEL, *rules.AUTOENCODER, *first, *second]
+    assert len(every) > 40
+    for _, message in every:
+        assert "{" not in message.format(**vars(options))
 
 
 def test_the_counterparts_of_the_refusals_load(file: Path) -> None:
@@ -355,7 +415,7 @@ def test_files_that_cannot_be_read_are_named(file: Path) -> None:
 def test_mutated_files_load_or_are_refused(file: Path) -> None:
     """Whatever stands in a file, there is no other error and no message of several lines."""
     rng = random.Random(0)
-    text = (ROOT / "options/scd_doom_tiny.yml").read_text()
+    text = (ROOT / "options/scd_doom.yml").read_text()
     alphabet = "\n\t :-[]{},#&*!|>'\"%@`~?$.0eé\x00\\" + text
     refused = 0
     for _ in range(200):
@@ -411,7 +471,7 @@ def test_none_is_null_where_there_may_be_none(file: Path, none: str) -> None:
 
 def test_no_folder_is_called_none_by_mistake(file: Path) -> None:
     for key in ("output_root", "data.root"):
-        assert f"{key} is None: it needs a folder" in refusal(file, f"{key}=None")
+        assert f"{key} must be a folder" in refusal(file, f"{key}=None")
         load_options(file, [f"{key}=./None"])
 
 
@@ -450,3 +510,174 @@ def test_text_that_is_not_utf8_is_refused(file: Path) -> None:
     written["data"]["root"] = "caf\udce9"
     with pytest.raises(ScdError, match=r"data\.root is not UTF-8"):
         options_from_json(json.dumps(written), "checkpoint")
+
+
+# --- Renamed options
+
+OLD = """\
+name: old
+task: autoencoder
+data: {root: somewhere, frames: 1}
+autoencoder: {path: somewhere}
+adversary: {weight: 0.3, layers: 2}
+flow: {history_noise: 0.2, own_history: 0.4}
+optim: {adversary_lr: 1e-3}
+train: {steps: 1, batch_size: 1, mixed_precision: no}
+rollout: {spacing: reference, window: 4, window_first: 2}
+eval: {context_frames: 1, new_frames: 1}
+"""
+
+
+def renamed_values(options: Options) -> list:
+    return [
+        *(options.discriminator.weight, options.discriminator.layers),
+        *(options.flow.history_noise_max, options.flow.self_forcing_prob),
+        *(options.optim.discriminator_lr, options.train.mixed_precision),
+        *(options.rollout.spacing, options.rollout.sink_frames),
+    ]
+
+
+def test_renamed_options_load_under_their_former_names(tmp_path: Path) -> None:
+    """In files, on top of a base, in overrides and in checkpoints."""
+    old = tmp_path / "old.yml"
+    old.write_text(OLD)
+    expected = [0.3, 2, 0.2, 0.4, 1e-3, "fp32", "diffusers", 2]
+    assert renamed_values(load_options(old)) == expected
+    above = tmp_path / "above.yml"
+    above.write_text("base: old.yml\nname: above\ndiscriminator: {layers: 3}\n")
+    assert renamed_values(load_options(above)) == [0.3, 3, *expected[2:]]
+    overrides = ["optim.adversary_lr=0.5", "train.mixed_precision=auto", "adversary={weight: 1}"]
+    options = load_options(old, [*overrides, "flow.self_forcing_prob=0.1"])
+    assert renamed_values(options) == [1, 2, 0.2, 0.1, 0.5, "auto", "diffusers", 2]
+
+    new = options_to_dict(load_options(old))
+    former = json.loads(json.dumps(new))
+    former["adversary"] = former.pop("discriminator")
+    former["optim"]["adversary_lr"] = former["optim"].pop("discriminator_lr")
+    former["flow"]["history_noise"] = former["flow"].pop("history_noise_max")
+    former["flow"]["own_history"] = former["flow"].pop("self_forcing_prob")
+    former["rollout"]["spacing"] = "reference"
+    former["rollout"]["window_first"] = former["rollout"].pop("sink_frames")
+    former["train"]["mixed_precision"] = "no"
+    assert options_from_json(json.dumps(former), "checkpoint") == load_options(old)
+    before = json.dumps(former)
+    assert with_present_names(former, "checkpoint") == new
+    assert json.dumps(former) == before  # it is not changed
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("adversary: {weight: 0}\ndiscriminator: {weight: 0}\n", "adversary and discriminator are"),
+        (
+            "flow: {own_history: 0.1, self_forcing_prob: 0.1}\n",
+            "flow.own_history and flow.self_forcing_prob are the same option: keep flow.self",
+        ),
+        ("flow: {own_history: 2}\n", "flow.self_forcing_prob must lie between 0 and 1"),
+        ("flow: {own_histroy: 1}\n", "unknown key 'flow.own_histroy'"),
+        ("flow: [own_history]\n", "flow is a section of options"),
+        ("rollout: {spacing: [reference]}\n", "rollout.spacing takes a single value"),
+    ],
+)
+def test_renamed_options_are_checked_like_others(file: Path, text: str, complaint: str) -> None:
+    file.write_text(SMALL + text)
+    message = refusal(file)
+    assert message.startswith(f"{file}: ") and complaint in message
+
+
+def test_the_table_of_renamed_options_leads_to_options() -> None:
+    known = known_keys()
+    for old, new in RENAMED.items():
+        old_key, _, old_value = old.partition("=")
+        new_key, _, new_value = new.partition("=")
+        assert new_key in known and old_key.rpartition(".")[0] == new_key.rpartition(".")[0]
+        assert (old_key == new_key) if old_value else (old_key not in known)
+        assert bool(old_value) == bool(new_value)
+
+
+@pytest.mark.parametrize("name", ["scd_doom", "causal_dit_doom"])
+def test_the_shipped_models_load_with_the_names_of_their_time(name: str) -> None:
+    path = ROOT / f"assets/pretrained/{name}/options.yml"
+    assert "window_first: 0" in path.read_text(encoding="utf-8")  # as it was exported
+    options = load_options(path)
+    assert options.rollout.sink_frames == 0 and options.rollout.spacing == "even"
+    assert options.model == load_options(ROOT / f"options/{name}.yml").model
+
+
+# --- A base
+
+
+def test_a_base_is_merged_key_by_key(tmp_path: Path, file: Path) -> None:
+    above = tmp_path / "sub/above.yml"
+    above.parent.mkdir()
+    above.write_text(
+        "base: ../small.yml\nname: above\ntrain: {batch_size: 5}\noptim: {betas: [0.1, 0.2]}\n"
+    )
+    file.write_text(SMALL + "optim: {lr: 0.5, betas: [0.3, 0.4]}\n")
+    options = load_options(above, ["train.workers=0"])
+    assert (options.name, options.train.batch_size, options.train.steps) == ("above", 5, 10)
+    assert (options.optim.lr, options.optim.betas, options.train.workers) == (0.5, [0.1, 0.2], 0)
+    resolved = tmp_path / "resolved.yml"
+    resolved.write_text(options_to_yaml(options))
+    assert "base" not in resolved.read_text() and load_options(resolved) == options
+
+
+def test_a_base_need_not_be_a_whole_experiment(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "part.yml").write_text("train: {workers: 0}\n")
+    file.write_text(SMALL + "base: part.yml\n")
+    assert load_options(file).train.workers == 0
+
+
+@pytest.mark.parametrize(
+    ("base", "content", "complaint"),
+    [
+        ("below.yml", "base: other.yml\n", "has a base itself; only one level is supported"),
+        ("small.yml", None, "has a base itself; only one level is supported"),  # a circle
+        ("belo.yml", "seed: 1\n", "no such options file; did you mean "),
+        ("[below.yml]", "seed: 1\n", "base takes the path of another options file, not ['below"),
+        ("", "seed: 1\n", "base takes the path of another options file, not None"),
+        ("''", "seed: 1\n", "base takes the path of another options file, not ''"),
+        ("below.yml", "a: [\n", "not a readable options file (line "),
+        ("below.yml", "- a\n", "an options file is a mapping of names to values"),
+        ("below.yml", "sed: 1\n", "unknown key 'sed'; did you mean 'seed'?"),
+        ("below.yml", "seed: x\n", "seed: "),
+        (".", None, "not a readable options file"),
+        ('"a\\0b"', None, "not a readable options file"),
+    ],
+)
+def test_a_base_that_cannot_be_one_is_refused(
+    file: Path, base: str, content: str | None, complaint: str
+) -> None:
+    if content is not None:
+        file.with_name("below.yml").write_text(content)
+    file.write_text(f"{SMALL}base: {base}\n")
+    message = refusal(file)
+    assert message.startswith(f"{file}: base ") and complaint in message
+
+
+def test_a_base_is_named_in_files_alone(file: Path) -> None:
+    assert refusal(file, "base=small.yml").startswith("override 'base=small.yml': unknown key ")
+
+
+# --- Settings made in Python
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (
+            RolloutOptions(solver="eular"),  # type: ignore[arg-type]
+            "rollout.solver is 'eular', not one of euler, multistep; did you mean 'euler'?",
+        ),
+        (RolloutOptions(steps=0), "rollout.steps must be above 0, but is 0"),
+        (RolloutOptions(shift=float("nan")), "rollout.shift must be finite, but is nan"),
+        (RolloutOptions(guidance_noise=-1.0), "rollout.guidance_noise must not be negative"),
+        (RolloutOptions(guidance_interval=[0.5]), "the lowest and the highest noise level"),
+        (RolloutOptions(window=2, sink_frames=2), "must lie below rollout.window=2"),
+    ],
+)
+def test_settings_of_a_rollout_are_checked(settings: RolloutOptions, complaint: str) -> None:
+    check_rollout(RolloutOptions(window=2, sink_frames=1))
+    with pytest.raises(ScdError) as caught:
+        check_rollout(settings)
+    assert str(caught.value).startswith("rollout.") and complaint in str(caught.value)

@@ -1,4 +1,4 @@
-"""`SCDPipeline` in diffusers' own terms."""
+"""`SCDPipeline` as a diffusers pipeline."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ def test_save_and_load(pipeline, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     video, given = arguments()
     del given["num_inference_steps"]
-    one, other, said, fewer = (
+    one, other, explicit, fewer = (
         p(video, generator=torch.Generator().manual_seed(0), **given, **changes).frames
         for p, changes in (
             (pipeline, {}),
@@ -70,7 +70,7 @@ def test_save_and_load(pipeline, tmp_path):
             (loaded, {"num_inference_steps": 2}),
         )
     )
-    assert torch.equal(one, other) and torch.equal(one, said)
+    assert torch.equal(one, other) and torch.equal(one, explicit)
     assert not torch.equal(one, fewer)
     assert loaded.transformer.config.num_conditions == 3
 
@@ -110,7 +110,7 @@ def test_actions_of_any_kind(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda v: v * 2 - 1, r"values from -\S+ to \S+: floats must lie in \[0, 1\]"),
         (lambda v: v * 255, r"values from .* to 25\d"),
@@ -119,29 +119,29 @@ def test_actions_of_any_kind(pipeline):
         (lambda v: v.numpy().tolist(), "a list, not a tensor"),
     ],
 )
-def test_videos_that_are_refused(pipeline, change, told):
+def test_videos_that_are_refused(pipeline, change, message):
     video, given = arguments()
-    with pytest.raises(ScdError, match=told):
+    with pytest.raises(ScdError, match=message):
         pipeline(change(video), **given)
 
 
 @pytest.mark.parametrize(
-    ("actions", "told"),
+    ("actions", "message"),
     [
-        ([[0, 1], [1, 1, 0]], "no numbers of one shape"),
+        ([[0, 1], [1, 1, 0]], "not numbers of shape"),
         (torch.rand(2, 5), "float32, not integers"),
-        ([["left"] * 5] * 2, "no numbers"),
+        ([["left"] * 5] * 2, "not numbers"),
         (torch.full((2, 5), 9), r"conditions must lie in 0\.\.3"),
     ],
 )
-def test_actions_that_are_refused(pipeline, actions, told):
+def test_actions_that_are_refused(pipeline, actions, message):
     video, given = arguments()
-    with pytest.raises(ScdError, match=told):
+    with pytest.raises(ScdError, match=message):
         pipeline(video, **{**given, "actions": actions})
 
 
 def test_what_is_pushed_can_be_played(tmp_path, monkeypatch):
-    """`options.yml` goes along, also of a pipeline that was loaded."""
+    """`options.yml` is pushed too, even by a pipeline that was loaded."""
     pushed = {}
 
     def upload(self, folder, *args, **kwargs):
@@ -152,7 +152,10 @@ def test_what_is_pushed_can_be_played(tmp_path, monkeypatch):
     for asks_the_hub in ("create_repo", "load_or_create_model_card", "populate_model_card"):
         monkeypatch.setattr(diffusers_hub, asks_the_hub, lambda *a, **k: made)
     shipped = Path(__file__).parent.parent / "assets/pretrained/scd_doom"
-    SCDPipeline.from_pretrained(shipped).push_to_hub("someone/scd_doom")
+    pipe = SCDPipeline.from_pretrained(shipped)  # its options have the names of their time
+    assert pipe.config.rollout["sink_frames"] == 0 == pipe.config.options["rollout"]["sink_frames"]
+    assert "adversary" not in pipe.config.options
+    pipe.push_to_hub("someone/scd_doom")
     path = tmp_path / "options.yml"
     path.write_text(pushed["options.yml"])
     assert load_options(path) == load_options(shipped / "options.yml")
@@ -168,11 +171,11 @@ def test_refusals(pipeline):
     video, given = arguments()
     with pytest.raises(ScdError, match=r"expected \(B, K, 3, H, W\)"):
         pipeline(video[0], **given)
-    with pytest.raises(ScdError, match="actions are"):
+    with pytest.raises(ScdError, match="actions have shape"):
         pipeline(video, **{**given, "num_frames": 3})
     with pytest.raises(ScdError, match="output_type"):
         pipeline(video, output_type="pil", **given)
-    with pytest.raises(ScdError, match=r"rollout\.steps must be above 0, not 0"):
+    with pytest.raises(ScdError, match=r"rollout\.steps must be above 0, but is 0"):
         pipeline(video, **{**given, "num_inference_steps": 0})
     with pytest.raises(ScdError, match="the lowest and the highest noise level"):
         pipeline(video, guidance_interval=[0.7, 0.3], **given)

@@ -21,8 +21,7 @@ from scd.play import history, worlds
 from scd.play.catalog import Catalog, load_catalog
 from scd.play.game import Game
 from scd.play.history import Frame, History
-from scd.play.messages import AGAIN, GIVEN, Close, Closed, parse
-from scd.play.messages import pack as pack_message
+from scd.play.messages import AGAIN, GIVEN, CloseCode, CloseConnection, pack_picture, parse_message
 from scd.play.starts import Start, load_starts, make_starts
 from scd.play.worlds import ModelWorld, RealWorld, Settings, View, load_pretrained
 from tests.play import WINDOW, own_data, pretrained_folder, read, small_catalog
@@ -49,8 +48,8 @@ def actions_of(count: int, seed: int = 1) -> list[int]:
 
 
 def latents(frames: list[Frame], world: int = 0) -> torch.Tensor:
-    found = [frame.views[world].latents for frame in frames]
-    return torch.stack([z for z in found if z is not None])
+    latents = [frame.views[world].latents for frame in frames]
+    return torch.stack([z for z in latents if z is not None])
 
 
 def play(game: Game, actions: list[int]) -> list[Frame]:
@@ -69,7 +68,7 @@ def test_same_seed_and_keys_make_the_same_pictures(catalog, game):
         ("c", 6, keys),
         ("d", 5, keys[::-1]),
     ):
-        game.begin("here", names, seed)
+        game.reset("here", names, seed)
         made[label] = play(game, pressed)
     for world in (0, 1):
         a, b, c, d = (latents(made[label], world) for label in "abcd")
@@ -84,9 +83,9 @@ def test_same_seed_and_keys_make_the_same_pictures(catalog, game):
 @pytest.mark.parametrize("back_to", [20, 8, 2])
 def test_going_on_after_a_rewind_repeats_the_frames(game, back_to):
     """Beyond the window, within it, and inside the start clip."""
-    game.begin("here", ["model", "baseline"], 3)
+    game.reset("here", ["model", "baseline"], 3)
     keys = actions_of(30)
-    first = list(game.history.line) + play(game, keys)
+    first = list(game.history.timeline) + play(game, keys)
     game.rewind(back_to)
     again = play(game, [frame.action for frame in first[back_to + 1 :]])
     if back_to < 6:  # the start's own frames are given, not made
@@ -101,21 +100,21 @@ def test_going_on_after_a_rewind_repeats_the_frames(game, back_to):
 
 def test_what_slid_out_of_the_window_still_counts(game):
     """Why a rewind takes in more than the window: with the window alone the frames differ."""
-    game.begin("here", ["model"], 3)
+    game.reset("here", ["model"], 3)
     play(game, actions_of(24))
-    rewound = list(game.history.line)
+    rewound = list(game.history.timeline)
     expected = game.step(3)
     world = ModelWorld(game.catalog.models["model"])
     views = [frame.views[0] for frame in rewound]
     keys = [frame.action for frame in rewound]
-    world.go_to(views[-WINDOW:], keys[-WINDOW:], False, game.settings)
+    world.restore(views[-WINDOW:], keys[-WINDOW:], False, game.settings)
     short = world.step(3, expected.number)
     assert short.latents is not None and expected.views[0].latents is not None
     assert (short.latents - expected.views[0].latents).abs().max() > 10 * TOLERANCE
 
 
 def test_settings(game):
-    game.begin("here", ["model", "baseline"], 3)
+    game.reset("here", ["model", "baseline"], 3)
     play(game, actions_of(6))
     here = game.history.newest.number
     made = {}
@@ -141,25 +140,25 @@ def test_settings(game):
     assert difference.abs().max() < TOLERANCE
     for wrong in ({"steps": 0}, {"steps": 17}, {"guidance_scale": 0.5}, {"seed": 2**31}):
         before = game.settings
-        with pytest.raises(ScdError, match=f"{next(iter(wrong))} is .*, not within"):
+        with pytest.raises(ScdError, match=f"{next(iter(wrong))} is .*, but must be between"):
             game.change(**wrong)
         assert game.settings == before
 
 
 def test_refused_starts_change_nothing(game):
-    game.begin("there", ["baseline"], 1)
-    line = game.history.line
+    game.reset("there", ["baseline"], 1)
+    line = game.history.timeline
     for start, names, match in (
-        ("nowhere", ["model"], "start 'nowhere' is none of here, there"),
+        ("nowhere", ["model"], "no start 'nowhere'; there are here, there"),
         ("here", ["model", "moon"], "no world 'moon'"),
         ("here", ["real"], "no world 'real' .not in this test"),
     ):
         with pytest.raises(ScdError, match=match):
-            game.begin(start, names, 0)
-    assert game.history.line is line and game.names == ["baseline"]
-    game.begin("here", ["baseline", "model", "model"], 0)
+            game.reset(start, names, 0)
+    assert game.history.timeline is line and game.names == ["baseline"]
+    game.reset("here", ["baseline", "model", "model"], 0)
     assert game.names == ["model", "baseline"]  # as the wire numbers them
-    with pytest.raises(ScdError, match="action 4 is none of 0 to 3"):
+    with pytest.raises(ScdError, match=r"action 4 is not in 0\.\.3"):
         game.step(4)
 
 
@@ -173,21 +172,21 @@ def test_the_real_world_is_the_recorded_episode(tmp_path):
         expected = [simulator.reset(start.seed)]
         keys = [*start.actions, *actions_of(10)]
         expected += [simulator.step(action) for action in keys[1:]]
-        views = world.begin(start, nothing)
+        views = world.reset(start, nothing)
         error = np.stack([v.picture for v in views]).astype(float) - start.frames
         assert 10 * np.log10(255**2 / (error**2).mean()) > 28  # the clip is compressed
         views += [world.step(action, 0) for action in keys[12:]]
         assert all(map(np.array_equal, [v.picture for v in views], expected))
-        world.go_to(views[:15], keys[:15], True, nothing)
+        world.restore(views[:15], keys[:15], True, nothing)
         again = [world.step(action, 0) for action in keys[15:]]
         assert all(map(np.array_equal, [v.picture for v in again], expected[15:]))
         # Where the beginning is not known, it cannot be put back: the picture stands still.
-        world.go_to(views[5:15], keys[5:15], False, nothing)
+        world.restore(views[5:15], keys[5:15], False, nothing)
         assert world.step(3, 0).over and np.array_equal(world.step(1, 0).picture, expected[14])
-        world.go_to(views, keys, True, nothing)
+        world.restore(views, keys, True, nothing)
         world._simulator.close()  # as if ViZDoom had died
         assert world.step(3, 0).over
-        world.go_to(views[:15], keys[:15], True, nothing)
+        world.restore(views[:15], keys[:15], True, nothing)
         assert world.step(3, 0).over and np.array_equal(world.step(1, 0).picture, expected[14])
 
 
@@ -195,13 +194,13 @@ def test_a_long_replay_is_not_tried(monkeypatch):
     monkeypatch.setattr(worlds, "MAX_REPLAY", 3)
     with closing(RealWorld(64)) as world:
         start = Start("x", (0, 3, 3, 3), np.zeros((4, 64, 64, 3), np.uint8), 1)
-        views = world.begin(start, Settings(1, 1.0))
-        world.go_to(views, start.actions, False, Settings(2, 1.0))  # where it is already
+        views = world.reset(start, Settings(1, 1.0))
+        world.restore(views, start.actions, False, Settings(2, 1.0))  # where it is already
         views.append(world.step(3, 4))
         assert not views[-1].over
-        world.go_to(views[:4], start.actions, True, Settings(1, 1.0))
+        world.restore(views[:4], start.actions, True, Settings(1, 1.0))
         assert world.step(3, 4).over
-        world.go_to(views[:3], start.actions[:3], True, Settings(1, 1.0))
+        world.restore(views[:3], start.actions[:3], True, Settings(1, 1.0))
         assert not world.step(3, 3).over
 
 
@@ -213,34 +212,34 @@ def some_line(count: int, first: int = 0) -> list[Frame]:
     return [Frame(number, 0, (view,)) for number in range(first, first + count)]
 
 
-def test_lines_branch_and_are_found_again():
+def test_branches_can_be_returned_to():
     past = History(some_line(10))
     for frame in some_line(10, 10):
         past.append(frame)
-    left = list(past.line)
+    left = list(past.timeline)
     past.rewind(12)
-    assert past.newest.number == 12 and past.line[5] is left[5]
-    (moment,) = past.moments
-    assert moment.line == left and not moment.kept and past.shared(moment) == 12
+    assert past.newest.number == 12 and past.timeline[5] is left[5]
+    (branch,) = past.branches
+    assert branch.frames == left and not branch.kept and past.last_shared(branch) == 12
     other = some_line(3, 13)
     for frame in other:
         past.append(frame)
-    assert past.shared(moment) == 12
-    past.return_to(moment.number)
-    assert past.line == left
-    (left_behind,) = past.moments  # the moment returned to is the line now
-    assert left_behind.line[-1] is other[-1] and past.shared(left_behind) == 12
+    assert past.last_shared(branch) == 12
+    past.return_to(branch.number)
+    assert past.timeline == left
+    (left_behind,) = past.branches  # the branch returned to is the line now
+    assert left_behind.frames[-1] is other[-1] and past.last_shared(left_behind) == 12
     past.keep()
     past.keep()
-    assert [m.kept for m in past.moments] == [False, True]
+    assert [m.kept for m in past.branches] == [False, True]
     past.rewind(3)
-    assert len(past.moments) == 2  # what was left is a moment already
-    past.return_to(past.moments[1].number)
-    assert past.line == left and past.moments[1].kept
+    assert len(past.branches) == 2  # what was left is a branch already
+    past.return_to(past.branches[1].number)
+    assert past.timeline == left and past.branches[1].kept
     for wrong in (-1, 20):
         with pytest.raises(ScdError, match="frames 0 to 19"):
             past.rewind(wrong)
-    with pytest.raises(ScdError, match="moment 99 is not there"):
+    with pytest.raises(ScdError, match="branch 99 does not exist"):
         past.return_to(99)
 
 
@@ -248,8 +247,8 @@ def test_a_rewind_of_a_rewind_leaves_one_moment():
     past = History(some_line(200))
     for back in range(190, 100, -10):
         past.rewind(back)
-    (moment,) = past.moments
-    assert moment.line[-1].number == 199
+    (branch,) = past.branches
+    assert branch.frames[-1].number == 199
 
 
 def test_kept_moments_stay_longest():
@@ -258,12 +257,12 @@ def test_kept_moments_stay_longest():
     for _ in range(12):
         past.rewind(5)
         past.append(*some_line(1, 6))
-    assert [moment.kept for moment in past.moments] == [True] + [False] * 7
+    assert [branch.kept for branch in past.branches] == [True] + [False] * 7
     for _ in range(9):
         past.append(*some_line(1, past.newest.number + 1))
         past.keep()
-    assert [moment.kept for moment in past.moments] == [True] * 8
-    assert past.moments[-1].line[-1] is past.newest
+    assert [branch.kept for branch in past.branches] == [True] * 8
+    assert past.branches[-1].frames[-1] is past.newest
 
 
 def test_history_is_bounded(monkeypatch):
@@ -273,38 +272,39 @@ def test_history_is_bounded(monkeypatch):
         past.rewind(back)
         for frame in some_line(30, back + 1):
             past.append(frame)
-    assert len(past.moments) == 3
+    assert len(past.branches) == 3
     for number in range(161, 1000):
         past.append(*some_line(1, number))
-        lines = [past.line, *(m.line for m in past.moments)]
+        lines = [past.timeline, *(m.frames for m in past.branches)]
         assert len({id(frame) for line in lines for frame in line}) <= 300
-    assert not past.moments and past.newest.number == 999  # they ended long before
-    assert past.oldest == past.line[0].number > 600
+    assert not past.branches and past.newest.number == 999  # they ended long before
+    assert past.oldest == past.timeline[0].number > 600
     with pytest.raises(ScdError, match=f"frames {past.oldest} to 999"):
         past.rewind(past.oldest - 1)
     for _ in range(20):
         past.rewind(past.newest.number - 1)
         past.append(*some_line(1, past.newest.number + 1))
-    assert len(past.moments) == history.MAX_MOMENTS  # and all of them live beside a full line
+    assert len(past.branches) == history.MAX_BRANCHES  # and all of them live beside a full line
     past.rewind(past.oldest + 10)
-    for _ in range(400):  # a new line from there: what moments hold for themselves is bounded
+    for _ in range(400):  # a new line from there: what branches hold for themselves is bounded
         past.append(*some_line(1, past.newest.number + 1))
     assert (
-        len({id(f) for line in [past.line, *(m.line for m in past.moments)] for f in line}) <= 300
+        len({id(f) for line in [past.timeline, *(m.frames for m in past.branches)] for f in line})
+        <= 300
     )
-    assert len(past.line) >= 150
+    assert len(past.timeline) >= 150
 
 
 # Files
 
 
 def test_pretrained_folders_that_cannot_be_played(tmp_path, tiny_autoencoder_path):
-    with pytest.raises(ScdError, match="no such folder; --model names one"):
+    with pytest.raises(ScdError, match="no such folder; --model names a folder"):
         load_pretrained(tmp_path / "none")
     folder = pretrained_folder(tmp_path / "good", tiny_autoencoder_path)
     for override, match in (
         ("rollout.window=0", "rollout.window must be at least 1"),
-        ("rollout.window_first=1", "rollout.window_first 0"),
+        ("rollout.sink_frames=1", "rollout.sink_frames 0"),
         ("data.action_names=[a,b]", "2 data.action_names for 4 actions"),
         ("model.heads=2", "does not fit the model"),
     ):
@@ -326,11 +326,11 @@ def test_starts_that_are_wrong(tmp_path):
     listed = json.loads((tmp_path / "starts.json").read_text())[:1]
     for changes, match in (
         ({}, None),
-        ({"name": "../lamps"}, "name '../lamps'"),
+        ({"name": "../lamps"}, "start name '../lamps' is not letters"),
         ({"seed": "1"}, "seed '1'"),
         ({"actions": [4] * 24}, "numbers below 4"),
         ({"actions": [0] * 23}, "24 frames, but 23 actions"),
-        ({"more": 1}, "a start has name, actions and perhaps seed"),
+        ({"more": 1}, "expected name, actions and optionally seed"),
         ({"name": "nowhere"}, "nowhere.mp4: no such video"),
     ):
         (tmp_path / "starts.json").write_text(json.dumps([listed[0] | changes]))
@@ -342,7 +342,7 @@ def test_starts_that_are_wrong(tmp_path):
     with pytest.raises(ScdError, match=r"starts\.json: no such file"):
         load_starts(tmp_path / "none", 64, 4)
     (tmp_path / "starts.json").write_text(json.dumps(listed))
-    with pytest.raises(ScdError, match="the model has 32"):
+    with pytest.raises(ScdError, match="but the model has 32"):
         load_starts(tmp_path, 32, 4)
 
 
@@ -376,21 +376,21 @@ def test_starts_of_ones_own_clips(tmp_path, tiny_autoencoder_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["clip_0.mp4", "starts.json"]
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
-    for arguments, told in (
-        (["--clips", "4"], "val.json has clips 0 to 2, none of number 3"),
+    for arguments, message in (
+        (["--clips", "4"], "val.json has clips 0 to 2, but no clip 3"),
         (["--clips", "1,x"], "--clips 1,x: give how many"),
         (["--clips", "0"], "--clips 0: give how many"),
-        (["--clips", "1,1"], "different numbers"),
-        (["--clips", "2", "--names", "a"], "2 clips need as many different names"),
-        (["--clips", "2", "--names", "a,../b"], "'../b' is no name"),
+        (["--clips", "1,1"], "different clip numbers"),
+        (["--clips", "2", "--names", "a"], "give 2 different names, one for each clip"),
+        (["--clips", "2", "--names", "a,../b"], "'../b' must consist of letters"),
         (["--frames", "0"], "--frames 0"),
         (["--clips", "1", "--frames", "10"], "9 frames, but the clip needs 10"),
-        (["--doom"], "--doom, but data.action_names are not none, turn_left"),
+        (["--doom"], "--doom needs the data.action_names none, turn_left"),
         (["model.condition=none", "model.num_conditions=0"], "only a world model under actions"),
-        (["--out", str(tmp_path / "data")], "is there and holds no starts.json"),
+        (["--out", str(tmp_path / "data")], "exists and has no starts.json"),
     ):
         assert starts(*arguments) == 1
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -492,7 +492,7 @@ def test_without_vizdoom(tmp_path, tiny_autoencoder_path, monkeypatch):
     ],
 )
 def test_messages(text):
-    message = parse(text)
+    message = parse_message(text)
     assert {"type": message.type, **message.fields} == json.loads(text)
 
 
@@ -524,19 +524,19 @@ def test_messages(text):
     ],
 )
 def test_messages_that_are_none(text):
-    with pytest.raises(Closed) as closed:
-        parse(text)
-    assert closed.value.code is Close.BAD_MESSAGE and 0 < len(closed.value.reason) < 124
+    with pytest.raises(CloseConnection) as closed:
+        parse_message(text)
+    assert closed.value.code is CloseCode.BAD_MESSAGE and 0 < len(closed.value.reason) < 124
 
 
 def test_pictures_on_the_wire(game):
-    game.begin("here", ["model", "baseline"], 0)
+    game.reset("here", ["model", "baseline"], 0)
     frame = game.step(2)
     flags = GIVEN | AGAIN
-    sent = pack_message(frame, [0, 2], serial=7, seq=9, flags=flags, made_ms=1.5)
+    sent = pack_picture(frame, [0, 2], serial=7, seq=9, flags=flags, made_ms=1.5)
     got = read(sent)
     assert [got[key] for key in ("protocol", "action", "flags", "frame", "serial", "seq")] == [
-        1, 2, 3, 6, 7, 9,
+        2, 2, 3, 6, 7, 9,
     ]  # fmt: skip
     assert got["made_ms"] == 1.5 and [view["world"] for view in got["views"]] == [0, 2]
     for view, of_frame in zip(got["views"], frame.views, strict=True):
@@ -553,7 +553,7 @@ def test_a_model_world_is_its_rollout(catalog):
 
     pretrained, start = catalog.first, catalog.starts[0]
     world = ModelWorld(pretrained)
-    views = world.begin(start, Settings(2, 1.0, seed=11))
+    views = world.reset(start, Settings(2, 1.0, seed=11))
     made = [world.step(action, 6 + i).latents for i, action in enumerate([1, 3, 2])]
     rollout = Rollout(pretrained.model, replace(pretrained.options.rollout, steps=2))
     context = torch.stack([view.latents for view in views if view.latents is not None])[None]

@@ -1,4 +1,4 @@
-"""The play server's page in headless Chromium: what a player does, and what is then on the screen.
+"""The play server's page in headless Chromium: what a player does, and what the page then shows.
 
 One server, one place and one browser tab for all tests, so that they share one session; each test
 begins at the first start, paused. The model is tiny and random: its pictures change, no more.
@@ -84,12 +84,12 @@ class Server:
 
     @cached_property
     def url(self) -> str:
-        """As the server says, once it is ready."""
-        told = self._process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/", told)
-        assert found, f"the server said {told!r}"
-        self._port = int(found[1])
-        return found[0]
+        """The address that the server prints once it is ready."""
+        line = self._process.stdout.readline()
+        url = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
+        assert url, f"the server printed {line!r}"
+        self._port = int(url[1])
+        return url[0]
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -234,8 +234,8 @@ def page(driver, server) -> Iterator[Page]:
     page.open(server.url)
     yield page
     # Nothing inline or foreign was refused, and no script has failed.
-    told = [entry["message"] for entry in driver.get_log("browser")]
-    assert not [line for line in told if re.search("Security Policy|Uncaught", line)]
+    messages = [entry["message"] for entry in driver.get_log("browser")]
+    assert not [line for line in messages if re.search("Security Policy|Uncaught", line)]
 
 
 def test_held_keys_walk(page):
@@ -265,8 +265,8 @@ def test_figures(page):
     assert int(page.wait_for_text("#latency", r"^\d+(?= ms$)")) > 0
     page.wait_for_text("#latency95", r"p95 \d+")
     row = page.wait(lambda: page.all("#times [data-world=model] .stack"), "times of the parts")[0]
-    said = row.get_attribute("aria-label")
-    times = re.fullmatch(r"encoder (\S+) ms, denoising (\S+) ms, decoding (\S+) ms", said)
+    label = row.get_attribute("aria-label")
+    times = re.fullmatch(r"encoder (\S+) ms, denoising (\S+) ms, decoding (\S+) ms", label)
     assert times and all(float(ms) > 0 for ms in times.groups())
 
 
@@ -291,7 +291,7 @@ def test_rewind_and_branches(page):
         page.step()
     here = page.picture()
     page.find("#branch").click()
-    page.wait(lambda: page.all("#branches .kept"), "the kept moment")
+    page.wait(lambda: page.all("#branches .kept"), "the kept branch")
     for _ in range(3):
         page.step()
     there = page.picture()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
@@ -15,11 +16,12 @@ from scd.models.load import load_checkpoint_for_use
 from scd.options import Options, load_options
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.ema import (
+    EMA,
     SNAPSHOTS,
     PostHocEMA,
     fit,
     gamma,
-    set_aside_newer_snapshots,
+    set_newer_snapshots_aside,
     write_average,
 )
 from scd.training.launch import run_experiment
@@ -28,7 +30,7 @@ TINY = Path(__file__).parent.parent / "options/scd_doom_tiny.yml"
 STEPS, EVERY = 400, 20
 OTHERS = (0.04, 0.07, 0.15)  # of neither of the two that are kept
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
 
 
 def options(folder: Path, *overrides: str) -> Options:
@@ -53,10 +55,37 @@ def walk(tmp_path_factory):
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         walked.append(network.weight.detach().clone())
         for averages in (kept, tracked):
-            averages.add(step)
+            averages.update(step)
         if step % EVERY == 0:
             kept.write_snapshot(step)
     return o.output, torch.stack(walked), tracked.state()
+
+
+def test_ema_is_that_of_diffusers_to_the_bit():
+    """Of parameters, frozen ones and running statistics, also resumed from what it saved; a run
+    that was begun with diffusers' EMAModel goes on equally."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 8))
+    network[2].bias.requires_grad_(False)
+    running = {n: nn.Parameter(b) for n, b in network.named_buffers() if "running" in n}
+    tensors = {**dict(network.named_parameters()), **running}
+    theirs = EMAModel(tensors.values(), decay=0.7)  # reached after 20 steps
+    ours = EMA(network, 0.7, None)
+    for step in range(1, 41):
+        network(torch.randn(4, 16))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1 * torch.randn(parameter.shape)
+        theirs.step(tensors.values())
+        ours.update(step)
+        state = ours.state()
+        assert state.keys() == network.state_dict().keys()
+        for (name, tensor), shadow in zip(tensors.items(), theirs.shadow_params, strict=True):
+            assert torch.equal(state[name], shadow), (step, name)
+            assert step == 1 or name == "2.bias" or not torch.equal(shadow, tensor), (step, name)
+        if step == 10:
+            ours = EMA(network, 0.7, state)
 
 
 def test_lengths_are_those_of_the_paper():
@@ -88,7 +117,7 @@ def test_an_average_made_afterwards_is_the_one_that_was_tracked(
     output, walked, tracked = walk
     out = tmp_path / "ema.safetensors"
     write_average(output, sigma_rel, None, out)
-    assert f"sigma_rel {sigma_rel} at step {STEPS}, of 20 snapshots" in capsys.readouterr().out
+    assert f"sigma_rel {sigma_rel} at step {STEPS}, from 20 snapshots" in capsys.readouterr().out
     made, wanted = load_file(out)["weight"], tracked[f"{sigma_rel}/weight"]
     assert (made - wanted).norm() < tolerance * (wanted - walked[-1]).norm()
 
@@ -98,7 +127,7 @@ def test_what_was_kept_comes_back(walk, tmp_path, capsys):
     output, *_ = walk
     kept = load_file(output / SNAPSHOTS / "step-00000200.safetensors")["0.05/weight"]
     write_average(output, 0.05, 200, tmp_path / "ema.safetensors")
-    assert "at step 200, of 10 snapshots" in capsys.readouterr().out
+    assert "at step 200, from 10 snapshots" in capsys.readouterr().out
     made = load_file(tmp_path / "ema.safetensors")["weight"]
     assert torch.allclose(made, kept.float(), atol=1e-3)
 
@@ -127,9 +156,9 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(walk, tmp_path):
     out = tmp_path / "ema.safetensors"
     for arguments, told in (
         ((output, 0.05, None, tmp_path / "ema.pt"), "ends in .safetensors"),
-        ((output, 0.0, None, out), "--sigma-rel 0.0: must lie above 0"),
-        ((output, 0.29, None, out), "not above 0.28"),
-        ((output, 0.05, 30, out), "--step 30: no snapshot of it; there are 20, 40, 60"),
+        ((output, 0.0, None, out), "--sigma-rel 0.0: must be above 0"),
+        ((output, 0.29, None, out), "at most 0.28"),
+        ((output, 0.05, 30, out), "--step 30: no snapshot of this step; there are 20, 40, 60"),
         ((output, 0.01, None, out), "20 snapshots of sigma_rel 0.05, 0.1 up to step 400 meet it"),
         ((tmp_path, 0.05, None, out), "no snapshots in snapshots/"),
     ):
@@ -146,7 +175,7 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(walk, tmp_path):
 
 def test_what_came_after_the_checkpoint_is_set_aside(walk, tmp_path):
     copy = shutil.copytree(walk[0], tmp_path / "copy")
-    set_aside_newer_snapshots(copy, 60)
+    set_newer_snapshots_aside(copy, 60)
     names = {path.name for path in (copy / SNAPSHOTS).iterdir()}
     whole = {path.name for path in (walk[0] / SNAPSHOTS).iterdir()}
     kept = {f"step-000000{n}.safetensors" for n in (20, 40, 60)}
@@ -159,7 +188,7 @@ def test_a_killed_run_keeps_the_same_snapshots_and_averages(doom_root, tmp_path,
         *(f"data.root={doom_root}", f"output_root={tmp_path}", "autoencoder.path=null"),
         *("data.source=video", "data.frames=4", "model.patch_size=16", "model.heads=1"),
         *("model.encoder_layers=1", "model.decoder_layers=1", "train.steps=6"),
-        *("train.batch_size=2", "train.workers=0", "train.mixed_precision=no"),
+        *("train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32"),
         *("train.save_every=2", "train.snapshot_every=1"),
     ]
     run_experiment(load_options(TINY, [*small, "name=straight"]))
@@ -203,7 +232,7 @@ def test_averages_are_not_begun_half_way(doom_root, tmp_path):
         *(f"data.root={doom_root}", f"output_root={tmp_path}", "autoencoder.path=null"),
         *("data.source=video", "data.frames=4", "model.patch_size=16", "model.heads=1"),
         *("model.encoder_layers=1", "model.decoder_layers=1", "train.save_every=1"),
-        *("train.batch_size=2", "train.workers=0", "train.mixed_precision=no"),
+        *("train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32"),
     ]
     run_experiment(load_options(TINY, [*small, "train.steps=1"]))
     with pytest.raises(ScdError, match=r"averages .*were not tracked, are \[0.05, 0.1\]"):

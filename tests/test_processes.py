@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
+from multiprocessing.connection import wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from scd.training.checkpoint import TrainingState, latest_checkpoint, load_check
 from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
 from scd.training.world_model_task import MATRICES
+from tests.train_on_processes import launch
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ROOT / "options/scd_doom_tiny.yml"
@@ -44,7 +46,7 @@ def overrides(doom_root, tmp_path):
         f"output_root={tmp_path}",
         *("data.source=video", "autoencoder.path=null", "data.frames=4", "model.patch_size=16"),
         *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
-        *("train.steps=4", "train.save_every=2", "train.workers=0", "train.mixed_precision=no"),
+        *("train.steps=4", "train.save_every=2", "train.workers=0", "train.mixed_precision=fp32"),
         *(
             "train.log_every=1",
             "optim.lr=1e-4",
@@ -61,22 +63,32 @@ def on_two(kind: str, overrides: list[str]) -> None:
 
 
 def on_several(count: int, kind: str, overrides: list[str]) -> None:
-    command = ["-m", "torch.distributed.run", f"--nproc_per_node={count}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    with TemporaryDirectory() as folder:
+        started = launch(Path(folder), count, [kind, str(OPTIONS), *overrides])
+        running = {process.sentinel: process for process in started}
+        while running and not any(process.exitcode for process in started):
+            ended = wait(running, timeout=300)
+            if not ended:
+                break
+            for sentinel in ended:
+                running.pop(sentinel).join()
+        for process in running.values():  # they would wait for the one that failed
+            process.kill()
+        said = [path.read_text()[-3000:] for path in sorted(Path(folder).iterdir())]
+        assert [process.exitcode for process in started] == [0] * count, "\n".join(said)
+
+
+def under_torchrun(overrides: list[str]) -> None:
+    """As `on_two`, plain, by the launcher that people use, which imports everything each time."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *command, str(SCRIPT), kind, str(OPTIONS), *overrides],
+        [sys.executable, *command, str(SCRIPT), "plain", str(OPTIONS), *overrides],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def state_of(folder: Path) -> TrainingState:
@@ -107,7 +119,7 @@ def assert_close(one: TrainingState, other: TrainingState) -> None:
 @pytest.mark.parametrize(
     "kind, options",
     [
-        ("plain", []),
+        ("torchrun", []),
         ("sharded", ["train.snapshot_every=2"]),
         ("plain", ["optim.muon_lr=null", "train.val_loss_every=2"]),
         ("sharded", ["optim.muon_lr=null", "train.sample_every=4", "train.val_loss_every=2"]),
@@ -116,7 +128,8 @@ def assert_close(one: TrainingState, other: TrainingState) -> None:
 def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, tmp_path):
     """Validation and export run there too; half way, two processes hand over to one."""
     overrides = [*overrides, *options]
-    on_two(kind, [*overrides, "name=two", "train.batch_size=1"])
+    two = [*overrides, "name=two", "train.batch_size=1"]
+    under_torchrun(two) if kind == "torchrun" else on_two(kind, two)
     run_experiment(load_options(OPTIONS, [*overrides, "name=one", "train.batch_size=2"]))
     whole = state_of(tmp_path / "one")
     assert_close(state_of(tmp_path / "two"), whole)
@@ -154,7 +167,7 @@ def test_sharded_resumes_from_one_process(overrides, tmp_path):
     assert_close(state_of(tmp_path / "one"), whole)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_sharded_with_an_autoencoder_trains_as_data_parallel(
     precision, overrides, tiny_autoencoder_path, tmp_path
 ):
@@ -176,7 +189,7 @@ def test_sharded_with_an_autoencoder_trains_as_data_parallel(
         for key in ("loss", "grad_norm")
     )
     # Under DDP, autocast rounds weights to bf16 op by op; sharded, they arrive rounded.
-    tolerance = 1e-6 if precision == "no" else 2e-4
+    tolerance = 1e-6 if precision == "fp32" else 2e-4
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=tolerance)
     assert norms[1] == pytest.approx(norms[0], rel=30 * tolerance)
     whole = state_of(tmp_path / "sharded")
@@ -197,24 +210,13 @@ def test_a_lost_process_ends_the_run_and_is_named(overrides, tmp_path):
     """One that neither answers nor dies; the other waits for it in a collective operation."""
     overrides = [*overrides, "name=lost", "train.batch_size=1"]
     # Without a launcher, which would wait half a minute for the one that stands still.
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), "lost", str(OPTIONS), *overrides],
-            env={**ENVIRONMENT, **launched, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    )
-    try:
-        _, said = first.communicate(timeout=200)
-    finally:
-        first.kill()
-        second.kill()
+    first, second = launch(tmp_path, 2, ["lost", str(OPTIONS), *overrides])
+    first.join(200)
+    for process in (first, second):
+        process.kill()
+    said = (tmp_path / "output-0.txt").read_text()
     told = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert first.returncode == 1
+    assert first.exitcode == 1
     assert len(told) == 1 and "process 1 (" in told[0] and "is lost" in told[0], said[-3000:]
     heartbeat = json.loads((tmp_path / "lost/heartbeat.json").read_text())
     assert heartbeat["state"] == "lost" and heartbeat["message"] in told[0]

@@ -13,6 +13,8 @@ from scd.rollout import Rollout, cache, continue_videos, generate
 from scd.utils import precision
 from tests.test_model import make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, K, NEW, C, H, W = 2, 4, 3, 4, 4, 6
 STEPS = 4
 TOLERANCE = 5e-5  # absolute, fp32; measured: about 3e-6
@@ -341,7 +343,7 @@ def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
     g = torch.Generator().manual_seed(8)
     video = torch.randn(B, frames + 1, C, H, W, generator=g)
     actions = torch.randint(0, 3, (B, frames + 1), generator=g)
-    rollout = Rollout(model, plain(1, window=window, window_first=kept))
+    rollout = Rollout(model, plain(1, window=window, sink_frames=kept))
     start = 1 - model.first_predicted
     seen = []
     for known in range(2, frames + 1):
@@ -384,7 +386,7 @@ def test_a_stream_without_end(inputs):
     """Constant memory and no drift: 60 frames through a window of 4, two streams side by side."""
     context, _, actions = inputs
     model = make_model()
-    streams = [Rollout(model, plain(1, window=4, window_first=kept)) for kept in (0, 1)]
+    streams = [Rollout(model, plain(1, window=4, sink_frames=kept)) for kept in (0, 1)]
     alone = Rollout(model, plain(1, window=4))
     for rollout in (*streams, alone):
         rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(1))

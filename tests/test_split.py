@@ -21,13 +21,13 @@ LAYERS = 4
 
 @pytest.fixture
 def options(doom_root, tmp_path):
-    """Of a dense model of 64 pixels as 4 tokens."""
+    """Make the options of a dense model with 4 tokens per frame of 64x64 pixels."""
 
     def make(*overrides: str) -> Options:
         small = [
             f"data.root={doom_root}", "data.source=video", "data.frames=4", "autoencoder.path=null",
             "model.patch_size=32", "model.heads=1", f"model.layers={LAYERS}", "train.steps=1",
-            "train.batch_size=2", "train.workers=0", "train.mixed_precision=no",
+            "train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32",
             f"output_root={tmp_path}", "name=dense",
         ]  # fmt: skip
         return load_options(ROOT / "options/causal_dit_doom_tiny.yml", [*small, *overrides])
@@ -61,8 +61,8 @@ def test_every_tensor_comes_from_its_layer(options, dense, split, sources):
         blocks = range(split.encoder_layers) if part == "encoder" else sources
         for number, source in enumerate(blocks):
             for name in dense.blocks[0].state_dict():
-                found = taken.pop(f"{part}.blocks.{number}.{name}")
-                assert torch.equal(found, weights[f"blocks.{source}.{name}"])
+                tensor = taken.pop(f"{part}.blocks.{number}.{name}")
+                assert torch.equal(tensor, weights[f"blocks.{source}.{name}"])
         for name in [name for name in taken if name.startswith(f"{part}.")]:
             tensor = taken.pop(name)
             if name.startswith("encoder.norm_out."):
@@ -88,15 +88,15 @@ def test_without_attention_the_split_computes_what_the_dense_model_does(options,
 
 def test_refused_splits(options, dense):
     for split, message in (
-        (Split(0, 1), "--encoder-layers 0: the dense model has layers for 1 to 4"),
+        (Split(0, 1), "--encoder-layers 0: choose 1 to 4, the dense model's layers"),
         (Split(1, 5), "--decoder-layers 5"),
-        (Split(1, 3, "first-and-last"), "an even number"),
+        (Split(1, 3, "first-and-last"), "choose an even number"),
     ):
         with pytest.raises(ScdError, match=message):
             split_model(dense, PixelCodec(), split_options(options(), split), split)
 
 
-def test_a_full_disk_is_told_in_one_line(options, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_reported_in_one_line(options, tmp_path, monkeypatch, capsys):
     assert train(options()) == 0
     capsys.readouterr()
 
@@ -107,9 +107,9 @@ def test_a_full_disk_is_told_in_one_line(options, tmp_path, monkeypatch, capsys)
     checkpoint = tmp_path / "dense/checkpoints/step-00000001/ema.safetensors"
     sizes = ["--encoder-layers", "2", "--decoder-layers", "2"]
     assert main(["split", str(checkpoint), *sizes, "--out", str(tmp_path / "half")]) == 1
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1
-    assert "model.safetensors: cannot be written (No space left" in told
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert "model.safetensors: cannot be written (No space left" in error
 
 
 def train(options: Options) -> int:
@@ -132,7 +132,7 @@ def test_split_then_train(options, tmp_path, capsys):
     assert (made.options.model.encoder_layers, made.options.model.decoder_layers) == (2, 2)
     assert made.options.output == out
     assert main([*command, "--out", str(out)]) == 1
-    assert f"--out {out}: is there already" in capsys.readouterr().err
+    assert f"--out {out}: already exists" in capsys.readouterr().err
     # A step too small to move: training began from those weights.
     arguments = ["train", "--opt", str(out / "options.yml"), "train.save_every=1"]
     assert main([*arguments, "optim.lr=1e-12"]) == 0

@@ -21,8 +21,8 @@ from scd.evaluation.metric_weights import MetricUnavailable, weights_path
 from scd.options import load_options
 from scd.training.launch import make_accelerator, run_experiment
 from scd.training.run_log import read_log
-from scd.training.watchdog import stop_request
 from scd.utils import processes, startup
+from scd.utils.signals import stop_request
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "options/scd_doom_tiny.yml"
@@ -54,7 +54,7 @@ def test_variables_of_accelerate_change_no_run(doom_root, tmp_path, monkeypatch,
         f"output_root={tmp_path}",
         *("data.source=video", "autoencoder.path=null", "data.frames=4", "model.patch_size=16"),
         *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
-        *("train.steps=2", "train.batch_size=1", "train.workers=0", "train.mixed_precision=no"),
+        *("train.steps=2", "train.batch_size=1", "train.workers=0", "train.mixed_precision=fp32"),
         *("train.gradient_accumulation=2", "train.log_every=1"),
         *("eval.context_frames=2", "eval.new_frames=2", "eval.videos=2"),
     ]
@@ -72,7 +72,7 @@ def test_variables_of_accelerate_change_no_run(doom_root, tmp_path, monkeypatch,
     notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ACC")]
     assert notes == [
         "note: ACCELERATE_DYNAMO_BACKEND=EAGER, ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4, "
-        "ACCELERATE_MIXED_PRECISION=bf16: not used, the options file alone decides"
+        "ACCELERATE_MIXED_PRECISION=bf16: ignored, the options file decides"
     ]
 
 
@@ -85,7 +85,7 @@ def test_what_launchers_set_is_not_told(monkeypatch, capfd):
         ("GRADIENT_ACCUMULATION_STEPS", "1"),
     ):
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    overrides = ["train.mixed_precision=no", "train.gradient_accumulation=2"]
+    overrides = ["train.mixed_precision=fp32", "train.gradient_accumulation=2"]
     make_accelerator(load_options(TINY, overrides))
     assert "note:" not in capfd.readouterr().err
 
@@ -226,7 +226,7 @@ def test_names_that_a_locale_cannot_open_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
     assert path_problem("plain.mp4") is None
     assert path_problem("caf\u00e9.mp4") == (
-        "cannot be opened in this locale, of ascii names: set PYTHONUTF8=1"
+        "cannot be opened in this locale, whose names are ascii: set PYTHONUTF8=1"
     )
 
 
@@ -235,7 +235,7 @@ def test_names_that_a_locale_cannot_open_are_one_line(tmp_path, monkeypatch):
 
 HANGUP = """
 import os, signal, sys
-from scd.training.watchdog import stop_request
+from scd.utils.signals import stop_request
 with stop_request() as request:
     print("ready", flush=True)
     while request.signal is None:
@@ -275,8 +275,8 @@ def test_nohup_keeps_its_meaning():
 
 
 def test_own_files_are_found_from_any_folder(tmp_path, monkeypatch):
-    from scd.data.hub import AUTOENCODERS
     from scd.models.autoencoder import encoder_hash, load_codec
+    from scd.models.published_autoencoder import AUTOENCODERS
     from scd.utils.paths import project_file
 
     monkeypatch.chdir(tmp_path)
@@ -293,14 +293,19 @@ def test_an_installed_package_brings_its_options(tmp_path, monkeypatch):
 
     installed = tmp_path / "share/scd/options"
     shutil.copytree(ROOT / "options", installed)
-    file = SimpleNamespace(
-        match=lambda pattern: pattern == "share/scd/options/dcae_minecraft.yml",
-        locate=lambda: installed / "dcae_minecraft.yml",
-    )
+    files = [
+        SimpleNamespace(
+            match=lambda pattern, name=path.name: pattern == f"share/scd/options/{name}",
+            locate=lambda path=path: path,
+        )
+        for path in installed.glob("*.yml")
+    ]
     monkeypatch.setattr(paths, "CHECKOUT", tmp_path / "site-packages")
-    monkeypatch.setattr("importlib.metadata.files", lambda name: [file])
-    found = paths.project_file("options/dcae_minecraft.yml")
-    assert found == installed / "dcae_minecraft.yml" and load_options(found)
+    monkeypatch.setattr("importlib.metadata.files", lambda name: files)
+    monkeypatch.chdir(tmp_path)
+    assert paths.project_file("options/dcae_minecraft.yml") == installed / "dcae_minecraft.yml"
+    for path in installed.glob("*.yml"):  # those with a base find it beside them
+        assert load_options(f"options/{path.name}") == load_options(ROOT / "options" / path.name)
 
 
 def test_what_is_missing_is_told_with_where_it_was_looked_for(tmp_path, monkeypatch):

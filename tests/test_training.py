@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import socket
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,45 +24,62 @@ from scd.pipeline import SCDPipeline
 from scd.training import checkpoint, launch, watchdog
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.encode import encode_dataset
-from scd.training.launch import make_accelerator, sums_in_fixed_order
+from scd.training.launch import deterministic_on_cpu, make_accelerator
 from scd.training.run_log import read_log
 from scd.training.trainer import Trainer
 from scd.utils import precision
 from scd.utils.environment import git_commit
 from scd.utils.files import sha256, write_json
+from tests.conftest import forget_the_launch
 
 ROOT = Path(__file__).parent.parent
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
+
+
+def make_options(doom_root: Path, output_root: Path, *overrides: str) -> Options:
+    small = [
+        f"data.root={doom_root}",
+        "data.source=video",
+        "data.frames=4",
+        "autoencoder.path=null",
+        "model.patch_size=16",
+        "model.heads=1",
+        "model.encoder_layers=1",
+        "model.decoder_layers=1",
+        "train.steps=6",
+        "train.batch_size=2",
+        "train.save_every=2",
+        "train.log_every=1",
+        "train.workers=0",
+        "train.mixed_precision=fp32",
+        "eval.context_frames=4",
+        "eval.new_frames=4",  # with 4 given, too few for FVD
+        "eval.videos=2",
+        f"output_root={output_root}",
+    ]
+    return load_options(ROOT / "options/scd_doom_tiny.yml", [*small, *overrides])
 
 
 @pytest.fixture
 def options(doom_root, tmp_path):
-    def make(*overrides: str) -> Options:
-        small = [
-            f"data.root={doom_root}",
-            "data.source=video",
-            "data.frames=4",
-            "autoencoder.path=null",
-            "model.patch_size=16",
-            "model.heads=1",
-            "model.encoder_layers=1",
-            "model.decoder_layers=1",
-            "train.steps=6",
-            "train.batch_size=2",
-            "train.save_every=2",
-            "train.log_every=1",
-            "train.workers=0",
-            "train.mixed_precision=no",
-            "eval.context_frames=4",
-            "eval.new_frames=12",
-            "eval.videos=2",
-            f"output_root={tmp_path}",
-        ]
-        return load_options(ROOT / "options/scd_doom_tiny.yml", [*small, *overrides])
+    return partial(make_options, doom_root, tmp_path)
 
-    return make
+
+@pytest.fixture(scope="module")
+def trained_once(doom_root, tmp_path_factory):
+    """The folder of a finished run of six steps, for `finished` to copy."""
+    o = make_options(doom_root, tmp_path_factory.mktemp("finished"), "name=finished")
+    train(o)
+    forget_the_launch()
+    return o.output
+
+
+@pytest.fixture
+def finished(trained_once, tmp_path):
+    """The checkpoints of a finished run named `finished`, to damage."""
+    return shutil.copytree(trained_once, tmp_path / "finished") / "checkpoints"
 
 
 def train(options: Options, stop_after: int | None = None) -> Path:
@@ -98,16 +116,17 @@ def assert_same_state(one: Path, other: Path, tolerance: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra",
+    ("threads", "extra"),
     [
-        [],
-        ["train.gradient_accumulation=2", "train.batch_size=1"],
-        ["optim.muon_lr=null"],
-        ["optim.schedule=wsd", "optim.warmup_steps=1", "optim.decay_steps=3"],
+        (2, []),
+        (1, ["train.gradient_accumulation=2", "train.batch_size=1"]),
+        (1, ["optim.muon_lr=null"]),
+        (1, ["optim.schedule=wsd", "optim.warmup_steps=1", "optim.decay_steps=3"]),
     ],
 )
-def test_resumed_equals_uninterrupted_to_the_bit(options, extra):
+def test_resumed_equals_uninterrupted_to_the_bit(options, threads, extra):
     """Killed after step 5, it goes on from the checkpoint of step 4 — across an epoch's end."""
+    torch.set_num_threads(threads)
     straight = train(options("name=straight", *extra))
     train(options("name=resumed", *extra), stop_after=5)
     assert latest_checkpoint(straight.parent.parent / "resumed/checkpoints").name == "step-00000004"
@@ -130,8 +149,8 @@ def test_resumed_on_another_kind_of_machine(options, monkeypatch, capsys, fresh_
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: False)
     folder = train(o)
     said = capsys.readouterr().out
-    assert "continuing moved from step 4" in said
-    assert "it was trained in bf16 so far, and goes on in fp32" in said
+    assert "resuming moved from step 4" in said
+    assert "it was trained in bf16 so far, and is in fp32 from here on" in said
     assert load_checkpoint(latest_checkpoint(folder)).run["precision"] == "fp32"
     written = json.loads((o.output / "environment.json").read_text())
     assert written["precision"] == written["best_precision"] == "fp32"
@@ -143,19 +162,39 @@ def test_resumed_on_another_kind_of_machine(options, monkeypatch, capsys, fresh_
     assert "so far" not in capsys.readouterr().out
 
 
+def test_checkpoints_with_former_names_of_options_go_on(options, capsys):
+    """The run is the same one, and a value that differs is still named, by its present name."""
+    o = options("name=former", "flow.self_forcing_prob=0.5")
+    folder = train(o, stop_after=4)
+    manifest = latest_checkpoint(folder) / "manifest.json"
+    written = json.loads(manifest.read_text())
+    saved = written["run"]["options"]
+    saved["adversary"] = saved.pop("discriminator")
+    saved["flow"]["own_history"] = saved["flow"].pop("self_forcing_prob")
+    manifest.write_text(json.dumps(written))
+    changed = options("name=former", "flow.self_forcing_prob=0.25", "discriminator.channels=8")
+    with pytest.raises(ScdError) as caught:
+        train(changed)
+    for change in ("flow.self_forcing_prob was 0.5, is 0.25", "discriminator.channels was 64, is"):
+        assert change in str(caught.value)
+    train(o)
+    assert "continuing former from step 4" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about processors")
 def test_checkpoints_from_before_auto_go_on(options, monkeypatch, capsys, fresh_accelerate):
     """Their options name a precision, and their manifests none."""
-    o = options("name=old", "train.mixed_precision=no")
+    o = options("name=old", "train.mixed_precision=fp32")
     folder = train(o, stop_after=4)
     manifest = latest_checkpoint(folder) / "manifest.json"
     written = json.loads(manifest.read_text())
     del written["run"]["precision"]
+    written["run"]["options"]["train"]["mixed_precision"] = "no"  # as fp32 was called then
     manifest.write_text(json.dumps(written))
     AcceleratorState._reset_state()
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
     train(options("name=old", "train.mixed_precision=auto"))
-    assert "it was trained in fp32 so far, and goes on in bf16" in capsys.readouterr().out
+    assert "it was trained in fp32 so far, and is in bf16 from here on" in capsys.readouterr().out
 
 
 def test_worker_counts_do_not_matter(options):
@@ -208,9 +247,10 @@ def test_compiled_gradients_are_the_same_every_time():
     def loss(table, indices, x):
         return (torch.nn.functional.embedding(indices, table) * x).sum()
 
+    torch.set_num_threads(2)
     table = torch.randn(5, 256, requires_grad=True)
     indices, x = torch.randint(5, (64, 96)), torch.randn(64, 96, 256)
-    with sums_in_fixed_order(torch.device("cpu")):
+    with deterministic_on_cpu(torch.device("cpu")):
         first, *others = [torch.autograd.grad(loss(table, indices, x), table)[0] for _ in range(30)]
     assert all(torch.equal(first, other) for other in others)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -260,13 +300,12 @@ def test_what_a_run_leaves(options):
         assert torch.equal(tensor, pipeline.transformer.state_dict()[name])
 
 
-def test_what_is_exported_can_be_used(options):
+def test_what_is_exported_can_be_used(finished, tmp_path):
     """Wherever a checkpoint can, and wherever it is moved to."""
-    output = train(options("name=whole")).parent
-    moved = output.parent / "moved"
-    (output / "exported").rename(moved)
+    moved = tmp_path / "moved"
+    (finished.parent / "exported").rename(moved)
     loaded = load_checkpoint_for_use(moved)
-    assert loaded.options.name == "whole" and loaded.options.autoencoder.path is None
+    assert loaded.options.name == "finished" and loaded.options.autoencoder.path is None
 
 
 def test_wandb_offline(options, monkeypatch, tmp_path):
@@ -278,49 +317,42 @@ def test_wandb_offline(options, monkeypatch, tmp_path):
     pytest.importorskip("wandb").teardown()  # it would write the runs of later tests here
 
 
-def test_damaged_checkpoint_is_passed_over(options, capsys):
-    folder = train(options("name=damaged"))
-    weights = folder / "step-00000006/model.safetensors"
+def test_damaged_checkpoint_is_passed_over(finished, capsys):
+    weights = finished / "step-00000006/model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    assert latest_checkpoint(folder).name == "step-00000004"
-    assert "step-00000006: passed over, model.safetensors is damaged" in capsys.readouterr().out
+    assert latest_checkpoint(finished).name == "step-00000004"
+    assert "step-00000006: skipped, model.safetensors is damaged" in capsys.readouterr().out
 
 
-def test_failed_save_leaves_the_old_checkpoints(options, monkeypatch):
-    o = options("name=full")
-    folder = train(o)
-
+def test_failed_save_leaves_the_old_checkpoints(finished, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    state = load_checkpoint(latest_checkpoint(folder))
+    state = load_checkpoint(latest_checkpoint(finished))
     state.step = 8
     monkeypatch.setattr(checkpoint.torch, "save", full_disk)
     with pytest.raises(ScdError, match=r"step-00000008.*No space left"):
-        checkpoint.save_checkpoint(folder, state, 1)
-    assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
+        checkpoint.save_checkpoint(finished, state, 1)
+    assert [p.name for p in sorted(finished.iterdir())] == ["step-00000004", "step-00000006"]
 
 
-def test_pruning_never_takes_the_newest(options):
+def test_pruning_never_takes_the_newest(finished):
     """Later folders that were passed over as damaged do not count against the one just written."""
-    o = options("name=pruned")
-    folder = train(o)
-    (folder / "step-00000006/manifest.json").unlink()
-    state = load_checkpoint(folder / "step-00000004")
+    (finished / "step-00000006/manifest.json").unlink()
+    state = load_checkpoint(finished / "step-00000004")
     state.step = 5
-    checkpoint.save_checkpoint(folder, state, 1)
-    assert latest_checkpoint(folder).name == "step-00000005"
+    checkpoint.save_checkpoint(finished, state, 1)
+    assert latest_checkpoint(finished).name == "step-00000005"
 
 
-def test_another_experiment_is_not_continued(options):
+def test_another_experiment_is_not_continued(options, finished):
     """Everything that would change the data order, the noise or the objective is named."""
-    train(options("name=other"))
     changed = ["seed=1", "data.frames=5", "model.decoder_layers=2", "flow.logit_mean=0.5"]
     changed += ["optim.muon_lr=null"]
     with pytest.raises(ScdError, match="belongs to another run: ") as caught:
-        train(options("name=other", "train.batch_size=3", "train.steps=8", *changed))
+        train(options("name=finished", "train.batch_size=3", "train.steps=8", *changed))
     for difference in (
         "seed was 0, is 1",
         "data.frames was 4, is 5",
@@ -332,7 +364,7 @@ def test_another_experiment_is_not_continued(options):
         assert difference in str(caught.value)
     # Longer, with another rate and the same clips a step in other pieces, it goes on.
     split = ["train.batch_size=1", "train.gradient_accumulation=2", "optim.lr=1e-4"]
-    folder = train(options("name=other", "train.steps=7", *split))
+    folder = train(options("name=finished", "train.steps=7", *split))
     assert latest_checkpoint(folder).name == "step-00000007"
 
 
@@ -414,9 +446,8 @@ def test_manifest_names_every_file(options):
     assert manifest["git_commit"] == git_commit()
 
 
-def test_a_save_that_reads_back_differently_does_not_count(options, monkeypatch):
-    folder = train(options("name=flipped"))
-    state = load_checkpoint(latest_checkpoint(folder))
+def test_a_save_that_reads_back_differently_does_not_count(finished, monkeypatch):
+    state = load_checkpoint(latest_checkpoint(finished))
     state.step = 8
     plain = checkpoint._write
 
@@ -427,9 +458,9 @@ def test_a_save_that_reads_back_differently_does_not_count(options, monkeypatch)
         path.write_bytes(data)
 
     monkeypatch.setattr(checkpoint, "_write", flip_a_bit)
-    with pytest.raises(ScdError, match=r"step-00000008.*model.safetensors is not what was written"):
-        checkpoint.save_checkpoint(folder, state, 1)
-    assert [p.name for p in sorted(folder.iterdir())] == ["step-00000004", "step-00000006"]
+    with pytest.raises(ScdError, match=r"step-00000008.*model.safetensors reads back differently"):
+        checkpoint.save_checkpoint(finished, state, 1)
+    assert [p.name for p in sorted(finished.iterdir())] == ["step-00000004", "step-00000006"]
 
 
 def test_what_killed_saves_left_is_cleared_and_the_damaged_set_aside(options, capsys):
@@ -442,17 +473,16 @@ def test_what_killed_saves_left_is_cleared_and_the_damaged_set_aside(options, ca
     shutil.copytree(folder / "step-00000003", folder / "step-00000006")
     (folder / "step-00000006/ema.safetensors").write_bytes(b"")
     train(o)
-    assert "step-00000006: passed over, its manifest is that of step 3" in (capsys.readouterr().out)
+    assert "step-00000006: skipped, its manifest is that of step 3" in (capsys.readouterr().out)
     assert {p.name for p in folder.iterdir()} == {"step-00000006", "passed-over-step-00000006"}
     assert_same_state(whole.output / "checkpoints", folder)
 
 
-def test_without_a_whole_checkpoint_nothing_is_started_anew(options):
-    folder = train(options("name=lost"))
-    for path in folder.glob("*/manifest.json"):
+def test_without_a_whole_checkpoint_nothing_is_started_anew(options, finished):
+    for path in finished.glob("*/manifest.json"):
         path.write_text("{")
-    with pytest.raises(ScdError, match=r"lost/checkpoints: none of the 2 checkpoints is whole"):
-        train(options("name=lost"))
+    with pytest.raises(ScdError, match=r"finished/checkpoints: none of the 2 checkpoints is whole"):
+        train(options("name=finished"))
 
 
 # What resuming promises
@@ -520,7 +550,7 @@ def test_log_entries_and_heartbeat(options, monkeypatch):
     monkeypatch.setattr(
         watchdog, "write_json", lambda path, value: (beats.append(value), write_json(path, value))
     )
-    monkeypatch.setattr(watchdog, "SECONDS", 0.0)
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.0)
     o = options("name=watched", "train.steps=2")
     launch.run_experiment(o)
     states = [beat["state"] for beat in beats]

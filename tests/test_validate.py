@@ -41,7 +41,7 @@ def overrides(root: Path, autoencoder: str) -> list[str]:
     return [
         f"data.root={root}",
         f"autoencoder.path={autoencoder}",
-        "train.mixed_precision=no",
+        "train.mixed_precision=fp32",
         "train.batch_size=2",
         "eval.videos=2",
     ]
@@ -174,7 +174,7 @@ def another_size(root: Path) -> None:
         (latents(lambda x: x[:, :4]), "latents of 4x8x8, but the options make 8x8x8"),
         (latents(lambda x: x, "another"), "made by another, not by the options' autoencoder"),
         (missing_latents, "no such latent file"),
-        (another_size, "val/00000.mp4: frames of 64x80 pixels, but the options want 64x64"),
+        (another_size, "val/00000.mp4: frames of 64x80 pixels, but the options need 64x64"),
     ],
 )
 def test_what_is_broken_is_named(

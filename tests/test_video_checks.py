@@ -11,11 +11,20 @@ import numpy as np
 import pytest
 
 from scd.cli import main
-from scd.data.clips import ClipFolder, TrainingClips, clip_folder, with_float_pixels
+from scd.data import video_checks
+from scd.data.clips import ClipFolder, clip_folder, with_float_pixels
 from scd.data.lists import ClipEntry, read_list, write_list
+from scd.data.loader import TrainingClips
 from scd.data.sequential_video import InOrderVideo, decode, remedy
 from scd.data.video import VideoFile, write_video
-from scd.data.video_checks import KEPT, VideoChecks, decoder
+from scd.data.video_checks import (
+    KEPT,
+    X264_SETTINGS,
+    VideoChecks,
+    check_video,
+    decoder,
+    identity_of,
+)
 from scd.errors import ScdError
 from scd.options import load_options
 from scd.utils.files import read_json
@@ -111,10 +120,10 @@ def test_clips_of_other_encoders(
     shutil.copy(reports / "audio_only.mp4", tmp_path)
     assert main(["make-lists", str(tmp_path), "--val-fraction", "0.4"]) == 0
     told = capsys.readouterr()
-    assert "audio_only.mp4: no pictures in it, sound alone perhaps" in told.err
+    assert "audio_only.mp4: has no pictures, perhaps only sound" in told.err
     for half in ("train.json", "val.json"):
-        assert f"{half}: videos read from their first frame on for every clip" in told.out
-    assert told.out.count("shows other frames: 3. To make a fast one") == 2
+        assert f"{half}: slow videos: 3. Seeking in them fails or yields other frames" in told.out
+    assert told.out.count("To make a fast one that replaces a slow one: ffmpeg -i ") == 2
     checks = read_json(tmp_path / KEPT)["videos"]
     assert {name: check["frames"] for name, check in checks.items()} == FRAMES
     assert not any(check["random_access"] for check in checks.values())
@@ -231,12 +240,49 @@ def test_a_damaged_file_of_checks_is_refused(tmp_path: Path, text: str) -> None:
         assert "v.mp4" in VideoChecks(tmp_path)
 
 
+def test_only_videos_encoded_like_the_first_share_its_check(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (60, 48, 64, 3), np.uint8)
+    write_video(tmp_path / "first.mp4", frames, 8)
+    write_video(tmp_path / "alike.mp4", frames[::-1], 8)
+    write_video(tmp_path / "short.mp4", frames[:59], 8)
+    write_video(tmp_path / "small.mp4", frames[:, :32], 8)
+    write_video(tmp_path / "fast.mp4", frames, 9)
+    write_video(tmp_path / "coarse.mp4", frames, 8, crf=20)
+    whole = (tmp_path / "alike.mp4").read_bytes()
+    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    settings = X264_SETTINGS.search(whole)
+    assert settings is not None and b"open_gop=0" in settings[0] and b"keyint=24" in settings[0]
+    (tmp_path / "mute.mp4").write_bytes(whole.replace(b"x264 - core", b"x265 - core"))
+    videos = sorted(path.name for path in tmp_path.glob("*.mp4"))
+    checks = VideoChecks(tmp_path)
+    checks.check_alike(["first.mp4", *videos])
+    assert checks.new.keys() == {"first.mp4", "alike.mp4"}
+    for name, check in checks.new.items():
+        assert check == check_video(tmp_path / name, identity_of(tmp_path / name))
+    checks = VideoChecks(tmp_path)
+    checks.check_alike(["mute.mp4", *videos])  # nothing is known of its encoder
+    assert checks.new.keys() == {"mute.mp4"}
+
+
+def test_nothing_is_like_a_video_that_cannot_be_sought_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, np.zeros((4, 32, 32, 3), np.uint8), 8)
+    monkeypatch.setattr(video_checks, "_seeking_is_right", lambda *_: False)
+    video_checks.check_video.cache_clear()
+    checks = VideoChecks(tmp_path)
+    checks.check_alike(["a.mp4", "b.mp4"])
+    assert checks.new.keys() == {"a.mp4"} and checks.in_order(["a.mp4"]) == ["a.mp4"]
+    video_checks.check_video.cache_clear()
+
+
 def test_reading_in_order(generated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video = InOrderVideo(generated / "whole.mp4", 400, (64, 64))
     assert shown(video.frames(np.array([301, 0, 7, 301]))) == [301, 0, 7, 301]
     assert [shown(part)[0] for part in video.chunks(150)] == [0, 150, 300]
     assert [len(part) for part in video.chunks(150)] == [150, 150, 100]
-    with pytest.raises(ScdError, match="400 frames, but frame 400 was asked for"):
+    with pytest.raises(ScdError, match="400 frames, so there is no frame 400"):
         video.frames(np.array([400]))
     longer = InOrderVideo(generated / "whole.mp4", 402, (64, 64))
     for read in (lambda: longer.frames(np.arange(390, 402)), lambda: list(longer.chunks(100))):
@@ -264,7 +310,7 @@ def test_the_remedy_helps(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "told"), [("avi", "a video without a single frame"), ("mp4", "no pictures in it")]
+    ("suffix", "told"), [("avi", "a video without a single frame"), ("mp4", "has no pictures")]
 )
 def test_a_video_without_frames_is_told(tmp_path: Path, suffix: str, told: str) -> None:
     write_video(tmp_path / "v.mp4", drawn(5), 25)
@@ -295,7 +341,7 @@ def test_validate_tells_what_is_slow_and_of_another_rate(
     write_video(root / "ntsc.mp4", drawn(40), 24.98)
     write_list(root / "l.json", [ClipEntry(n) for n in ("whole.mp4", "copied.avi", "ntsc.mp4")])
     out, report = validate(root / "l.json")
-    assert "l.json: videos read from their first frame on" in out and "other frames: 1. To" in out
+    assert "l.json: slow videos: 1. Seeking in them fails or yields other frames" in out
     assert remedy(root / "copied.avi") in out
     assert report["lists"][0]["in_order"] == ["copied.avi"]
     assert len(report["warnings"]) == 1  # 24.98 and 25 are no difference
@@ -304,7 +350,7 @@ def test_validate_tells_what_is_slow_and_of_another_rate(
     write_list(root / "l.json", [ClipEntry(name) for name in ("whole.mp4", "slow.mp4")])
     out, report = validate(root / "l.json")
     assert report["lists"][0]["fps"] == {"10.0": 1, "25.0": 1}
-    assert [line for line in report["warnings"] if "10 to 25 frames a second" in line]
+    assert [line for line in report["warnings"] if "10 to 25 frames per second" in line]
     assert "25: 1, 10: 1" in out
 
 

@@ -19,11 +19,11 @@ from scd.flow.objective import LEVELS
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import build_world_model, load_checkpoint_for_use
 from scd.options import Options, load_options
-from scd.training import launch, run_log, world_model_task
+from scd.training import launch, performance, world_model_task
 from scd.training.encode import encode_dataset
-from scd.training.estimate import ClipCost, clip_cost, estimate_step
 from scd.training.launch import make_accelerator
-from scd.training.run_log import Meter, peak_flops, read_log
+from scd.training.performance import ClipCost, ThroughputMeter, clip_cost, estimate_step, peak_flops
+from scd.training.run_log import read_log
 from scd.training.world_model_task import HeldOutLoss
 from scd.utils import tracking
 from tests.test_training import assert_same_state, train
@@ -48,7 +48,7 @@ def options(doom_root, tmp_path):
             *("model.patch_size=16", "model.heads=1"),
             *("model.encoder_layers=1", "model.decoder_layers=1"),
             *("train.steps=6", "train.batch_size=2", "train.save_every=2", "train.log_every=1"),
-            *("train.workers=0", "train.mixed_precision=no"),
+            *("train.workers=0", "train.mixed_precision=fp32"),
             *("eval.context_frames=4", "eval.new_frames=2", "eval.videos=2"),
         ]
         return load_options(ROOT / "options/scd_doom_tiny.yml", [*small, *overrides])
@@ -77,7 +77,9 @@ def test_the_held_out_loss_is_always_of_the_same_clips_and_noise(options, monkey
     # Each of the clips counts, and each as much.
     alone = []
     for number in range(2):
-        monkeypatch.setattr(world_model_task, "share", lambda _, number=number: [number])
+        monkeypatch.setattr(
+            world_model_task, "split_between_processes", lambda _, number=number: [number]
+        )
         alone.append(held_out_of(o)(model, "fp32"))
     assert alone[0] != alone[1]
     for name in NAMES:
@@ -146,13 +148,13 @@ def test_watching_changes_nothing_and_a_restart_tells_the_same(options):
 
 def test_speed_is_told_in_the_words_of_the_field(monkeypatch):
     """Two steps of two seconds, of 8 clips on 2 processes; a clip has 10 tokens and 6 TFLOP."""
-    monkeypatch.setattr(run_log, "_peak_memory", lambda _: {})
+    monkeypatch.setattr(performance, "_peak_memory", lambda _: {})
 
     def entry(cost: ClipCost | None, peak: float | None) -> dict[str, float]:
-        of_steps = Meter(8, 2, cost, peak)
+        meter = ThroughputMeter(8, 2, cost, peak)
         for _ in range(2):
-            of_steps.add_step(2.0)
-        return of_steps.entry(CPU)
+            meter.add_step(2.0)
+        return meter.report(CPU)
 
     cost = ClipCost(tokens=10, flops=6 * 10**12)
     assert entry(cost, 48e12) == {
@@ -254,7 +256,7 @@ def test_a_trace_is_whole_or_absent(options, monkeypatch, fault):
             Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(run_log.profile, "export_chrome_trace", half)
+        monkeypatch.setattr(performance.profile, "export_chrome_trace", half)
         with pytest.raises(ScdError, match=r"steps-2-3.json.gz: cannot be written \(No space"):
             train(o)
     assert not [path for path in (o.output / "traces").rglob("*") if path.is_file()]
@@ -373,7 +375,7 @@ def test_a_damaged_wandb_id_is_told(options, offline):
     o.output.mkdir(parents=True)
     for text in ("{}", "[]", '{"id": 3}', '{"id": "../x"}'):
         (o.output / "wandb.json").write_text(text)
-        with pytest.raises(ScdError, match=r"wandb.json: holds no id of a wandb run; remove it"):
+        with pytest.raises(ScdError, match=r"wandb.json: holds no ID of a wandb run; remove it"):
             train(o)
 
 

@@ -2,16 +2,18 @@
 
 torchrun --nproc_per_node=2 tests/train_on_processes.py KIND OPTIONS [key=value ...]
 
-KIND is plain, sharded, hybrid or lost. Accelerate shards on accelerators only. `sharded` and
-`hybrid` stand for it on the CPU: they take the settings of `scripts/accelerate/fsdp2.yaml` and
-`hsdp.yaml` as `accelerate launch` hands them over; `hybrid` as on nodes of two. In `lost`, the
-second process stands still after the first step, as one does whose machine is gone, and seconds
-are enough to notice it.
+Launched by `launch`, the processes are forks of one that has imported everything, and save the
+seconds which that takes. KIND is plain, sharded, hybrid or lost. Accelerate shards on accelerators
+only. `sharded` and `hybrid` stand for it on the CPU: they take the settings of
+`scripts/accelerate/fsdp2.yaml` and `hsdp.yaml` as `accelerate launch` hands them over; `hybrid` as
+on nodes of two. In `lost`, the second process stands still after the first step, as one does whose
+machine is gone, and seconds are enough to notice it.
 """
 
 import os
 import signal
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -25,14 +27,29 @@ from scd.options import load_options
 from scd.training import watchdog
 from scd.training.launch import build_task, make_accelerator, sharding_plugin
 from scd.training.trainer import Trainer
+from tests.faults.runs import fork_server, free_port, settle
 
 CONFIGS = Path(__file__).parent.parent / "scripts/accelerate"
 
 
-def main() -> None:
-    kind, path, *overrides = sys.argv[1:]
+def launch(folder: Path, count: int, arguments: list[str]) -> list[BaseProcess]:
+    """Start the processes; what each prints goes to `output-RANK.txt` in `folder`."""
+    context, port = fork_server(), free_port()
+    places = [(rank, count, port) for rank in range(count)]
+    started = [context.Process(target=forked, args=(folder, p, arguments)) for p in places]
+    for process in started:
+        process.start()
+    return started
+
+
+def forked(folder: Path, place: tuple[int, int, int], arguments: list[str]) -> None:
+    settle(folder, place)
+    main(*arguments)
+
+
+def main(kind: str, path: str, *overrides: str) -> None:
     torch.set_num_threads(1)
-    options = load_options(path, overrides)
+    options = load_options(path, list(overrides))
     accelerator = make_accelerator(options)
     if kind in ("sharded", "hybrid"):
         shard(accelerator, "hsdp" if kind == "hybrid" else "fsdp2")
@@ -73,4 +90,5 @@ def shard(accelerator: Accelerator, config: str) -> None:
         state.parallelism_config._validate_accelerator(accelerator)
 
 
-main()
+if __name__ == "__main__":
+    main(*sys.argv[1:])

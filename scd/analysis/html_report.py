@@ -1,4 +1,4 @@
-"""The report of a probe: a folder with `index.html`, its pictures, and `probe.json`."""
+"""A probe report: a folder with `index.html`, its figures as PNG, and `probe.json`."""
 
 import html
 import re
@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from scd.evaluation.table import Table
 from scd.utils.files import write_atomically, write_json
+from scd.utils.table import Table
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --quiet: #5c5c5c; --line: #d6d6d6; }
@@ -32,23 +32,23 @@ th.name, td.name { text-align: left; }
 
 @dataclass(frozen=True)
 class Section:
-    """One probe: what it says, how it was measured, its pictures, table and numbers."""
+    """One probe's result: a finding, how it was measured, figures, a table and numbers."""
 
     key: str  # in the JSON
     title: str
-    finding: str  # a sentence or two, made from the numbers
+    finding: str  # a few sentences, made from the numbers
     how: str
-    figures: dict[str, Figure] = field(default_factory=dict)  # file stem -> picture
+    figures: dict[str, Figure] = field(default_factory=dict)  # file stem -> figure
     table: Table | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
 class Report:
-    """`index.html`, PNG files and `probe.json` in a folder, written anew with every section.
+    """A report in a folder, rewritten with every section so that a later failure loses nothing.
 
     Args:
-        about: what all numbers were made with.
-        planned: how many sections there will be.
+        about: model, clips, settings and environment, for `probe.json`.
+        planned: the number of sections of the finished report.
     """
 
     def __init__(self, folder: Path, title: str, about: dict[str, Any], planned: int):
@@ -59,7 +59,7 @@ class Report:
         self.sections: list[Section] = []
 
     def add(self, section: Section, seconds: float) -> None:
-        """A section, and how long it took."""
+        """Add a section that took so many seconds, and write the report."""
         self.sections.append(section)
         for stem, figure in section.figures.items():
             write_atomically(self.folder / f"{stem}.png", partial(figure.savefig, dpi=130))
@@ -76,7 +76,7 @@ class Report:
 
 
 def rounded(value: Any) -> Any:
-    """Tensors as lists, numbers to six significant digits."""
+    """Round numbers to six significant digits, and convert tensors to lists, for JSON."""
     if isinstance(value, Tensor):
         return rounded(value.tolist())
     if isinstance(value, dict):

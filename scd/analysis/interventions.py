@@ -1,4 +1,4 @@
-"""Intervene in a model: hooks on its blocks and attention; layers skipped, blinded or left out."""
+"""Intervene in a running model: skip its layers, mask their attention, or bypass them, by hooks."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,21 +13,21 @@ from scd.models.attention import full_attention
 from scd.models.layers import Attend
 from scd.models.world_model import FrameDenoiser
 
-CLEAN_PASS = -1  # the "step" in which the newest clean frame is encoded
+CLEAN_PASS = -1  # the "step" in which the newest clean frame is encoded into the KV cache
 
 
-def step_blocks(model: WorldModel) -> list[nn.Module]:
-    """The blocks that run at every denoising step."""
+def denoising_blocks(model: WorldModel) -> list[nn.Module]:
+    """List the blocks that run at every denoising step."""
     return list(model.decoder.blocks if isinstance(model, SCD) else model.blocks)
 
 
-def past_blocks(model: WorldModel) -> list[nn.Module]:
-    """The blocks that see past frames."""
+def causal_blocks(model: WorldModel) -> list[nn.Module]:
+    """List the blocks that attend to past frames."""
     return list(model.encoder.blocks if isinstance(model, SCD) else model.blocks)
 
 
-def all_blocks(model: WorldModel) -> dict[str, nn.Module]:
-    """Every block by the name that reports call it."""
+def named_blocks(model: WorldModel) -> dict[str, nn.Module]:
+    """List every block under its name in reports, such as `encoder 3`."""
     if isinstance(model, SCD):
         parts = {"encoder": model.encoder.blocks, "decoder": model.decoder.blocks}
     else:
@@ -39,58 +39,60 @@ def all_blocks(model: WorldModel) -> dict[str, nn.Module]:
     }
 
 
-class StepClock:
-    """`step`: of the rollout, from 0; `CLEAN_PASS`; or None during prefill."""
+class CurrentStep:
+    """Where a rollout is; `step` counts a frame's denoising steps from 0, is `CLEAN_PASS` between
+    frames, and None during prefill."""
 
     step: int | None = None
 
 
 @contextmanager
-def step_clock(
-    model: WorldModel, see: Callable[[int, Tensor, Tensor], None] | None = None
-) -> Iterator[StepClock]:
-    """A clock that goes while the model makes frames.
+def track_steps(
+    model: WorldModel, on_step: Callable[[int, Tensor, Tensor], None] | None = None
+) -> Iterator[CurrentStep]:
+    """Track which denoising step the model is at, in rollouts inside this context.
 
     Args:
-        see: gets every step's number, noisy frames and velocities, (B, 1, C, H, W).
+        on_step: called after every step with its number, the noisy frames and the velocities,
+            (B, 1, C, H, W) each.
     """
-    clock = StepClock()
+    current = CurrentStep()
     before, plain = model.__dict__.get("begin_frame"), model.begin_frame
 
     def begin_frame(*args: Any, **kwargs: Any) -> FrameDenoiser:
-        clock.step = CLEAN_PASS
+        current.step = CLEAN_PASS
         denoiser = plain(*args, **kwargs)
-        clock.step = None
+        current.step = None
 
-        def timed(noisy: Tensor, step: int, *inputs: Tensor) -> Tensor:
-            clock.step = step
+        def tracked(noisy: Tensor, step: int, *inputs: Tensor) -> Tensor:
+            current.step = step
             velocity = denoiser.velocity(noisy, step, *inputs)
-            clock.step = None
-            if see is not None:
-                see(step, noisy, velocity)
+            current.step = None
+            if on_step is not None:
+                on_step(step, noisy, velocity)
             return velocity
 
-        return denoiser._replace(velocity=timed)
+        return denoiser._replace(velocity=tracked)
 
     model.begin_frame = begin_frame  # type: ignore[method-assign]
     try:
-        yield clock
+        yield current
     finally:
         if before is None:
             del model.begin_frame
-        else:  # another clock goes on
+        else:  # another tracker is still active
             model.begin_frame = before  # type: ignore[method-assign]
 
 
 @contextmanager
-def block_outputs(
+def hook_block_outputs(
     blocks: Iterable[nn.Module], change: Callable[[int, Tensor, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Show every block's run to `change`, and let it replace what comes out.
+    """Call `change` after every block, and let it replace the block's output.
 
     Args:
-        change: number of the block, tokens that went in and that came out, both (B, F, N, D) and
-            of the same tokens -> what shall come out instead; None: leave it.
+        change: (block number, input, output) -> new output, or None to keep it. All are hidden
+            states (B, F, N, D) of the same tokens.
     """
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
@@ -103,10 +105,10 @@ def block_outputs(
 
 
 @contextmanager
-def attention_of(
+def replace_attention(
     blocks: Iterable[nn.Module], change: Callable[[int, Attend], Attend]
 ) -> Iterator[None]:
-    """Put another attention in the place of every block's own: `change(number, attend)`."""
+    """Replace every block's attention function by `change(block number, function)`."""
     with ExitStack() as stack:
         for number, block in enumerate(blocks):
 
@@ -129,45 +131,47 @@ def _removed_after(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def layers_skipped(model: WorldModel, first: int, last: int, full_steps: int) -> Iterator[None]:
-    """In rollouts, after the first `full_steps` steps of a frame, blocks first..last-1 do not look.
+def skip_layers(model: WorldModel, first: int, last: int, full_steps: int) -> Iterator[None]:
+    """Skip denoising blocks first..last-1 in rollouts, after a frame's first `full_steps` steps.
 
-    Each adds to its tokens what it added at the last full step. (Of the blocks that run at every
-    step; they are computed all the same, only their result is not used.)
+    A skipped block adds to its tokens what it added at the last full step. It is still computed:
+    this measures what skipping costs in quality, not what it saves in time.
     """
     added: dict[int, Tensor] = {}
-    with step_clock(model) as clock:
+    with track_steps(model) as current:
 
         def reuse(number: int, before: Tensor, out: Tensor) -> Tensor | None:
-            if clock.step is None or clock.step < 0:
+            if current.step is None or current.step < 0:
                 return None
-            if clock.step < full_steps:
+            if current.step < full_steps:
                 added[number] = out - before
                 return None
             return before + added[number]
 
-        with block_outputs(step_blocks(model)[first:last], reuse):
+        with hook_block_outputs(denoising_blocks(model)[first:last], reuse):
             yield
 
 
 @contextmanager
-def frame_diagonal(blocks: Sequence[nn.Module], tokens_per_frame: int) -> Iterator[None]:
-    """The blocks' tokens see those of their own frame only, in training, loss and rollouts."""
-    attend = partial(own_frame_attention, tokens_per_frame=tokens_per_frame)
-    with attention_of(blocks, lambda number, causal: attend):
+def frame_diagonal_attention(blocks: Sequence[nn.Module], tokens_per_frame: int) -> Iterator[None]:
+    """Mask the blocks' attention to the tokens of the same frame, in training and in rollouts."""
+    attend = partial(attend_within_frames, tokens_per_frame=tokens_per_frame)
+    with replace_attention(blocks, lambda number, causal: attend):
         yield
 
 
-def own_frame_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
-    """(B, heads, F·N, head_dim) each. A cache gives a layer the newest frames' keys, so this holds
-    with and without one."""
+def attend_within_frames(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
+    """Attend inside each frame; q, k, v and the result are (B, heads, F·N, head_dim).
+
+    A KV cache passes the newest frames' keys to a layer, so this holds with and without cache.
+    """
     batch = q.shape[0]
     q, k, v = (rearrange(x, "b h (f n) d -> (b f) h n d", n=tokens_per_frame) for x in (q, k, v))
     return rearrange(full_attention(q, k, v), "(b f) h n d -> b h (f n) d", b=batch)
 
 
 @contextmanager
-def left_out(block: nn.Module) -> Iterator[None]:
-    """The block hands its tokens on as they are."""
-    with block_outputs([block], lambda number, before, out: before):
+def bypass(block: nn.Module) -> Iterator[None]:
+    """Bypass a block: its output is its input."""
+    with hook_block_outputs([block], lambda number, before, out: before):
         yield

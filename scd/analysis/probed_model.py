@@ -1,4 +1,4 @@
-"""What all probes of a report share: the model, its clips, what it measures untouched."""
+"""A model under probe: measured unmodified and ablated, and fine-tuned for a few steps."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -6,48 +6,59 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from scd.analysis.figures import Panels
-from scd.analysis.fine_tune import fine_tuning
-from scd.analysis.probe_clips import ProbeClips
-from scd.analysis.quality import (
+from scd.analysis.measurements import (
     FVD_CLIPS,
-    Around,
-    FrameJudge,
-    Frames,
-    increase,
+    FrameEvaluator,
+    FrameScores,
+    Intervention,
+    ProbeClips,
     loss_by_level,
-    paired,
+    paired_difference,
+    relative_increase,
 )
-from scd.data.clips import TrainingClips
-from scd.evaluation.table import Table
+from scd.data.clips import clip_folder
+from scd.data.loader import TrainingClips
+from scd.errors import ScdError
+from scd.evaluation.metrics import METRICS
+from scd.flow.objective import FlowObjective, with_scaled_latents
 from scd.models import WorldModel
+from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel
 from scd.options import Options
+from scd.training.encode import check_training_latents
+from scd.training.optimizer import make_optimizer
+from scd.training.world_model_task import parameter_groups
+from scd.utils.precision import autocast, has_bf16, resolve_precision
+from scd.utils.table import Table
 
-METRICS = {"psnr": ("PSNR, dB", 2), "lpips": ("LPIPS", 3)}
-TOLERANCE = 0.05  # increase of the loss at which a change counts as harmless
+FRAME_METRICS = ("psnr", "lpips")
+TOLERANCE = 0.05  # relative increase of the loss up to which a change counts as harmless
+WARMUP = 10  # steps of a fine-tune
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A changed model as it was measured; either measurement may be left out."""
+class Measurement:
+    """Loss and frame scores of a model, unmodified or ablated; either may be left out."""
 
     name: str
     loss: Tensor | None = None  # (n, levels)
-    frames: Frames | None = None
+    frames: FrameScores | None = None
 
 
 class ProbedModel:
-    """
+    """A loaded model with its probe clips, and its unmodified measurement to compare with.
+
     Args:
-        steps: of a frame, in all probes.
-        bar: to advance with every measurement and training step.
-        training: the clips to fine-tune on; None: nothing is fine-tuned.
-        fine_tune: steps.
-        last_frame: the loss is that of the clips' last frame only, not of all.
+        steps: denoising steps per frame, in all probes.
+        progress: a bar that advances with every measurement and training step.
+        training: the clips to fine-tune on; None: no fine-tuning.
+        fine_tune: training steps of a fine-tune.
+        last_frame: measure the loss of the clips' last frame only, not of all frames.
     """
 
     def __init__(
@@ -55,7 +66,7 @@ class ProbedModel:
         loaded: LoadedModel,
         clips: ProbeClips,
         steps: int,
-        bar: tqdm,
+        progress: tqdm,
         training: TrainingClips | None = None,
         fine_tune: int = 0,
         last_frame: bool = False,
@@ -67,10 +78,10 @@ class ProbedModel:
         self.training = training
         self.fine_tune = fine_tune if training is not None else 0
         self.last_frame = last_frame
-        self.bar = bar
+        self.progress = progress
         self.seed = loaded.options.seed
-        self.judge = FrameJudge(loaded.codec, clips, steps, self.seed)
-        self.untouched = self.measure("untouched", self.model)
+        self.evaluator = FrameEvaluator(loaded.codec, clips, steps, self.seed)
+        self.unmodified = self.measure("unmodified", self.model)
 
     @property
     def tokens(self) -> int:
@@ -82,116 +93,188 @@ class ProbedModel:
         model: WorldModel,
         loss: bool = True,
         frames: bool = True,
-        around: Around = nullcontext,
-    ) -> Variant:
-        """The model as it is now."""
-        variant = Variant(
+        intervention: Intervention = nullcontext,
+    ) -> Measurement:
+        """Measure a model as it is now, under an intervention."""
+        measurement = Measurement(
             name,
-            self.loss(model, around) if loss else None,
-            self.judge(model, around) if frames else None,
+            self.loss(model, intervention) if loss else None,
+            self.evaluator(model, intervention) if frames else None,
         )
-        self.bar.update()
-        return variant
+        self.progress.update()
+        return measurement
 
-    def loss(self, model: WorldModel, around: Around = nullcontext) -> Tensor:
-        """(n, levels)."""
-        return loss_by_level(model, self.clips, self.seed, around, self.last_frame)
+    def loss(self, model: WorldModel, intervention: Intervention = nullcontext) -> Tensor:
+        """Measure the loss by noise level, (n, levels)."""
+        return loss_by_level(model, self.clips, self.seed, intervention, self.last_frame)
 
-    def train(self, model: WorldModel, options: Options, share: float = 1.0) -> Iterator[int]:
-        """See `fine_tuning`."""
+    def train(self, model: WorldModel, options: Options, lr_scale: float = 1.0) -> Iterator[int]:
+        """Fine-tune a model; see `fine_tuning`."""
         assert self.training is not None
         for step in fine_tuning(
-            model, self.loaded.codec, options, self.training, self.fine_tune, share
+            model, self.loaded.codec, options, self.training, self.fine_tune, lr_scale
         ):
-            self.bar.update()
+            self.progress.update()
             yield step
 
     @property
-    def missing(self) -> dict[str, str]:
-        """Metrics that would be measured, and why they are not."""
-        missing = dict(self.judge.measures.missing)
-        if len(self.clips) < FVD_CLIPS:
-            missing.pop("fvd", None)
-        return missing
+    def missing_metrics(self) -> dict[str, str]:
+        """List the metrics that cannot be computed: name -> reason."""
+        wanted = [*FRAME_METRICS, "fvd"] if len(self.clips) >= FVD_CLIPS else FRAME_METRICS
+        missing = self.evaluator.available.missing
+        return {metric: why for metric, why in missing.items() if metric in wanted}
 
-    def difference(self, variant: Variant, metric: str) -> tuple[float, float]:
-        """Compare a frame metric with the untouched model's: difference, standard error."""
-        assert variant.frames is not None and self.untouched.frames is not None
-        return paired(variant.frames.metrics[metric], self.untouched.frames.metrics[metric])
+    def difference(self, measurement: Measurement, metric: str) -> tuple[float, float]:
+        """Compare a frame metric with the unmodified model's: difference, standard error."""
+        assert measurement.frames is not None and self.unmodified.frames is not None
+        return paired_difference(
+            measurement.frames.metrics[metric], self.unmodified.frames.metrics[metric]
+        )
 
-    def loss_increase(self, variant: Variant) -> tuple[float, float]:
-        """As a share, mean over noise levels, with its standard error over clips."""
-        assert variant.loss is not None and self.untouched.loss is not None
-        return increase(variant.loss, self.untouched.loss)
+    def loss_increase(self, measurement: Measurement) -> tuple[float, float]:
+        """Compare the loss with the unmodified model's: relative increase, standard error."""
+        assert measurement.loss is not None and self.unmodified.loss is not None
+        return relative_increase(measurement.loss, self.unmodified.loss)
 
-    def loss_percent(self, variants: Sequence[Variant]) -> np.ndarray:
-        """(variants, levels), the increase in percent."""
-        assert self.untouched.loss is not None
-        base = self.untouched.loss.mean(dim=0)
-        losses = [variant.loss.mean(dim=0) for variant in variants if variant.loss is not None]
+    def loss_percent(self, measurements: Sequence[Measurement]) -> np.ndarray:
+        """Compute the increase of each loss in percent, (measurements, levels)."""
+        assert self.unmodified.loss is not None
+        base = self.unmodified.loss.mean(dim=0)
+        losses = [m.loss.mean(dim=0) for m in measurements if m.loss is not None]
         return np.stack([100 * (loss / base - 1).numpy() for loss in losses])
 
-    def frame_panels(self, lines: dict[str, list[Variant | None]]) -> Panels:
-        """For `figures.differences`: a panel for each metric of the frames."""
-        assert self.untouched.frames is not None
+    def frame_panels(self, curves: dict[str, list[Measurement | None]]) -> Panels:
+        """Make a panel of `figures.differences` for each frame metric."""
+        assert self.unmodified.frames is not None
         return {
-            f"{label}, difference": {
-                name: [None if v is None else self.difference(v, metric) for v in line]
-                for name, line in lines.items()
+            f"{_label(metric)}, difference": {
+                name: [None if m is None else self.difference(m, metric) for m in curve]
+                for name, curve in curves.items()
             }
-            for metric, (label, _) in METRICS.items()
-            if metric in self.untouched.frames.metrics
+            for metric in FRAME_METRICS
+            if metric in self.unmodified.frames.metrics
         }
 
-    def table(self, variants: Sequence[Variant]) -> Table:
-        """A line for each: increase of the loss, difference of the frames' metrics, FVD."""
-        untouched = self.untouched
-        assert untouched.frames is not None
-        metrics = [metric for metric in METRICS if metric in untouched.frames.metrics]
-        heads = ["", "loss"] + [METRICS[metric][0] for metric in metrics]
-        lines = []
-        plain = [
-            f"{untouched.frames.metrics[metric].mean():.{METRICS[metric][1]}f}"
+    def table(self, measurements: Sequence[Measurement]) -> Table:
+        """Tabulate measurements: increase of the loss, differences of the frame metrics, FVD."""
+        unmodified = self.unmodified
+        assert unmodified.frames is not None and unmodified.loss is not None
+        metrics = [metric for metric in FRAME_METRICS if metric in unmodified.frames.metrics]
+        heads = ["", "loss"] + [_label(metric) for metric in metrics]
+        absolute = [
+            METRICS[metric].format(float(unmodified.frames.metrics[metric].mean()))
             for metric in metrics
         ]
-        assert untouched.loss is not None
-        lines.append(["untouched", f"{untouched.loss.mean():.4f}", *plain])
-        for variant in variants:
-            line = [variant.name]
-            line.append("–" if variant.loss is None else percent(self.loss_increase(variant)))
+        rows = [[unmodified.name, f"{unmodified.loss.mean():.4f}", *absolute]]
+        for measurement in measurements:
+            row = [measurement.name]
+            row.append(
+                "–" if measurement.loss is None else percent(self.loss_increase(measurement))
+            )
             for metric in metrics:
-                mean, error = self.difference(variant, metric)
-                digits = METRICS[metric][1]
-                line.append(f"{mean:+.{digits}f} ± {error:.{digits}f}")
-            lines.append(line)
-        if untouched.frames.fvd is not None:
+                mean, error = self.difference(measurement, metric)
+                digits = METRICS[metric].decimals
+                row.append(f"{mean:+.{digits}f} ± {error:.{digits}f}")
+            rows.append(row)
+        if unmodified.frames.fvd is not None:
             heads.append(f"FVD (n={len(self.clips)})")
-            for line, variant in zip(lines, [untouched, *variants], strict=True):
-                frames = variant.frames
-                line.append("–" if frames is None or frames.fvd is None else f"{frames.fvd:.1f}")
+            for row, measurement in zip(rows, [unmodified, *measurements], strict=True):
+                frames = measurement.frames
+                row.append("–" if frames is None or frames.fvd is None else f"{frames.fvd:.1f}")
         notes = [
-            f"Differences to the untouched model, ± standard error over {len(self.clips)} clips; "
-            f"mean of {self.clips.new_frames} new frames, {self.steps} steps, the same noise."
+            f"Differences from the unmodified model, ± standard error over {len(self.clips)} "
+            f"clips; mean of {self.clips.new_frames} new frames, {self.steps} steps, same noise."
         ]
-        notes += [f"{metric.upper()} is missing: {why}" for metric, why in self.missing.items()]
-        return Table(heads, lines, 1, notes)
+        notes += [
+            f"{metric.upper()} is missing: {why}" for metric, why in self.missing_metrics.items()
+        ]
+        return Table(heads, rows, 1, notes)
 
-    def numbers(self, variant: Variant) -> dict[str, Any]:
-        """For the JSON."""
-        out: dict[str, Any] = {"name": variant.name}
-        if variant.loss is not None:
-            out["loss_by_level"] = variant.loss.mean(dim=0)
-            out["loss_increase"] = self.loss_increase(variant)
-        if variant.frames is not None:
-            for metric, values in variant.frames.metrics.items():
+    def to_json(self, measurement: Measurement) -> dict[str, Any]:
+        """Collect a measurement's numbers for `probe.json`."""
+        out: dict[str, Any] = {"name": measurement.name}
+        if measurement.loss is not None:
+            out["loss_by_level"] = measurement.loss.mean(dim=0)
+            out["loss_increase"] = self.loss_increase(measurement)
+        if measurement.frames is not None:
+            for metric, values in measurement.frames.metrics.items():
                 out[metric] = float(values.mean())
-                out[f"{metric}_difference"] = self.difference(variant, metric)
-            out["fvd"] = variant.frames.fvd
+                out[f"{metric}_difference"] = self.difference(measurement, metric)
+            out["fvd"] = measurement.frames.fvd
         return out
 
 
-def percent(share: tuple[float, float]) -> str:
-    """A share and its standard error."""
-    mean, error = (100 * value for value in share)
+def _label(metric: str) -> str:
+    """Name a metric with its unit."""
+    return ", ".join(filter(None, (METRICS[metric].title, METRICS[metric].unit)))
+
+
+def percent(increase: tuple[float, float]) -> str:
+    """Format a relative increase and its standard error, as `+3.4 ± 0.3 %`."""
+    mean, error = (100 * value for value in increase)
     digits = 0 if abs(mean) >= 100 else 1
     return f"{mean:+.{digits}f} ± {error:.{digits}f} %"
+
+
+def open_training_clips(loaded: LoadedModel) -> TrainingClips:
+    """Open the training clips of the options, and read one to see that they can be read.
+
+    Raises:
+        ScdError: they cannot, or their latents are not what the options' autoencoder makes.
+    """
+    options, o = loaded.options, loaded.options.data
+    try:
+        data = clip_folder(options, o.train_list, o.source)
+        if o.source == "latents":
+            check_training_latents(data, loaded.codec, options)
+        clips = TrainingClips(data, o.frames, o.frame_stride, options.seed, o.max_broken_clips)
+        clips[0]
+    except ScdError as error:
+        raise ScdError(f"{error}; --fine-tune 0 probes without training data") from error
+    return clips
+
+
+def fine_tuning(
+    model: WorldModel,
+    codec: Codec,
+    options: Options,
+    clips: TrainingClips,
+    steps: int,
+    lr_scale: float,
+) -> Iterator[int]:
+    """Train a model in place for a few steps; yields the number of steps done, from 0.
+
+    Objective, optimizer and batches are those of the options, in one process. All models see the
+    same clips: those that follow the ones of the options' own run.
+
+    Args:
+        lr_scale: factor on the options' learning rates, constant after a warmup.
+    """
+    yield 0
+    t = options.train
+    model.set_gradient_checkpointing(t.gradient_checkpointing)
+    objective = FlowObjective(model, options.flow, options.seed)
+    optimizer = make_optimizer(
+        parameter_groups(model, options.optim), options.optim, has_bf16(model.device)
+    )
+    rates = [group["lr"] for group in optimizer.param_groups]
+    device = model.device
+    precision = resolve_precision(t.mixed_precision, device)
+    for step in range(steps):
+        model.train()
+        for part in range(t.gradient_accumulation):
+            first = ((t.steps + step) * t.gradient_accumulation + part) * t.batch_size
+            read = [clips[number] for number in range(first, first + t.batch_size)]
+            batch = {key: torch.stack([clip[key] for clip in read]) for key in read[0]}
+            samples = batch.pop("sample").tolist()
+            batch = with_scaled_latents({k: v.to(device) for k, v in batch.items()}, codec)
+            with autocast(device, precision):
+                loss = objective({**batch, "sample": samples})["loss"]
+            (loss / t.gradient_accumulation).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.optim.max_grad_norm)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr_scale * rate * min(1.0, (step + 1) / WARMUP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.eval()
+        yield step + 1

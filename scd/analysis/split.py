@@ -1,15 +1,15 @@
-"""From a trained dense model to an SCD that starts from its layers.
+"""Initialize an SCD from the layers of a trained dense model.
 
-The encoder gets the first E layers, the frame decoder the last D, or the first and the last D/2 (as
-the paper does with a text-to-video model: 25 of 30 layers, and 5 + 5). Embedding, conditioning and
-output layers are copied to where they have a counterpart.
+The encoder gets the first E layers. The frame decoder gets the last D, or the first and the last
+D/2 (as in the paper's text-to-video model: 25 of 30 layers, and 5 + 5). Embedding, conditioning and
+output layers are copied wherever they have a counterpart.
 
-What agrees with the dense model: the encoder's layers see clean frames at timestep −1 and their
-past, as its clean branch did; the decoder's rotary positions differ inside a frame as they did; the
-velocity is read by the same layers. What cannot, and has to be learned: history now comes as tokens
-of the same frame, normed, and the decoder never attended to such tokens; the encoder's frame j is
-conditioned on the action of frame j+1 (the dense model's clean frame on its own); noisy tokens of
-`last` enter in the middle of the stack. The encoder's output norm starts without modulation.
+Some things stay as in the dense model: the encoder's layers see clean frames at timestep −1 and
+their past; the decoder's rotary positions differ inside a frame as before; the same layers read out
+the velocity. The rest has to be learned: history now comes as normalized tokens of the same frame,
+to which the decoder never attended; the encoder's frame j is conditioned on the action of frame
+j + 1 (the dense model's clean frame on its own); with `last`, noisy tokens enter in the middle of
+the stack. The encoder's output norm starts without modulation.
 """
 
 import json
@@ -28,12 +28,12 @@ from scd.models.weights import load_matching
 from scd.options import OPTIONS_FILE, Options, options_to_dict, options_to_yaml
 from scd.utils.files import write_atomically
 
-FRESH = ("encoder.norm_out.", "encoder.start")  # has no counterpart in a dense model
+FRESH = ("encoder.norm_out.", "encoder.start")  # tensors without counterpart in a dense model
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which layers of a dense model go where."""
+    """A choice of the dense model's layers for the encoder and for the decoder."""
 
     encoder_layers: int
     decoder_layers: int
@@ -45,36 +45,36 @@ class Split:
 
     @property
     def arguments(self) -> list[str]:
-        """Write the split as the command line's options."""
+        """Write the split as arguments of `scd split`."""
         numbers = ("--encoder-layers", self.encoder_layers, "--decoder-layers", self.decoder_layers)
         return [*map(str, numbers), "--decoder-from", self.decoder_from]
 
     def decoder_sources(self, layers: int) -> list[int]:
-        """The numbers of the dense model's layers, from 0, that the decoder is made of.
+        """List the dense model's layers, from 0, that the decoder is made of.
 
         Raises:
-            ScdError: there are not so many, or none for a part.
+            ScdError: there are fewer layers, or a part would have none.
         """
         for part, count in (("encoder", self.encoder_layers), ("decoder", self.decoder_layers)):
             if not 1 <= count <= layers:
                 raise ScdError(
-                    f"--{part}-layers {count}: the dense model has layers for 1 to {layers}"
+                    f"--{part}-layers {count}: choose 1 to {layers}, the dense model's layers"
                 )
         first = 0
         if self.decoder_from == "first-and-last":
             if self.decoder_layers % 2:
                 raise ScdError(
-                    f"--decoder-layers {self.decoder_layers}: first-and-last takes as many from "
-                    f"either end, so an even number"
+                    f"--decoder-layers {self.decoder_layers}: first-and-last takes the same number "
+                    f"from both ends, so choose an even number"
                 )
             first = self.decoder_layers // 2
         return [*range(first), *range(layers - self.decoder_layers + first, layers)]
 
 
 def split_options(options: Options, split: Split) -> Options:
-    """The dense model's experiment, with an SCD of these layers.
+    """Replace the dense model in an experiment's options by an SCD of these layers.
 
-    Its layers attended to their history, so the context comes as tokens.
+    The context is fused as tokens (`token_concat`), since the dense layers attended to history too.
     """
     model = replace(
         options.model,
@@ -88,10 +88,10 @@ def split_options(options: Options, split: Split) -> Options:
 
 
 def split_model(dense: CausalDiT, codec: Codec, options: Options, split: Split) -> SCD:
-    """An SCD of the dense model's weights.
+    """Build an SCD from the dense model's weights.
 
     Args:
-        options: see `split_options`.
+        options: of the SCD, from `split_options`.
 
     Raises:
         ScdError: see `Split.decoder_sources`.
@@ -101,11 +101,11 @@ def split_model(dense: CausalDiT, codec: Codec, options: Options, split: Split) 
     model = build_world_model(options, codec).to(dense.device)
     assert isinstance(model, SCD)
     weights: dict[str, Tensor] = dense.state_dict()
-    taken = {
+    tensors = {
         name: tensor if name.startswith(FRESH) else weights[_source(name, sources)].clone()
         for name, tensor in model.state_dict().items()
     }
-    load_matching(model, taken, f"split {split.name}")
+    load_matching(model, tensors, f"split {split.name}")
     return model.eval()
 
 
@@ -116,17 +116,17 @@ def split_checkpoint(
     options_path: str | None = None,
     overrides: list[str] | None = None,
 ) -> None:
-    """Write `model.safetensors` and the `options.yml` that trains from it to a new folder; say how.
+    """Split a checkpoint: write `model.safetensors` and the `options.yml` that trains from it.
 
     Raises:
-        ScdError: the checkpoint is no dense model, or cannot be split so, or the folder holds
-            anything.
+        ScdError: the checkpoint is not a dense model, the split is impossible, or the folder is not
+            empty.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ScdError(f"--out {out}: is there already; name a new folder, or delete it")
+        raise ScdError(f"--out {out}: already exists; choose a new folder, or delete it")
     loaded = load_checkpoint_for_use(path, options_path, overrides)
     dense = dense_model(loaded, path)
-    # Training goes on in that folder.
+    # Training will use the same folder.
     options = split_options(loaded.options, split)
     options = replace(options, output_root=str(out.parent), name=out.resolve().name)
     model = split_model(dense, loaded.codec, options, split)
@@ -144,13 +144,18 @@ def split_checkpoint(
 
 
 def dense_model(loaded: LoadedModel, path: Path) -> CausalDiT:
+    """Check that a loaded model is dense.
+
+    Raises:
+        ScdError: it is not.
+    """
     if not isinstance(loaded.model, CausalDiT):
         raise ScdError(f"{path}: only a dense model (model.type=causal_dit) can be split")
     return loaded.model
 
 
 def _source(name: str, decoder_sources: list[int]) -> str:
-    """The dense model's name of an SCD's tensor."""
+    """Map the name of an SCD's tensor to the dense model's."""
     part, _, rest = name.partition(".")
     if part == "decoder" and rest.startswith("blocks."):
         _, number, rest = rest.split(".", 2)

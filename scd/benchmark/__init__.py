@@ -1,1 +1,1 @@
-"""How fast it is: commands that print a table and write JSON, with the floor beside each figure."""
+"""Benchmarks: seconds per frame beside their floor, training steps, and clips per second."""

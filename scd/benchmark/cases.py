@@ -1,22 +1,24 @@
-"""What is timed: the cases of the table, and those of the plots."""
+"""The cases of the benchmark: those of the table, and those of the plots."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-SIDE, CHANNELS, ACTIONS = 8, 32, 4  # latents of a frame: 8x8 of 32 channels, as Minecraft's
+from scd.options import Guidance
+
+SIDE, CHANNELS, ACTIONS = 8, 32, 4  # a frame's latents are 8x8 with 32 channels, as for Minecraft
 
 
 @dataclass(frozen=True)
-class StreamCase:
-    """A rollout of one video.
+class RolloutCase:
+    """A rollout of one video, timed frame by frame.
 
     Args:
-        encoder_layers: 0: the dense baseline, of `decoder_layers` layers.
-        context: frames before the first new one.
-        capacity: frames that the cache has room for; 0: just those that are needed.
-        prefill: whether the context is encoded. If not, the cache is filled with noise: a frame
-            costs the same, without minutes of prefill.
-        frames: timed one by one, after a first one and a second one that warms up.
+        encoder_layers: 0 means the dense baseline, with `decoder_layers` layers.
+        context: number of context frames.
+        capacity: frames that the KV cache has room for; 0: as many as needed.
+        prefill: whether to encode the context frames. If not, the cache is filled with noise: a
+            frame costs the same, without minutes of prefill.
+        frames: to time, after a first frame and a second one as warmup.
     """
 
     name: str
@@ -27,14 +29,14 @@ class StreamCase:
     capacity: int = 0
     prefill: bool = True
     steps: int = 10
-    guidance: str = "context"
+    guidance: Guidance = "context"
     dtype: str = "float32"
     frames: int = 7
 
 
 @dataclass(frozen=True)
 class TrainCase:
-    """Optimiser steps on clips of latents, with K noise draws."""
+    """Training steps on clips of latents, with `draws` noise draws per frame."""
 
     name: str
     heads: int = 6
@@ -48,8 +50,8 @@ class TrainCase:
 
 
 @dataclass(frozen=True)
-class EndlessCase:
-    """A stream of the Doom model's size, longer than its window."""
+class LongRolloutCase:
+    """A rollout at the Doom model's size, much longer than its sliding window."""
 
     name: str
     frames: int
@@ -59,16 +61,16 @@ class EndlessCase:
 
 @dataclass(frozen=True)
 class DataCase:
-    """Clips through the loader of training, from a data set of its own.
+    """Clips read through the training's data loader, from a data set made for this.
 
     Args:
-        suffix: of its files: `.safetensors` and `.pt` hold latents, `.mp4` video.
-        stored: type of the latents' numbers on disk.
-        frames: of a clip.
-        clips: in the data set, of `episode` frames each.
-        size: of the frames, pixels; latents have a sixteenth of it.
-        workers: how many, in turn; None: `worker_counts` of all cores.
-        seconds: that each count is timed for, at least.
+        suffix: of the files: `.safetensors` and `.pt` hold latents, `.mp4` video.
+        stored: dtype of the latents on disk.
+        frames: per clip.
+        clips: files in the data set, of `episode` frames each.
+        size: height and width of the video in pixels; latents have a sixteenth of it.
+        workers: numbers of workers to time; None: `worker_counts` of all cores.
+        seconds: to time each number of workers for, at least.
     """
 
     name: str
@@ -82,30 +84,32 @@ class DataCase:
     seconds: float = 3.0
 
 
-Case = StreamCase | TrainCase | EndlessCase | DataCase
+Case = RolloutCase | TrainCase | LongRolloutCase | DataCase
 
-_SCD = StreamCase("SCD-M", dtype="bfloat16")
-_DENSE = StreamCase("Causal DiT-M", encoder_layers=0, decoder_layers=12, dtype="bfloat16")
+_SCD = RolloutCase("SCD-M", dtype="bfloat16")
+_DENSE = RolloutCase("Causal DiT-M", encoder_layers=0, decoder_layers=12, dtype="bfloat16")
 
 
-def _named(case: StreamCase, **changes: object) -> StreamCase:
+def _variant(case: RolloutCase, **changes: object) -> RolloutCase:
     case = replace(case, **changes)  # type: ignore[arg-type]
-    guided = "" if case.guidance == "none" else ", guidance 1.5"
-    type_ = {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
-    name = f"{case.name}, context {case.context}, {case.steps} steps{guided}, {type_}"
+    guidance = "" if case.guidance == "none" else ", guidance 1.5"
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}[case.dtype]
+    name = f"{case.name}, context {case.context}, {case.steps} steps{guidance}, {dtype}"
     return replace(case, name=name)
 
 
 TABLE: list[Case] = [
-    _named(_SCD, dtype="float32"),
-    _named(_SCD),
-    _named(_SCD, context=144, capacity=300, frames=5),
-    _named(_SCD, context=299, prefill=False, frames=5),
-    _named(_SCD, context=144, steps=50, guidance="none", frames=3),
-    _named(_DENSE, context=144, steps=50, guidance="none", frames=3),
+    _variant(_SCD, dtype="float32"),
+    _variant(_SCD),
+    _variant(_SCD, context=144, capacity=300, frames=5),
+    _variant(_SCD, context=299, prefill=False, frames=5),
+    _variant(_SCD, context=144, steps=50, guidance="none", frames=3),
+    _variant(_DENSE, context=144, steps=50, guidance="none", frames=3),
     TrainCase("training, 384 wide, 4+2 layers, 32 frames, batch 2, K = 2, fp32", dtype="float32"),
     TrainCase("training, 384 wide, 4+2 layers, 32 frames, batch 2, K = 2, bf16"),
-    EndlessCase("2000 frames through a window of 48, 256 wide, 4+2 layers, 4 steps, fp32", 2000),
+    LongRolloutCase(
+        "2000 frames through a window of 48, 256 wide, 4+2 layers, 4 steps, fp32", 2000
+    ),
     DataCase("data: latents, safetensors fp32, 300 frames", ".safetensors"),
     DataCase("data: latents, safetensors bf16, 300 frames", ".safetensors", "bfloat16"),
     DataCase("data: latents, published .pt fp32, 300 frames", ".pt"),
@@ -117,13 +121,13 @@ STEPS = [1, 2, 5, 10, 20, 50]
 _PLOTTED: dict[str, Any] = {"guidance": "none", "prefill": False, "frames": 2}
 
 
-def by_context(dtype: str) -> list[StreamCase]:
-    """List the cases of the plot against context."""
+def by_context(dtype: str) -> list[RolloutCase]:
+    """List the cases of the plot of time against context frames."""
     models = (_SCD, _DENSE)
-    return [_named(m, context=n, dtype=dtype, **_PLOTTED) for m in models for n in CONTEXTS]
+    return [_variant(m, context=n, dtype=dtype, **_PLOTTED) for m in models for n in CONTEXTS]
 
 
-def by_steps(dtype: str) -> list[StreamCase]:
-    """List the cases of the plot against denoising steps."""
+def by_steps(dtype: str) -> list[RolloutCase]:
+    """List the cases of the plot of time against denoising steps."""
     models = (_SCD, _DENSE)
-    return [_named(m, steps=n, dtype=dtype, **_PLOTTED) for m in models for n in STEPS]
+    return [_variant(m, steps=n, dtype=dtype, **_PLOTTED) for m in models for n in STEPS]

@@ -1,4 +1,4 @@
-"""What the machine can do, measured beside every figure, and the memory that a process took."""
+"""The machine's rates of arithmetic and copying, the floor they imply for a frame, and memory."""
 
 import resource
 import statistics
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 import torch
 
-from scd.benchmark.cases import SIDE, StreamCase
+from scd.benchmark.cases import SIDE, RolloutCase
 from scd.models.cpu import Linear, PackedWeights
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one device at one type of number."""
+    """Measured rates of one device for one dtype."""
 
-    plain_flops: float  # a second, of a large product `a @ b`
-    best_flops: float  # of that, or of the same product with packed weights
-    bytes: float  # a second, read and written by a copy
+    plain_flops: float  # per second, of a large matrix product `a @ b`
+    best_flops: float  # per second, of that or of the same product with packed weights
+    bytes: float  # per second, read and written by a copy
 
 
 def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
-    """Medians of five runs each."""
+    """Measure the rates, each as the median of five runs."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     layer = Linear(size, size, bias=False, device=device, dtype=dtype)
@@ -38,25 +38,26 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
 
 
 def seconds(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    """Wall-clock seconds of each of several runs, after one that warms up."""
+    """Time several runs after one as warmup; returns wall-clock seconds of each."""
     out = []
     for number in range(repeats + 1):
-        synchronise(device)
+        synchronize(device)
         started = time.perf_counter()
         run()
-        synchronise(device)
+        synchronize(device)
         if number:
             out.append(time.perf_counter() - started)
     return out
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory of this process so far: on the device, or resident on the CPU."""
+    """Read the peak memory of this process: on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -67,30 +68,32 @@ TOKENS = SIDE**2
 
 @dataclass(frozen=True)
 class Floor:
-    """Of one frame, without embeddings, norms and modulations."""
+    """The least work of one frame, without embeddings, norms and modulations."""
 
     flops: int  # matrix products and attention
-    bytes: int  # weights, once a step, and the cache, once a layer and pass
+    bytes: int  # of the weights, once per step, and of the cache, once per layer and pass
 
     def seconds(self, machine: Machine) -> float:
-        """Whichever takes longer at the machine's rates."""
+        """Compute the time at the machine's rates: of the operations or the bytes, if longer."""
         return max(self.flops / machine.best_flops, self.bytes / machine.bytes)
 
 
-def frame_floor(case: StreamCase) -> Floor:
+def frame_floor(case: RolloutCase) -> Floor:
+    """Count the operations and bytes of one frame of a case."""
     width = 64 * case.heads
-    number = {"float32": 4, "bfloat16": 2}[case.dtype]  # bytes
+    item = {"float32": 4, "bfloat16": 2}[case.dtype]  # bytes per number
     branches = 1 if case.guidance == "none" else 2
-    products = 2 * 12 * width**2  # of one token in one layer
-    weights = 12 * width**2 * number  # of one layer
+    products = 2 * 12 * width**2  # per token and layer
+    weights = 12 * width**2 * item  # per layer
     keys = TOKENS * case.context
-    cache = 2 * keys * width * number  # of one layer
+    cache = 2 * keys * width * item  # per layer
     over_past = TOKENS * products + 4 * TOKENS * (keys + TOKENS) * width
-    if not case.encoder_layers:  # every step and one more pass, for the finished frame
+    if not case.encoder_layers:  # one pass per step, and one over the finished frame
         passes = case.decoder_layers * (branches * case.steps + 1)
         layers = case.decoder_layers * (case.steps + 1)
         return Floor(passes * over_past, layers * weights + passes * cache)
-    both = 2 * TOKENS  # context and noisy tokens; of the last layer, the noisy ones after q, k, v
+    # The decoder reads context and noisy tokens; its last layer needs only q, k, v of the former.
+    both = 2 * TOKENS
     layer = both * products + 4 * both * both * width
     last = TOKENS * products + TOKENS * 2 * 3 * width**2 + 4 * TOKENS * both * width
     step = (case.decoder_layers - 1) * layer + last

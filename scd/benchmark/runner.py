@@ -1,4 +1,4 @@
-"""`scd benchmark`: every case in a process of its own; a table, plots, and all figures as JSON."""
+"""`scd benchmark`: run every case in a process of its own; write a table, plots, and JSON."""
 
 import json
 import statistics
@@ -12,46 +12,46 @@ import numpy as np
 import torch
 
 from scd.benchmark import cases
-from scd.benchmark.cases import Case, DataCase, EndlessCase, StreamCase, TrainCase
+from scd.benchmark.cases import Case, DataCase, LongRolloutCase, RolloutCase, TrainCase
 from scd.errors import ScdError
-from scd.evaluation.table import Table
 from scd.utils.environment import environment
 from scd.utils.files import write_atomically, write_json
 from scd.utils.precision import has_bf16
+from scd.utils.table import Table
 
 
 def benchmark(folder: Path, only: str | None, plots: bool) -> None:
-    """Run the cases whose name contains `only`; with `plots`, those of the plots too.
+    """Run the cases whose name contains `only` (None: all), and with `plots` those of the plots.
 
-    Cases in bf16 are left out on a device that only emulates it: they would run for hours.
+    Cases in bf16 are skipped on a device that only emulates it: they would run for hours.
 
     Raises:
-        ScdError: no case has such a name, or one of them failed.
+        ScdError: no case has such a name, or a case failed.
     """
     chosen = [case for case in cases.TABLE if only is None or only in case.name]
     if not chosen:
         names = "; ".join(case.name for case in cases.TABLE)
-        raise ScdError(f"no case contains {only!r}; there are {names}")
+        raise ScdError(f"--only {only!r}: no case contains this; there are {names}")
     bf16 = has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not bf16:
         for case in filter(_in_bf16, chosen):
-            print(f"left out, as this device only emulates bf16: {case.name}")
+            print(f"skipped, since this device only emulates bf16: {case.name}")
         chosen = [case for case in chosen if not _in_bf16(case)]
     if not chosen:
-        raise ScdError(f"all cases that contain {only!r} are in bf16, which this device emulates")
+        raise ScdError(
+            f"--only {only!r}: all these cases are in bf16, which this device only emulates"
+        )
     results = [_in_own_process(case, folder) for case in chosen]
     text = "\n\n".join(table.markdown() for table in _tables(chosen, results))
-    figures: dict[str, Any] = {"cases": _paired(chosen, results), "environment": environment()}
+    figures: dict[str, Any] = {"cases": _with_cases(chosen, results), "environment": environment()}
     if plots:
-        from scd.benchmark.runner import draw_scaling
-
         dtype = "bfloat16" if bf16 else "float32"
         for plotted in (cases.by_context, cases.by_steps):
             plot = plotted(dtype)
-            figures[plotted.__name__] = _paired(
+            figures[plotted.__name__] = _with_cases(
                 plot, [_in_own_process(case, folder) for case in plot]
             )
-        draw_scaling(folder / "scaling.png", figures["by_context"], figures["by_steps"])
+        plot_scaling(folder / "scaling.png", figures["by_context"], figures["by_steps"])
     write_json(folder / "benchmark.json", figures)
     write_atomically(
         folder / "benchmark.md", lambda aside: aside.write_text(text + "\n", encoding="utf-8")
@@ -60,9 +60,14 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
 
 
 def run_case(kind: str, arguments: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Run one case in this process; files that it needs lie in `folder` as long as it runs."""
+    """Run one case in this process, with temporary files in `folder`.
+
+    Args:
+        kind: name of the case's class.
+        arguments: fields of the case.
+    """
     if kind == DataCase.__name__:
-        from scd.benchmark.loading import run_data
+        from scd.benchmark.data_loading import run_data
 
         return run_data(DataCase(**arguments), Path(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,11 +75,11 @@ def run_case(kind: str, arguments: dict[str, Any], folder: str) -> dict[str, Any
         from scd.benchmark.train_step import run_training
 
         return run_training(TrainCase(**arguments), device)
-    from scd.benchmark.streaming import run_endless, run_stream
+    from scd.benchmark.rollouts import run_long_rollout, run_rollout
 
-    if kind == EndlessCase.__name__:
-        return run_endless(EndlessCase(**arguments), device)
-    return run_stream(StreamCase(**arguments), device)
+    if kind == LongRolloutCase.__name__:
+        return run_long_rollout(LongRolloutCase(**arguments), device)
+    return run_rollout(RolloutCase(**arguments), device)
 
 
 def _in_bf16(case: Case) -> bool:
@@ -82,7 +87,7 @@ def _in_bf16(case: Case) -> bool:
 
 
 def _in_own_process(case: Case, folder: Path) -> dict[str, Any]:
-    """So that its peak memory is its own."""
+    """Run one case in a new process, so that its peak memory is its own."""
     print(f"{case.name} ...", flush=True)
     code = "import sys, json; from scd.benchmark.runner import run_case; "
     code += "print(json.dumps(run_case(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])))"
@@ -95,19 +100,19 @@ def _in_own_process(case: Case, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _paired(chosen: list[Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_cases(chosen: list[Any], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"case": asdict(case), **result} for case, result in zip(chosen, results, strict=True)]
 
 
 def _tables(chosen: list[Case], results: list[dict[str, Any]]) -> list[Table]:
     pairs = list(zip(chosen, results, strict=True))
-    streams = [(case, result) for case, result in pairs if isinstance(case, StreamCase)]
+    rollouts = [(case, result) for case, result in pairs if isinstance(case, RolloutCase)]
     trainings = [(case, result) for case, result in pairs if isinstance(case, TrainCase)]
-    endless = [(case, result) for case, result in pairs if isinstance(case, EndlessCase)]
+    long_rollouts = [(case, result) for case, result in pairs if isinstance(case, LongRolloutCase)]
     data = [(case, result) for case, result in pairs if isinstance(case, DataCase)]
     tables = []
-    if streams:
-        tables.append(_stream_table(streams))
+    if rollouts:
+        tables.append(_rollout_table(rollouts))
     if trainings:
         heads = ["training step", "s/step", "floor, s", "of the floor", "GFLOP/s", "peak, GB"]
         lines = []
@@ -115,25 +120,25 @@ def _tables(chosen: list[Case], results: list[dict[str, Any]]) -> list[Table]:
             step = statistics.median(r["step_seconds"])
             lines.append([case.name, f"{step:.2f}", *_against_floor(step, r), _gigabytes(r)])
         tables.append(Table(heads, lines, 1, []))
-    if endless:
-        heads = ["endless stream", "ms/frame, tenth by tenth", "MB, tenth by tenth"]
+    if long_rollouts:
+        heads = ["long rollout", "ms/frame, tenth by tenth", "MB, tenth by tenth"]
         lines = [
             [
                 case.name,
                 " ".join(f"{1e3 * x:.1f}" for x in r["frame_seconds"]),
                 " ".join(f"{x / 1e6:.0f}" for x in r["bytes_after_each_tenth"]),
             ]
-            for case, r in endless
+            for case, r in long_rollouts
         ]
         tables.append(Table(heads, lines, 1, []))
     if data:
-        from scd.benchmark.loading import data_table
+        from scd.benchmark.data_loading import data_table
 
         tables.append(data_table(data))
     return tables
 
 
-def _stream_table(streams: list[tuple[StreamCase, dict[str, Any]]]) -> Table:
+def _rollout_table(rollouts: list[tuple[RolloutCase, dict[str, Any]]]) -> Table:
     heads = [
         "batch 1",
         "prefill, s",
@@ -145,7 +150,7 @@ def _stream_table(streams: list[tuple[StreamCase, dict[str, Any]]]) -> Table:
     ]
     heads += ["floor, s", "of the floor", "GFLOP/s", "peak, GB"]
     lines = []
-    for case, r in streams:
+    for case, r in rollouts:
         frame, slow = np.quantile(r["frame_seconds"], [0.5, 0.95])
         decode = statistics.median(r["decode_seconds"])
         starts = [r["prefill_seconds"], r["first_frame_seconds"]]
@@ -162,10 +167,10 @@ def _stream_table(streams: list[tuple[StreamCase, dict[str, Any]]]) -> Table:
             ]
         )
     notes = [
-        "Prefill: packing the weights, encoding the context. First frame: with prefill. Pixel FPS: "
-        "with decoding to 128x128, one frame at a time.",
-        "Floor: operations at the best of the two rates under GFLOP/s (a plain product of large "
-        "matrices / one with packed weights), or bytes at the machine's rate of copying.",
+        "Prefill: packing the weights and encoding the context. First frame: including prefill. "
+        "Pixel FPS: including decoding to 128x128, one frame at a time.",
+        "Floor: the frame's operations at the better rate under GFLOP/s (a plain product of large "
+        "matrices / one with packed weights), or its bytes at the machine's rate of copying.",
     ]
     return Table(heads, lines, 1, notes)
 
@@ -179,13 +184,13 @@ def _gigabytes(r: dict[str, Any]) -> str:
     return f"{r['peak_bytes'] / 1e9:.2f}"
 
 
-COLOURS = {"SCD-M": "#0072b2", "Causal DiT-M": "#d55e00"}  # told apart by colour-blind readers too
+COLORS = {"SCD-M": "#0072b2", "Causal DiT-M": "#d55e00"}  # distinct for color-blind readers
 
 
-def draw_scaling(
+def plot_scaling(
     path: Path, by_context: list[dict[str, Any]], by_steps: list[dict[str, Any]]
 ) -> None:
-    """Two panels, both axes logarithmic."""
+    """Plot seconds per frame against context frames and denoising steps, on log axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -196,12 +201,12 @@ def draw_scaling(
         strict=True,
     )
     for axes, results, (key, label) in panels:
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             mine = [r for r in results if r["case"]["name"].startswith(name)]
             x = [r["case"][key] for r in mine]
             y = [statistics.median(r["frame_seconds"]) for r in mine]
-            axes.plot(x, y, "o-", color=colour, label=name)
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds a frame")
+            axes.plot(x, y, "o-", color=color, label=name)
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds per frame")
         ticks = sorted({r["case"][key] for r in results})
         axes.set_xticks(ticks, labels=list(map(str, ticks)), minor=False)
         axes.set_xticks([], minor=True)

@@ -1,4 +1,4 @@
-"""Time and memory of whole training steps: noise, forward, backward, clipping, AdamW, EMA."""
+"""Time complete training steps: noise, forward, backward, gradient clipping, AdamW, EMA."""
 
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +16,7 @@ from scd.utils.precision import autocast
 
 
 def run_training(case: TrainCase, device: torch.device) -> dict[str, Any]:
+    """Measure time, memory and operations of training steps in this process."""
     dtype = getattr(torch, case.dtype)
     machine = measure_machine(dtype, device)
     torch.manual_seed(0)
@@ -29,7 +30,7 @@ def run_training(case: TrainCase, device: torch.device) -> dict[str, Any]:
     ).to(device)
     objective = FlowObjective(model, FlowOptions(noise_draws=case.draws), seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    average = EMAModel(model.parameters())
+    ema = EMAModel(model.parameters())
     shape = (case.batch, case.frames)
     batch = {
         "sample": torch.arange(case.batch),
@@ -44,7 +45,7 @@ def run_training(case: TrainCase, device: torch.device) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        average.step(model.parameters())
+        ema.step(model.parameters())
 
     times = seconds(step, case.steps, device)
     peak = peak_bytes(device)

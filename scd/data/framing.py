@@ -1,7 +1,7 @@
-"""From a video's frames to the square frames of an experiment: scale, crop, perhaps mirror.
+"""Scale, crop and mirror the frames of a video to the square frames of an experiment.
 
-One geometry holds for all frames of a clip. In training the crop and the mirroring are drawn, in
-evaluation and for latents the centre is taken.
+All frames of a clip are treated alike. In training, crop and mirroring are random; in evaluation
+and for latents, the center is cropped and nothing is mirrored.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from scd.options import DataOptions
 
 @dataclass(frozen=True)
 class Framing:
-    """How frames become `size` x `size` pixels.
+    """The way from frames of any size to `size` x `size` pixels.
 
     Args:
-        size: of the frames that come out.
+        size: height and width of the result.
         resize_shorter: scale the shorter side to this many pixels, then crop. None: frames must
-            have the size already.
-        mirror: where the geometry is drawn, exchange left and right with probability 1/2.
+            have the right size already.
+        mirror: in training, exchange left and right with probability 1/2.
     """
 
     size: int
@@ -32,11 +32,11 @@ class Framing:
     mirror: bool = False
 
     def __call__(self, video: Tensor, path: Path, rng: np.random.Generator | None = None) -> Tensor:
-        """(F, 3, H, W) uint8 -> (F, 3, size, size) uint8.
+        """Convert frames (F, 3, H, W) uint8 to (F, 3, size, size) uint8.
 
         Args:
-            path: of the video, for messages.
-            rng: draws the place of the crop and whether to mirror; None: the centre, as it is.
+            path: the video, for messages.
+            rng: draws the crop and whether to mirror; None: the center, not mirrored.
 
         Raises:
             ScdError: the frames have another size and `resize_shorter` is None.
@@ -61,21 +61,22 @@ class Framing:
 
     @property
     def name(self) -> str:
-        """Tells two framings apart in names; empty where frames are taken as they are."""
+        """Suffix for names of folders and encodings; empty if frames are used as they are."""
         if self.resize_shorter is None:
             return ""
         return f"-resize{self.resize_shorter}-crop{self.size}"
 
 
 def framing_of(data: DataOptions) -> Framing:
+    """Make the framing of an experiment."""
     return Framing(data.frame_size, data.resize_shorter, data.mirror)
 
 
 def resize_shorter(video: Tensor, side: int) -> Tensor:
-    """Scale (F, 3, H, W) uint8 until the shorter side has `side` pixels; the shape of things stays.
+    """Scale frames (F, 3, H, W) uint8 so that the shorter side has `side` pixels.
 
-    Bicubic with antialiasing: the filter widens with the factor, so that fine texture averages out
-    instead of flickering from frame to frame. Computed and kept in 8 bits, as video is.
+    The aspect ratio stays. The filter is bicubic with antialiasing: it widens with the factor, so
+    fine texture averages out instead of flickering from frame to frame.
     """
     height, width = video.shape[-2:]
     shorter = min(height, width)
@@ -86,5 +87,5 @@ def resize_shorter(video: Tensor, side: int) -> Tensor:
 
 
 def as_images(frames: np.ndarray) -> Tensor:
-    """(F, H, W, 3) uint8 -> (F, 3, H, W) uint8."""
+    """Convert frames (F, H, W, 3) uint8 to (F, 3, H, W) uint8."""
     return torch.from_numpy(frames).permute(0, 3, 1, 2)

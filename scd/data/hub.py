@@ -1,261 +1,259 @@
-"""Published data sets and autoencoders from the Hugging Face hub, made ready for training.
+"""Files and archives from the Hugging Face hub: checked, whole or not at all, with clear errors."""
 
-A data set is fetched shard by shard: download, check against the hub's SHA-256, unpack, note what
-was done, delete the shard. Run again, it goes on with the first shard that is not noted; for a
-complete data set the hub is not asked again.
-"""
-
-import difflib
+import errno
+import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import tarfile
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-from scd.data.archives import check_name, unpack
-from scd.data.hub_repository import HubFile, Repository
-from scd.data.published import adopt_lists
-from scd.errors import ScdError
-from scd.models.autoencoder import convert_published
-from scd.options import load_options
-from scd.utils.files import read_json, sha256, write_json
+import huggingface_hub
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from scd.errors import ScdError, reason
+from scd.utils.files import sha256
 from scd.utils.locks import hold_lock
-from scd.utils.paths import project_file
 
-STATE = ".hub"  # inside a target folder: notes, the lock, and what is not finished
+STATE = ".hub"  # folder inside a target folder: notes, the lock, and what is not finished
+RETRY_AFTER = (1, 5, 25)  # seconds; in addition to the retries of huggingface_hub
 RESERVE_BYTES = 2**30  # left free on the disk
-KINDS = {
-    "videos": (".mp4", ".avi", ".webm"),
-    "action files (npz)": (".npz",),
-    "latents": (".pt", ".safetensors"),
-    "list files (json)": (".json",),
-}
 
 
-@dataclass(frozen=True)
-class DataSetSource:
-    """A data set on the hub: `shard-*.tar`, and perhaps list files beside them.
+class HubFile(NamedTuple):
+    """A file of a repository. `identity` changes with its content, but need not be a SHA-256."""
+
+    name: str
+    size: int
+    identity: str
+    sha256: str | None
+
+
+@dataclass
+class Repository:
+    """A repository at its newest commit.
 
     Attributes:
-        folder: where it is unpacked, relative to the data root.
-        home: the `data.root` of its experiments, relative to the data root.
-        lists: published list file -> the project's list file, written into `home`.
+        type: dataset or model.
+        downloads: folder for downloads, which only one process uses at a time.
+        endpoint: address of the hub; None: $HF_ENDPOINT or huggingface.co.
     """
 
-    repo: str
-    folder: str
-    home: str
-    lists: Mapping[str, str]
+    id: str
+    type: str
+    downloads: Path
+    endpoint: str | None = None
 
+    def __post_init__(self) -> None:
+        # A killed process leaves files under random names, which no download continues.
+        for path in self.downloads.glob(".cache/huggingface/download/**/*.incomplete"):
+            if re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):
+                path.unlink()
 
-@dataclass(frozen=True)
-class AutoencoderSource:
-    """A DC-AE state dict on the hub, and the options file with its architecture."""
+    def __str__(self) -> str:
+        return f"{self.type} {self.id}"
 
-    repo: str
-    file: str
-    options: str
+    def files(self) -> tuple[str, list[HubFile]]:
+        """Ask for the newest commit and its files.
 
-
-DATA_SETS: dict[str, DataSetSource] = {}
-for _name, _repo in [("minecraft", "Minecraft"), ("dmlab", "DMLab")]:
-    _train, _val = f"{_name}_train.json", f"{_name}_val.json"
-    DATA_SETS[_name] = DataSetSource(
-        f"guyuchao/{_repo}", _name, _name, {_train: "train.json", _val: "val.json"}
-    )
-    # Inside the folder of the videos: an experiment has one data root.
-    DATA_SETS[f"{_name}_latent"] = DataSetSource(
-        f"guyuchao/{_repo}_Latent",
-        f"{_name}/latents/published",
-        _name,
-        {_train: "train_latents.json", _val: "val_latents.json"},
-    )
-DATA_SETS["ucf101"] = DataSetSource(
-    "guyuchao/UCF101", "ucf101", "ucf101", {"train03.json": "train.json", "test03.json": "val.json"}
-)
-DATA_SETS["bair"] = DataSetSource(
-    "guyuchao/BAIR", "bair", "bair", {"bair_train.json": "train.json", "bair_val.json": "val.json"}
-)
-AUTOENCODERS = {
-    "dcae_minecraft": AutoencoderSource(
-        "guyuchao/FAR_Models",
-        "dcae/DCAE_Minecraft_Res128-a5677f66.pth",
-        "options/dcae_minecraft.yml",
-    ),
-    "dcae_ucf101": AutoencoderSource(
-        "guyuchao/FAR_Models", "dcae/DCAE_UCF101_Res64-9da18dcf.pth", "options/dcae_ucf101.yml"
-    ),
-}
-
-
-def fetch(names: list[str], root: Path, endpoint: str | None = None) -> None:
-    """Fetch data sets and autoencoders by name, in this order, and tell what was found.
-
-    Args:
-        root: the data root; autoencoders go to `pretrained/` below it.
-        endpoint: address of the hub; by default $HF_ENDPOINT or huggingface.co.
-
-    Raises:
-        ScdError: an unknown name, no network or access, too little disk space, or a file that is
-            damaged, refused or not what it should be.
-    """
-    known = [*DATA_SETS, *AUTOENCODERS]
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ScdError(f"nothing is called {name!r}{hint}; there are {', '.join(known)}")
-    for name in names:
-        if name in DATA_SETS:
-            fetch_data_set(DATA_SETS[name], root, endpoint)
-        else:
-            fetch_autoencoder(AUTOENCODERS[name], root / "pretrained" / name, endpoint)
-
-
-def fetch_data_set(source: DataSetSource, root: Path, endpoint: str | None = None) -> None:
-    """Download and unpack what is missing of a data set, then write its list files.
-
-    Raises:
-        ScdError: see `fetch`.
-    """
-    folder, home = root / source.folder, root / source.home
-    with _sole_use(folder) as state:
-        notes = _Notes(state / "fetched.json")
-        fresh = not notes.complete
-        if fresh:
-            repo = Repository(source.repo, "dataset", state / "downloads", endpoint)
-            _fetch_files(repo, notes, folder, state)
-        counts = [f"{notes.count(suffixes)} {kind}" for kind, suffixes in KINDS.items()]
-        print(f"{folder}: {', '.join(counts)}" + ("" if fresh else " (fetched before)"))
-        by_name = {PurePosixPath(name).name: folder / name for name in notes.lists()}
-        published = {by_name[n]: home / t for n, t in source.lists.items() if n in by_name}
-        if not by_name:
-            print(f"note: {source.repo} has no list file (*.json): write {home}/train.json by hand")
-        elif not published:
-            print(f"note: no known list file among {', '.join(sorted(by_name))}")
-        # At every run: perhaps their files came with another data set meanwhile.
-        for line in adopt_lists(published, home, [folder, home, root]):
-            print(line)
-
-
-def _fetch_files(repo: Repository, notes: "_Notes", folder: Path, state: Path) -> None:
-    commit, files = repo.files()
-    shards = [f for f in files if PurePosixPath(f.name).match("shard-*.tar")]
-    lists = [f for f in files if f.name.endswith(".json") and "/" not in f.name]
-    if not shards:
-        raise ScdError(f"{repo.told}: holds no shard-*.tar, but {len(files)} other files")
-    missing = [f for f in [*lists, *shards] if not notes.has(f)]
-    # Shards are not compressed: at most one lies beside its own content.
-    sizes = [f.size for f in missing]
-    _check_space(folder, sum(sizes) + max(sizes, default=0), repo.told)
-    for number, file in enumerate(missing, 1):
-        print(f"{repo.told}: {file.name} ({number} of {len(missing)}, {_size(file.size)})")
-        path = repo.download(file, commit)
-        if file in shards:
-            names = unpack(path, folder, state / "staging")
-            path.unlink()
-        else:
-            if problem := check_name(file.name, STATE):
-                raise ScdError(f"{repo.told}: {file.name!r} {problem}")
-            os.replace(path, folder / file.name)
-            names = [file.name]
-        notes.add(file, names)
-    notes.finish(commit)
-    shutil.rmtree(repo.downloads, ignore_errors=True)
-
-
-def fetch_autoencoder(source: AutoencoderSource, folder: Path, endpoint: str | None = None) -> None:
-    """Download a published DC-AE and save it as a diffusers folder.
-
-    Raises:
-        ScdError: see `fetch`.
-    """
-    if (folder / "config.json").is_file():
-        print(f"{folder}: there already")
-        return
-    options = load_options(project_file(source.options)).autoencoder
-    with _sole_use(folder.parent) as state:
-        repo = Repository(source.repo, "model", state / "downloads", endpoint)
-        commit, files = repo.files()
-        file = next((f for f in files if f.name == source.file), None)
-        if file is None:
-            raise ScdError(f"{repo.told}: holds no {source.file}")
-        _check_space(folder.parent, 2 * file.size, repo.told)
-        print(f"{repo.told}: {file.name} ({_size(file.size)})")
-        path = repo.download(file, commit)
-        digits = re.search(r"-([0-9a-f]{8})\.pth$", source.file)
-        found = sha256(path)
-        if digits is None or not found.startswith(digits[1]):
-            path.unlink()
-            raise ScdError(
-                f"{repo.told}: {file.name} has SHA-256 {found[:8]}..., not the digits in its name: "
-                f"damaged or replaced, and deleted here"
+        Raises:
+            ScdError: no network, no access, or no such repository.
+        """
+        with self._one_clear_error():
+            info: Any = HfApi(endpoint=self.endpoint).repo_info(
+                self.id, repo_type=self.type, files_metadata=True, timeout=30
             )
-        convert_published(path, options, folder)
-        shutil.rmtree(repo.downloads, ignore_errors=True)
-    print(f"{folder}: autoencoder, from {source.repo} {source.file}")
+        files = []
+        for entry in info.siblings or []:
+            hash_ = entry.lfs.sha256 if entry.lfs is not None else None
+            identity = hash_ or entry.blob_id or info.sha
+            files.append(HubFile(entry.rfilename, entry.size or 0, identity, hash_))
+        return info.sha, sorted(files)
 
+    def download(self, files: list[HubFile], commit: str) -> list[Path]:
+        """Download files in parallel, skipping those that are complete already.
 
-class _Notes:
-    """What was fetched into a folder: hub file -> its identity, counts by suffix, list files."""
+        Raises:
+            ScdError: no network, no access, a full disk, or other content than the hub announces.
+        """
+        with self._one_clear_error():
+            self._download([file.name for file in files], commit)
+        paths = [self.downloads / file.name for file in files]
+        for file, path in zip(files, paths, strict=True):
+            # huggingface_hub compares sizes alone, and downloads nothing without a list of files.
+            if not path.is_file():
+                raise ScdError(f"{self}: {file.name} did not arrive; run it again")
+            if file.sha256 is not None and sha256(path) != file.sha256:
+                path.unlink()
+                raise ScdError(f"{self}: {file.name} arrived damaged and was deleted; run it again")
+        return paths
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.data: dict[str, Any] = {"complete": None, "files": {}}
-        if path.is_file():
-            self.data = read_json(path)
-            if not _are_notes(self.data):
-                raise ScdError(f"{path}: damaged: delete it, and everything is fetched again")
+    def _download(self, names: list[str], commit: str) -> None:
+        for wait in (*RETRY_AFTER, None):
+            try:
+                snapshot_download(
+                    self.id,
+                    repo_type=self.type,
+                    revision=commit,
+                    allow_patterns=[glob.escape(name) for name in names],
+                    local_dir=self.downloads,
+                    endpoint=self.endpoint,
+                    max_workers=len(names),
+                )
+                return
+            except Exception as error:
+                # huggingface_hub itself resumes after a closed connection, not after a reset one.
+                if wait is None or not _is_transient(_cause(error)):
+                    raise
+                time.sleep(wait)
 
-    @property
-    def complete(self) -> bool:
-        return self.data["complete"] is not None
+    @contextmanager
+    def _one_clear_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of HTTP, of the hub, of its storage back ends: many kinds
+            raise ScdError(f"{self}: {self._explain(_cause(error))}") from error
 
-    def has(self, file: HubFile) -> bool:
-        return self.data["files"].get(file.name, {}).get("identity") == file.identity
-
-    def add(self, file: HubFile, names: list[str]) -> None:
-        counts: dict[str, int] = {}
-        for name in names:
-            suffix = PurePosixPath(name).suffix.lower()
-            counts[suffix] = counts.get(suffix, 0) + 1
-        lists = [name for name in names if name.endswith(".json")]
-        note = {"identity": file.identity, "counts": counts, "lists": lists}
-        self.data["files"][file.name] = note
-        write_json(self.path, self.data)
-
-    def finish(self, commit: str) -> None:
-        self.data["complete"] = commit
-        write_json(self.path, self.data)
-
-    def count(self, suffixes: tuple[str, ...]) -> int:
-        notes = self.data["files"].values()
-        return sum(note["counts"].get(suffix, 0) for note in notes for suffix in suffixes)
-
-    def lists(self) -> list[str]:
-        return [name for note in self.data["files"].values() for name in note["lists"]]
-
-
-def _are_notes(data: Any) -> bool:
-    try:
-        return (data["complete"] is None or isinstance(data["complete"], str)) and all(
-            isinstance(note["identity"], str)
-            and all(type(count) is int for count in note["counts"].values())
-            and all(
-                isinstance(name, str) and check_name(name, STATE) is None for name in note["lists"]
+    def _explain(self, error: Exception) -> str:
+        hub = self.endpoint or huggingface_hub.constants.ENDPOINT
+        token = "your token" if huggingface_hub.get_token() else "a request without token"
+        status = _status(error)
+        if isinstance(error, GatedRepoError):
+            page = f"{hub}/{'datasets/' if self.type == 'dataset' else ''}{self.id}"
+            return f"is gated and refuses {token}: accept its terms at {page}, then set HF_TOKEN"
+        if status in (401, 403):
+            return f"{hub} refuses {token} ({status}): set HF_TOKEN to a token that may read it"
+        if status == 404:
+            return (
+                f"not found on {hub}, or hidden from {token} (404): if it is private, set HF_TOKEN"
             )
-            for note in data["files"].values()
+        if isinstance(error, OfflineModeIsEnabled):
+            return "not downloaded yet, and HF_HUB_OFFLINE forbids downloads: unset it"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"the disk of {self.downloads} is full: make room, then run it again"
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+            return f"{self.downloads} cannot be written ({error.strerror})"
+        kind = status or type(error).__name__
+        return (
+            f"cannot be fetched from {hub} ({kind}: {reason(error)}): check the network, or set "
+            f"HF_ENDPOINT to a mirror; the next run continues where this one stopped"
         )
-    except (KeyError, TypeError, AttributeError):
-        return False
+
+
+def _cause(error: Exception) -> Exception:
+    """Return the error behind huggingface_hub's "no network and nothing in the cache"."""
+    behind = error.__cause__
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(behind, Exception):
+        return behind
+    return error
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _is_transient(error: Exception) -> bool:
+    """Tell failures of the network, which may pass, from those of the disk and from refusals."""
+    status = _status(error)
+    if status is not None:
+        return status >= 500
+    return getattr(error, "errno", None) is None and not isinstance(error, OfflineModeIsEnabled)
+
+
+def unpack(archive: Path, folder: Path, staging: Path) -> list[str]:
+    """Unpack an uncompressed tar into `folder`, and return the paths of its files below it.
+
+    Files are unpacked below `staging`, on the same disk, and moved to their final names when all of
+    them are there: a killed process, or a refused archive, leaves no file half-written.
+
+    Raises:
+        ScdError: the archive is damaged, holds anything but files and folders below the target, or
+            the disk is full.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        raise ScdError("unpacking archives safely needs Python 3.11.4 or newer")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed process
+        with tarfile.open(archive, "r:") as tar, open(archive, "rb") as file:
+            members = []
+            for member in tar:
+                if member.size < 0:  # reading on would never end
+                    raise tarfile.ReadError(f"member {member.name!r} has a negative size")
+                members.append(member)
+            # To tarfile, damage behind the first member is the end of the archive. Zeros end it.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+            staging.mkdir(parents=True)
+            tar.extractall(staging, members, filter=_files_alone)
+        return _put_in_place(staging, folder)
+    except tarfile.FilterError as error:
+        raise ScdError(f"{archive}: refused, {reason(error)}; nothing unpacked") from error
+    except (tarfile.TarError, EOFError) as error:
+        raise ScdError(
+            f"{archive}: not a whole, uncompressed tar archive ({reason(error)})"
+        ) from error
+    except (OSError, ValueError, OverflowError) as error:
+        problem = getattr(error, "strerror", None) or reason(error)
+        raise ScdError(f"{archive}: cannot be unpacked into {folder} ({problem})") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _files_alone(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+    """Refuse more than tarfile's filter for data does: links of any kind, and sparse files.
+
+    The filter judges a link by the folder that is unpacked into, and the files are moved from there
+    to join those of other archives. A sparse file takes any size.
+    """
+    if member.issym() or member.islnk():
+        problem: str | None = f"is a link (to {member.linkname!r})"
+    elif not (member.isreg() or member.isdir()) or member.issparse():
+        problem = "is a device or another special file"
+    else:
+        problem = check_name(member.name)
+    if problem is not None:
+        raise tarfile.FilterError(f"member {member.name!r} {problem}")
+    return tarfile.data_filter(member, path)
+
+
+def check_name(name: str) -> str | None:
+    """Return what is wrong with a relative path of unknown origin; None if nothing is."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or "\\" in name or "\0" in name or name[1:2] == ":":
+        return "is not a relative path"
+    if ".." in path.parts:
+        return "leads outside the folder"
+    if STATE in (part.casefold() for part in path.parts):
+        return f"lies in a reserved folder {STATE}"
+    return None
+
+
+def _put_in_place(staging: Path, folder: Path) -> list[str]:
+    os.sync()  # contents before names: after a power failure no final name has an empty file
+    names = []
+    for parent, _, files in os.walk(staging):
+        target = folder / Path(parent).relative_to(staging)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            os.replace(Path(parent) / file, target / file)
+            names.append((target / file).relative_to(folder).as_posix())
+    return sorted(names)
 
 
 @contextmanager
-def _sole_use(folder: Path) -> Iterator[Path]:
-    """The state folder inside `folder`, while no other process may use it."""
+def exclusive_use(folder: Path) -> Iterator[Path]:
+    """Keep other processes from fetching into a folder, and yield its state folder.
+
+    Raises:
+        ScdError: another process fetches into it, or it cannot be written.
+    """
     state = folder / STATE
     try:
         busy = f"{folder}: another process is fetching into it"
@@ -265,14 +263,20 @@ def _sole_use(folder: Path) -> Iterator[Path]:
         raise ScdError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
-def _check_space(folder: Path, needed: int, what: str) -> None:
+def check_space(folder: Path, needed: int, what: object) -> None:
+    """Refuse to start what the disk has no room for.
+
+    Raises:
+        ScdError: naming the bytes that are needed and free.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed + RESERVE_BYTES:
         raise ScdError(
-            f"{what}: needs {_size(needed)} and {_size(RESERVE_BYTES)} to spare on the disk of "
-            f"{folder}, but only {_size(free)} are free"
+            f"{what}: needs {size_text(needed)} and {size_text(RESERVE_BYTES)} to spare on the "
+            f"disk of {folder}, but only {size_text(free)} are free"
         )
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Write a number of bytes in MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

@@ -1,7 +1,7 @@
 """Latent files: the unscaled output of an autoencoder's encoder, (frames, C, h, w).
 
-Own files are safetensors with the key `latents`; the `.pt` tensors of published data sets are read
-too, as plain tensors only.
+Files written here are safetensors with the key `latents`. The `.pt` files of published data sets
+are read too, but only as plain tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +25,20 @@ from scd.utils.paths import why_missing
 from scd.utils.tensor_files import is_plain, read_pt
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SAFE_FLOATS = ("F16", "BF16", "F32", "F64")  # the same, as safetensors names them
+SAFE_FLOATS = ("F16", "BF16", "F32", "F64")  # safetensors' names for them
+
+
+class LatentSpec(NamedTuple):
+    """Encoder (see `scd.training.encode.encoding_name`) and shape (C, h, w) of latents."""
+
+    made_by: str
+    shape: tuple[int, int, int]
 
 
 class LatentFile:
-    """A file of latents (F, C, h, w), of which only those frames are read that are wanted.
+    """A file of latents (F, C, h, w) that reads only the frames it is asked for.
 
-    The `.pt` files of published data sets can be read whole alone.
+    A `.pt` file of a published data set has to be read as a whole.
 
     Raises:
         ScdError: the file is missing, damaged or of another shape.
@@ -49,7 +56,7 @@ class LatentFile:
             self._whole = latents.detach() if plain else None
             self.shape = tuple(latents.shape) if plain else ()
         else:
-            with self._told():
+            with self._one_clear_error():
                 self._part = safe_open(str(path), framework="pt").get_slice("latents")
                 floats = self._part.get_dtype() in SAFE_FLOATS
                 self.shape = tuple(self._part.get_shape()) if floats else ()
@@ -69,16 +76,17 @@ class LatentFile:
         if self._whole is not None:
             latents = self._whole[first:last]
         else:
-            with self._told():
+            with self._one_clear_error():
                 latents = self._part[first:last]
-        latents = latents[torch.from_numpy(indices - first)]  # a copy: the file may go
-        # NaN is passed on. `isfinite` of all of them would take most of the time of reading a clip.
+        latents = latents[torch.from_numpy(indices - first)]  # a copy: the file may disappear
+        # Minimum and maximum are NaN if any value is. `isfinite` on every value would take most of
+        # the time of reading a clip.
         if not torch.isfinite(torch.stack(latents.aminmax())).all():
             raise ScdError(f"{self.path}: latents are not finite")
         return latents
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _one_clear_error(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # damaged files raise many kinds
@@ -96,26 +104,27 @@ def read_latents(path: Path) -> Tensor:
 
 
 def write_latents(path: Path, latents: Tensor, made_by: str, video: str | None = None) -> None:
-    """Write (F, C, h, w) latents with what made them (see `scd.training.encode.encoding_name`).
+    """Write latents (F, C, h, w) with the name of their encoder.
 
     Args:
-        video: the identity of what they were made of (see `scd.data.video_checks.identity_of`).
+        made_by: see `scd.training.encode.encoding_name`.
+        video: the identity of the encoded video (see `scd.data.video_checks.identity_of`).
 
     Raises:
         ScdError: they are not finite, or the file cannot be written.
     """
     if not torch.isfinite(latents).all():
-        raise ScdError(f"{path}: the autoencoder gives latents that are not finite; not written")
-    of_video = {} if video is None else {"video": video}
-    data = save({"latents": latents.contiguous()}, {"autoencoder": made_by, **of_video})
+        raise ScdError(f"{path}: the autoencoder made latents that are not finite; not written")
+    metadata = {"autoencoder": made_by} | ({} if video is None else {"video": video})
+    data = save({"latents": latents.contiguous()}, metadata)
     write_atomically(path, lambda aside: aside.write_bytes(data))
 
 
 @dataclass(frozen=True)
 class LatentHeader:
-    """What a latent file says of itself: `made_by`, (F, C, h, w), and the identity of its video.
+    """The header of a latent file: its encoder, (F, C, h, w), and the identity of its video.
 
-    None: it does not say.
+    Encoder and video are None where the file does not name them.
     """
 
     made_by: str | None
@@ -124,7 +133,7 @@ class LatentHeader:
 
 
 def latent_header(path: Path) -> LatentHeader | None:
-    """A latent file's header, without its values; None if there is no readable file."""
+    """Read the header of a latent file, without its values; None if the file cannot be read."""
     if path.suffix == ".pt":
         try:
             return LatentHeader(None, tuple(read_latents(path).shape))
@@ -132,9 +141,9 @@ def latent_header(path: Path) -> LatentHeader | None:
             return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            said = file.metadata() or {}
+            metadata = file.metadata() or {}
             shape = tuple(file.get_slice("latents").get_shape())
-            return LatentHeader(said.get("autoencoder"), shape, said.get("video"))
+            return LatentHeader(metadata.get("autoencoder"), shape, metadata.get("video"))
     except (SafetensorError, OSError, ValueError):
         return None
 
@@ -146,15 +155,15 @@ def check_latents(
     max_broken: int = 0,
     videos: Mapping[Path, Path] = MappingProxyType({}),
 ) -> dict[Path, int]:
-    """Refuse latents that another autoencoder made, of other videos, or that do not fit a model.
+    """Refuse latents of another autoencoder, of other videos, or of a shape that does not fit.
 
-    They would train without a word and decode to noise. Headers only; of published `.pt` files,
-    which have none, just the first is read, and the others when their turn comes.
+    Training on them would raise no error, and samples would decode to noise. Only headers are read.
+    Published `.pt` files have none: of these the first one is read here, the others in training.
 
     Args:
         frame_shape: (C, h, w).
-        max_broken: files that may be missing or damaged.
-        videos: what latents are of, as far as it is there; its identity must be the one they say.
+        max_broken: number of files that may be missing or damaged.
+        videos: latent file -> its video, where known; the file must name the identity of the video.
 
     Returns:
         The number of frames in each file whose header was read.
@@ -167,7 +176,7 @@ def check_latents(
     frames: dict[Path, int] = {}
     headers: dict[Path, LatentHeader | None] = {}
     broken = 0
-    # Waiting for the disk, most of all a distant one, takes longer than the work.
+    # In threads: waiting for a disk, above all a remote one, takes longer than the work.
     with ThreadPoolExecutor(16) as pool:
         for path, header in zip(
             own + published, pool.map(latent_header, own + published), strict=True
@@ -177,25 +186,25 @@ def check_latents(
                 continue
             frames[path] = _checked(path, header, made_by, frame_shape).shape[0]
             headers[path] = header
-        of_videos = [path for path in headers if path in videos]
-        for told in pool.map(
+        with_video = [path for path in headers if path in videos]
+        for problem in pool.map(
             lambda path: of_another_video(headers[path], path, videos[path], hastily=True),
-            of_videos,
+            with_video,
         ):
-            if told is not None:
-                raise ScdError(told)
+            if problem is not None:
+                raise ScdError(problem)
     return frames
 
 
 def of_another_video(
     header: LatentHeader | None, path: Path, video: Path, hastily: bool = False
 ) -> str | None:
-    """Tell that latents were made of another video than is there now; None: they were not.
+    """Return a message if latents were encoded from another video than the present one, else None.
 
-    Nothing is known of latents that do not say what they were made of, as older ones.
+    Latents that do not name their video, as in older files, are accepted.
 
     Args:
-        hastily: read the video only if it is of the same size and younger than the latents.
+        hastily: read the video only if its size is right and it is younger than the latents.
     """
     if header is None or header.video is None or not video.is_file():
         return None
@@ -203,7 +212,9 @@ def of_another_video(
     same = header.video.startswith(f"{now.st_size}-")
     if same and not (hastily and now.st_mtime < then.st_mtime):
         same = header.video == identity_of(video)
-    return None if same else f"{path}: latents of another video than {video} is now: run scd encode"
+    return (
+        None if same else f"{path}: latents of another video, {video} has changed: run scd encode"
+    )
 
 
 def _checked(
@@ -213,12 +224,12 @@ def _checked(
         raise ScdError(f"{path}: missing or damaged latents: run scd encode")
     if header.made_by not in (None, made_by):
         raise ScdError(
-            f"{path} was made by another autoencoder or another data.resize_shorter than the "
-            f"options': run scd encode"
+            f"{path} was made by another autoencoder or with another data.resize_shorter than the "
+            f"options have: run scd encode"
         )
     if header.shape[1:] != frame_shape:
-        found, wanted = ("x".join(map(str, shape)) for shape in (header.shape[1:], frame_shape))
+        actual, wanted = ("x".join(map(str, shape)) for shape in (header.shape[1:], frame_shape))
         raise ScdError(
-            f"{path}: latents of {found}, but the autoencoder and data.frame_size make {wanted}"
+            f"{path}: latents of {actual}, but the autoencoder and data.frame_size make {wanted}"
         )
     return header

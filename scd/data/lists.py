@@ -1,4 +1,4 @@
-"""List files: a JSON array with one entry a clip, paths relative to a root folder."""
+"""List files: a JSON array with one entry per clip, paths relative to the data root."""
 
 import reprlib
 import sys
@@ -9,18 +9,18 @@ from pathlib import Path
 from scd.errors import ScdError
 from scd.utils.files import MAX_NAME_BYTES, read_json, write_json
 
-MAX_PATH_BYTES = 2048  # no system opens longer ones
-# Unicode's categories of what no name should hold: control characters (a terminal obeys them),
-# line and paragraph separators, and halves of characters, which stand for bytes that are not UTF-8.
-# Anything else occurs in names: spaces of any kind, joiners of emoji, marks of direction.
+MAX_PATH_BYTES = 2048  # no system opens longer paths
+# Unicode categories that no name may hold: control characters (a terminal obeys them), line and
+# paragraph separators, and surrogates, which stand for bytes that are not UTF-8. Names do hold
+# anything else: spaces of any kind, joiners of emoji, marks of direction.
 REFUSED = ("Cc", "Zl", "Zp", "Cs")
 
 
 @dataclass(frozen=True)
 class ClipEntry:
-    """One clip. Every path is relative to the data root; what a data set does not have is None.
+    """One clip of a list. Paths are relative to the data root; None for what a clip does not have.
 
-    `video_path` is a video file, or an `.npz` with `video` and perhaps `actions` (as DMLab's).
+    `video_path` is a video file, or an `.npz` with `video` and perhaps `actions` (as in DMLab).
     """
 
     video_path: str | None = None
@@ -30,7 +30,7 @@ class ClipEntry:
 
     @property
     def actions_in(self) -> str | None:
-        """The file with the actions: `action_path`, or a clip in one `.npz` itself."""
+        """Path of the file with the actions: `action_path`, or the `.npz` that holds the clip."""
         if self.action_path is None and str(self.video_path).endswith(".npz"):
             return self.video_path
         return self.action_path
@@ -52,7 +52,7 @@ def write_list(path: Path, entries: list[ClipEntry]) -> None:
     """Write a list file.
 
     Raises:
-        ScdError: it could not be read again, or not be written.
+        ScdError: an entry is one that `read_list` refuses, or the file cannot be written.
     """
     values = [{k: v for k, v in asdict(entry).items() if v is not None} for entry in entries]
     for number, value in enumerate(values):
@@ -86,23 +86,23 @@ def _entry(path: Path, number: int, entry: object) -> ClipEntry:
 
 
 def path_problem(text: str) -> str | None:
-    """Tell why a list cannot name a file so; None where it can."""
+    """Return why a list cannot hold a path; None if it can."""
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8" and not text.isascii():
-        return f"cannot be opened in this locale, of {encoding} names: set PYTHONUTF8=1"
-    found = {unicodedata.category(letter) for letter in text}
-    if "Cs" in found:
+        return f"cannot be opened in this locale, whose names are {encoding}: set PYTHONUTF8=1"
+    categories = {unicodedata.category(letter) for letter in text}
+    if "Cs" in categories:
         return "is not UTF-8: rename it"
-    if found & set(REFUSED):
+    if categories & set(REFUSED):
         return "has control characters or line breaks: rename it"
     longest = max((len(part.encode()) for part in Path(text).parts), default=0)
     if longest > MAX_NAME_BYTES or len(text.encode()) > MAX_PATH_BYTES:
-        return f"is too long: at most {MAX_NAME_BYTES} bytes a name, {MAX_PATH_BYTES} in all"
+        return f"is too long: at most {MAX_NAME_BYTES} bytes per name, {MAX_PATH_BYTES} in all"
     return None
 
 
 def _no_path_below_root(path: str) -> str | None:
-    """What to say of a path that leads elsewhere, or that no list can hold; None of a good one."""
+    """Return the end of a message if a path leads out of the root or is refused; else None."""
     parts = Path(path).parts
     if not parts or ".." in parts or Path(path).is_absolute():
         return ""

@@ -1,4 +1,4 @@
-"""List files for any folder of videos: what is there, with its actions and labels, split in two."""
+"""Write a training and a validation list for any folder of videos, with actions and labels."""
 
 import hashlib
 import os
@@ -15,25 +15,29 @@ from tqdm import tqdm
 
 from scd.data.clips import read_actions
 from scd.data.lists import ClipEntry, path_problem, write_list
-from scd.data.video_checks import VideoChecks, told_in_order
+from scd.data.video_checks import VideoChecks, slow_reading_note
 from scd.errors import ScdError
 from scd.utils.files import npz_keys, write_json
 from scd.utils.paths import why_missing
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v")
 CLASSES = "classes.json"
+# UCF-101
+TEST_GROUPS = range(15, 22)
+EVERY = 10
+BALANCED_VIDEOS = 2048
 
 
 @dataclass(frozen=True)
 class ListRequest:
-    """What `make_lists` is asked for.
+    """The arguments of `make_lists`.
 
     Args:
-        root: videos are searched below it; the lists' paths are relative to it.
-        train_list, val_list: names of the list files, written into `root`.
-        split: `fraction`, or a key of `scd.data.make_lists.SPLITS`.
-        val_fraction: of the videos, for `fraction`.
-        labels: number the classes by the folders that the videos lie in.
+        root: folder that is searched for videos; the paths in the lists are relative to it.
+        train_list, val_list: names of the list files, which are written into `root`.
+        split: `fraction`, or a key of `SPLITS`.
+        val_fraction: share of the videos for validation, with `fraction`.
+        labels: label each video with the class of the folder that it lies in.
     """
 
     root: Path
@@ -45,23 +49,23 @@ class ListRequest:
 
 
 def make_lists(request: ListRequest) -> None:
-    """Write a training and a validation list, and print what is in them.
+    """Write a training and a validation list, and print how many clips they hold.
 
     A video `x.mp4` gets the actions of `x.npz` beside it; an `.npz` with `video` is a clip itself.
     Linked folders are followed, each folder once. Every video is decoded and checked
-    (`scd.data.video_checks`). Those that cannot be, whose name a list cannot hold, or whose actions
-    are too few, are named and left out. Classes are numbered in alphabetical order, without regard
-    to case; `classes.json` names them.
+    (`scd.data.video_checks`). Videos that cannot be read, have fewer actions than frames, or have
+    a name that a list cannot hold, are named and left out. Classes are numbered in alphabetical
+    order, without regard to case; `classes.json` names them.
 
     Raises:
-        ScdError: a list is there already, or fewer than two videos can be used.
+        ScdError: a list exists already, or fewer than two videos can be used.
     """
     root = request.root
     targets = [root / request.train_list, root / request.val_list]
     for path in targets:
         if path.exists():
             raise ScdError(
-                f"{path}: is there already: move it away, or give other names with --train-list "
+                f"{path}: exists already: move it away, or choose other names with --train-list "
                 f"and --val-list"
             )
     if not 0 < request.val_fraction < 1:
@@ -89,9 +93,9 @@ def make_lists(request: ListRequest) -> None:
         raise ScdError(f"{root}: {len(entries)} usable videos are too few for two lists")
     for path, half in zip(targets, halves, strict=True):
         write_list(path, half)
-        print(f"{path}: {_told(half)}")
+        print(f"{path}: {_summary(half)}")
         if slow := checks.in_order(str(entry.video_path) for entry in half):
-            print(told_in_order(path, root, slow))
+            print(slow_reading_note(path, root, slow))
     if broken:
         print(f"left out as broken: {len(broken)}, named above")
 
@@ -99,8 +103,8 @@ def make_lists(request: ListRequest) -> None:
 def _files(root: Path) -> list[Path]:
     """Find videos and arrays below a folder, relative to it, in alphabetical order.
 
-    Folders that are links are followed after all others, and no folder is read twice: neither
-    does a loop end the search, nor does a clip get into both lists under two names.
+    Linked folders are followed after all others, and no folder is read twice. So the search ends
+    where links form a loop, and no clip gets into both lists under two names.
     """
     if not root.is_dir():
         raise ScdError(f"{root}: {why_missing(root, 'folder')}")
@@ -133,7 +137,7 @@ def _files(root: Path) -> list[Path]:
 
 
 def _clips(root: Path, paths: list[Path]) -> Iterator[tuple[str, ClipEntry]]:
-    """The clips among files by the path of their video."""
+    """Make an entry for each clip among files; yields the path of its video, and the entry."""
     videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
     beside = {path.with_suffix(".npz") for path in videos}
     for path in videos:
@@ -148,33 +152,33 @@ def _clips(root: Path, paths: list[Path]) -> Iterator[tuple[str, ClipEntry]]:
             try:
                 keys = npz_keys(root / path)
             except ScdError:
-                keys = {"video"}  # opening it will tell
+                keys = {"video"}  # opening it raises the same error
             if "video" in keys:
                 own = path.as_posix() if "actions" in keys else None
                 if keys - {"video", "actions"} and own is None:
-                    _tell_other_keys(root / path, keys)
+                    _note_other_keys(root / path, keys)
                 yield path.as_posix(), ClipEntry(path.as_posix(), own)
 
 
 def _has_actions(path: Path) -> bool:
-    """Whether an npz beside a video has actions; one of other arrays is named, and not used."""
+    """Check that an npz beside a video has actions; name it if it has other arrays instead."""
     try:
         keys = npz_keys(path)
     except ScdError:
-        return True  # reading them will tell
+        return True  # reading them raises the same error
     if "actions" not in keys:
-        _tell_other_keys(path, keys)
+        _note_other_keys(path, keys)
     return "actions" in keys
 
 
-def _tell_other_keys(path: Path, keys: set[str]) -> None:
+def _note_other_keys(path: Path, keys: set[str]) -> None:
     print(f"no actions: {path}: has no key 'actions', but {sorted(keys)}", file=sys.stderr)
 
 
 def _by_fraction(videos: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    """A share for validation: a video's name alone decides its place in the queue.
+    """Hold out a share for validation, ordering videos by a hash of their names.
 
-    So the split is the same everywhere, and videos that come later move few of the others.
+    So the split is the same on every machine, and adding videos moves few of the others.
     """
     queue = sorted(videos, key=lambda video: hashlib.sha256(os.fsencode(video)).digest())
     count = max(1, round(fraction * len(videos)))
@@ -182,6 +186,7 @@ def _by_fraction(videos: list[str], fraction: float) -> tuple[list[str], list[st
 
 
 def _with_labels(root: Path, entries: dict[str, ClipEntry]) -> dict[str, ClipEntry]:
+    """Label entries with the classes of their folders, and write `classes.json`."""
     names = {video: PurePosixPath(video).parent.name for video in entries}
     if "" in names.values():
         video = next(video for video, name in names.items() if not name)
@@ -193,7 +198,7 @@ def _with_labels(root: Path, entries: dict[str, ClipEntry]) -> dict[str, ClipEnt
 
 
 def _broken(checks: VideoChecks, entries: dict[str, ClipEntry]) -> dict[str, str]:
-    """The videos that cannot be used, and why."""
+    """Check all videos; return those that cannot be used, each with the reason."""
     root = checks.root
 
     def problem(entry: ClipEntry) -> str | None:
@@ -211,33 +216,29 @@ def _broken(checks: VideoChecks, entries: dict[str, ClipEntry]) -> dict[str, str
         return None
 
     with ThreadPoolExecutor() as pool:
-        found = pool.map(problem, entries.values())
-        bar = tqdm(found, total=len(entries), desc="check", unit="clip", dynamic_ncols=True)
-        return {video: told for video, told in zip(entries, bar, strict=True) if told}
+        problems = pool.map(problem, entries.values())
+        bar = tqdm(problems, total=len(entries), desc="check", unit="clip", dynamic_ncols=True)
+        return {video: text for video, text in zip(entries, bar, strict=True) if text}
 
 
-def _told(entries: list[ClipEntry]) -> str:
+def _summary(entries: list[ClipEntry]) -> str:
     with_actions = sum(entry.action_path is not None for entry in entries)
-    told = f"{len(entries)} clip{'s' * (len(entries) > 1)}, {with_actions} with actions"
+    text = f"{len(entries)} clip{'s' * (len(entries) > 1)}, {with_actions} with actions"
     labels = Counter(entry.label for entry in entries if entry.label is not None)
     if labels:
-        told += f", {len(labels)} classes of {min(labels.values())} to {max(labels.values())}"
-    return told
-
-
-TEST_GROUPS = range(15, 22)
-EVERY = 10
-BALANCED_VIDEOS = 2048
+        text += f", {len(labels)} classes of {min(labels.values())} to {max(labels.values())}"
+    return text
 
 
 def mcvd_split(videos: list[str]) -> tuple[list[str], list[str]]:
-    """For prediction, as in MCVD (arXiv 2205.09853): official split 3, every tenth test video.
+    """Split UCF-101 for prediction as MCVD does (arXiv 2205.09853).
 
-    Training: all 9 624 videos outside groups 15 to 21. Validation: of the others, by class, group
-    and clip, those at places 0, 10, 20, … as long as ten remain: 369 of 3 696.
+    It is the official split 3 with every tenth test video. Training: all 9 624 videos outside
+    groups 15 to 21. Validation: the 3 696 others in order of class, group and clip, those at places
+    0, 10, 20, … as long as ten remain: 369.
 
     Raises:
-        ScdError: a video has another name than UCF-101's.
+        ScdError: a video is not named as in UCF-101.
     """
     placed = sorted(videos, key=_place)
     train = [video for video in placed if _place(video)[1] not in TEST_GROUPS]
@@ -246,14 +247,14 @@ def mcvd_split(videos: list[str]) -> tuple[list[str], list[str]]:
 
 
 def latte_split(videos: list[str]) -> tuple[list[str], list[str]]:
-    """For generation by class, as in Latte (arXiv 2401.03048): everything is training data.
+    """Split UCF-101 for generation by class as Latte does (arXiv 2401.03048): all videos train.
 
-    FVD is measured against videos of the same set, as usual for generation: 2 048 of them. Here
-    the classes take turns (first the first of each class, then the second of each …), so that any
-    first n videos hold every class equally often, give or take one.
+    FVD is computed against 2 048 videos of the training set, as usual for generation. In that list
+    the classes take turns (the first video of each class, then the second of each, …), so any first
+    n videos hold every class equally often, give or take one.
 
     Raises:
-        ScdError: a video has another name than UCF-101's.
+        ScdError: a video is not named as in UCF-101.
     """
     placed = sorted(videos, key=_place)
     by_class: dict[str, list[str]] = {}
@@ -267,9 +268,9 @@ SPLITS = {"ucf101-mcvd": mcvd_split, "ucf101-latte": latte_split}
 
 
 def _place(video: str) -> tuple[str, int, int]:
-    """Class, group and clip of a path; classes sort as in the official numbering, without case."""
+    """Parse class, group and clip from a path; classes sort without case, as the official ones."""
     path = PurePosixPath(video)
     match = re.fullmatch(r"v_\w+_g(\d+)_c(\d+)", path.stem)
     if match is None:
-        raise ScdError(f"{video}: not named as UCF-101's videos are (v_<Class>_g01_c01.avi)")
+        raise ScdError(f"{video}: not named as in UCF-101 (v_<Class>_g01_c01.avi)")
     return path.parent.name.casefold(), int(match[1]), int(match[2])

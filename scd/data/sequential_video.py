@@ -1,4 +1,4 @@
-"""Reading a video from its first frame on, with ffmpeg: right for any file, slow for clips."""
+"""Decode a video from its first frame on with ffmpeg: right for any file, slow for clips."""
 
 import shlex
 import subprocess
@@ -16,11 +16,11 @@ from scd.utils.files import MAX_ARRAY_BYTES
 
 @dataclass(frozen=True)
 class Decoded:
-    """What decoding a video in order gives.
+    """The result of decoding a video in order.
 
     Attributes:
-        sums: Adler-32 (from 0) of each frame's RGB bytes.
-        fps: frames a second on average; None where the times of the frames do not tell.
+        sums: Adler-32 (from 0) of the RGB bytes of each frame.
+        fps: average frames per second; None without usable time stamps.
     """
 
     sums: list[int]
@@ -36,13 +36,13 @@ def decode(path: Path) -> Decoded:
         ScdError: it has no frames, or is damaged.
     """
     done = subprocess.run(_command(path, "-f", "framecrc"), capture_output=True)
-    told = done.stderr.decode(errors="replace")
-    if "matches no streams" in told:
-        raise ScdError(f"{path}: no pictures in it, sound alone perhaps: leave it out")
-    if "received no packets" in told:
+    errors = done.stderr.decode(errors="replace")
+    if "matches no streams" in errors:
+        raise ScdError(f"{path}: has no pictures, perhaps only sound: leave it out")
+    if "received no packets" in errors:
         raise ScdError(f"{path}: a video without a single frame: leave it out")
     if done.returncode:
-        raise ScdError(f"{path}: not a readable video ({_reason(told)})")
+        raise ScdError(f"{path}: not a readable video ({_reason(errors)})")
     times, sums, about = [], [], {}
     for line in done.stdout.decode().splitlines():
         if line.startswith("#"):
@@ -59,9 +59,10 @@ def decode(path: Path) -> Decoded:
 
 
 class InOrderVideo(Video):
-    """A video of `frames` frames, decoded from the first to the last one wanted at every reading.
+    """A video without random access: every reading decodes it from the first frame on.
 
     Args:
+        frames: number of its frames.
         size: (H, W) of its frames.
     """
 
@@ -87,7 +88,7 @@ class InOrderVideo(Video):
         return frames[places]
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
-        """As of every video, but decoded once, not once a chunk."""
+        """Read all frames in order, at most `size` at once, decoding the video once."""
         self._check_memory(size, *self._size)
         with closing(self._decode(0, self._count - 1)) as decoded:
             for start in range(0, self._count, size):
@@ -95,7 +96,7 @@ class InOrderVideo(Video):
                 yield np.stack([next(decoded) for _ in range(count)])
 
     def _decode(self, first: int, last: int) -> Generator[np.ndarray]:
-        """Frames `first` to `last`.
+        """Decode frames `first` to `last`.
 
         Raises:
             ScdError: there are fewer.
@@ -123,7 +124,7 @@ class InOrderVideo(Video):
 
 
 def remedy(path: Path) -> str:
-    """The command that makes a video fast to read: key frames in order, one every 30 frames."""
+    """Write the command that makes a video fast to read, with a key frame every 30 frames."""
     return (
         f"ffmpeg -i {shlex.quote(str(path))} -map 0:v:0 -fps_mode passthrough -c:v libx264 "
         f"-crf 12 -g 30 {shlex.quote(str(path.with_name(f'{path.stem}-new.mp4')))}"
@@ -131,13 +132,13 @@ def remedy(path: Path) -> str:
 
 
 def _command(path: Path, *output: str) -> list[str]:
-    # A frame that cannot be decoded would be missing, and those behind it move up: no error rate.
-    # Local files alone: what looks like a video may be a list of addresses.
+    # No errors are accepted: a missing frame would change the numbers of all frames behind it. Only
+    # local files are opened: a file named as a video may be a list of addresses.
     return [
         ffmpeg(path),
         *("-v", "error", "-nostdin", "-max_error_rate", "0"),
         *("-threads", "1", "-max_pixels", str(MAX_ARRAY_BYTES // 3)),
-        # One filter graph for all of it: a new one, where the size changes, would count from 0.
+        # One filter graph throughout: a new one, where the size changes, would count from 0 again.
         *("-reinit_filter", "0"),
         *("-protocol_whitelist", "file", "-i", f"file:{path}"),
         *("-map", "0:v:0", "-fps_mode", "passthrough", "-pix_fmt", "rgb24"),
@@ -146,7 +147,7 @@ def _command(path: Path, *output: str) -> list[str]:
     ]
 
 
-def _reason(told: str) -> str:
-    """ffmpeg's first complaint, without the part of it that complains."""
-    line = next((line for line in told.splitlines() if line.strip()), "no reason given")
+def _reason(errors: str) -> str:
+    """Return ffmpeg's first error, without the name of the component that reports it."""
+    line = next((line for line in errors.splitlines() if line.strip()), "no reason given")
     return line.rpartition("] ")[2].strip()[:200]

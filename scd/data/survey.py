@@ -1,4 +1,4 @@
-"""Reading the clips of a list from first to last frame: what they are, and what is broken."""
+"""Survey a list: read every clip to its last frame, count what there is, name what is broken."""
 
 import hashlib
 from collections import Counter
@@ -12,38 +12,37 @@ import numpy as np
 from tqdm import tqdm
 
 from scd.data.clips import check_actions, read_actions
-from scd.data.latents import latent_header, of_another_video, read_latents
+from scd.data.latents import LatentSpec, latent_header, of_another_video, read_latents
 from scd.data.lists import ClipEntry, read_list
 from scd.data.video import Video
 from scd.data.video_checks import VideoChecks
 from scd.errors import ScdError
 from scd.utils.files import sha256
 
-CHUNK_FRAMES = 64  # decoded at once; bounds the memory of long videos
+CHUNK_FRAMES = 64  # decoded at once, which bounds the memory for long videos
 
 
 @dataclass(frozen=True)
-class Demands:
-    """What an experiment wants of a list's clips; the defaults want nothing.
+class Requirements:
+    """Requirements of an experiment on the clips of a list; by default, none.
 
     Attributes:
-        needed: fields of `ClipEntry` that no entry may lack.
-        condition, num_conditions: of the model that is to learn from them; None: any will do.
-        frame_size: of every frame, (H, W); None: any.
-        made_by, latent_shape: what made the latents, and (C, h, w); None: anything.
+        fields: fields of `ClipEntry` that every entry must have.
+        condition, num_conditions: `model.condition` and `model.num_conditions`; None: any.
+        frame_size: (H, W) of every frame; None: any.
+        latents: encoder and shape of the latents; None: any.
     """
 
-    needed: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
     condition: str | None = None
     num_conditions: int = 0
     frame_size: tuple[int, int] | None = None
-    made_by: str | None = None
-    latent_shape: tuple[int, int, int] | None = None
+    latents: LatentSpec | None = None
 
 
 @dataclass
 class ClipReport:
-    """What was found of one clip; `problem` is None for a whole one."""
+    """The contents of one clip; `problem` is None for one without faults."""
 
     problem: str | None = None
     frames: int = 0
@@ -58,16 +57,17 @@ class ClipReport:
 
 @dataclass
 class Survey:
-    """What was found in a list.
+    """The contents of a list. A whole clip is one that is not broken.
 
     Attributes:
-        lengths: frames of each whole clip, in the list's order.
-        sizes, actions, labels, latents: how many clips (actions: frames) there are of each kind.
-        held: of vectors: how many frames there are of each set of components that are not 0.
-        fps: frames a second of each whole clip that says so.
-        in_order: videos that are read in order, because seeking fails or shows other frames.
+        lengths: frames of each whole clip, in the order of the list.
+        sizes, labels, latents: number of clips of each kind.
+        actions: number of frames of each action.
+        held: for action vectors, number of frames of each set of components that are not 0.
+        fps: frames per second of each whole clip that has time stamps.
+        in_order: videos that are read in order, because seeking fails or yields other frames.
         broken: one line for each broken clip.
-        digests: of each whole clip's content, for comparing lists.
+        digests: a hash of the content of each whole clip, for comparing lists.
     """
 
     path: str
@@ -85,16 +85,16 @@ class Survey:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 over the clips' own hashes in ascending order.
+        """Hash the sorted hashes of all clips with SHA-256.
 
-        A clip's hash is that of its video file (of its latent file where there is no video), its
-        actions and its label. So neither names nor the order of the list matter, nor latents that
-        were made from a video.
+        The hash of a clip covers its video file (its latent file if there is no video), its actions
+        and its label. So it depends neither on names, nor on the order of the list, nor on latents
+        that were encoded from a video.
         """
         return hashlib.sha256("".join(sorted(self.digests)).encode()).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
+        """Convert to plain values for a JSON file."""
         shortest, middle, longest = self.length_range
         return {
             "path": self.path,
@@ -118,34 +118,33 @@ class Survey:
 
     @property
     def length_range(self) -> tuple[int, int, int]:
-        """Frames of the shortest, the middle and the longest clip."""
+        """Return the lengths of the shortest, the median and the longest clip, in frames."""
         lengths = self.lengths or [0]
         return min(lengths), median_low(lengths), max(lengths)
 
 
-def survey_list(checks: VideoChecks, list_path: Path, demands: Demands) -> Survey:
-    """Read everything that a list names; broken clips are reported, not raised.
+def survey_list(checks: VideoChecks, list_path: Path, required: Requirements) -> Survey:
+    """Read every clip of a list; broken ones are reported, not raised.
 
     Args:
-        checks: of the videos below the data root; those that lack one are checked.
+        checks: the checks of the videos below the data root; missing ones are made.
 
     Raises:
         ScdError: the list itself cannot be read.
     """
     entries = read_list(list_path)
 
-    def look(numbered: tuple[int, ClipEntry]) -> ClipReport:
+    def report(numbered: tuple[int, ClipEntry]) -> ClipReport:
         number, entry = numbered
         try:
-            return _look(checks, f"{list_path}: entry {number}", entry, demands)
+            return _read_clip(checks, f"{list_path}: entry {number}", entry, required)
         except ScdError as error:
             return ClipReport(problem=str(error))
 
     with ThreadPoolExecutor() as pool:
-        found = pool.map(look, enumerate(entries))
-        reports = list(
-            tqdm(found, total=len(entries), desc=list_path.name, unit="clip", dynamic_ncols=True)
-        )
+        read = pool.map(report, enumerate(entries))
+        bar = tqdm(read, total=len(entries), desc=list_path.name, unit="clip", dynamic_ncols=True)
+        reports = list(bar)
     whole = [report for report in reports if report.problem is None]
     return Survey(
         path=str(list_path),
@@ -163,14 +162,16 @@ def survey_list(checks: VideoChecks, list_path: Path, demands: Demands) -> Surve
     )
 
 
-def _look(checks: VideoChecks, where: str, entry: ClipEntry, demands: Demands) -> ClipReport:
-    """Read one clip.
+def _read_clip(
+    checks: VideoChecks, where: str, entry: ClipEntry, required: Requirements
+) -> ClipReport:
+    """Read one clip from first to last frame.
 
     Raises:
-        ScdError: whatever is wrong with it.
+        ScdError: naming the file and what is wrong.
     """
     root = checks.root
-    for name in demands.needed:
+    for name in required.fields:
         if getattr(entry, name) is None:
             raise ScdError(f"{where} has no {name.replace('actions_in', 'action_path')}")
     report = ClipReport(label=entry.label)
@@ -180,40 +181,40 @@ def _look(checks: VideoChecks, where: str, entry: ClipEntry, demands: Demands) -
         report.frames, size = len(video), _frame_size(video)
         report.fps = checks.fps(entry.video_path)
         report.size = f"{size[0]}x{size[1]}"
-        if demands.frame_size not in (None, size):
-            wanted = "x".join(map(str, demands.frame_size or ()))
+        if required.frame_size not in (None, size):
+            wanted = "x".join(map(str, required.frame_size or ()))
             raise ScdError(
-                f"{root / entry.video_path}: frames of {report.size} pixels, but the options want "
+                f"{root / entry.video_path}: frames of {report.size} pixels, but the options need "
                 f"{wanted} (data.frame_size, data.resize_shorter)"
             )
         hash_.update(sha256(root / entry.video_path).encode())
     if entry.latent_path is not None:
         path = root / entry.latent_path
-        frames, report.latents = _read_latents(path, demands)
+        frames, report.latents = _read_latents(path, required.latents)
         if entry.video_path is None:
             report.frames = frames
             hash_.update(sha256(path).encode())
         elif frames != report.frames:
             raise ScdError(f"{path}: {frames} latents for {report.frames} frames")
-        elif told := of_another_video(latent_header(path), path, root / entry.video_path):
-            raise ScdError(told)
+        elif problem := of_another_video(latent_header(path), path, root / entry.video_path):
+            raise ScdError(problem)
     if entry.actions_in is not None and (
-        entry.action_path is not None or "actions_in" in demands.needed
+        entry.action_path is not None or "actions_in" in required.fields
     ):
         path = root / entry.actions_in
         actions = read_actions(path)
-        condition = demands.condition if "actions_in" in demands.needed else None
-        check_actions(path, actions, report.frames, condition, demands.num_conditions)
-        of_frames = actions[: report.frames]
+        condition = required.condition if "actions_in" in required.fields else None
+        check_actions(path, actions, report.frames, condition, required.num_conditions)
+        used = actions[: report.frames]
         if actions.ndim == 1:
-            report.actions = Counter(of_frames.tolist())
+            report.actions = Counter(used.tolist())
         else:
-            report.held = Counter(tuple(np.flatnonzero(row).tolist()) for row in of_frames)
+            report.held = Counter(tuple(np.flatnonzero(row).tolist()) for row in used)
         hash_.update(actions.tobytes())
-    if demands.condition == "label" and not 0 <= int(entry.label or 0) < demands.num_conditions:
+    if required.condition == "label" and not 0 <= int(entry.label or 0) < required.num_conditions:
         raise ScdError(
             f"{where} has label {entry.label}, but the model knows 0 to "
-            f"{demands.num_conditions - 1}"
+            f"{required.num_conditions - 1}"
         )
     hash_.update(f"label {entry.label}".encode())
     report.digest = hash_.hexdigest()
@@ -221,25 +222,25 @@ def _look(checks: VideoChecks, where: str, entry: ClipEntry, demands: Demands) -
 
 
 def _frame_size(video: Video) -> tuple[int, int]:
-    """Decode every frame; (H, W)."""
+    """Decode every frame, and return (H, W)."""
     size = (0, 0)
     for frames in video.chunks(CHUNK_FRAMES):
         size = (frames.shape[1], frames.shape[2])
     return size
 
 
-def _read_latents(path: Path, demands: Demands) -> tuple[int, str]:
-    """Number of latents, and what they are in words."""
+def _read_latents(path: Path, required: LatentSpec | None) -> tuple[int, str]:
+    """Read all latents of a file; return the number of frames, and shape and encoder as text."""
     latents = read_latents(path)
     frames, *shape = latents.shape
     header = latent_header(path)
     made_by = None if header is None else header.made_by
-    if demands.latent_shape is not None and tuple(shape) != demands.latent_shape:
-        found, wanted = ("x".join(map(str, s)) for s in (shape, demands.latent_shape))
-        raise ScdError(f"{path}: latents of {found}, but the options make {wanted}")
-    if demands.made_by is not None and made_by not in (None, demands.made_by):
+    size = "x".join(map(str, shape))
+    if required is not None and tuple(shape) != required.shape:
+        wanted = "x".join(map(str, required.shape))
+        raise ScdError(f"{path}: latents of {size}, but the options make {wanted}")
+    if required is not None and made_by not in (None, required.made_by):
         raise ScdError(
             f"{path}: made by {made_by}, not by the options' autoencoder: run scd encode"
         )
-    told = "x".join(map(str, shape))
-    return frames, f"{told} by {made_by[:12] if made_by else 'an unknown autoencoder'}"
+    return frames, f"{size} by {made_by[:12] if made_by else 'an unknown autoencoder'}"

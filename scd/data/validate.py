@@ -1,23 +1,27 @@
-"""`scd validate`: a whole data set read, counted, and held against what an experiment wants."""
+"""`scd validate`: read a whole data set, count what it holds, check it against an experiment."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from scd.data.clips import NEEDED
-from scd.data.survey import Demands, Survey, survey_list
-from scd.data.video_checks import VideoChecks, told_in_order
+from scd.data.latents import LatentSpec
+from scd.data.survey import Requirements, Survey, survey_list
+from scd.data.video_checks import VideoChecks, slow_reading_note
 from scd.errors import ScdError
 from scd.options import Options
 from scd.utils.files import write_json
+from scd.utils.table import Table
 
-FPS_SPREAD = 1.01  # 29.97 and 30 are the same to a model
-SHOWN_KINDS = 12  # in one line of the table; the JSON file has all
+FPS_SPREAD = 1.01  # a model cannot tell 29.97 from 30
+SHOWN_KINDS = 12  # per line of the table; the JSON file has all
 
 
-def validate_experiment(options: Options, report: Path | None) -> None:
+def validate_experiment(options: Options, latents: LatentSpec | None, report: Path | None) -> None:
     """Read both lists of an experiment; print a table, all broken clips and all warnings.
 
     Args:
+        latents: what the training list must hold (`scd.training.encode.latent_spec`); None: videos.
         report: JSON file to write as well.
 
     Raises:
@@ -25,8 +29,8 @@ def validate_experiment(options: Options, report: Path | None) -> None:
     """
     root = Path(options.data.root)
     checks = VideoChecks(root)
-    train = survey_list(checks, root / options.data.train_list, _training_demands(options))
-    val = survey_list(checks, root / options.data.val_list, _demands(options))
+    train = survey_list(checks, root / options.data.train_list, _for_training(options, latents))
+    val = survey_list(checks, root / options.data.val_list, _for_evaluation(options))
     names = dict(enumerate(options.data.action_names))
     _conclude(
         [train, val],
@@ -38,13 +42,13 @@ def validate_experiment(options: Options, report: Path | None) -> None:
 
 
 def validate_list(list_path: Path, root: Path, report: Path | None) -> None:
-    """Read one list; what experiment it is for is not known, so every kind of clip will do.
+    """Read one list without an experiment, so every kind of clip is accepted.
 
     Raises:
         ScdError: see `validate_experiment`.
     """
     checks = VideoChecks(root)
-    survey = survey_list(checks, list_path, Demands())
+    survey = survey_list(checks, list_path, Requirements())
     warnings = []
     if len(survey.sizes) > 1:
         warnings.append(
@@ -53,33 +57,23 @@ def validate_list(list_path: Path, root: Path, report: Path | None) -> None:
     _conclude([survey], warnings + _repeats(survey), checks, {}, report)
 
 
-def _demands(options: Options) -> Demands:
-    """What evaluation wants: pixels."""
+def _for_evaluation(options: Options) -> Requirements:
+    """Require videos, which evaluation compares with."""
     m, data = options.model, options.data
-    return Demands(
-        needed=("video_path", *NEEDED[m.condition]),
+    return Requirements(
+        fields=("video_path", *NEEDED[m.condition]),
         condition=m.condition,
         num_conditions=m.num_conditions,
         frame_size=(data.frame_size,) * 2 if data.resize_shorter is None else None,
     )
 
 
-def _training_demands(options: Options) -> Demands:
-    demands = _demands(options)
-    if options.data.source == "video":
-        return demands
-    # Here, for a list alone needs no network.
-    from scd.models.autoencoder import load_codec
-    from scd.training.encode import encoding_name, latent_shape
-
-    codec = load_codec(options.autoencoder.path)
-    return Demands(
-        needed=("latent_path", *demands.needed[1:]),
-        condition=demands.condition,
-        num_conditions=demands.num_conditions,
-        made_by=encoding_name(options),
-        latent_shape=latent_shape(codec, options),
-    )
+def _for_training(options: Options, latents: LatentSpec | None) -> Requirements:
+    required = _for_evaluation(options)
+    if latents is None:
+        return required
+    fields = ("latent_path", *required.fields[1:])
+    return replace(required, fields=fields, frame_size=None, latents=latents)
 
 
 def _training_warnings(survey: Survey, options: Options) -> list[str]:
@@ -99,14 +93,14 @@ def _validation_warnings(train: Survey, survey: Survey, options: Options) -> lis
     warnings = _repeats(survey)
     if survey.clips < o.videos:
         warnings.append(
-            f"{survey.path}: {survey.clips} clips for eval.videos={o.videos}: some are measured "
-            f"more than once, from other first frames"
+            f"{survey.path}: {survey.clips} clips for eval.videos={o.videos}: some are evaluated "
+            f"more than once, each time from another first frame"
         )
     both = len(set(train.digests) & set(survey.digests))
     if both:
         warnings.append(
-            f"{survey.path}: {both} clips are in the training list as well (same content): what "
-            f"is measured on them says nothing of new videos"
+            f"{survey.path}: {both} clips are in the training list as well (same content): "
+            f"metrics on them say nothing about new videos"
         )
     if options.task == "world_model":
         span = (o.context_frames + o.new_frames - 1) * options.data.frame_stride + 1
@@ -116,7 +110,7 @@ def _validation_warnings(train: Survey, survey: Survey, options: Options) -> lis
 
 def _repeats(survey: Survey) -> list[str]:
     twice = len(survey.digests) - len(set(survey.digests))
-    return [f"{survey.path}: {twice} clips are there more than once"] if twice else []
+    return [f"{survey.path}: {twice} clips are repeated"] if twice else []
 
 
 def _short(survey: Survey, span: int, keys: str) -> list[str]:
@@ -130,22 +124,24 @@ def _short(survey: Survey, span: int, keys: str) -> list[str]:
 
 
 def _videos(survey: Survey, root: Path) -> list[str]:
-    """What is slow, or differs, of a list's videos as such."""
-    warnings = [told_in_order(Path(survey.path), root, survey.in_order)] if survey.in_order else []
+    """Warn of videos that are slow to read, and of unequal frame rates."""
+    slow = survey.in_order
+    warnings = [slow_reading_note(Path(survey.path), root, slow)] if slow else []
     slowest, fastest = min(survey.fps, default=1.0), max(survey.fps, default=1.0)
     if fastest > FPS_SPREAD * slowest:
         warnings.append(
-            f"{survey.path}: {slowest:g} to {fastest:g} frames a second: from one frame to the "
-            f"next, time passes unequally in its clips"
+            f"{survey.path}: {slowest:g} to {fastest:g} frames per second: the time between two "
+            f"frames differs from clip to clip"
         )
     return warnings
 
 
 def _kept(checks: VideoChecks) -> list[str]:
+    """Save the checks of the videos, and warn if that fails."""
     try:
         checks.save()
     except ScdError as error:
-        return [f"{error}: its videos will be checked again by every command"]
+        return [f"{error}: every command will check its videos again"]
     return []
 
 
@@ -159,7 +155,7 @@ def _conclude(
     broken = [line for survey in surveys for line in survey.broken]
     of_videos = [line for survey in surveys for line in _videos(survey, checks.root)]
     warnings = warnings + of_videos + _kept(checks)
-    print(table(surveys, names))
+    print(table(surveys, names).markdown())
     for line in broken:
         print(f"broken: {line}")
     for line in warnings:
@@ -172,35 +168,28 @@ def _conclude(
         raise ScdError(f"{len(broken)} of {clips} clips are broken, named above")
 
 
-def table(surveys: list[Survey], action_names: dict[int, str]) -> str:
-    """One column a list, as a Markdown table."""
-    rows = [["", *(Path(survey.path).name for survey in surveys)]]
-
-    def row(head: str, cells: list[str]) -> None:
-        if any(cells):
-            rows.append([head, *(cell or "–" for cell in cells)])
-
-    row("clips", [str(s.clips) for s in surveys])
-    row("broken", [str(len(s.broken)) for s in surveys])
-    row("frames", [str(sum(s.lengths)) for s in surveys])
-    row(
-        "frames a clip: min / median / max", [" / ".join(map(str, s.length_range)) for s in surveys]
-    )
-    row("clips by frame size", [_kinds(s.sizes) for s in surveys])
-    row("frames a second", [_kinds(Counter(f"{fps:.4g}" for fps in s.fps)) for s in surveys])
-    row("videos read in order", [str(len(s.in_order) or "") for s in surveys])
-    row("actions, share of frames", [_shares(s.actions, action_names) for s in surveys])
-    row("held together, share of frames", [_held(s.held, action_names) for s in surveys])
-    row("classes", [_classes(s.labels) for s in surveys])
-    row("latents", [_kinds(s.latents) for s in surveys])
-    row("content hash", [s.content_hash[:16] for s in surveys])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
+def table(surveys: list[Survey], action_names: dict[int, str]) -> Table:
+    """Make a table with one column for each list."""
+    heads = ["", *(Path(survey.path).name for survey in surveys)]
     lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-        for cells in rows
+        ["clips", *(str(s.clips) for s in surveys)],
+        ["broken", *(str(len(s.broken)) for s in surveys)],
+        ["frames", *(str(sum(s.lengths)) for s in surveys)],
+        [
+            "frames a clip: min / median / max",
+            *(" / ".join(map(str, s.length_range)) for s in surveys),
+        ],
+        ["clips by frame size", *(_kinds(s.sizes) for s in surveys)],
+        ["frames a second", *(_kinds(Counter(f"{fps:.4g}" for fps in s.fps)) for s in surveys)],
+        ["videos read in order", *(str(len(s.in_order) or "") for s in surveys)],
+        ["actions, share of frames", *(_shares(s.actions, action_names) for s in surveys)],
+        ["held together, share of frames", *(_held(s.held, action_names) for s in surveys)],
+        ["classes", *(_classes(s.labels) for s in surveys)],
+        ["latents", *(_kinds(s.latents) for s in surveys)],
+        ["content hash", *(s.content_hash[:16] for s in surveys)],
     ]
-    return "\n".join(lines)
+    shown = [[head, *(cell or "–" for cell in cells)] for head, *cells in lines if any(cells)]
+    return Table(heads, shown, len(heads), [])
 
 
 def _kinds(counts: Counter[str]) -> str:

@@ -15,12 +15,12 @@ import numpy as np
 from scd.errors import ScdError, reason
 from scd.utils.files import MAX_ARRAY_BYTES, npz_header, read_npz, write_atomically
 
-# A clip is decoded from the keyframe before it. With x264's own distance, 250, 16 frames out of the
-# middle of a 128x128 video took 3 times as long; files grow by 3 to 7 %.
+# A clip is decoded from the key frame before it. With x264's default distance, 250, reading 16
+# frames from the middle of a 128x128 video took 3 times as long; files grow by 3 to 7 %.
 KEYFRAME_EVERY = 24
 
-# Closing a reader waits for its decoder threads. A forked process (a data loading worker) has none
-# of them, so there the readers it inherited are never closed: it would hang or abort.
+# Closing a reader waits for its decoder threads. A forked process (a data worker) has none of them,
+# so it never closes the readers that it inherited: it would hang or abort.
 _readers: weakref.WeakSet[Any] = weakref.WeakSet()
 _inherited: list[Any] = []
 os.register_at_fork(after_in_child=lambda: _inherited.extend(_readers))
@@ -31,14 +31,14 @@ def write_video(
 ) -> None:
     """Write frames (F, H, W, 3) uint8 as H.264 mp4.
 
-    Full chroma resolution (4:4:4) keeps the colours of small pictures where they belong: with the
-    usual halved chroma, edges of 64x64 frames bleed visibly. Pictures of 256 pixels and more get
-    4:2:0, which every browser plays, unless a side is odd.
+    Small frames keep full chroma resolution (4:4:4): with the usual halved chroma, edges of 64x64
+    frames bleed visibly. Frames of 256 pixels and more get 4:2:0, which every browser plays, unless
+    a side is odd.
 
     Args:
-        crf: constant rate factor; 12 shows no blocks at 64x64. 0 keeps RGB as it is: `VideoFile`
-            reads the very same bytes back (players know this kind of H.264, browsers do not).
-        enlarge: how many pixels of the video, a side, show one of the frames.
+        crf: constant rate factor; 12 shows no blocks at 64x64. 0 is lossless RGB: `VideoFile` reads
+            the same bytes back (players know this kind of H.264, browsers do not).
+        enlarge: pixels per side of the video for one pixel of the frames.
 
     Raises:
         ScdError: the file cannot be written, or ffmpeg fails.
@@ -64,7 +64,10 @@ def write_video(
 
 
 def ffmpeg(path: Path) -> str:
-    """The ffmpeg program, wanted for a video.
+    """Find the ffmpeg program.
+
+    Args:
+        path: the video that needs it, for the message.
 
     Raises:
         ScdError: there is none.
@@ -76,7 +79,7 @@ def ffmpeg(path: Path) -> str:
 
 
 class Video(ABC):
-    """The frames of a clip, by their number from 0 on."""
+    """The frames of a clip, numbered from 0."""
 
     path: Path
 
@@ -85,21 +88,21 @@ class Video(ABC):
 
     @abstractmethod
     def frames(self, indices: np.ndarray) -> np.ndarray:
-        """Some frames, (n, H, W, 3) uint8.
+        """Read the frames of the given numbers, (n, H, W, 3) uint8.
 
         Raises:
             ScdError: the video is too short or damaged.
         """
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
-        """All frames in order, at most `size` of them at once."""
+        """Read all frames in order, at most `size` of them at once."""
         for start in range(0, len(self), size):
             yield self.frames(np.arange(start, min(start + size, len(self))))
 
     def _check_wanted(self, indices: np.ndarray) -> None:
         if len(indices) and int(indices.max()) >= len(self):
             raise ScdError(
-                f"{self.path}: {len(self)} frames, but frame {int(indices.max())} was asked for"
+                f"{self.path}: {len(self)} frames, so there is no frame {int(indices.max())}"
             )
 
     def _check_memory(self, count: int, height: int, width: int) -> None:
@@ -111,9 +114,9 @@ class Video(ABC):
 
 
 class VideoFile(Video):
-    """Random access to the frames of a video whose key frames are where its container says.
+    """A video with random access, right if its key frames are where its container says.
 
-    So are those of `write_video`; of files from elsewhere `scd.data.video_checks` knows.
+    Those of `write_video` are; other files are checked by `scd.data.video_checks`.
 
     Raises:
         ScdError: the file is missing, or no decoder can read it.
@@ -125,7 +128,7 @@ class VideoFile(Video):
         if not path.is_file():
             raise ScdError(f"{path}: no such video")
         self.path = path
-        decord.logging.set_level(decord.logging.QUIET)  # what goes wrong is raised, and told below
+        decord.logging.set_level(decord.logging.QUIET)  # errors are raised as well
         try:
             self._reader = decord.VideoReader(str(path), num_threads=1)
         except (decord.DECORDError, RuntimeError) as error:
@@ -137,15 +140,20 @@ class VideoFile(Video):
 
     @property
     def key_frames(self) -> list[int]:
-        """Where seeking lands, frame 0 among them."""
+        """Numbers of the frames that seeking lands on, including frame 0."""
         return sorted({0, *map(int, self._reader.get_key_indices())})
+
+    @property
+    def fps(self) -> float:
+        """Average frames per second, as the container says."""
+        return float(self._reader.get_avg_fps())
 
     def frames(self, indices: np.ndarray) -> np.ndarray:
         import decord
 
         self._check_wanted(indices)
         try:
-            # The first one tells the size, before memory is taken for all of them.
+            # The first frame shows the size, before memory is allocated for all of them.
             first = self._reader.get_batch([int(indices[0])]).asnumpy()
             self._check_memory(len(indices), *first.shape[1:3])
             if len(indices) == 1:
@@ -162,12 +170,12 @@ class VideoFile(Video):
 
 
 def _reason(error: Exception) -> str:
-    """Without the time and the source file that decord puts before its messages."""
+    """Return decord's message without the time and the source file that it begins with."""
     return re.sub(r"\[[\d:]+\] \S+: ", "", reason(error))
 
 
 class NpzVideo(Video):
-    """The array is decompressed as a whole, at the first `frames`.
+    """A clip in the array `video` of an npz file, decompressed as a whole when it is first read.
 
     Raises:
         ScdError: the file is missing, damaged, larger than `scd.utils.files.MAX_ARRAY_BYTES`, or

@@ -1,15 +1,16 @@
-"""Which videos can be read at any frame, and which only in order: found out once, and kept.
+"""Checks that seeking in a video yields the right frames, made once and kept.
 
-Seeking relies on what a file says of its key frames. Open GOPs, intra refresh, files without time
-stamps and files cut without re-encoding say it wrongly, and another frame comes than was asked for.
-Here frame i of a video is the i-th that decoding it in order gives.
+Seeking relies on the key frames that a file announces. With open GOPs, intra refresh, missing time
+stamps, or after cutting without re-encoding, they are wrong, and seeking yields another frame. Here
+frame i of a video is the i-th frame of decoding it in order.
 """
 
 import hashlib
+import re
 import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -26,21 +27,22 @@ from scd.utils.paths import why_missing
 KEPT = "video_checks.json"
 DECODER = "decoder"  # key of the file
 DECODERS = ("decord", "decord2")  # distributions of the module decord
-END_BYTES = 2**16  # read of either end of a file to know it again
-WHOLE_BYTES = 2**20  # of files up to this size, all is hashed
+END_BYTES = 2**16  # hashed at either end of a file to identify it
+WHOLE_BYTES = 2**20  # files up to this size are hashed as a whole
 CHUNK_FRAMES = 8
-PLACES = 6  # where clips are read as training would
+PLACES = 6  # where clips are read as in training
+X264_SETTINGS = re.compile(rb"x264 - core [ -~]+")  # x264 writes them into the first frame
 
 
 @dataclass(frozen=True)
 class VideoCheck:
-    """Holds what was found out about a video.
+    """The result of checking a video.
 
     Attributes:
-        identity: of the file that this was found of, see `identity_of`.
-        frames: how many come when it is decoded in order.
-        random_access: seeking gives the same frames.
-        fps: frames a second on average, if it says.
+        identity: identity of the file that was checked, see `identity_of`.
+        frames: number of frames that decoding in order yields.
+        random_access: seeking yields the same frames.
+        fps: average frames per second; None if the file has no usable time stamps.
     """
 
     identity: str
@@ -52,10 +54,10 @@ class VideoCheck:
 
 
 class VideoChecks:
-    """The checks of the videos below a data root; `video_checks.json` in it keeps them.
+    """The checks of the videos below a data root, kept in its `video_checks.json`.
 
-    A video that is not in it, or has changed, is checked when it is asked for. The file is read
-    when it is first needed; what another decoder found does not count.
+    A video that is missing there, or has changed, is checked when it is first used. Checks made
+    with another decoder do not count.
     """
 
     def __init__(self, root: Path):
@@ -65,7 +67,7 @@ class VideoChecks:
 
     @cached_property
     def _kept(self) -> dict[str, VideoCheck]:
-        """Read what was found before.
+        """The checks in the file, which is read at the first use.
 
         Raises:
             ScdError: the file is damaged.
@@ -76,10 +78,10 @@ class VideoChecks:
         return video in self._kept or video in self._new
 
     def check(self, video: str) -> VideoCheck:
-        """Look up what is known of a video, by its path below the root, or find it out.
+        """Return the check of a video, by its path below the root; make it if necessary.
 
         Raises:
-            ScdError: it is missing, no video, or damaged; or what was kept is damaged.
+            ScdError: the video is missing, damaged or none, or the file of checks is damaged.
         """
         path = self.root / video
         identity = identity_of(path)
@@ -89,7 +91,7 @@ class VideoChecks:
         return known
 
     def open(self, video: str) -> Video:
-        """A video, or a clip in an `.npz`, ready for reading at any frame.
+        """Open a video, or a clip in an `.npz`, for reading any of its frames.
 
         Raises:
             ScdError: see `check` and `NpzVideo`.
@@ -103,10 +105,10 @@ class VideoChecks:
         return InOrderVideo(path, known.frames, (known.height, known.width))
 
     def check_all(self, videos: Iterable[str]) -> None:
-        """Check videos and keep what was found.
+        """Check videos and save the results.
 
         Raises:
-            ScdError: see `check`; or it cannot be kept.
+            ScdError: see `check`; or the results cannot be saved.
         """
         videos = list(videos)
         try:
@@ -117,27 +119,48 @@ class VideoChecks:
         finally:
             self.save()
 
+    def check_alike(self, videos: list[str]) -> None:
+        """Check videos of one encoder: the first in full, and those like it by their last frame.
+
+        Whether seeking is right depends on how a video was encoded, not on its pictures. So a video
+        with the same x264 settings and number, size and rate of frames shares the result of the
+        first one. Any other is left for `check`.
+
+        Args:
+            videos: files that this process has just written.
+
+        Raises:
+            ScdError: see `check`.
+        """
+        if not videos or not (first := self.check(videos[0])).random_access:
+            return
+        signature = _signature(self.root / videos[0])
+        for video in videos[1:]:
+            path = self.root / video
+            if signature is not None and _signature(path) == signature:
+                self._new[video] = replace(first, identity=identity_of(path))
+
     @property
     def new(self) -> dict[str, VideoCheck]:
-        """What was found out here, and is not kept yet."""
+        """Checks that are not saved yet."""
         return self._new
 
     def add(self, found: dict[str, VideoCheck]) -> None:
-        """Take in what another process found out."""
+        """Add checks that another process made."""
         self._new |= found
 
     def fps(self, video: str) -> float | None:
-        """Look up the frames a second of a video that was checked."""
+        """Look up the frames per second of a video that was checked."""
         known = self._new.get(video) or self._kept.get(video)
         return None if known is None else known.fps
 
     def in_order(self, videos: Iterable[str]) -> list[str]:
-        """Select those of the videos checked so far that can be read in order alone."""
+        """Select the videos that can only be read in order, among those checked so far."""
         known = {**self._kept, **self._new}
         return [video for video in videos if video in known and not known[video].random_access]
 
     def save(self) -> None:
-        """Keep what was found since the file was read.
+        """Write the new checks to the file, beside those that others have written meanwhile.
 
         Raises:
             ScdError: it cannot be written.
@@ -151,27 +174,26 @@ class VideoChecks:
         write_json(self._path, {DECODER: decoder(), "videos": videos})
 
 
-def told_in_order(list_path: Path, root: Path, videos: list[str]) -> str:
-    """One line on the videos of a list that are slow to read, and the remedy."""
+def slow_reading_note(list_path: Path, root: Path, videos: list[str]) -> str:
+    """Write one line about the videos of a list that are slow to read, with the remedy."""
     return (
-        f"{list_path}: videos read from their first frame on for every clip, since seeking in them "
-        f"fails or shows other frames: {len(videos)}. To make a fast one, to put in its place: "
-        f"{remedy(root / videos[0])}"
+        f"{list_path}: slow videos: {len(videos)}. Seeking in them fails or yields other frames, "
+        f"so every clip is read from the first frame on. To make a fast one that replaces a slow "
+        f"one: {remedy(root / videos[0])}"
     )
 
 
 @cache
 def decoder() -> str:
-    """Name what seeks in videos here: another decoder, or version, may land elsewhere."""
-    found = (next(iter(metadata.Distribution.discover(name=name)), None) for name in DECODERS)
-    return next(f"{one.metadata['Name']} {one.version}" for one in found if one is not None)
+    """Name the decoder that seeks in videos, with its version: another may land elsewhere."""
+    installed = (next(iter(metadata.Distribution.discover(name=name)), None) for name in DECODERS)
+    return next(f"{one.metadata['Name']} {one.version}" for one in installed if one is not None)
 
 
 def identity_of(path: Path) -> str:
-    """Identify a file by its size and a hash of its contents, or of both its ends.
+    """Identify a file by its size and a hash of its contents or, for a large one, of both ends.
 
-    Of a large video, one end holds the place and size of every frame. Copying a file does not
-    change its identity.
+    One end of a video holds the place and size of every frame. A copy has the same identity.
 
     Raises:
         ScdError: there is no such file, or it cannot be read.
@@ -187,7 +209,7 @@ def identity_of(path: Path) -> str:
 
 @lru_cache(maxsize=2**16)
 def _identity(path: Path, size: int, modified: int) -> str:
-    """Read a file's identity, once for each time that it was written: every clip asks for it."""
+    """Compute the identity of a file once for each time it is written: every clip needs it."""
     with open(path, "rb") as file:
         ends = file.read(END_BYTES if size > WHOLE_BYTES else size)
         if size > WHOLE_BYTES:
@@ -198,7 +220,7 @@ def _identity(path: Path, size: int, modified: int) -> str:
 
 @lru_cache(maxsize=2**16)
 def check_video(path: Path, identity: str) -> VideoCheck:
-    """Decode a video in order, then seek to each of its key frames and compare.
+    """Check a video: decode it in order, then seek to each of its key frames, and compare.
 
     Raises:
         ScdError: it is no video, or damaged.
@@ -209,19 +231,34 @@ def check_video(path: Path, identity: str) -> VideoCheck:
     return VideoCheck(identity, len(decoded.sums), decoded.height, decoded.width, right, fps)
 
 
+def _signature(path: Path) -> tuple | None:
+    """Return what decides how a video is sought in; None unless x264 wrote it and it can be read.
+
+    The last frame is decoded, which a file that was not written to its end does not have.
+    """
+    try:
+        with open(path, "rb") as file:
+            settings = X264_SETTINGS.search(file.read(END_BYTES))
+        video = VideoFile(path)
+        size = video.frames(np.array([len(video) - 1])).shape
+    except (ScdError, OSError):
+        return None
+    return None if settings is None else (settings[0], len(video), size, video.fps)
+
+
 def _seeking_is_right(path: Path, decoded: Decoded) -> bool:
     try:
         video = VideoFile(path)
         if len(video) != len(decoded.sums):
             return False
-        found = _by_seeking(video)
-        # Another version of ffmpeg may round colours in another way: then against its own order.
-        if found != decoded.sums and found != _sums(VideoFile(path).chunks(CHUNK_FRAMES)):
+        sought = _by_seeking(video)
+        # Another version of ffmpeg may round colors differently: then compare with decord's order.
+        if sought != decoded.sums and sought != _sums(VideoFile(path).chunks(CHUNK_FRAMES)):
             return False
         for place in np.linspace(0, len(video) - 1, PLACES).astype(int):
             ahead = np.array([0, 1, (len(video) - place) // 2, len(video) - 1 - place])
             indices = np.unique(np.minimum(place + ahead, len(video) - 1))
-            if _sums([VideoFile(path).frames(indices)]) != [found[i] for i in indices]:
+            if _sums([VideoFile(path).frames(indices)]) != [sought[i] for i in indices]:
                 return False
     except ScdError:  # this decoder cannot read it: AV1, no duration, some widths
         return False
@@ -229,7 +266,7 @@ def _seeking_is_right(path: Path, decoded: Decoded) -> bool:
 
 
 def _by_seeking(video: VideoFile) -> list[int]:
-    """Sums of all frames: from the last key frame to the first, so that every one is sought."""
+    """Sum all frames, from the last key frame to the first, so that each of them is sought."""
     keys, sums = video.key_frames, [0] * len(video)
     for start, end in reversed(list(zip(keys, [*keys[1:], len(video)], strict=True))):
         firsts = range(start, end, CHUNK_FRAMES)
@@ -243,13 +280,13 @@ def _sums(parts: Iterable[np.ndarray]) -> list[int]:
 
 
 def _read(path: Path) -> dict[str, VideoCheck]:
-    """Read what was kept.
+    """Read a file of checks.
 
     Raises:
-        ScdError: it is something else.
+        ScdError: it is damaged, or something else.
     """
     kept = read_json(path)
-    wrong = ScdError(f"{path}: not what scd keeps of its checks of videos: remove it")
+    wrong = ScdError(f"{path}: not a file of video checks as scd writes it: remove it")
     if not isinstance(kept, dict) or not isinstance(kept.get("videos"), dict):
         raise wrong
     if kept.get(DECODER) != decoder():

@@ -1,1 +1,1 @@
-"""Real video by default: ViZDoom's `my_way_home` maze, recorded with the actions that drove it."""
+"""Record video and actions from ViZDoom's `my_way_home` maze, the default data set."""

@@ -1,7 +1,7 @@
-"""The exploring policy: walk to random places of the maze, look around, hesitate, go on.
+"""Exploration policies: walk to random places of the maze, with pauses and detours on the way.
 
-A random walk mostly stares at walls. This one plans over the map's free space, so corridors are
-crossed and every room is visited, and adds enough wandering that all four actions occur everywhere.
+A random walk mostly faces walls. These plan over the free space of the map, so they cross corridors
+and visit every room, and they wander enough that all four actions occur everywhere.
 """
 
 import math
@@ -25,15 +25,15 @@ CLEARANCE = 26.0  # from walls; the player's own radius is 16
 ITEM_CLEARANCE = 44.0  # touching the vest would end the episode
 ARRIVED = 28.0
 LOOK_AHEAD = 6  # cells
-SHARPEST_CURVE = 40.0  # degrees off the way, up to which a player who can turns while walking
+SHARPEST_CURVE = 40.0  # degrees; up to this angle, `KeyNavigator` turns while walking
 
 
 class FreeSpace:
-    """Grid of places where the player can stand, and shortest paths over it.
+    """A grid of places where the player can stand, with shortest paths over it.
 
     Args:
         walls: (n, 4) segments x1, y1, x2, y2 in map units.
-        items: (m, 2) places to keep away from.
+        items: (m, 2) places to avoid.
         inside: (x, y) of a place known to be free; cells not connected to it are outside the maze.
     """
 
@@ -51,18 +51,19 @@ class FreeSpace:
         self.cells = np.argwhere(self.free)
 
     def cell(self, place: tuple[float, float]) -> tuple[int, int]:
-        """Nearest free cell to a place."""
+        """Find the free cell that is nearest to a place."""
         wanted = (np.asarray(place) - self.origin) / CELL - 0.5
         free = np.argwhere(self.free)
         i, j = free[np.abs(free - wanted).sum(axis=1).argmin()]
         return int(i), int(j)
 
     def centre(self, cell: np.ndarray | tuple[int, int]) -> tuple[float, float]:
+        """Return the place in the middle of a cell, in map units."""
         x, y = self.origin + (np.asarray(cell) + 0.5) * CELL
         return float(x), float(y)
 
     def distances_to(self, place: tuple[float, float]) -> np.ndarray:
-        """Steps over free cells from every cell to a place; infinite where there is no way."""
+        """Count the steps over free cells from every cell to a place; infinite without a path."""
         distance = np.full(self.shape, np.inf)
         start = self.cell(place)
         distance[start] = 0
@@ -79,10 +80,10 @@ class FreeSpace:
 
 
 class Navigator:
-    """Chooses one action a step, from the pose alone and a generator of its own.
+    """A policy of one action per step, which depends only on the pose and its own generator.
 
-    It walks to uniformly drawn free places; on the way it now and then stops (`none`), looks around
-    (a run of turns) or takes a step it did not plan, wherever that leads.
+    It walks to uniformly drawn free places. On the way it sometimes stops (`none`), looks around (a
+    run of turns) or takes a few random actions.
     """
 
     def __init__(self, space: FreeSpace, rng: np.random.Generator):
@@ -92,6 +93,7 @@ class Navigator:
         self._new_target()
 
     def act(self, pose: Pose) -> Action:
+        """Choose the next action."""
         if not self._forced:
             self._maybe_wander()
         if self._forced:
@@ -103,7 +105,7 @@ class Navigator:
         return self._towards((wanted - pose.heading + 180) % 360 - 180)
 
     def _towards(self, error: float) -> Action:
-        """Of a way that lies so many degrees to the left."""
+        """Choose the action for a direction that many degrees to the left."""
         if abs(error) <= 0.75 * TURN_DEGREES:
             return FORWARD
         return TURN_LEFT if error > 0 else TURN_RIGHT
@@ -123,7 +125,7 @@ class Navigator:
             self._forced.extend([int(self.rng.integers(4))] * int(self.rng.integers(1, 4)))
 
     def _waypoint(self, pose: Pose) -> tuple[float, float]:
-        """A point a few cells down the distance field, near enough that the way to it is free."""
+        """Find a place a few cells along the shortest path, so near that nothing is in between."""
         i, j = self.space.cell((pose.x, pose.y))
         for _ in range(LOOK_AHEAD):
             window = self._distance[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
@@ -133,9 +135,11 @@ class Navigator:
 
 
 class KeyNavigator(Navigator):
-    """The same with several keys at once, an action as `scd.doom.simulator.KEYS`: it turns while it
-    walks where the way bends gently, looks around walking or standing, and what it did not plan is
-    any set of keys."""
+    """A policy that holds several keys at once; an action is one number per key of `KEYS`.
+
+    It turns while walking where the path bends gently, looks around while walking or standing, and
+    its random actions are any set of keys.
+    """
 
     def _towards(self, error: float) -> Action:
         left, right, _ = ONE_KEY[TURN_LEFT if error > 0 else TURN_RIGHT]
@@ -156,7 +160,7 @@ class KeyNavigator(Navigator):
 
 
 def _distance_to_segments(places: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """Distance of each place (..., 2) to the nearest of n segments (n, 4)."""
+    """Compute the distance of each place (..., 2) to the nearest of n segments (n, 4)."""
     nearest = np.full(places.shape[:-1], np.inf)
     for x1, y1, x2, y2 in segments:
         a, ab = np.array([x1, y1]), np.array([x2 - x1, y2 - y1])

@@ -1,4 +1,4 @@
-"""Record episodes: mp4 videos, an action a frame, list files, and a map of where they went."""
+"""Record episodes: mp4 videos, one action per frame, list files, and a map of visited places."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +24,7 @@ from scd.doom.simulator import (
 from scd.errors import ScdError
 from scd.utils.files import read_json, read_npz, write_atomically, write_json
 
-SPLIT_SEEDS = {"train": 0, "val": 1_000_000}  # first episode seed of a split; they never meet
+SPLIT_SEEDS = {"train": 0, "val": 1_000_000}  # first episode seed of each split; no overlap
 ATTEMPT_SEED = 10_000_000
 SPLIT_SIZE_LIMIT = 1_000_000
 COVERAGE_CELL = 32  # map units
@@ -33,31 +33,31 @@ COVERAGE_CELL = 32  # map units
 def record_dataset(
     root: Path, train_episodes: int, val_episodes: int, frames: int, size: int, keys: bool = False
 ) -> None:
-    """Record both splits under `root`, skipping what is already there.
+    """Record both splits under `root`, skipping episodes that exist already.
 
     Writes `train.json`, `val.json`, `recording.json` (the settings), `coverage.png`, and for every
-    episode `SPLIT/NNNNN.mp4` and `.npz` with `actions` (int64, one a frame; action i leads to
+    episode `SPLIT/NNNNN.mp4` and `.npz` with `actions` (int64, one per frame; action i leads to
     frame i, so action 0 is `none`) and `poses` (x, y, heading at each frame).
 
     Args:
-        keys: several keys at once: `actions` are uint8 (F, 3), which of the simulator's `KEYS` are
-            held.
+        keys: hold several keys at once; `actions` are then uint8 (F, 3), 1 for each of the
+            simulator's `KEYS` that is held.
 
     Raises:
-        ScdError: `root` holds a recording of other settings, or too many episodes are asked for.
+        ScdError: `root` holds a recording with other settings, or the numbers are out of range.
     """
     counts = {"train": train_episodes, "val": val_episodes}
     if max(counts.values()) > SPLIT_SIZE_LIMIT or min(counts.values()) < 1 or frames < 2:
         raise ScdError(
-            f"record: between 1 and {SPLIT_SIZE_LIMIT} episodes a split and at least 2 frames, "
-            f"not {counts} episodes of {frames} frames"
+            f"record: between 1 and {SPLIT_SIZE_LIMIT} episodes per split, of at least 2 frames "
+            f"each, not {counts} episodes of {frames} frames"
         )
     names = KEYS if keys else ACTIONS
     settings = {"frames": frames, "frame_size": size, "actions": list(names)}
     note = root / "recording.json"
     if note.exists() and read_json(note) != settings:
         raise ScdError(
-            f"{root} holds a recording of other settings ({note}): choose another folder"
+            f"{root} holds a recording with other settings ({note}): choose another folder"
         )
     if not note.exists():
         write_json(note, settings)
@@ -82,11 +82,12 @@ def _record_split(
     space: FreeSpace,
     keys: bool,
 ) -> bool:
-    """Record the missing episodes of a split and list them all; whether the list is a new one."""
+    """Record the missing episodes of a split and list them all; return whether the list changed."""
     list_path = root / f"{split}.json"
     listed = read_list(list_path) if list_path.exists() else []
     known = {entry.video_path: entry for entry in listed}  # with the latents `scd encode` made
     entries = []
+    recorded: list[str] = []
     written: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:  # one episode is compressed while the next is played
         for episode in tqdm(range(count), desc=f"record {split}", unit="episode"):
@@ -99,12 +100,15 @@ def _record_split(
                     written.result()
                 written = writer.submit(_write_episode, root / name, *played)
                 known.pop(video_path, None)
+                recorded.append(video_path)
             entries.append(known.get(video_path, ClipEntry(video_path, action_path)))
         if written is not None:
             written.result()
     if entries == listed:
         return False
-    VideoChecks(root).check_all(str(entry.video_path) for entry in entries)
+    checks = VideoChecks(root)
+    checks.check_alike(recorded)
+    checks.check_all(str(entry.video_path) for entry in entries)
     write_list(list_path, entries)
     return True
 
@@ -112,10 +116,10 @@ def _record_split(
 def _play_episode(
     simulator: DoomSimulator, space: FreeSpace, seed: int, frames: int, keys: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frames (F, H, W, 3), actions (F,) or (F, 3) and poses (F, 3) of a seed's episode."""
+    """Play an episode; return frames (F, H, W, 3), actions (F,) or (F, 3) and poses (F, 3)."""
     for attempt in range(100):
-        # An episode that touches the vest ends early; the next attempt is as much a function of
-        # the seed as the first.
+        # An episode ends early when the player touches the vest. The next attempt is a function of
+        # the seed as well.
         start_seed = seed + attempt * ATTEMPT_SEED
         navigator = navigator_of(space, start_seed, keys)
         video, poses = [simulator.reset(start_seed)], [simulator.pose]
@@ -135,16 +139,17 @@ def _play_episode(
 
 
 def navigator_of(space: FreeSpace, seed: int, keys: bool) -> Navigator:
-    """The player of an episode."""
+    """Make the policy of an episode."""
     return (KeyNavigator if keys else Navigator)(space, np.random.default_rng(seed))
 
 
 def nothing(keys: bool) -> Action:
-    """The action that leads to the first frame of an episode."""
+    """Return the action at the first frame of an episode: none."""
     return ONE_KEY[NONE] if keys else NONE
 
 
 def _write_episode(stem: Path, video: np.ndarray, actions: np.ndarray, poses: np.ndarray) -> None:
+    # The video last: an episode counts as recorded when both files exist.
     write_atomically(
         stem.with_suffix(".npz"),
         lambda aside: np.savez_compressed(aside, actions=actions, poses=poses),
@@ -153,7 +158,7 @@ def _write_episode(stem: Path, video: np.ndarray, actions: np.ndarray, poses: np
 
 
 def _draw_coverage(root: Path, walls: np.ndarray, names: Sequence[str]) -> None:
-    """`coverage.png`: how often each place was visited, and each action taken, by split."""
+    """Draw `coverage.png`: how often each place was visited and each action taken, by split."""
     import matplotlib
 
     matplotlib.use("Agg")

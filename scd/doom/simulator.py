@@ -1,4 +1,4 @@
-"""ViZDoom as a small deterministic environment: a seed and actions decide the frames."""
+"""ViZDoom as a deterministic environment: seed and actions determine the frames."""
 
 import os
 import tempfile
@@ -14,19 +14,19 @@ KEYS = ("turn_left", "turn_right", "forward")
 ACTIONS = ("none", *KEYS)  # one key at a time
 NONE, TURN_LEFT, TURN_RIGHT, FORWARD = range(len(ACTIONS))
 Action = int | tuple[float, ...]
-"""An index of `ACTIONS`; or for each of `KEYS`, whether it is held, 0 or 1."""
+"""An index of `ACTIONS`; or one number for each of `KEYS`, 1 if it is held, else 0."""
 
-ONE_KEY = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # by the index of an action
+ONE_KEY = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # the keys of each of `ACTIONS`
 
 TICS_PER_ACTION = 4  # Doom runs at 35 tics a second, so 8.75 actions a second is real time.
 TURN_DEGREES = 11.25  # per action; 32 turns make a full circle
 FRAMES_PER_SECOND = 35 / TICS_PER_ACTION
-SCREEN_HEIGHT = 240  # pixels that ViZDoom draws; frames are made smaller from it
+SCREEN_HEIGHT = 240  # pixels that ViZDoom renders; frames are scaled down from them
 
 
 @dataclass(frozen=True)
 class Pose:
-    """Player position in map units and heading in degrees, counter-clockwise from east."""
+    """The player's position in map units, and heading in degrees counter-clockwise from east."""
 
     x: float
     y: float
@@ -34,7 +34,7 @@ class Pose:
 
 
 class DoomSimulator:
-    """First-person maze without weapon, HUD or enemies, cropped to a square picture.
+    """A first-person maze without weapon, HUD or enemies, cropped to square frames.
 
     Args:
         frame_size: height and width of the frames in pixels.
@@ -46,7 +46,9 @@ class DoomSimulator:
 
     def __init__(self, frame_size: int = 64, scenario: str = "my_way_home"):
         if not 1 <= frame_size <= SCREEN_HEIGHT:
-            raise ScdError(f"Doom frames have 1 to {SCREEN_HEIGHT} pixels a side, not {frame_size}")
+            raise ScdError(
+                f"Doom frames have 1 to {SCREEN_HEIGHT} pixels per side, not {frame_size}"
+            )
         try:
             import vizdoom as vzd
         except ImportError as error:
@@ -64,8 +66,8 @@ class DoomSimulator:
         game.set_screen_format(vzd.ScreenFormat.RGB24)
         for render in ("hud", "weapon", "crosshair", "messages", "particles"):
             getattr(game, f"set_render_{render}")(False)
-        # Delta buttons turn by an exact angle; the plain turn buttons accelerate while held,
-        # which would make one action mean two different things.
+        # Delta buttons turn by an exact angle. The plain turn buttons accelerate while held, so the
+        # same action would have different effects.
         game.set_available_buttons([vzd.Button.MOVE_FORWARD, vzd.Button.TURN_LEFT_RIGHT_DELTA])
         game.set_available_game_variables(
             [
@@ -77,8 +79,8 @@ class DoomSimulator:
         game.set_sectors_info_enabled(True)
         game.set_objects_info_enabled(True)
         game.set_episode_timeout(0)
-        # The engine reads and leaves settings in the folder where it starts: with none, the frames
-        # are the same everywhere and the user's folder stays clean.
+        # The engine reads and writes settings in the folder where it starts. Without any, frames
+        # are the same on every machine, and the user's folder stays clean.
         game.set_doom_config_path(os.devnull)
         try:
             with tempfile.TemporaryDirectory() as folder, chdir(folder):
@@ -88,15 +90,15 @@ class DoomSimulator:
         self._game = game
 
     def reset(self, seed: int) -> np.ndarray:
-        """Start an episode where the seed says. Returns the first frame, (H, W, 3) uint8."""
+        """Start the episode of a seed, and return its first frame, (H, W, 3) uint8."""
         self._game.set_seed(seed)
         self._game.new_episode()
         return self._frame()
 
     def step(self, action: Action) -> np.ndarray | None:
-        """Hold an action for `TICS_PER_ACTION` tics: the frame it leads to, or None at the end.
+        """Hold an action for `TICS_PER_ACTION` tics, and return the frame that it leads to.
 
-        Both turns at once are none.
+        Both turns at once cancel out. None: the episode has ended.
         """
         keys = ONE_KEY[int(action)] if isinstance(action, int | np.integer) else action
         left, right, forward = map(float, keys)
@@ -106,10 +108,11 @@ class DoomSimulator:
 
     @property
     def pose(self) -> Pose:
+        """Position and heading of the player."""
         return Pose(*(float(v) for v in self._game.get_state().game_variables))
 
     def walls(self) -> np.ndarray:
-        """Blocking wall segments of the map, (n, 4): x1, y1, x2, y2 in map units."""
+        """List the blocking walls of the map, (n, 4): x1, y1, x2, y2 in map units."""
         sectors = self._game.get_state().sectors
         lines = {
             (line.x1, line.y1, line.x2, line.y2)
@@ -120,12 +123,13 @@ class DoomSimulator:
         return np.array(sorted(lines), dtype=np.float64)
 
     def items(self) -> np.ndarray:
-        """Positions of everything on the map but the player, (n, 2)."""
+        """List the positions of everything on the map except the player, (n, 2)."""
         objects = self._game.get_state().objects
         places = [(o.position_x, o.position_y) for o in objects if o.name != "DoomPlayer"]
         return np.array(places, dtype=np.float64).reshape(-1, 2)
 
     def close(self) -> None:
+        """Stop the engine."""
         self._game.close()
 
     def _frame(self) -> np.ndarray:

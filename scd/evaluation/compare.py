@@ -1,7 +1,7 @@
-"""Several evaluated models in one table: size, time per frame, quality.
+"""Compare evaluated models in one table: size, time per frame, quality.
 
-Times are taken side by side in one run, a frame of each model in turn, so that a busy machine slows
-all of them alike; of them the median counts.
+Times are measured side by side in one run, a frame of each model in turn, so that a busy machine
+slows all of them alike; the median counts.
 """
 
 import statistics
@@ -17,19 +17,20 @@ from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.evaluate import evaluation_folder
 from scd.evaluation.protocol import MODEL
-from scd.evaluation.table import COLUMNS, Table, of_fvd, rollout_text
+from scd.evaluation.summary import columns, rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.options import Options
 from scd.rollout import Rollout
 from scd.utils.environment import environment
 from scd.utils.files import read_json, write_atomically, write_json
+from scd.utils.table import Table
 
-TIMED_FRAMES = 9  # of each model, after one that warms up
+TIMED_FRAMES = 9  # of each model, after one to warm up
 
 
 @dataclass
 class Candidate:
-    """A model, its evaluation as `scd evaluate` left it, and its time per frame in seconds."""
+    """A model, the `metrics.json` of its evaluation, and its times per frame in seconds."""
 
     loaded: LoadedModel
     evaluation: dict[str, Any]
@@ -45,7 +46,7 @@ class Candidate:
 
 
 def layers_text(options: Options) -> str:
-    """Kind, width and layers of a model."""
+    """Describe a model in words: type, width and layers."""
     m = options.model
     layers = f"{m.encoder_layers}+{m.decoder_layers}" if m.type == "scd" else str(m.layers)
     return f"{m.type} {64 * m.heads} wide, {layers} layers"
@@ -57,7 +58,7 @@ def compare_checkpoints(
     """Print a table of evaluated checkpoints; write `compare.md` and `compare.json` to a folder.
 
     Args:
-        overrides: `key=value` that all of them were evaluated with.
+        overrides: `key=value`, the ones that all of them were evaluated with.
 
     Raises:
         ScdError: a checkpoint was not evaluated, or not on the same clips as the others.
@@ -68,10 +69,10 @@ def compare_checkpoints(
     for key in same:
         if any(key not in protocol for protocol in protocols):
             raise ScdError("evaluated by another version of this project: evaluate them again")
-        found = {str(protocol[key]) for protocol in protocols}
-        if len(found) > 1:
+        values = {str(protocol[key]) for protocol in protocols}
+        if len(values) > 1:
             raise ScdError(
-                f"the checkpoints were evaluated with different {key}: {', '.join(sorted(found))}"
+                f"the checkpoints were evaluated with different {key}: {', '.join(sorted(values))}"
             )
     time_frames(candidates)
     text = comparison(candidates).markdown()
@@ -94,7 +95,7 @@ def compare_checkpoints(
 
 @torch.no_grad()
 def time_frames(candidates: list[Candidate]) -> None:
-    """Seconds for a frame at batch 1, in latents, right after the context of the evaluation."""
+    """Time frames at batch 1, in latents, right after the context frames of the evaluation."""
     rollouts = []
     for candidate in candidates:
         o, model = candidate.loaded.options, candidate.loaded.model
@@ -107,21 +108,20 @@ def time_frames(candidates: list[Candidate]) -> None:
     for number in tqdm(range(TIMED_FRAMES + 1), desc="time", unit="frame", dynamic_ncols=True):
         for candidate, rollout in zip(candidates, rollouts, strict=True):
             started = time.perf_counter()
-            rollout.step().sum().item()  # waits for the device
+            rollout.step().sum().item()  # wait for the device
             if number:
                 candidate.seconds.append(time.perf_counter() - started)
 
 
 def comparison(candidates: list[Candidate]) -> Table:
-    """One line for each model; times as multiples of the fastest, too."""
+    """Make a table with one line for each model; times also as multiples of the fastest."""
     fastest = min(candidate.frame_seconds for candidate in candidates)
     first = candidates[0].evaluation["protocol"]
-    metrics = [key for key in COLUMNS if key in candidates[0].evaluation["rows"][MODEL]]
-    heads = ["name", "model", "parameters", "s/frame ↓", "ratio"]
-    heads += [COLUMNS[k].head + (of_fvd([first]) if k == "fvd" else "") for k in metrics]
+    rows = [candidate.evaluation["rows"][MODEL] for candidate in candidates]
+    metrics = columns(rows, [first])
+    heads = ["name", "model", "parameters", "s/frame ↓", "ratio", *(c.head for c in metrics)]
     lines = []
-    for candidate in candidates:
-        row = candidate.evaluation["rows"][MODEL]
+    for candidate, row in zip(candidates, rows, strict=True):
         lines.append(
             [
                 candidate.loaded.options.name,
@@ -129,7 +129,7 @@ def comparison(candidates: list[Candidate]) -> Table:
                 f"{_parameters(candidate) / 1e6:.1f} M",
                 f"{candidate.frame_seconds:.3f}",
                 f"{candidate.frame_seconds / fastest:.2f}",
-                *(COLUMNS[key].format(row.get(key)) for key in metrics),
+                *(column.cell(row) for column in metrics),
             ]
         )
     note = (
@@ -149,7 +149,7 @@ def _candidate(path: Path, overrides: list[str] | None) -> Candidate:
     metrics = evaluation_folder(loaded.options, loaded.source, data) / "metrics.json"
     if not metrics.is_file():
         command = " ".join([f"./scripts/inference.sh {path}", *(overrides or [])])
-        raise ScdError(f"{path}: not evaluated so yet; first {command}")
+        raise ScdError(f"{path}: not evaluated with these options yet; first run {command}")
     return Candidate(loaded, read_json(metrics), [])
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a metrics table, sample videos and `metrics.json`."""
+"""Evaluate checkpoints: from weights to tables, sample videos and `metrics.json`."""
 
 import shutil
 from dataclasses import asdict, replace
@@ -11,19 +11,20 @@ import yaml
 from scd.data.clips import ClipFolder, clip_folder
 from scd.errors import ScdError
 from scd.evaluation.generate import generate_samples
-from scd.evaluation.measure import measure_samples, metrics_of
+from scd.evaluation.measure import measure_samples
+from scd.evaluation.metrics import AvailableMetrics
 from scd.evaluation.protocol import MODEL, table_rows
 from scd.evaluation.report import (
     Done,
     report_single,
     report_sweep,
     scalars,
-    track_table,
+    track_tables,
     write_report,
     write_samples,
 )
 from scd.evaluation.samples import EVALUATIONS, SampleFolder, identity, identity_name
-from scd.evaluation.table import Evaluation, summarise, table
+from scd.evaluation.summary import Evaluation, markdown, summarise, tables
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel, load_checkpoint_for_use, options_for_use
 from scd.models.world_model import WorldModel
@@ -38,7 +39,7 @@ def evaluate_checkpoint(
     sweeps: list[str] | None = None,
     track: bool = False,
 ) -> None:
-    """Evaluate as the options say; what an earlier call has done already is not done again.
+    """Evaluate a checkpoint as its options say; finished work of earlier calls is kept.
 
     Everything lies below `experiments/<name>/`: the samples with their metrics in
     `evaluation/<step>-<hash of all they depend on>/`, and of the last call `metrics.json`,
@@ -47,13 +48,13 @@ def evaluate_checkpoint(
     Args:
         overrides: `key=value`.
         sweeps: `key=value,value`: evaluate every combination, and make one table of all.
-        track: also give the table to the trackers of `train.trackers`.
+        track: also log the tables to the trackers of `train.trackers`.
     """
     state = processes()  # before anything is put on a device
     overrides = overrides or []
     combinations = sweep_combinations(sweeps or [])
     settings = [[*overrides, *(f"{k}={v}" for k, v in varied.items())] for varied in combinations]
-    for setting in settings:  # mistakes are told now, not after the first evaluations
+    for setting in settings:  # report mistakes now, not after the first evaluations
         options = options_for_use(path, options_path, setting)
         if track and not options.train.trackers:
             raise ScdError("--track: train.trackers is empty; add train.trackers=[tensorboard]")
@@ -63,51 +64,51 @@ def evaluate_checkpoint(
         options = loaded.options
         data = clip_folder(options, options.data.val_list, "video")
         folder = evaluation_folder(options, loaded.source, data)
-        found = evaluate(loaded.model, loaded.codec, data, options, folder, loaded.source)
-        if found is None:
+        evaluation = evaluate(loaded.model, loaded.codec, data, options, folder, loaded.source)
+        if evaluation is None:
             continue
-        write_report(folder, found)
+        write_report(folder, evaluation)
         pictures = (folder if sweeps else options.output) / "samples"
         write_samples(SampleFolder(folder), options, pictures)
-        done.append((varied, folder, found))
+        done.append((varied, folder, evaluation))
     if not state.is_main_process:
         return
     result = report_sweep(options, done) if sweeps else report_single(options, done[0])
     if track:
         step = int(done[0][2].checkpoint["step"] or 0)
-        track_table(options, step, result, {} if sweeps else scalars(done[0][2]))
+        track_tables(options, step, result, {} if sweeps else scalars(done[0][2]))
 
 
 def measure_folder(path: Path) -> None:
-    """Measure a folder of saved samples once more, without model and data, and print the table."""
-    found = measure(SampleFolder(path), again=True)
-    if found is not None:
-        write_report(path, found)
-        print(f"\n{table(found).markdown()}\n\nmetrics: {path / 'metrics.json'}")
+    """Measure a folder of saved samples again, without model and data, and print the tables."""
+    evaluation = measure(SampleFolder(path), again=True)
+    if evaluation is not None:
+        write_report(path, evaluation)
+        print(f"\n{markdown(tables(evaluation))}\n\nmetrics: {path / 'metrics.json'}")
 
 
 def evaluate_in_passing(
     model: WorldModel, codec: Codec, data: ClipFolder, options: Options, pictures: Path
 ) -> dict[str, float]:
-    """Evaluate weights that are no checkpoint, without comparisons; only pictures stay.
+    """Evaluate weights in training, without comparisons; of the samples only pictures stay.
 
     Returns:
-        Metrics of the model, on the main process; the others get none.
+        Metric -> value of the model, on the main process; empty on the others.
     """
     scratch = pictures / ".samples"
     main = processes().is_main_process
     with error_barrier():
         if main:
-            shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
     unsaved: dict[str, str | int | None] = {"path": None, "sha256": None, "step": None}
     alone = replace(options, eval=replace(options.eval, comparisons=[]))
     loaded = LoadedModel(model, codec, alone, unsaved).for_rollouts()
-    found = evaluate(loaded.model, loaded.codec, data, loaded.options, scratch, unsaved)
-    if found is None:
+    evaluation = evaluate(loaded.model, loaded.codec, data, loaded.options, scratch, unsaved)
+    if evaluation is None:
         return {}
     write_samples(SampleFolder(scratch), options, pictures)
     shutil.rmtree(scratch, ignore_errors=True)
-    return {name: v for name, v in found.rows[MODEL].items() if isinstance(v, float)}
+    return {name: v for name, v in evaluation.rows[MODEL].items() if isinstance(v, float)}
 
 
 def evaluate(
@@ -125,13 +126,13 @@ def evaluate(
         checkpoint: path, sha256 and step of the model's weights.
 
     Returns:
-        What was found, on the main process; None on the others.
+        The result, on the main process; None on the others.
     """
     with error_barrier():
         if processes().is_main_process:
-            made_of = identity(checkpoint["sha256"], options, data)
+            own = identity(checkpoint["sha256"], options, data)
             rows = table_rows(options)
-            SampleFolder.describe(folder, made_of, rows, _protocol(options, made_of), checkpoint)
+            SampleFolder.describe(folder, own, rows, _protocol(options, own), checkpoint)
     samples = SampleFolder(folder)
     generate_samples(model, codec, data, options, samples)
     return measure(samples)
@@ -139,38 +140,39 @@ def evaluate(
 
 def measure(samples: SampleFolder, again: bool = False) -> Evaluation | None:
     """Measure saved samples; None on all processes but the main one."""
-    measures = metrics_of(samples)
-    measure_samples(samples, measures, again)
-    return summarise(samples, measures) if processes().is_main_process else None
+    available = AvailableMetrics(samples.setting)
+    measure_samples(samples, available, again)
+    return summarise(samples, available) if processes().is_main_process else None
 
 
 def evaluation_folder(options: Options, checkpoint: dict[str, Any], data: ClipFolder) -> Path:
-    """Where the samples of just this checkpoint, protocol, rollout and data belong."""
+    """Name the folder for the samples of just this checkpoint, protocol, rollout and data."""
     step, hash_ = checkpoint["step"], identity_name(identity(checkpoint["sha256"], options, data))
     stem = Path(checkpoint["path"]).stem if step is None else f"step-{step:08d}"
     return options.output / EVALUATIONS / f"{stem}-{hash_}"
 
 
-def _protocol(options: Options, made_of: dict[str, Any]) -> dict[str, Any]:
-    """What a reader of the numbers has to know."""
+def _protocol(options: Options, identity: dict[str, Any]) -> dict[str, Any]:
+    """Collect what a reader of the numbers has to know."""
     o = options.eval
     return {
         "videos": o.videos,
         **{key: getattr(o, key) for key in ("context_frames", "new_frames", "trajectories")},
         "seeds": list(o.seeds),
         "fvd_precision": o.fvd_precision,
+        "windows": o.windows,
         "data": str(Path(options.data.root) / options.data.val_list),
-        "data_hash": made_of["data"],
-        "autoencoder_hash": made_of["autoencoder"],
+        "data_hash": identity["data"],
+        "autoencoder_hash": identity["autoencoder"],
         **{f"rollout_{key}": value for key, value in asdict(options.rollout).items()},
     }
 
 
 def sweep_combinations(sweeps: list[str]) -> list[dict[str, str]]:
-    """Every combination of the values of `key=value,value` texts; one empty one without texts.
+    """Combine the values of `key=value,value` texts in every way; without texts: one, empty.
 
     Raises:
-        ScdError: a text of another form, or a key given twice.
+        ScdError: a text has another form, or a key stands twice.
     """
     axes: dict[str, list[str]] = {}
     for text in sweeps:

@@ -1,4 +1,7 @@
-"""PSNR, SSIM and LPIPS of single frames, for videos (n, F, 3, H, W) in [0, 1]."""
+"""PSNR, SSIM and LPIPS of frames, and how sharp and how moving a clip is.
+
+All take videos (n, F, 3, H, W) in [0, 1].
+"""
 
 import functools
 import math
@@ -16,12 +19,13 @@ from scd.utils.precision import float32_products
 HIGHEST_PSNR = 100.0  # dB
 _ROUNDING = 1e-4  # how far (x + 1) / 2 and the like may leave [0, 1]
 _PIXELS_AT_ONCE = 2**18  # per piece of work: 64 frames of 64x64; larger pieces are no faster
+SMALLEST_SHARPNESS = 3  # pixels: a pixel and its neighbours
 SMALLEST_SSIM = 11  # pixels: the side of its Gaussian window
 SMALLEST_LPIPS = 31  # pixels: below, AlexNet's second pooling has nothing left
 
 
 def check_videos(videos: Tensor, name: str = "videos") -> None:
-    """Refuse what is not a batch of videos (n, F, 3, H, W), floating point in [0, 1].
+    """Refuse anything but a batch of videos (n, F, 3, H, W), floating point in [0, 1].
 
     Raises:
         ScdError: another shape or type, no pixels, NaN, or values outside [0, 1].
@@ -42,7 +46,7 @@ def check_videos(videos: Tensor, name: str = "videos") -> None:
 
 @contextmanager
 def measuring(device: torch.device) -> Iterator[None]:
-    """No gradients; convolutions and matrix products in true float32, whatever training set.
+    """Compute without gradients, with convolutions and matrix products in true float32.
 
     Autocast and TF32, which is on by default for convolutions on a GPU, would change the third
     digit of the metrics from machine to machine.
@@ -52,7 +56,7 @@ def measuring(device: torch.device) -> Iterator[None]:
 
 
 def psnr(videos: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each frame in dB, (n, F) float32; higher is closer.
+    """Compute the peak signal-to-noise ratio of each frame in dB, (n, F) float32.
 
     Capped at 100 dB, which identical frames get instead of infinity, so that a mean over frames
     stays finite. 8-bit frames of up to 226x226 pixels that differ at all stay below the cap.
@@ -72,7 +76,7 @@ def psnr(videos: Tensor, others: Tensor) -> Tensor:
 
 
 def ssim(videos: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity of each frame, (n, F) float32; 1 is identical.
+    """Compute the structural similarity of each frame, (n, F) float32; 1 is identical.
 
     Gaussian window of 11 pixels, sigma 1.5, k1 = 0.01, k2 = 0.03 (Wang et al. 2004), over every
     pixel with the frame mirrored at its borders, and over the three colours alike.
@@ -93,7 +97,7 @@ def ssim(videos: Tensor, others: Tensor) -> Tensor:
 def lpips_distance(
     videos: Tensor, others: Tensor, device: torch.device | str | None = None
 ) -> Tensor:
-    """Learned perceptual distance of each frame (AlexNet; Zhang et al., arXiv 1801.03924).
+    """Compute the learned perceptual distance of each frame (AlexNet; arXiv 1801.03924).
 
     Args:
         videos, others: (n, F, 3, H, W) in [0, 1], at least 31 pixels a side.
@@ -115,10 +119,10 @@ def lpips_distance(
 
 
 def load_lpips(device: torch.device | str = "cpu") -> nn.Module:
-    """LPIPS (AlexNet) as a frozen module: images a, b (n, 3, H, W) in [-1, 1] -> (n, 1, 1, 1).
+    """Load LPIPS (AlexNet): images a, b (n, 3, H, W) in [-1, 1] -> (n, 1, 1, 1).
 
     Differentiable in both inputs, hence also a training loss. Its own weights take no gradient,
-    it has no dropout that `train()` could switch on, and loading it draws no random numbers.
+    it has no dropout for `train()` to switch on, and loading it draws no random numbers.
 
     Raises:
         MetricUnavailable: the LPIPS weights have not been fetched.
@@ -127,7 +131,7 @@ def load_lpips(device: torch.device | str = "cpu") -> nn.Module:
 
     weights = load_lpips_weights()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        # torchvision warns about the way in which lpips asks it for an AlexNet.
+        # torchvision warns about the arguments with which lpips builds its AlexNet.
         warnings.simplefilter("ignore")
         # Random trunk and heads: every one of them is replaced below.
         network = lpips.LPIPS(
@@ -145,6 +149,36 @@ def load_lpips(device: torch.device | str = "cpu") -> nn.Module:
     return network.to(device).eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def sharpness(videos: Tensor) -> Tensor:
+    """Compute the mean absolute Laplacian of each frame, (n, F) float32.
+
+    A blurred edge has the same gradients in sum, only spread out, but less curvature: the mean
+    absolute Laplacian of an edge falls with its width.
+
+    Raises:
+        ScdError: not videos in [0, 1], or under 3 pixels a side.
+    """
+    _check_size(videos, SMALLEST_SHARPNESS)
+
+    def of_frames(x: Tensor) -> Tensor:  # (F, 3, H, W)
+        neighbours = x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
+        return (neighbours - 4 * x[..., 1:-1, 1:-1]).abs().mean(dim=(1, 2, 3))
+
+    return torch.stack([of_frames(video.float()) for video in videos])  # one at a time: memory
+
+
+@torch.no_grad()
+def motion(videos: Tensor) -> Tensor:
+    """Compute the mean absolute change from each frame to the next, (n, F - 1) float32.
+
+    Raises:
+        ScdError: not videos in [0, 1].
+    """
+    check_videos(videos)
+    return torch.stack([video.float().diff(dim=0).abs().mean(dim=(1, 2, 3)) for video in videos])
+
+
 @functools.lru_cache(maxsize=2)
 def _shared_lpips(device: torch.device) -> nn.Module:
     return load_lpips(device)
@@ -158,13 +192,11 @@ def _per_frame(
     smallest: int = 1,
 ) -> Tensor:
     """Apply a metric of images (b, 3, H, W), (b, 3, H, W) -> (b,) in bounded pieces, in fp32."""
-    check_videos(videos)
+    _check_size(videos, smallest)
     check_videos(others, "other videos")
     if videos.shape != others.shape:
         raise ScdError(f"videos {tuple(videos.shape)} and {tuple(others.shape)} differ in shape")
     height, width = videos.shape[-2:]
-    if min(height, width) < smallest:
-        raise ScdError(f"frames of {height}x{width} pixels, this metric needs {smallest} a side")
     images_at_once = max(1, _PIXELS_AT_ONCE // (height * width))
     pieces = [clips.flatten(0, 1).split(images_at_once) for clips in (videos, others)]
     values = []
@@ -173,3 +205,10 @@ def _per_frame(
             a, b = (images.to(device).float().clamp(0, 1) for images in pair)
             values.append(per_image(a, b).to(videos.device))
     return torch.cat(values).reshape(videos.shape[:2])
+
+
+def _check_size(videos: Tensor, smallest: int) -> None:
+    check_videos(videos)
+    height, width = videos.shape[-2:]
+    if min(height, width) < smallest:
+        raise ScdError(f"frames of {height}x{width} pixels, this metric needs {smallest} a side")

@@ -1,4 +1,4 @@
-"""First stage of an evaluation: the clips that are not there yet, real and predicted."""
+"""First stage of an evaluation: save the clips that a folder of samples lacks."""
 
 import torch
 from tqdm import tqdm
@@ -29,21 +29,21 @@ def generate_samples(
     """Save every clip of the protocol that `samples` lacks; the work is shared by all processes.
 
     A batch always holds the same videos, and is predicted as a whole if one of them is missing: so
-    neither an interruption nor the number of processes has a say in the pixels.
+    the pixels depend neither on interruptions nor on the number of processes.
 
     Raises:
         ScdError: too few clips, or a prediction that is not finite (those of other videos are
             saved before); see also `error_barrier`.
     """
     count = samples.videos
-    sets_of_reals = {REAL_SET: 0, OTHER_SET: count}  # and the number that each begins at
+    sets_of_reals = {REAL_SET: 0, OTHER_SET: count}  # set -> number of its first clip
     if [OTHER_SET] not in samples.rows.values():
         del sets_of_reals[OTHER_SET]
     sets_to_make = [prediction.name for prediction in predictions(options)]
     if [AUTOENCODED_SET] in samples.rows.values():
         sets_to_make.append(AUTOENCODED_SET)
     with error_barrier():
-        # The last clip that will be needed: too few are told now, not after hours.
+        # Read the last clip that is needed: report too few now, not after hours.
         read_evaluation_clip(data, max(sets_of_reals.values()) + count - 1, options)
         to_make = [
             (set_, numbers)
@@ -86,12 +86,12 @@ def _make(
     set_: str,
     numbers: list[int],
 ) -> None:
-    """Make a batch of a set and save those of its clips that are lacking."""
+    """Generate a batch of a set and save those of its clips that the folder lacks."""
     batch = read_evaluation_batch(data, numbers, options, model.device)
     if set_ == AUTOENCODED_SET:
         new = autoencode_frames(codec, options, batch["video"])
     else:
-        (prediction,) = (found for found in predictions(options) if found.name == set_)
+        (prediction,) = (p for p in predictions(options) if p.name == set_)
         if prediction.swapped:
             batch["actions"] = swap_new_actions(batch["actions"], options)
         new = predict_frames(model, codec, options, batch, numbers, prediction.seed)

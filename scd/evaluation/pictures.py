@@ -1,4 +1,4 @@
-"""What a person looks at: side-by-side videos, and a grid of frames over time."""
+"""Sample videos and pictures for people: side by side, and as grids of frames over time."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from scd.evaluation.protocol import predict_frames, read_evaluation_batch
 from scd.models.load import load_checkpoint_for_use
 from scd.utils.files import write_atomically
 
-CONTEXT_COLOUR = (255, 196, 0)  # border of frames that were given, not generated
+CONTEXT_COLOUR = (255, 196, 0)  # border of context frames
 BACKGROUND = 24
 MIN_SIDE = 256  # videos are enlarged to at least this many pixels
 GRID_COLUMNS = 12
@@ -25,14 +25,14 @@ GRID_ROWS = 8
 
 
 def to_bytes(video: Tensor) -> np.ndarray:
-    """(F, 3, H, W) in [0, 1] -> (F, H, W, 3) uint8."""
+    """Convert a video (F, 3, H, W) in [0, 1] to (F, H, W, 3) uint8."""
     return rearrange(video.clamp(0, 1) * 255, "f c h w -> f h w c").round().byte().cpu().numpy()
 
 
 def write_side_by_side(
     path: Path, generated: Tensor, real: Tensor, context_frames: int, fps: float
 ) -> None:
-    """mp4 with the generated video left and the real one right; context frames have a border."""
+    """Write an mp4: the generated video left, the real one right; context frames have a border."""
     videos = [_enlarge(to_bytes(video)) for video in (generated, real)]
     for video in videos:
         for frame in video[:context_frames]:
@@ -42,7 +42,7 @@ def write_side_by_side(
 
 
 def write_grid(path: Path, generated: Tensor, real: Tensor, context_frames: int) -> None:
-    """PNG: videos as rows (generated above real), time as columns; context frames have a border.
+    """Write a PNG: rows of generated above real frames over time; context frames have a border.
 
     Videos are (n, F, 3, H, W) in [0, 1]; at most `GRID_ROWS` of them are drawn, and as many moments
     as there are columns: the last context frame, then evenly to the end.
@@ -81,7 +81,7 @@ def write_grid(path: Path, generated: Tensor, real: Tensor, context_frames: int)
 
 
 def write_mosaic(stem: Path, videos: Tensor, columns: int, context_frames: int, fps: float) -> None:
-    """All videos (n, F, 3, H, W) at once in a grid: `stem.mp4`, and its last frame `stem.png`."""
+    """Write all videos (n, F, 3, H, W) in a grid: `stem.mp4`, and its last frame `stem.png`."""
     frames = [_enlarge(to_bytes(video), 128) for video in videos]
     for video in frames:
         for frame in video[:context_frames]:
@@ -94,12 +94,13 @@ def write_mosaic(stem: Path, videos: Tensor, columns: int, context_frames: int, 
 
 
 def _enlarge(frames: np.ndarray, side: int = MIN_SIDE) -> np.ndarray:
-    """Whole-number enlargement without smoothing, to at least `side` pixels."""
+    """Enlarge by a whole number without smoothing, to at least `side` pixels."""
     factor = -(-side // max(frames.shape[1:3]))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _mark(frame: np.ndarray) -> None:
+    """Draw a border into a frame (H, W, 3)."""
     width = max(frame.shape[0] // 48, 2)
     for edge in (np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:]):
         frame[edge] = CONTEXT_COLOUR

@@ -1,7 +1,7 @@
-"""The evaluation protocol: context frames in, new frames out, measured against what really came.
+"""The evaluation protocol: which clips, seeds and rows, and how new frames are predicted.
 
-Which clips, which seeds, which rows; and the prediction of a batch. Pixels are rounded to 8 bits,
-as they are saved (`scd.evaluation.samples`), before anything is measured
+A model continues context frames; its new frames are compared with the real ones. Pixels are rounded
+to 8 bits and saved (`scd.evaluation.samples`) before anything is measured
 (`scd.evaluation.measure`).
 """
 
@@ -21,7 +21,7 @@ from scd.utils.seeding import generator
 
 EVALUATION_STREAM = 3
 MODEL, REPEAT, OTHER = "model", "repeat last context frame", "other real clips"  # rows
-AUTOENCODED = "real frames through the autoencoder"  # the best that its latents allow
+AUTOENCODED = "real frames through the autoencoder"  # an upper bound for the model
 # Sets of clips, one for each video: the real ones, real ones of other numbers, the repeated frame,
 # real ones whose new frames went through the autoencoder.
 REAL_SET, OTHER_SET, REPEAT_SET, AUTOENCODED_SET = "real", "other", "repeat", "autoencoded"
@@ -29,7 +29,7 @@ REAL_SET, OTHER_SET, REPEAT_SET, AUTOENCODED_SET = "real", "other", "repeat", "a
 
 @dataclass(frozen=True)
 class Prediction:
-    """One set of clips that the model makes."""
+    """A set of clips that the model generates: its name, seed, and whether actions are swapped."""
 
     name: str
     seed: int
@@ -37,7 +37,7 @@ class Prediction:
 
 
 def predictions(options: Options) -> list[Prediction]:
-    """What the model has to predict: a set for each trajectory, and one under swapped actions."""
+    """List the sets that the model predicts: one for each trajectory, one with swapped actions."""
     seeds = options.eval.seeds
     sets = [Prediction(f"model-seed-{seed}", seed) for seed in dict.fromkeys(seeds)]
     if options.eval.swapped_actions:
@@ -46,9 +46,9 @@ def predictions(options: Options) -> list[Prediction]:
 
 
 def table_rows(options: Options) -> dict[str, list[str]]:
-    """Rows of the table, and the sets of clips that each is measured on, one for a trajectory.
+    """Name the table's rows, and the sets of clips that each is measured on, one a trajectory.
 
-    Of `eval.comparisons` those that make sense: without context there is no last frame to repeat.
+    Comparisons that do not apply are left out: without context there is no last frame to repeat.
     """
     comparisons = options.eval.comparisons
     rows = {MODEL: [f"model-seed-{seed}" for seed in options.eval.seeds]}
@@ -64,7 +64,7 @@ def table_rows(options: Options) -> dict[str, list[str]]:
 
 
 def read_evaluation_clip(data: ClipFolder, number: int, options: Options) -> dict[str, Tensor]:
-    """Clip `number` of an evaluation: the list's entries in order, then once more, and so on.
+    """Read clip `number` of an evaluation: the list's entries in order, then once more, and so on.
 
     Start frames come from a generator of the clip's number. Numbers from `eval.videos` on are the
     other real clips.
@@ -83,7 +83,7 @@ def read_evaluation_clip(data: ClipFolder, number: int, options: Options) -> dic
 def read_evaluation_batch(
     data: ClipFolder, numbers: list[int], options: Options, device: torch.device
 ) -> dict[str, Tensor]:
-    """The evaluation clips of the given numbers, stacked: `video` (B, F, 3, H, W), `actions` …"""
+    """Read evaluation clips by number and stack them: `video` (B, F, 3, H, W), `actions` …"""
     clips = [read_evaluation_clip(data, number, options) for number in numbers]
     return {key: torch.stack([clip[key] for clip in clips]).to(device) for key in clips[0]}
 
@@ -97,7 +97,7 @@ def predict_frames(
     numbers: list[int],
     seed: int,
 ) -> Tensor:
-    """The frames after the context of a batch, (B, new frames, 3, H, W) in steps of 1/255.
+    """Predict the frames after the context, (B, new frames, 3, H, W) in steps of 1/255.
 
     Args:
         batch: see `read_evaluation_batch`.
@@ -116,12 +116,12 @@ def predict_frames(
 
 
 def autoencode_frames(codec: Codec, options: Options, video: Tensor) -> Tensor:
-    """The real frames after the context as the autoencoder gives them back, as `predict_frames`."""
+    """Encode and decode the real frames after the context; returns as `predict_frames`."""
     return _rounded(codec.decode(codec.encode(video[:, options.eval.context_frames :])))
 
 
 def swap_new_actions(actions: Tensor, options: Options) -> Tensor:
-    """Exchange the two actions of `eval.swapped_actions` in the frames to be generated; of vectors
+    """Exchange the two actions of `eval.swapped_actions` in the new frames; in action vectors
     (B, F, V), two components."""
     one, other = options.eval.swapped_actions
     new = actions[:, options.eval.context_frames :]

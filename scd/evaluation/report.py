@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: tables in the terminal and in files, pictures, videos."""
+"""Reports of an evaluation: tables in the terminal and in files, sample videos, a grid."""
 
 from pathlib import Path
 
@@ -9,42 +9,43 @@ from accelerate.utils import ProjectConfiguration
 from scd.evaluation.pictures import write_grid, write_side_by_side
 from scd.evaluation.protocol import MODEL, REAL_SET
 from scd.evaluation.samples import SampleFolder
-from scd.evaluation.table import Evaluation, Table, sweep_table, table
+from scd.evaluation.summary import Evaluation, markdown, sweep_tables, tables
 from scd.options import Options
 from scd.utils.environment import environment
 from scd.utils.files import write_atomically, write_json
+from scd.utils.table import Table
 from scd.utils.tracking import trackers_of
 
 Done = tuple[dict[str, str], Path, Evaluation]  # varied options, folder of samples, result
 
 
-def write_report(folder: Path, found: Evaluation) -> None:
-    """`metrics.json`, each number with all it was made with, and `metrics.md`."""
-    write_json(folder / "metrics.json", {**found.as_dict(), "environment": environment()})
-    _write_text(folder / "metrics.md", table(found).markdown())
+def write_report(folder: Path, evaluation: Evaluation) -> None:
+    """Write `metrics.json`, the numbers with all they depend on, and `metrics.md`, the tables."""
+    write_json(folder / "metrics.json", {**evaluation.as_dict(), "environment": environment()})
+    _write_text(folder / "metrics.md", markdown(tables(evaluation)))
 
 
-def report_single(options: Options, done: Done) -> Table:
-    """Write and print the table of one evaluation."""
-    _, folder, found = done
-    write_report(options.output, found)
-    samples, result = options.output / "samples", table(found)
-    print(f"\n{result.markdown()}\n")
+def report_single(options: Options, done: Done) -> dict[str, Table]:
+    """Write and print the tables of one evaluation."""
+    _, folder, evaluation = done
+    write_report(options.output, evaluation)
+    samples, result = options.output / "samples", tables(evaluation)
+    print(f"\n{markdown(result)}\n")
     print(f"metrics: {options.output / 'metrics.json'}, metrics.md")
-    print(f"videos:  {samples}/*.mp4 (left generated, right real, given frames framed)")
+    print(f"videos:  {samples}/*.mp4 (left generated, right real, context frames framed)")
     print(f"grid:    {samples / 'grid.png'}")
     print(f"lossless samples: {folder}")
     return result
 
 
-def report_sweep(options: Options, done: list[Done]) -> Table:
-    """Write and print one table of several evaluations, a line for each."""
-    result = sweep_table([(varied, found) for varied, _, found in done], MODEL)
-    text = result.markdown()
+def report_sweep(options: Options, done: list[Done]) -> dict[str, Table]:
+    """Write and print the tables of several evaluations, a line for each."""
+    result = sweep_tables([(varied, evaluation) for varied, _, evaluation in done], MODEL)
+    text = markdown(result)
     _write_text(options.output / "sweep.md", text)
     entries = [
-        {"options": varied, "samples": str(folder), **found.as_dict()}
-        for varied, folder, found in done
+        {"options": varied, "samples": str(folder), **evaluation.as_dict()}
+        for varied, folder, evaluation in done
     ]
     whole = {"sweep": entries, "environment": environment()}
     write_json(options.output / "sweep.json", whole)
@@ -53,18 +54,18 @@ def report_sweep(options: Options, done: list[Done]) -> Table:
     return result
 
 
-def scalars(found: Evaluation) -> dict[str, float]:
-    """The numbers of all rows by name, for trackers."""
+def scalars(evaluation: Evaluation) -> dict[str, float]:
+    """Collect the numbers of all rows by name, for trackers."""
     return {
         f"evaluation/{name}/{metric}": value
-        for name, values in found.rows.items()
+        for name, values in evaluation.rows.items()
         for metric, value in values.items()
         if isinstance(value, float)
     }
 
 
 def write_samples(samples: SampleFolder, options: Options, folder: Path) -> None:
-    """Videos of the first trajectory beside the real ones, and `grid.png`."""
+    """Write videos of the first trajectory beside the real ones, and `grid.png`."""
     numbers = range(min(options.eval.saved_videos, samples.videos))
     if not numbers:
         return
@@ -84,8 +85,10 @@ def _write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
 
 
-def track_table(options: Options, step: int, table: Table, scalars: dict[str, float]) -> None:
-    """Log a table, and numbers by name, to the trackers of `train.trackers` (main process only).
+def track_tables(
+    options: Options, step: int, tables: dict[str, Table], scalars: dict[str, float]
+) -> None:
+    """Log tables and numbers by name to the trackers of `train.trackers` (main process only).
 
     Raises:
         ScdError: see `scd.utils.tracking.WandB.start`.
@@ -98,8 +101,9 @@ def track_table(options: Options, step: int, table: Table, scalars: dict[str, fl
     accelerator.init_trackers(options.name)
     accelerator.log(scalars, step=step)
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_text("evaluation", table.markdown(), step)
-        elif tracker.name == "wandb":
-            tracker.log_table("evaluation", columns=table.heads, data=table.lines, step=step)
+        for name, table in tables.items():
+            if tracker.name == "tensorboard":
+                tracker.writer.add_text(name, table.markdown(), step)
+            elif tracker.name == "wandb":
+                tracker.log_table(name, columns=table.heads, data=table.lines, step=step)
     accelerator.end_training()

@@ -1,22 +1,23 @@
 """The folder between generating and measuring: saved clips, their measurements, a manifest.
 
-    manifest.json                  what the samples depend on, and the rows of the table
+    manifest.json                  the samples' identity, and the rows of the table
     real/00000.mp4                 the clips as they were recorded
     other/00000.mp4                real clips of other numbers
-    autoencoded/00000.mp4          real clips, the new frames as the autoencoder gives them back
+    autoencoded/00000.mp4          real clips, the new frames encoded and decoded
     model-seed-0/00000.mp4         context and predicted frames, one folder for each prediction
     measured/<set>/00000.safetensors      measured-bf16/: with that eval.fvd_precision
 
-Clips are saved without loss, so that measuring them again gives the same numbers to the bit. All
-that changes a sample is part of the identity in the manifest, and the folder's name has its hash:
-another checkpoint or another option never meets the samples of this one.
+Clips are saved without loss, so that measuring them again gives the same numbers to the bit.
+Everything that changes a sample is part of the identity in the manifest, and the folder's name ends
+with the identity's hash: samples of different checkpoints or options are never mixed.
 """
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import safetensors.torch
@@ -29,10 +30,10 @@ from scd.data.lists import path_problem
 from scd.data.video import VideoFile, write_video
 from scd.data.video_checks import identity_of
 from scd.errors import ScdError
+from scd.evaluation.metrics import Setting
 from scd.evaluation.pictures import to_bytes
 from scd.models.autoencoder import autoencoder_hash
-from scd.option_rules import CHOICES
-from scd.options import Options
+from scd.options import FvdPrecision, Options
 from scd.utils.files import read_json, sha256, write_atomically, write_json
 
 MANIFEST = "manifest.json"
@@ -41,11 +42,13 @@ FORMAT = 1
 MOST = 10**6  # videos, or frames of a video: more is a damaged manifest
 # Options of these sections decide what is generated; those without influence on it are left out.
 _SECTIONS = ("model", "flow", "rollout", "eval")
-_WITHOUT_INFLUENCE = {"eval": ("batch_size", "saved_videos", "comparisons", "fvd_precision")}
+_WITHOUT_INFLUENCE = {
+    "eval": ("batch_size", "saved_videos", "comparisons", "fvd_precision", "windows")
+}
 
 
 def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[str, Any]:
-    """All that the samples of an evaluation depend on, as plain values."""
+    """Collect everything that the samples of an evaluation depend on, as plain values."""
     autoencoder = options.autoencoder.path
     sections = {
         section: {
@@ -67,13 +70,13 @@ def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[s
 
 
 def identity_name(identity: dict[str, Any]) -> str:
-    """The first digits of an identity's hash."""
+    """Shorten an identity to the first digits of its hash."""
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def batches(count: int, size: int) -> list[list[int]]:
-    """The numbers below `count`, `size` at a time."""
+    """Split the numbers below `count` into batches of `size`."""
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
@@ -97,30 +100,34 @@ class SampleFolder:
             self.context_frames: int = self.manifest["protocol"]["context_frames"]
             self.frames: int = self.context_frames + self.manifest["protocol"]["new_frames"]
             self.fvd_precision: str = self.manifest["protocol"]["fvd_precision"]
+            self.windows: int = self.manifest["protocol"].get("windows", 0)
+            self.frame_size: int = self.manifest["identity"]["options"]["data"]["frame_size"]
             fits = all(map(_is_row, self.rows.values())) and "checkpoint" in self.manifest
         except (KeyError, TypeError, AttributeError) as error:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples ({error})") from error
-        numbers = (self.videos, self.context_frames, self.frames)
+        numbers = (self.videos, self.context_frames, self.frames, self.windows, self.frame_size)
         fits = fits and all(type(number) is int and 0 <= number <= MOST for number in numbers)
-        fits = fits and self.fvd_precision in list(CHOICES["eval.fvd_precision"])
+        fits = fits and self.fvd_precision in get_args(FvdPrecision)
         if not fits or not self.videos or not self.context_frames < self.frames:
             raise ScdError(f"{path / MANIFEST}: not a manifest of samples, or a damaged one")
 
     @property
+    def setting(self) -> Setting:
+        """The sizes that decide what can be measured."""
+        new = self.frames - self.context_frames
+        return Setting(self.videos, self.context_frames, new, self.frame_size, self.windows)
+
+    @property
     def clips(self) -> tuple:
-        """What decides which real clips these are, and how they are cut."""
+        """Values that are equal for folders of the same real clips, cut in the same way."""
         made_of = self.manifest["identity"]
         data = made_of["data"], json.dumps(made_of["options"]["data"], sort_keys=True)
         return *data, self.videos, self.context_frames, self.frames
 
     @property
     def autoencoder(self) -> str | None:
-        """Hash of its weights; None: pixels."""
+        """Hash of the autoencoder's weights; None: pixels."""
         return self.manifest["identity"].get("autoencoder")
-
-    @property
-    def frame_size(self) -> int:
-        return self.manifest["identity"]["options"]["data"]["frame_size"]
 
     @staticmethod
     def describe(
@@ -136,8 +143,8 @@ class SampleFolder:
             ScdError: samples of another identity lie there.
         """
         if (path / MANIFEST).exists():
-            found = read_json(path / MANIFEST)
-            if not isinstance(found, dict) or found.get("identity") != identity:
+            manifest = read_json(path / MANIFEST)
+            if not isinstance(manifest, dict) or manifest.get("identity") != identity:
                 raise ScdError(f"{path}: holds samples of another evaluation; move them away")
         parts = {"rows": rows, "protocol": protocol, "checkpoint": checkpoint}
         write_json(path / MANIFEST, {"identity": identity, **parts})
@@ -146,11 +153,11 @@ class SampleFolder:
         return self.path / set_ / f"{number:05d}.mp4"
 
     def write_clip(self, set_: str, number: int, clip: Tensor) -> None:
-        # The frame rate is of no importance here: what people look at is written elsewhere.
+        # The frame rate does not matter here: the videos for people are written elsewhere.
         write_video(self.clip_path(set_, number), to_bytes(clip), fps=10, crf=0)
 
     def read_clip(self, set_: str, number: int) -> Tensor:
-        """A saved clip, (F, 3, H, W), to the bit as it was written.
+        """Read a saved clip, (F, 3, H, W), to the bit as it was written.
 
         Raises:
             ScdError: it is missing, damaged or of another length.
@@ -164,7 +171,7 @@ class SampleFolder:
 
     @property
     def measured(self) -> Path:
-        """The folder of measurements with this precision of FVD."""
+        """The folder of measurements whose features have this precision."""
         fp32 = self.fvd_precision == "fp32"
         return self.path / ("measured" if fp32 else f"measured-{self.fvd_precision}")
 
@@ -172,52 +179,72 @@ class SampleFolder:
         return self.measured / set_ / f"{number:05d}.safetensors"
 
     def write_measurement(
-        self, set_: str, number: int, values: dict[str, Tensor], weights: dict[str, str]
+        self,
+        set_: str,
+        number: int,
+        values: dict[str, Tensor],
+        weights: dict[str, str | None],
     ) -> None:
-        """Save a clip's metrics with the hashes of the weights that they were computed with."""
-        whole = safetensors.torch.save(values, {"weights": json.dumps(weights, sort_keys=True)})
-        path = self.measurement_path(set_, number)
-        write_atomically(path, lambda aside: aside.write_bytes(whole))
+        """Save quantities of a clip beside those that are saved already.
 
-    def copy_measurement(self, other: "SampleFolder", set_: str, number: int) -> None:
-        whole = other.measurement_path(set_, number).read_bytes()
-        path = self.measurement_path(set_, number)
-        write_atomically(path, lambda aside: aside.write_bytes(whole))
-
-    def is_measured(self, set_: str, number: int, weights: dict[str, str]) -> bool:
-        """Whether a clip's metrics are there, computed with just these weights."""
+        Args:
+            values: quantity -> tensor.
+            weights: quantity -> hash of the weights that it was computed with; None: none.
+        """
         path = self.measurement_path(set_, number)
         try:
-            with safe_open(str(path), framework="pt") as file:
-                written = (file.metadata() or {}).get("weights")
-        except (SafetensorError, OSError):
-            return False
-        return written == json.dumps(weights, sort_keys=True)
+            kept, hashes = _read_measurement(path)
+        except ScdError:  # none yet, or a damaged one
+            kept, hashes = {}, {}
+        kept |= values
+        hashes |= {name: str(weights[name]) for name in values if weights[name] is not None}
+        used = json.dumps({n: h for n, h in hashes.items() if n in kept}, sort_keys=True)
+        whole = safetensors.torch.save(kept, {"weights": used})
+        write_atomically(path, lambda aside: aside.write_bytes(whole))
 
-    def read_measurements(self, set_: str) -> dict[str, Tensor]:
-        """Metric -> (videos, …), of all clips of a set.
+    def measured_quantities(
+        self, set_: str, number: int, weights: dict[str, str | None]
+    ) -> set[str]:
+        """List the saved quantities of a clip that were computed with just these weights."""
+        try:
+            with safe_open(str(self.measurement_path(set_, number)), framework="pt") as file:
+                hashes, names = _hashes(file.metadata()), set(file.keys())
+        except (SafetensorError, OSError):
+            return set()
+        return {n for n, hash_ in weights.items() if n in names and hash_ in (None, hashes.get(n))}
+
+    def read_measurement(self, set_: str, number: int) -> dict[str, Tensor]:
+        """Read all saved quantities of a clip.
+
+        Raises:
+            ScdError: the measurement is missing or damaged.
+        """
+        return _read_measurement(self.measurement_path(set_, number))[0]
+
+    def read_measurements(self, set_: str, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read quantities of all clips of a set: name -> (videos, …).
 
         Raises:
             ScdError: a measurement is missing or damaged.
         """
-        paths = [self.measurement_path(set_, number) for number in range(self.videos)]
-        measured = [_read_tensors(path) for path in paths]
-        names = measured[0].keys()
-        for path, values in zip(paths, measured, strict=True):
-            if values.keys() != names:
-                raise ScdError(f"{path}: other metrics than those of {paths[0].name}; remove it")
-        for path, values in zip(paths, measured, strict=True):
-            if any(values[n].shape != measured[0][n].shape for n in names):
-                raise ScdError(f"{path}: other shapes than those of {paths[0].name}; remove it")
-        return {name: torch.stack([values[name] for values in measured]) for name in names}
+        stacked = {}
+        measured = [self.read_measurement(set_, number) for number in range(self.videos)]
+        for name in names:
+            values = [quantities.get(name) for quantities in measured]
+            for number, value in enumerate(values):
+                if value is None or values[0] is None or value.shape != values[0].shape:
+                    path = self.measurement_path(set_, number)
+                    raise ScdError(f"{path}: {name} is missing or of another shape; remove it")
+            stacked[name] = torch.stack(values)  # type: ignore[arg-type]
+        return stacked
 
 
 def siblings(samples: SampleFolder) -> list[SampleFolder]:
-    """Other evaluations of the same real clips, cut and measured in the same way, of this
+    """Find other evaluations of the same real clips, cut and measured in the same way, of this
     experiment and of those beside it."""
-    found: list[SampleFolder] = []
+    others: list[SampleFolder] = []
     if samples.path.parent.name != EVALUATIONS:
-        return found
+        return others
     for path in sorted(samples.path.parents[2].glob(f"*/{EVALUATIONS}/*")):
         try:
             other = SampleFolder(path)
@@ -226,8 +253,8 @@ def siblings(samples: SampleFolder) -> list[SampleFolder]:
         except (ScdError, KeyError, TypeError):  # not a folder of samples, or a damaged one
             continue
         if same:
-            found.append(other)
-    return found
+            others.append(other)
+    return others
 
 
 def _is_row(sets: object) -> bool:
@@ -242,15 +269,27 @@ def _is_row(sets: object) -> bool:
     )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_measurement(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the quantities of a measurement, and the hashes of their weights."""
     try:
-        return safetensors.torch.load_file(path)
+        with safe_open(str(path), framework="pt") as file:
+            hashes = _hashes(file.metadata())
+        return safetensors.torch.load_file(path), hashes
     except (SafetensorError, OSError) as error:
         raise ScdError(f"{path}: not a readable measurement ({error})") from error
 
 
+def _hashes(metadata: dict[str, str] | None) -> dict[str, str]:
+    """Read quantity -> hash of its weights from a measurement's metadata; {} where damaged."""
+    try:
+        hashes = json.loads((metadata or {}).get("weights", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return hashes if isinstance(hashes, dict) else {}
+
+
 def _data_hash(data: ClipFolder, videos: int) -> str:
-    """Hash the list's entries and what is in their files, as far as so many clips are made of them.
+    """Hash the list's entries and the content of their files, as far as the clips need them.
 
     Latents are left out: evaluation reads videos, and encoding them changes nothing.
     """

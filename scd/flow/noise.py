@@ -49,6 +49,6 @@ def draw_noise(
         context_noise=None if context_shape is None else normal("context", frames, *context_shape),
         drop_condition=uniform("drop", 1)[:, 0] < options.condition_dropout,
         clean_frame=uniform("clean", frames) < options.clean_fraction,
-        history_noise=options.history_noise * uniform("history", 1)[:, 0],
-        self_forced=uniform("own", 1)[:, 0] < options.own_history,
+        history_noise=options.history_noise_max * uniform("history", 1)[:, 0],
+        self_forced=uniform("own", 1)[:, 0] < options.self_forcing_prob,
     )

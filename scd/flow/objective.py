@@ -128,10 +128,10 @@ class FlowObjective(nn.Module):
         if options.encoder_input == "mixed":
             return torch.where(_over_frames(draws.clean_frame), latents, frames.noisy[:, 0])
         history = latents
-        if options.own_history:
+        if options.self_forcing_prob:
             generated = self._self_forced_history(latents, conditions, draws)
             history = torch.where(_over_frames(draws.self_forced[:, None]), generated, latents)
-        if options.history_noise:
+        if options.history_noise_max:
             # A frame is predicted from other noise than that of its history.
             sigma = _over_frames(draws.history_noise[:, None])
             history = sigma * draws.noise[:, 0] + (1 - sigma) * history

@@ -8,11 +8,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 
-def noise_levels(num_steps: int, spacing: str = "reference", shift: float = 1.0) -> list[float]:
+def noise_levels(num_steps: int, spacing: str = "diffusers", shift: float = 1.0) -> list[float]:
     """List the T + 1 noise levels between T steps, from 1 to 0.
 
     Args:
-        spacing: `reference`: T levels evenly from 1 down to 0.001, then 0, so that the last of the
+        spacing: `diffusers`: T levels evenly from 1 down to 0.001, then 0, so that the last of the
             T steps does next to nothing; `even`: T steps of equal size.
         shift: s in σ -> s·σ / (1 + (s - 1)·σ); more than 1 takes smaller steps where there is much
             noise (arXiv 2403.03206, section 5.3.2).

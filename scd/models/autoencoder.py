@@ -7,7 +7,6 @@ Three kinds of latents: pixels as they are, those of a deep-compression autoenco
 import hashlib
 import math
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
-from scd.models.weights import SHOWN_DIFFERENCES, load_matching, read_state_dict
+from scd.models.weights import SHOWN_DIFFERENCES
 from scd.options import AutoencoderOptions
 from scd.utils.files import read_json, sha256
 from scd.utils.paths import to_read, why_missing
@@ -169,31 +168,6 @@ def build_autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
         decoder_act_fns=["relu" if batch else "silu" for batch in batch_norm],
         scaling_factor=1.0,
     )
-
-
-def convert_published(weights: Path, options: AutoencoderOptions, folder: Path) -> None:
-    """Save a published DC-AE state dict (`.pth`) as the diffusers folder that `load_codec` reads.
-
-    Raises:
-        ScdError: the file holds anything but tensors, they do not fit the options' architecture
-            or are not finite, or the folder cannot be written.
-    """
-    tensors = read_state_dict(weights)
-    autoencoder = build_autoencoder(options)
-    load_matching(autoencoder, tensors, str(weights))
-    for name, tensor in autoencoder.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise ScdError(f"{weights}: {name} is not finite")
-    autoencoder.register_to_config(scaling_factor=PUBLISHED_SCALING)
-    aside = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
-        autoencoder.save_pretrained(aside)
-        aside.replace(folder)
-    except OSError as error:
-        raise ScdError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_codec(path: str | None) -> Codec:

@@ -1,9 +1,12 @@
 """The frame decoder: once per denoising step, inside one frame, under the encoder's context."""
 
+import difflib
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scd.errors import ScdError
 from scd.models.attention import full_attention
 from scd.models.layers import (
     NORM_EPS,
@@ -20,6 +23,7 @@ from scd.models.layers import (
     unpatchify,
 )
 
+# To add one: its name here, its parameters in `__init__`, what it does in `_join`.
 FUSIONS = ("token_concat", "token_concat_with_proj", "concat", "add")
 
 
@@ -33,6 +37,9 @@ class FrameDecoder(nn.Module):
         exact_residuals: what the blocks add up stays in float32 also where they compute in bf16:
             for a prediction that is divided by σ, which magnifies its rounding. The last norm and
             Linear are in float32 anyway.
+
+    Raises:
+        ScdError: an unknown fusion.
     """
 
     def __init__(
@@ -47,6 +54,10 @@ class FrameDecoder(nn.Module):
         exact_residuals: bool = False,
     ):
         super().__init__()
+        if fusion not in FUSIONS:
+            near = difflib.get_close_matches(fusion, FUSIONS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ScdError(f"model.fusion is {fusion!r}, not one of {', '.join(FUSIONS)}{hint}")
         self.patch_size = patch_size
         self.fusion = fusion
         self.exact_residuals = exact_residuals

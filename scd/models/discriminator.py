@@ -1,4 +1,4 @@
-"""The adversary of an autoencoder: a patch discriminator (PatchGAN, arXiv 1611.07004)."""
+"""The patch discriminator that an autoencoder is trained against (PatchGAN, arXiv 1611.07004)."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Control access to the play server: allowed origins, and limits of what a player may take."""
+"""Access to the play server: allowed origins, and the limits of a session."""
 
 import time
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ HEADERS = {
 
 
 class OriginCheck:
-    """Middleware. A web page of another origin is refused, whatever it asks for.
+    """Middleware that refuses requests from web pages of other origins.
 
     Args:
-        local: the server is this machine's own: a request that names another host is refused. It
-            comes from a page whose name was made to point here (DNS rebinding).
-        origins: addresses under which a proxy shows the server, as `origin_of` gives them: their
-            pages may use it, and their hosts be named, whatever host the proxy itself names.
+        local: the server is only for this machine: a request that names another host is refused,
+            since it comes from a page whose name was made to resolve to here (DNS rebinding).
+        origins: origins (see `origin_of`) under which a proxy shows the server. Their pages may use
+            it, and requests may name their hosts, whatever host the proxy itself names.
     """
 
     def __init__(self, app: ASGIApp, local: bool, origins: frozenset[str] = frozenset()):
@@ -58,18 +58,18 @@ class OriginCheck:
         host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
         known = host in self.hosts or is_local(_split(f"//{host}").hostname or "")
         if self.local and not known:
-            return "this server answers only to localhost, and to what --allow-origin names"
+            return "this server only answers to localhost and to the hosts of --allow-origin"
         own = not origin or _split(origin).netloc == host
         if not own and origin not in self.origins:
-            return "a page of another origin may not use this server; see --allow-origin"
+            return "pages of another origin may not use this server; see --allow-origin"
         return None
 
 
 def origin_of(address: str) -> str:
-    """The origin of an address, as browsers write it: `https://name[:port]`.
+    """Extract the origin of an address, as browsers write it: `https://name[:port]`.
 
     Raises:
-        ScdError: it is none.
+        ScdError: it is not an http or https address.
     """
     parts = _split(address.lower())
     if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
@@ -82,7 +82,7 @@ def origin_of(address: str) -> str:
 
 
 def is_local(host: str) -> bool:
-    """Whether a name or address is this machine's own, which no other can reach."""
+    """Check whether a host name or address can only be reached from this machine."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
@@ -98,31 +98,42 @@ def _split(url: str) -> SplitResult:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a session; seconds where nothing else is said."""
+    """The limits of a session.
 
-    idle: float = 300.0  # without input from the player
-    away: float = 60.0  # a cut-off player can come back
-    stalled: float = 20.0  # a picture that cannot be sent
-    alive: float = 2.0  # between two signs of life
-    unseen: int = 3  # pictures under way; no further one is made before one of them was seen
-    messages: float = 200.0  # a second
-    commands: int = 16  # waiting to be carried out
+    Args:
+        idle_seconds: without input from the player, before the session ends.
+        away_seconds: that a disconnected player has to come back.
+        stalled_seconds: that sending a picture may take.
+        alive_seconds: between two heartbeats.
+        unseen: pictures sent that the player has not confirmed; then no more are made.
+        messages_per_second: from the player.
+        queued_commands: that wait to be executed.
+        fps: frames per second at the beginning.
+    """
+
+    idle_seconds: float = 300.0
+    away_seconds: float = 60.0
+    stalled_seconds: float = 20.0
+    alive_seconds: float = 2.0
+    unseen: int = 3
+    messages_per_second: float = 200.0
+    queued_commands: int = 16
     min_fps: float = 1.0
     max_fps: float = 60.0
-    fps: float = 10.0  # at the beginning
+    fps: float = 10.0
 
 
-class Allowance:
-    """So many a second, of which those of one second can be saved up."""
+class RateLimiter:
+    """A token bucket: `rate` events per second, with bursts of up to one second's worth."""
 
     def __init__(self, rate: float):
         self.rate = rate
-        self._left = rate
-        self._at = time.monotonic()
+        self._tokens = rate
+        self._updated = time.monotonic()
 
-    def take(self) -> bool:
-        """One; or False where nothing is left."""
+    def allow(self) -> bool:
+        """Count an event, and return whether it is within the rate."""
         now = time.monotonic()
-        self._left = min(self.rate, self._left + self.rate * (now - self._at)) - 1
-        self._at = now
-        return self._left >= 0
+        self._tokens = min(self.rate, self._tokens + self.rate * (now - self._updated)) - 1
+        self._updated = now
+        return self._tokens >= 0

@@ -1,11 +1,11 @@
-"""Collect what a server can show: worlds, start clips, actions, and the limits of the sliders."""
+"""The catalog of a play server: its worlds, start clips and actions, and the sliders' limits."""
 
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from scd.errors import ScdError
-from scd.play.starts import Action, Start, are_dooms, load_starts
+from scd.play.starts import Action, Start, has_doom_actions, load_starts
 from scd.play.worlds import (
     ModelWorld,
     Pretrained,
@@ -18,18 +18,18 @@ from scd.play.worlds import (
 MAX_STEPS = 16
 MAX_GUIDANCE = 4.0
 MAX_SEED = 2**31 - 1
-REAL = "real"  # Doom itself
-IDLE = ("none", "noop", "no-op", "no_op", "idle", "nothing")  # names, in lower case
+REAL = "real"  # the world of Doom itself
+IDLE = ("none", "noop", "no-op", "no_op", "idle", "nothing")  # names of the idle action
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """All that players can choose from.
+    """Everything that players can choose from.
 
     Args:
-        models: by the name of their world, the first one is what a player begins with.
-        missing: worlds that cannot be had, and why.
-        real: Doom itself can be shown beside the models.
+        models: name of a world -> its model; the first one is shown at the beginning.
+        missing: name of a world that is not available -> reason.
+        real: whether Doom itself can be shown beside the models.
     """
 
     models: dict[str, Pretrained]
@@ -43,7 +43,7 @@ class Catalog:
 
     @property
     def worlds(self) -> list[str]:
-        """Names; a world's place is its number on the wire."""
+        """The names of the worlds; messages refer to a world by its position in this list."""
         return [*self.models, *([REAL] if self.real else [])]
 
     @property
@@ -55,40 +55,48 @@ class Catalog:
         return self.first.options.data.action_names
 
     @property
-    def several(self) -> bool:
-        """Whether several of the actions can be held at once: a frame has a vector of them."""
+    def action_vectors(self) -> bool:
+        """Whether an action is a vector of keys, any number of which can be held at once."""
         return self.first.model.has_vectors
 
     @property
     def idle(self) -> int | None:
-        """The action of a player who presses nothing; None: no action of its own."""
-        if self.several:
+        """The action of a player who presses nothing; None: no action stands for that."""
+        if self.action_vectors:
             return None
         names = [name.lower() for name in self.actions]
         return next((names.index(name) for name in IDLE if name in names), None)
 
     def action(self, held: frozenset[int]) -> Action | None:
-        """What a player does who holds these actions; None: nothing, worlds stand still."""
-        if self.several:
+        """Choose the action of a player who holds these; None: none, and the worlds wait."""
+        if self.action_vectors:
             return tuple(float(number in held) for number in range(len(self.actions)))
         return next(iter(held), self.idle)
 
     @property
     def settings(self) -> Settings:
-        """What a player begins with."""
+        """The settings that a game begins with."""
         options = self.first.options.rollout
         scale = options.guidance_scale if options.guidance != "none" else 1.0
         return Settings(min(options.steps, MAX_STEPS), min(max(scale, 1.0), MAX_GUIDANCE))
 
     def start(self, name: str) -> Start:
-        """Raises: ScdError: there is no such start."""
+        """Look up a start clip.
+
+        Raises:
+            ScdError: there is none of this name.
+        """
         for start in self.starts:
             if start.name == name:
                 return start
-        raise ScdError(f"start {name!r} is none of {', '.join(s.name for s in self.starts)}")
+        raise ScdError(f"no start {name!r}; there are {', '.join(s.name for s in self.starts)}")
 
     def make_world(self, name: str) -> World:
-        """Raises: ScdError: there is no such world, or it does not start."""
+        """Create a world.
+
+        Raises:
+            ScdError: there is none of this name, or it does not start.
+        """
         if name in self.models:
             return ModelWorld(self.models[name])
         if name != REAL or not self.real:
@@ -100,10 +108,10 @@ class Catalog:
 def load_catalog(
     model: Path, baseline: Path | None, starts: Path, overrides: list[str] | None = None
 ) -> Catalog:
-    """Load everything.
+    """Load the models and the start clips.
 
     Args:
-        baseline: None: only the model.
+        baseline: another model to show beside the first; None: no other.
 
     Raises:
         ScdError: a folder is missing or damaged, or the two models do not fit each other.
@@ -111,7 +119,7 @@ def load_catalog(
     models = {"model": load_pretrained(model, overrides)}
     missing = {}
     if baseline is None:
-        missing["baseline"] = "none was given: scd play --baseline DIR"
+        missing["baseline"] = "start the server with scd play --baseline DIR"
     else:
         models["baseline"] = load_pretrained(baseline, overrides)
         first, other = (
@@ -119,12 +127,12 @@ def load_catalog(
             for o in (m.options for m in models.values())
         )
         if first != other:
-            raise ScdError(f"{baseline}: other actions or another frame size than {model}")
+            raise ScdError(f"{baseline}: its actions or frame size differ from those of {model}")
     options = models["model"].options
     size, count = options.data.frame_size, len(options.data.action_names)
-    found = load_starts(starts, size, count, models["model"].model.has_vectors)
-    # A model of Doom has the simulator's actions, and begins in episodes that can be played anew.
-    real = are_dooms(options) and all(start.seed is not None for start in found)
+    clips = load_starts(starts, size, count, models["model"].model.has_vectors)
+    # Doom itself needs the simulator's actions, and start clips that it can replay.
+    real = has_doom_actions(options) and all(start.seed is not None for start in clips)
     if real and importlib.util.find_spec("vizdoom") is None:
         real, missing[REAL] = False, "the package vizdoom is not installed"
-    return Catalog(models, found, missing, real)
+    return Catalog(models, clips, missing, real)

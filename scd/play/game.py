@@ -1,4 +1,7 @@
-"""One player's worlds and their history. Any call may take long: none is for an event loop."""
+"""One player's game: the shown worlds, their settings and their history.
+
+Every method may block for long, so none of them belongs on an event loop.
+"""
 
 import time
 from contextlib import suppress
@@ -13,17 +16,17 @@ from scd.play.worlds import Settings, View, World
 
 
 class Game:
-    """It begins with the first start and the first world."""
+    """Worlds that one player moves through, at first the first world at the first start clip."""
 
     def __init__(self, catalog: Catalog):
         self.catalog = catalog
         self.settings = catalog.settings
         self.names: list[str] = []
         self._worlds: list[World] = []
-        self.begin(catalog.starts[0].name, catalog.worlds[:1], self.settings.seed)
+        self.reset(catalog.starts[0].name, catalog.worlds[:1], self.settings.seed)
 
-    def begin(self, start_name: str, names: list[str], seed: int) -> None:
-        """Begin anew: a start, the worlds to show, in the catalog's order, and a seed.
+    def reset(self, start_name: str, names: list[str], seed: int) -> None:
+        """Begin again from a start clip, with these worlds, in the catalog's order, and a seed.
 
         Raises:
             ScdError: there is no such start, world or seed; nothing has changed then.
@@ -36,7 +39,7 @@ class Game:
                 made[name] = self.catalog.make_world(name)
             order = sorted(made, key=self.catalog.worlds.index)
             worlds = [made[name] for name in order]
-            views = list(zip(*(world.begin(start, settings) for world in worlds), strict=True))
+            views = list(zip(*(world.reset(start, settings) for world in worlds), strict=True))
         except Exception:
             for world in made.values():
                 world.close()
@@ -47,18 +50,19 @@ class Game:
         self.history = History(frames)
 
     def step(self, action: Action) -> Frame:
-        """The next frame of every world.
+        """Generate the next frame of every world.
 
         Raises:
-            ScdError: there is no such action.
+            ScdError: the worlds have no such action.
         """
         count = len(self.catalog.actions)
-        if isinstance(action, tuple) != self.catalog.several:
-            raise ScdError(f"action {action} is none of this world, which takes another kind")
+        if isinstance(action, tuple) != self.catalog.action_vectors:
+            kind = "vectors" if self.catalog.action_vectors else "numbers"
+            raise ScdError(f"action {action} does not fit: the actions of this world are {kind}")
         if isinstance(action, tuple) and len(action) != count:
-            raise ScdError(f"action {action} is none of {count} components")
+            raise ScdError(f"action {action} does not have {count} components")
         if isinstance(action, int) and action >= count:
-            raise ScdError(f"action {action} is none of 0 to {count - 1}")
+            raise ScdError(f"action {action} is not in 0..{count - 1}")
         number = self.history.newest.number + 1
         views = tuple(world.step(action, number) for world in self._worlds)
         frame = Frame(number, action, views, time.monotonic())
@@ -66,35 +70,35 @@ class Game:
         return frame
 
     def change(self, **changes: Any) -> None:
-        """Change settings; worlds go on from where they are.
+        """Change settings; the worlds go on from the newest frame.
 
         Raises:
             ScdError: a value is out of range; nothing has changed then.
         """
         self.settings = self._checked(replace(self.settings, **changes))
-        self._go_to_newest()
+        self._restore_worlds()
 
     def rewind(self, number: int) -> None:
-        """See `History.rewind`."""
+        """Go back to a frame; see `History.rewind`."""
         self.history.rewind(number)
-        self._go_to_newest()
+        self._restore_worlds()
 
-    def return_to(self, moment: int) -> None:
-        """See `History.return_to`."""
-        self.history.return_to(moment)
-        self._go_to_newest()
+    def return_to(self, branch: int) -> None:
+        """Go to the end of a branch; see `History.return_to`."""
+        self.history.return_to(branch)
+        self._restore_worlds()
 
     def state(self) -> dict[str, Any]:
-        """What the page shows of it, ready for JSON."""
+        """Collect what the page shows of the game, ready for JSON."""
         history = self.history
-        moments = [
+        branches = [
             {
-                "moment": moment.number,
-                "frame": moment.line[-1].number,
-                "shared": history.shared(moment),
-                "kept": moment.kept,
+                "branch": branch.number,
+                "frame": branch.frames[-1].number,
+                "shared": history.last_shared(branch),
+                "kept": branch.kept,
             }
-            for moment in history.moments
+            for branch in history.branches
         ]
         return {
             "start": self.start.name,
@@ -103,21 +107,23 @@ class Game:
             "settings": asdict(self.settings),
             "frame": history.newest.number,
             "oldest": history.oldest,
-            "moments": moments,
+            "branches": branches,
         }
 
     def close(self) -> None:
+        """Close all worlds."""
         for world in self._worlds:
-            with suppress(Exception):  # a simulator that died by itself
+            with suppress(Exception):  # a simulator that has already died
                 world.close()
         self._worlds = []
 
-    def _go_to_newest(self) -> None:
-        line = self.history.line
-        actions = [frame.action for frame in line]
-        for place, world in enumerate(self._worlds):
-            past: list[View] = [frame.views[place] for frame in line]
-            world.go_to(past, actions, self.history.oldest == 0, self.settings)
+    def _restore_worlds(self) -> None:
+        """Bring every world to the newest frame of the timeline."""
+        timeline = self.history.timeline
+        actions = [frame.action for frame in timeline]
+        for index, world in enumerate(self._worlds):
+            past: list[View] = [frame.views[index] for frame in timeline]
+            world.restore(past, actions, self.history.oldest == 0, self.settings)
 
     @staticmethod
     def _checked(settings: Settings) -> Settings:
@@ -128,5 +134,5 @@ class Game:
         ):
             value = getattr(settings, name)
             if not low <= value <= high:
-                raise ScdError(f"{name} is {value}, not within {low} and {high}")
+                raise ScdError(f"{name} is {value}, but must be between {low} and {high}")
         return settings

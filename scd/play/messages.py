@@ -1,4 +1,4 @@
-"""The wire format (README.md of this folder): what may come in, and how pictures go out."""
+"""The wire format (see README.md of this folder): valid messages in, pictures out."""
 
 import json
 import struct
@@ -9,17 +9,17 @@ from typing import Any, NoReturn
 
 from scd.play.history import Frame
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_BYTES = 4096  # of a message from a player
 HEADER = struct.Struct("<BBBBHHIIIf")
 WORLD_HEADER = struct.Struct("<BBHfff")
-GIVEN, AGAIN = 1, 2  # flags of a frame: of the start clip; shown before
+GIVEN, AGAIN = 1, 2  # flags of a frame: part of the start clip; shown before
 OVER = 1  # flag of a world
 MAX_NUMBER = 2**32 - 1
 
 
-class Close(IntEnum):
-    """Why the server closed a connection; beside those of RFC 6455."""
+class CloseCode(IntEnum):
+    """Why the server closed a connection, in addition to the codes of RFC 6455."""
 
     BAD_MESSAGE = 4400
     BAD_TOKEN = 4401
@@ -31,10 +31,10 @@ class Close(IntEnum):
     STALLED = 4508
 
 
-class Closed(Exception):
-    """A connection is to be closed; with its session, unless another connection took that over."""
+class CloseConnection(Exception):
+    """Ends a connection, and its session unless another connection has taken that over."""
 
-    def __init__(self, code: Close, reason: str):
+    def __init__(self, code: CloseCode, reason: str):
         super().__init__(reason)
         self.code = code
         self.reason = reason
@@ -42,13 +42,13 @@ class Closed(Exception):
 
 @dataclass(frozen=True)
 class Message:
-    """A valid message: its type, and its fields as in `FIELDS`; optional ones may be missing."""
+    """A valid message: its type, and its fields, as listed in `FIELDS`; optional ones if sent."""
 
     type: str
     fields: dict[str, Any]
 
 
-# type -> field -> kind; a question mark: optional.
+# Message type -> field -> kind of value; with a question mark: optional.
 FIELDS: dict[str, dict[str, str]] = {
     "input": {"action": "number?", "held": "numbers?", "seq": "number"},
     "seen": {"serial": "number"},
@@ -58,7 +58,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "settings": {"steps": "number?", "guidance_scale": "real?", "seed": "number?", "fps": "real?"},
     "rewind": {"frame": "number"},
     "keep": {},
-    "return": {"moment": "number"},
+    "return": {"branch": "number"},
 }
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "number": lambda v: type(v) is int and 0 <= v <= MAX_NUMBER,
@@ -70,26 +70,29 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def parse(text: str) -> Message:
-    """A message from a player.
+def parse_message(text: str) -> Message:
+    """Parse and check a message from a player.
 
     Raises:
-        Closed: it is none.
+        CloseConnection: it is not valid.
     """
     try:
         written = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        raise Closed(Close.BAD_MESSAGE, "a message is a JSON object") from None
+        raise CloseConnection(CloseCode.BAD_MESSAGE, "messages must be JSON objects") from None
     kind = written.pop("type", None) if isinstance(written, dict) else None
     if not isinstance(kind, str) or kind not in FIELDS:
-        raise Closed(Close.BAD_MESSAGE, f"type is none of {', '.join(FIELDS)}")
+        raise CloseConnection(CloseCode.BAD_MESSAGE, f"type must be one of {', '.join(FIELDS)}")
     fields = FIELDS[kind]
     needed = {name for name, wanted in fields.items() if not wanted.endswith("?")}
     if not needed <= written.keys() <= fields.keys():
-        raise Closed(Close.BAD_MESSAGE, f"{kind} has the fields {', '.join(fields) or 'none'}")
+        raise CloseConnection(
+            CloseCode.BAD_MESSAGE, f"{kind} has the fields {', '.join(fields) or 'none'}"
+        )
     for name, value in written.items():
-        if not _KINDS[fields[name].rstrip("?")](value):
-            raise Closed(Close.BAD_MESSAGE, f"{kind}: {name} is no {fields[name].rstrip('?')}")
+        wanted = fields[name].rstrip("?")
+        if not _KINDS[wanted](value):
+            raise CloseConnection(CloseCode.BAD_MESSAGE, f"{kind}: {name} is not a valid {wanted}")
     return Message(kind, written)
 
 
@@ -97,22 +100,22 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
 
 
-def pack(
+def pack_picture(
     frame: Frame, worlds: list[int], *, serial: int, seq: int, flags: int, made_ms: float
 ) -> bytes:
-    """A picture message.
+    """Pack a frame into a picture message.
 
     Args:
-        worlds: the number of each view's world, in the list of the hello message.
-        serial: counts the pictures of a connection, from 1.
+        worlds: each view's world, as its position in `worlds` of the hello message.
+        serial: number of the picture in this connection, from 1.
         seq: of the newest input that the frame obeys.
         flags: `GIVEN`, `AGAIN`.
-        made_ms: milliseconds from taking the action to the finished pictures of all worlds.
+        made_ms: milliseconds from reading the action to the finished pictures of all worlds.
     """
     height, width, _ = frame.views[0].picture.shape
     action = frame.action
     if isinstance(action, tuple):  # the first eight components that are not 0, as bits
-        action = sum(1 << place for place, value in enumerate(action[:8]) if value)
+        action = sum(1 << bit for bit, value in enumerate(action[:8]) if value)
     parts = [
         HEADER.pack(
             *(PROTOCOL, len(worlds), action, flags, height, width),

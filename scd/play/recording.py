@@ -1,4 +1,4 @@
-"""Pictures as files: a session's line as a video, a start as a thumbnail."""
+"""Files to download: a session's timeline as a video, a start clip as a thumbnail."""
 
 import asyncio
 import io
@@ -18,13 +18,13 @@ from scd.play.history import Frame
 from scd.play.session import Session
 from scd.play.starts import Start
 
-MAX_RECORDINGS = 2  # at a time
-ENLARGED = 4
-PAUSE = 1.0  # seconds between two frames that are none of the pace
+MAX_RECORDINGS = 2  # made at the same time
+ENLARGE = 4
+PAUSE = 1.0  # seconds between two frames that count as a pause
 
 
-def start_png(start: Start) -> bytes:
-    """Its last frame, where play begins."""
+def start_thumbnail(start: Start) -> bytes:
+    """Encode a start clip's last frame, where play begins, as PNG."""
     file = io.BytesIO()
     Image.fromarray(start.frames[-1]).save(file, format="PNG")
     return file.getvalue()
@@ -33,26 +33,27 @@ def start_png(start: Start) -> bytes:
 async def record_mp4(
     session: Session, query: Mapping[str, str], recordings: asyncio.Semaphore
 ) -> Response:
-    """The session's line as mp4, its worlds side by side, as fast as it was played.
+    """Respond with the session's timeline as mp4, worlds side by side, at the speed of play.
 
-    The header `First-Frame` tells where it begins: frames that are no longer kept are missing.
+    The header `First-Frame` is the number of its first frame: frames that were dropped are missing.
 
     Args:
-        query: may have `first` and `last`, numbers of frames.
+        query: may have `first` and `last`, frame numbers.
+        recordings: limits how many are made at the same time.
     """
-    line = list(session.game.history.line)
+    timeline = list(session.game.history.timeline)
     try:
-        first, last = int(query.get("first", 0)), int(query.get("last", line[-1].number))
+        first, last = int(query.get("first", 0)), int(query.get("last", timeline[-1].number))
     except ValueError:
-        return PlainTextResponse("first and last are numbers of frames", 400)
-    frames = [frame for frame in line if first <= frame.number <= last]
+        return PlainTextResponse("first and last must be frame numbers", 400)
+    frames = [frame for frame in timeline if first <= frame.number <= last]
     if not frames:
         return PlainTextResponse("no such frames", 400)
     if recordings.locked():
-        return PlainTextResponse("other recordings are being made: try again in a moment", 503)
+        return PlainTextResponse("other recordings are being made; try again in a moment", 503)
     try:
         async with recordings:
-            fps = min(pace(frames) or session.fps, session.limits.max_fps)
+            fps = min(played_fps(frames) or session.fps, session.limits.max_fps)
             data = await asyncio.to_thread(_mp4, frames, fps)
     except ScdError as error:
         return PlainTextResponse(str(error), 500)
@@ -63,10 +64,10 @@ async def record_mp4(
     )
 
 
-def pace(frames: list[Frame]) -> float | None:
-    """Frames a second, pauses left out; None where none was played after another.
+def played_fps(frames: list[Frame]) -> float | None:
+    """Estimate the frames per second of play without pauses; None: fewer than two were played.
 
-    It may have been less than the player had asked for, and another at each time.
+    It may be below the player's setting, and vary; this is the median.
     """
     played = [frame.made for frame in frames if frame.made is not None]
     gaps = [after - before for before, after in pairwise(played) if 0 < after - before < PAUSE]
@@ -76,6 +77,6 @@ def pace(frames: list[Frame]) -> float | None:
 def _mp4(frames: list[Frame], fps: float) -> bytes:
     video = np.stack([np.hstack([view.picture for view in frame.views]) for frame in frames])
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "line.mp4"
-        write_video(path, video, fps, enlarge=ENLARGED)
+        path = Path(folder) / "timeline.mp4"
+        write_video(path, video, fps, enlarge=ENLARGE)
         return path.read_bytes()

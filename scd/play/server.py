@@ -1,4 +1,4 @@
-"""The server: routes, who may come in, and running it."""
+"""The play server: routes, tokens, and running it."""
 
 import asyncio
 import logging
@@ -22,10 +22,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from scd.errors import ScdError
 from scd.play.access import Limits, OriginCheck, is_local
 from scd.play.catalog import Catalog
-from scd.play.lobby import Lobby
-from scd.play.messages import MAX_BYTES, Close, Closed
-from scd.play.recording import MAX_RECORDINGS, record_mp4, start_png
+from scd.play.messages import MAX_BYTES, CloseCode, CloseConnection
+from scd.play.recording import MAX_RECORDINGS, record_mp4, start_thumbnail
 from scd.play.session import Session
+from scd.play.session_manager import SessionManager
 
 STATIC = Path(__file__).parent / "static"
 MAX_CONNECTIONS = 100
@@ -35,71 +35,75 @@ log = logging.getLogger(__name__)
 def make_app(
     catalog: Catalog,
     *,
-    places: int = 2,
+    max_sessions: int = 2,
     token: str | None = None,
     local: bool = True,
     origins: frozenset[str] = frozenset(),
     limits: Limits | None = None,
 ) -> Starlette:
-    """The application.
+    """Build the web application.
 
     Args:
-        places: players at a time.
-        token: what every address but those of `static/` asks for; None: nothing is asked for.
-        local, origins: whom it answers to (see `OriginCheck`).
+        max_sessions: players at a time; others wait.
+        token: that every address except `static/` requires; None: no token.
+        local, origins: see `OriginCheck`.
     """
-    worker = ThreadPoolExecutor(1, "play")  # one frame is computed at a time, with all cores
+    worker = ThreadPoolExecutor(1, "play")  # computes one frame at a time, with all cores
     limits = limits or Limits()
-    lobby = Lobby(lambda: Session.open(catalog, worker, limits), places, limits.alive)
+    manager = SessionManager(
+        lambda: Session.open(catalog, worker, limits), max_sessions, limits.alive_seconds
+    )
     recordings = asyncio.Semaphore(MAX_RECORDINGS)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        await lobby.close()
+        await manager.close()
         worker.shutdown(wait=False, cancel_futures=True)
 
-    def admitted(connection: HTTPConnection) -> bool:
+    def has_token(connection: HTTPConnection) -> bool:
         given = connection.query_params.get("token", "")
         return token is None or secrets.compare_digest(given.encode(), token.encode())
 
     async def page(request: Request) -> Response:
-        if not admitted(request):
+        if not has_token(request):
             return PlainTextResponse(
-                "This address needs its token: open the whole URL that the server printed.", 403
+                "A token is missing: open the complete URL that the server printed.", 403
             )
         return FileResponse(STATIC / "index.html")
 
     async def start_picture(request: Request) -> Response:
-        if not admitted(request):
+        if not has_token(request):
             return PlainTextResponse("wrong token", 403)
         try:
             start = catalog.start(request.path_params["name"])
         except ScdError as error:
             return PlainTextResponse(str(error), 404)
-        return Response(start_png(start), media_type="image/png")
+        return Response(start_thumbnail(start), media_type="image/png")
 
     async def recording(request: Request) -> Response:
-        session = lobby.sessions.get(request.query_params.get("session", ""))
-        if not admitted(request) or session is None:
-            return PlainTextResponse("no such session (any more)", 404)
+        session = manager.sessions.get(request.query_params.get("session", ""))
+        if not has_token(request) or session is None:
+            return PlainTextResponse("this session does not exist (any more)", 404)
         return await record_mp4(session, request.query_params, recordings)
 
     async def websocket(socket: WebSocket) -> None:
         await socket.accept()
         try:
-            if not admitted(socket):
-                raise Closed(Close.BAD_TOKEN, "open the whole URL that the server printed")
-            await lobby.serve(socket, socket.query_params.get("session"))
+            if not has_token(socket):
+                raise CloseConnection(
+                    CloseCode.BAD_TOKEN, "open the complete URL that the server printed"
+                )
+            await manager.serve(socket, socket.query_params.get("session"))
         except WebSocketDisconnect:
             pass
-        except Closed as closed:
-            with suppress(RuntimeError, WebSocketDisconnect):  # gone in the meantime
-                await socket.close(closed.code, closed.reason)
+        except CloseConnection as end:
+            with suppress(RuntimeError, WebSocketDisconnect):  # it may be gone by now
+                await socket.close(end.code, end.reason)
         except Exception:
-            log.exception("a session ended by a fault")
+            log.exception("a session failed")
             with suppress(RuntimeError, WebSocketDisconnect):
-                await socket.close(Close.FAULT, "a fault of the server ended this session")
+                await socket.close(CloseCode.FAULT, "an error on the server ended this session")
 
     return Starlette(
         routes=[
@@ -116,10 +120,11 @@ def make_app(
 
 @dataclass(frozen=True)
 class Address:
-    """Where to serve; `token` is what an address that others can reach asks for.
+    """Where to serve.
 
     Args:
-        origins: under which a proxy shows the server to others, see `OriginCheck`.
+        token: that visitors need; None: a random one if others can reach the address, else none.
+        origins: under which a proxy shows the server to others; see `OriginCheck`.
     """
 
     host: str = "127.0.0.1"
@@ -129,66 +134,74 @@ class Address:
 
     @property
     def local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the address."""
         return is_local(self.host)
 
     def url(self, port: int) -> str:
-        """What to open; for a server at every address, this machine's own in its network."""
+        """Make the URL to open; for a server on all interfaces, with this machine's address."""
         host = self.host
         if host in ("0.0.0.0", "::"):
             host = _own_address() or sockets.gethostname()
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def serve(catalog: Catalog, address: Address, places: int) -> None:
+def serve(catalog: Catalog, address: Address, max_sessions: int) -> None:
     """Serve until Ctrl-C.
 
     Raises:
-        ScdError: the address cannot be had, or there is no place for a player.
+        ScdError: the address is not available, or no session is allowed.
     """
-    if places < 1:
-        raise ScdError(f"play: {places} sessions, but at least one player needs a place")
+    if max_sessions < 1:
+        raise ScdError(f"play: --sessions {max_sessions}: must be at least 1")
     alone = address.local and not address.origins
     token = address.token or (None if alone else secrets.token_urlsafe(16))
     listening = listen(address)
     app = make_app(
-        catalog, places=places, token=token, local=address.local, origins=address.origins
+        catalog,
+        max_sessions=max_sessions,
+        token=token,
+        local=address.local,
+        origins=address.origins,
     )
     shown = [address.url(listening.getsockname()[1]), *(f"{o}/" for o in sorted(address.origins))]
     urls = " and ".join(url + (f"?token={token}" if token else "") for url in shown)
     print(f"serving {catalog.first.folder} at {urls} (Ctrl-C ends)", flush=True)
-    uvicorn.Server(config(app)).run(sockets=[listening])
+    uvicorn.Server(server_config(app)).run(sockets=[listening])
 
 
 def _own_address() -> str | None:
-    """Of the interface that leads out of this machine; nothing is sent. None: there is none."""
+    """Find this machine's address in its network, without sending anything; None: no network."""
     with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # an address for documentation, which nobody has
+        probe.connect(("192.0.2.1", 9))  # reserved for documentation, in use by nobody
         return str(probe.getsockname()[0])
     return None
 
 
 def listen(address: Address) -> sockets.socket:
-    """Raises: ScdError: the address cannot be had."""
+    """Open the listening socket.
+
+    Raises:
+        ScdError: the address is not available.
+    """
     try:
         family = sockets.AF_INET6 if ":" in address.host else sockets.AF_INET
         return sockets.create_server((address.host, address.port), family=family)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
         raise ScdError(
-            f"{address.host}:{address.port} cannot be served at ({why}): choose another --port "
+            f"cannot serve at {address.host}:{address.port} ({why}): choose another --port "
             f"or --host"
         ) from error
 
 
-def config(app: Starlette) -> uvicorn.Config:
-    """How uvicorn runs it: messages in are small, and pictures do not compress."""
+def server_config(app: Starlette) -> uvicorn.Config:
+    """Configure uvicorn: messages from players are small, and pictures do not compress."""
     return uvicorn.Config(
         app,
         ws="websockets-sansio",
         ws_max_size=MAX_BYTES,
         ws_per_message_deflate=False,
-        access_log=False,  # its lines would hold tokens
+        access_log=False,  # its lines would contain tokens
         log_level="warning",
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=3,

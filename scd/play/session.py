@@ -1,8 +1,7 @@
-"""One player: messages in, pictures out, at a pace, for as long as the player looks.
+"""One player's session: messages in, pictures out, at the chosen frames per second.
 
-The session lives longer than a connection: a player who was cut off comes back to it. All work of
-the game is done by one thread, which all sessions take turns at: a session asks for one thing at a
-time, and whoever asked first is served first.
+A session outlives its connection: a player who was cut off comes back to it. One worker thread does
+the work of all games. A session asks it for one thing at a time, and requests are served in order.
 """
 
 import asyncio
@@ -17,19 +16,27 @@ from typing import Any, TypeVar
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from scd.errors import ScdError
-from scd.play.access import Allowance, Limits
+from scd.play.access import Limits, RateLimiter
 from scd.play.catalog import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Catalog
 from scd.play.game import Game
+from scd.play.held_actions import HeldActions
 from scd.play.history import Frame
-from scd.play.messages import AGAIN, GIVEN, PROTOCOL, Close, Closed, Message, pack, parse
-from scd.play.starts import Action
+from scd.play.messages import (
+    AGAIN,
+    GIVEN,
+    PROTOCOL,
+    CloseCode,
+    CloseConnection,
+    Message,
+    pack_picture,
+    parse_message,
+)
 
-TAP_LASTS = 1.0  # seconds; or a frame, if that is longer
 Result = TypeVar("Result")
 
 
 class Session:
-    """Make it with `await Session.open(...)`; then `play` on one connection after another."""
+    """A player's game; open it with `await Session.open(...)`, then `play` on its connections."""
 
     def __init__(self, game: Game, worker: Executor, limits: Limits):
         self.id = secrets.token_urlsafe(24)
@@ -43,21 +50,23 @@ class Session:
 
     @classmethod
     async def open(cls, catalog: Catalog, worker: Executor, limits: Limits) -> "Session":
-        """A session at the first start, paused."""
+        """Open a session at the first start clip, paused."""
         game = await asyncio.get_running_loop().run_in_executor(worker, Game, catalog)
         return cls(game, worker, limits)
 
     async def play(self, socket: WebSocket) -> None:
-        """Serve a connection until it is gone; an older one of this session is closed.
+        """Serve a connection until it ends; an older one of this session is closed.
 
         Raises:
-            Closed: the connection is to be closed.
-            WebSocketDisconnect: it was.
+            CloseConnection: the connection is to be closed.
+            WebSocketDisconnect: the other side has closed it.
         """
         if self._connection is not None:
-            self._connection.close(Closed(Close.TAKEN_OVER, "another page has taken over"))
+            self._connection.close(
+                CloseConnection(CloseCode.TAKEN_OVER, "another page has taken over")
+            )
         connection = self._connection = _Connection(self, socket)
-        self.last_input = time.monotonic()  # coming back is one
+        self.last_input = time.monotonic()  # coming back counts as input
         try:
             await connection.run()
         finally:
@@ -68,19 +77,19 @@ class Session:
     def connected(self) -> bool:
         return self._connection is not None
 
-    async def work(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Let the thread that all sessions share do something with the game."""
+    async def run_in_worker(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Run a function of the game in the thread that all sessions share."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._worker, function, *arguments)
 
     async def close(self) -> None:
-        """Free what the game holds; an open connection is closed."""
+        """Close the connection, if one is open, and the game."""
         if self._connection is not None:
-            self._connection.close(Closed(Close.FAULT, "the session has ended"))
-        await self.work(self.game.close)
+            self._connection.close(CloseConnection(CloseCode.FAULT, "the session has ended"))
+        await self.run_in_worker(self.game.close)
 
     def hello(self, resumed: bool) -> dict[str, Any]:
-        """The first message to a player."""
+        """Make the first message to a player."""
         catalog, limits = self.game.catalog, self.limits
         return {
             "type": "hello",
@@ -93,7 +102,7 @@ class Session:
             "starts": [start.name for start in catalog.starts],
             "actions": catalog.actions,
             "idle": catalog.idle,
-            "several": catalog.several,
+            "action_vectors": catalog.action_vectors,
             "size": catalog.size,
             "limits": {
                 "steps": [1, MAX_STEPS],
@@ -101,40 +110,36 @@ class Session:
                 "seed": [0, MAX_SEED],
                 "fps": [limits.min_fps, limits.max_fps],
                 "unseen": limits.unseen,
-                "alive_seconds": limits.alive,
-                "idle_seconds": limits.idle,
-                "away_seconds": limits.away,
+                "alive_seconds": limits.alive_seconds,
+                "idle_seconds": limits.idle_seconds,
+                "away_seconds": limits.away_seconds,
             },
         }
 
 
 class _Connection:
-    """A session's open connection: one task receives, one plays, one says that it is alive."""
+    """A session's open connection, with one task that receives, one that plays, and a heartbeat."""
 
     def __init__(self, session: Session, socket: WebSocket):
         self.session = session
         self.socket = socket
         self._commands: deque[Message] = deque()
-        self._news = asyncio.Event()
-        self._single_steps = 0
-        self._held: frozenset[int] = frozenset()  # numbers of actions
-        self._tapped: frozenset[int] = frozenset()
-        self._seq = 0
-        self._tapped_at = 0.0
-        self._serial = self._seen = 0
-        self._due = 0.0
-        self._allowance = Allowance(session.limits.messages)
+        self._wakeup = asyncio.Event()  # set by every message
+        self._single_step = False
+        self._held = HeldActions(session.game.catalog)
+        self._serial = self._seen = 0  # of the newest picture that was sent, and confirmed
+        self._next_frame_at = 0.0
+        self._rate = RateLimiter(session.limits.messages_per_second)
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def close(self, why: Closed) -> None:
-        """From outside: make `run` raise."""
+    def close(self, why: CloseConnection) -> None:
+        """Make `run` raise `why`; called from outside."""
         if not self._closed.done():
             self._closed.set_exception(why)
 
     async def run(self) -> None:
-        """Raises: see `Session.play`."""
-        working = (self._receive(), self._play(), self._live())
-        tasks = [asyncio.create_task(work) for work in working]
+        """Serve the connection until it ends; raises what `Session.play` raises."""
+        tasks = [asyncio.create_task(t) for t in (self._receive(), self._play(), self._beat())]
         try:
             done, _ = await asyncio.wait(
                 [*tasks, self._closed], return_when=asyncio.FIRST_COMPLETED
@@ -145,114 +150,97 @@ class _Connection:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if not self._closed.cancel():
-                self._closed.exception()  # has been told, or came too late
+                self._closed.exception()  # raised above, or too late to matter
+
+    # Messages from the player
 
     async def _receive(self) -> None:
         while True:
             received = await self.socket.receive()
             if received["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(received.get("code") or 1005, received.get("reason"))
-            if not self._allowance.take():
-                rate = self._allowance.rate
-                raise Closed(Close.TOO_MANY_MESSAGES, f"more than {rate:g} messages a second")
+            if not self._rate.allow():
+                raise CloseConnection(
+                    CloseCode.TOO_MANY_MESSAGES, f"more than {self._rate.rate:g} messages a second"
+                )
             text = received.get("text")
             if text is None:
-                raise Closed(Close.BAD_MESSAGE, "messages are text")
-            self._take(parse(text))
-            self._news.set()
+                raise CloseConnection(CloseCode.BAD_MESSAGE, "messages must be text")
+            self._handle(parse_message(text))
+            self._wakeup.set()
 
-    def _take(self, message: Message) -> None:
-        """What needs no work is done at once, the rest in turn with the frames."""
+    def _handle(self, message: Message) -> None:
+        """Handle a message at once if it needs no work, else queue it as a command."""
         fields, session = message.fields, self.session
         if message.type == "seen":
             if not self._seen <= fields["serial"] <= self._serial:
-                raise Closed(Close.BAD_MESSAGE, "seen: no such picture")
+                raise CloseConnection(CloseCode.BAD_MESSAGE, "seen: no such picture")
             self._seen = fields["serial"]
             return
         session.last_input = time.monotonic()
         if message.type == "input":
-            self._hold(fields, session.last_input)
+            self._held.update(fields, session.last_input, session.fps)
         elif message.type == "step":
-            self._single_steps = 1
+            self._single_step = True
         else:
-            if len(self._commands) >= self.session.limits.commands:
-                raise Closed(Close.TOO_MANY_MESSAGES, "too many commands at once")
+            if len(self._commands) >= session.limits.queued_commands:
+                raise CloseConnection(CloseCode.TOO_MANY_MESSAGES, "too many commands at once")
             last = self._commands[-1] if self._commands else None
             if last is not None and last.type == message.type == "settings":
                 self._commands[-1] = Message("settings", last.fields | fields)  # a dragged slider
             else:
                 self._commands.append(message)
 
-    def _hold(self, fields: dict[str, Any], now: float) -> None:
-        catalog = self.session.game.catalog
-        one_field, other = ("held", "action") if catalog.several else ("action", "held")
-        if other in fields:
-            raise Closed(Close.BAD_MESSAGE, f"input: this world takes {one_field}, not {other}")
-        given = fields.get(one_field, [])
-        held = frozenset(given if catalog.several else [given] if one_field in fields else [])
-        if any(number >= len(catalog.actions) for number in held):
-            raise Closed(Close.BAD_MESSAGE, "input: no such action")
-        held -= {catalog.idle}
-        # Where only one counts, it is the newest; else a key that was held before is not tapped.
-        pressed = held - self._held if catalog.several else held
-        if pressed:
-            before = self._fresh(now) if catalog.several else frozenset()
-            self._tapped, self._tapped_at = before | pressed, now
-        self._held, self._seq = held, fields["seq"]
+    # Pictures to the player
 
-    def _fresh(self, now: float) -> frozenset[int]:
-        """What was pressed since the last frame: it moves one frame even if it was released."""
-        fresh = now - self._tapped_at < max(TAP_LASTS, 1 / self.session.fps)
-        return self._tapped if fresh else frozenset()
-
-    async def _live(self) -> None:
-        """Without it a page could not tell a slow or paused server from one that is gone."""
+    async def _beat(self) -> None:
+        """Send heartbeats, so that the page can tell a paused server from one that is gone."""
         while True:
-            await asyncio.sleep(self.session.limits.alive)
+            await asyncio.sleep(self.session.limits.alive_seconds)
             await self._send_json({"type": "alive"})
 
     async def _play(self) -> None:
-        await self._tell_state()
-        await self._show(self.session.game.history.newest, AGAIN)
+        """Execute commands, and generate frames when they are due."""
+        session = self.session
+        await self._send_state()
+        await self._send_picture(session.game.history.newest, AGAIN)
         while True:
             if self._commands:
-                await self._carry_out(self._commands.popleft())
+                await self._execute(self._commands.popleft())
                 continue
             now = time.monotonic()
-            wait = self.session.last_input + self.session.limits.idle - now
+            wait = session.last_input + session.limits.idle_seconds - now
             if wait <= 0:
-                raise Closed(Close.IDLE, f"no input for {self.session.limits.idle:g} seconds")
-            wanted = self._single_steps or not self.session.paused
-            if self._action(now) is None:  # time stands still until a key is pressed
-                wanted, self._single_steps = False, 0
-            if wanted and self._serial - self._seen < self.session.limits.unseen:
-                if self._single_steps or self._due <= now:
+                raise CloseConnection(
+                    CloseCode.IDLE, f"no input for {session.limits.idle_seconds:g} seconds"
+                )
+            wanted = self._single_step or not session.paused
+            if self._held.action(now, session.fps) is None:  # the world waits for a key
+                wanted = self._single_step = False
+            if wanted and self._serial - self._seen < session.limits.unseen:
+                if self._single_step or self._next_frame_at <= now:
                     await self._step(now)
                     continue
-                wait = min(wait, self._due - now)
-            self._news.clear()
+                wait = min(wait, self._next_frame_at - now)
+            self._wakeup.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    await self._news.wait()
+                    await self._wakeup.wait()
 
     async def _step(self, now: float) -> None:
-        # A frame that is late does not make those after it hurry.
-        self._due = max(self._due + 1 / self.session.fps, now)
-        self._single_steps = 0
-        action, seq = self._action(now), self._seq
+        session = self.session
+        # A late frame does not make the following ones hurry.
+        self._next_frame_at = max(self._next_frame_at + 1 / session.fps, now)
+        self._single_step = False
+        action, seq = self._held.action(now, session.fps), self._held.seq
         assert action is not None  # see `_play`
-        self._tapped = frozenset()
-        if self._held:  # a key that stays down sends nothing, but is playing
-            self.session.last_input = now
-        frame = await self.session.work(self.session.game.step, action)
-        await self._show(frame, 0, seq, 1e3 * (time.monotonic() - now))
+        self._held.clear_taps()
+        if self._held:  # a key that stays down sends no messages, but counts as input
+            session.last_input = now
+        frame = await session.run_in_worker(session.game.step, action)
+        await self._send_picture(frame, 0, seq, 1e3 * (time.monotonic() - now))
 
-    def _action(self, now: float) -> Action | None:
-        """Of the next frame; None: nothing is held, and no action stands for that."""
-        catalog, fresh = self.session.game.catalog, self._fresh(now)
-        return catalog.action(self._held | fresh if catalog.several else self._held or fresh)
-
-    async def _carry_out(self, message: Message) -> None:
+    async def _execute(self, message: Message) -> None:
         session, fields = self.session, dict(message.fields)
         game, shown = session.game, session.game.history.newest
         try:
@@ -260,40 +248,44 @@ class _Connection:
                 session.paused = fields["paused"]
             elif message.type == "start":
                 seed = fields.get("seed", game.settings.seed)
-                await session.work(game.begin, fields["start"], fields["worlds"], seed)
+                await session.run_in_worker(game.reset, fields["start"], fields["worlds"], seed)
             elif message.type == "settings":
-                self._set_pace(fields.pop("fps", session.fps))
+                self._set_fps(fields.pop("fps", session.fps))
                 if fields:
-                    await session.work(lambda: game.change(**fields))
+                    await session.run_in_worker(lambda: game.change(**fields))
             elif message.type == "rewind":
-                await session.work(game.rewind, fields["frame"])
+                await session.run_in_worker(game.rewind, fields["frame"])
             elif message.type == "keep":
-                await session.work(game.history.keep)
+                await session.run_in_worker(game.history.keep)
             elif message.type == "return":
-                await session.work(game.return_to, fields["moment"])
+                await session.run_in_worker(game.return_to, fields["branch"])
         except ScdError as error:
             await self._send_json({"type": "refused", "what": message.type, "why": str(error)})
-        await self._tell_state()
+        await self._send_state()
         if game.history.newest is not shown:
-            await self._show(game.history.newest, AGAIN)
+            await self._send_picture(game.history.newest, AGAIN)
 
-    def _set_pace(self, fps: float) -> None:
-        limits = self.session.limits
-        if not limits.min_fps <= fps <= limits.max_fps:
-            raise ScdError(f"fps is {fps}, not within {limits.min_fps:g} and {limits.max_fps:g}")
+    def _set_fps(self, fps: float) -> None:
+        low, high = self.session.limits.min_fps, self.session.limits.max_fps
+        if not low <= fps <= high:
+            raise ScdError(f"fps is {fps}, but must be between {low:g} and {high:g}")
         self.session.fps = fps
 
-    async def _tell_state(self) -> None:
-        state = await self.session.work(self.session.game.state)
+    async def _send_state(self) -> None:
+        state = await self.session.run_in_worker(self.session.game.state)
         pace = {"paused": self.session.paused, "fps": self.session.fps}
         await self._send_json({"type": "state", **pace, **state})
 
-    async def _show(self, frame: Frame, flags: int, seq: int = 0, made_ms: float = 0.0) -> None:
+    async def _send_picture(
+        self, frame: Frame, flags: int, seq: int = 0, made_ms: float = 0.0
+    ) -> None:
         game = self.session.game
         self._serial += 1
         flags |= GIVEN if frame.number < len(game.start.actions) else 0
         worlds = [game.catalog.worlds.index(name) for name in game.names]
-        data = pack(frame, worlds, serial=self._serial, seq=seq, flags=flags, made_ms=made_ms)
+        data = pack_picture(
+            frame, worlds, serial=self._serial, seq=seq, flags=flags, made_ms=made_ms
+        )
         await self._send(self.socket.send_bytes(data))
 
     async def _send_json(self, value: dict[str, Any]) -> None:
@@ -304,7 +296,7 @@ class _Connection:
             sending.close()
             raise WebSocketDisconnect(1006)
         try:
-            async with asyncio.timeout(self.session.limits.stalled):
+            async with asyncio.timeout(self.session.limits.stalled_seconds):
                 await sending
         except TimeoutError:
-            raise Closed(Close.STALLED, "pictures cannot be sent") from None
+            raise CloseConnection(CloseCode.STALLED, "pictures cannot be sent") from None

@@ -1,6 +1,6 @@
-"""Worlds that obey the same actions: a model's, and the real one it learned from.
+"""Worlds that obey the same actions: that of a model, and the real one that it learned from.
 
-A world goes on from a past that its caller keeps, so that it can be put back to any frame.
+A world is an environment whose past its caller keeps, so that it can be restored to any frame.
 """
 
 import time
@@ -20,39 +20,14 @@ from scd.errors import ScdError
 from scd.models.autoencoder import Codec
 from scd.models.load import load_folder
 from scd.models.world_model import WorldModel
-from scd.options import OPTIONS_FILE, Options, load_options
+from scd.options import OPTIONS_FILE, Guidance, Options, load_options
 from scd.play.starts import Action, Start
 from scd.rollout import Rollout
 from scd.utils.paths import why_missing
 from scd.utils.seeding import generator
 
-MAX_REPLAY = 1500  # frames of Doom that are played again to get back to one; about two seconds
-
-
-MAX_ACTIONS = 256  # one byte on the wire
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """A world model under actions, its autoencoder, and the options they were trained with."""
-
-    folder: Path
-    model: WorldModel
-    codec: Codec
-    options: Options
-
-    @property
-    def about(self) -> dict[str, str | int]:
-        """What the page tells about it."""
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return {"kind": type(self.model).__name__, "parameters": parameters}
-
-    @property
-    def guidance(self) -> str:
-        """The kind of guidance that a scale above 1 turns on."""
-        if self.options.rollout.guidance != "none":
-            return self.options.rollout.guidance
-        return "context" if self.model.has_context else "condition"
+MAX_REPLAY = 1500  # frames of Doom that are replayed to restore one; takes about two seconds
+MAX_ACTIONS = 256  # one byte in a picture message
 
 
 @dataclass(frozen=True)
@@ -65,9 +40,9 @@ class Settings:
 
 
 class Times(NamedTuple):
-    """Milliseconds that a frame took."""
+    """The parts of a frame's time, in milliseconds."""
 
-    encoder: float = 0.0  # the model's part that runs once a frame
+    encoder: float = 0.0  # the model's part that runs once per frame
     denoising: float = 0.0  # all steps
     decoding: float = 0.0  # the autoencoder: latents to pixels
 
@@ -77,12 +52,12 @@ NO_TIMES = Times()
 
 @dataclass(frozen=True)
 class View:
-    """What a world showed of one frame, and what it needs to go on from there.
+    """One world's view of a frame, with what the world needs to go on from it.
 
     Args:
         picture: (H, W, 3) uint8.
-        latents: (C, h, w) of a model's frame.
-        over: the world has ended, or cannot be put back here: the picture stands still.
+        latents: (C, h, w), of a model's frame.
+        over: the world has ended, or could not be restored: its picture stands still.
     """
 
     picture: np.ndarray
@@ -92,38 +67,40 @@ class View:
 
 
 class World(Protocol):
-    """An environment whose past is kept outside."""
+    """An environment whose past is kept by its caller."""
 
-    def begin(self, start: Start, settings: Settings) -> list[View]:
-        """The frames of a start; the world is then at its last one."""
+    def reset(self, start: Start, settings: Settings) -> list[View]:
+        """Begin with a start clip: return the views of its frames, and be at the last one."""
         ...
 
-    def go_to(
-        self, past: Sequence[View], actions: Sequence[Action], whole: bool, settings: Settings
+    def restore(
+        self, past: Sequence[View], actions: Sequence[Action], complete: bool, settings: Settings
     ) -> None:
-        """Be at the last frame of a past, and go on with these settings.
+        """Go to the last frame of a past, and continue from there with these settings.
 
         Args:
-            past: views of this world, as far back as they are kept.
-            actions: that led to each of them.
-            whole: the past begins with the start's first frame.
+            past: views of this world, as far back as they are stored.
+            actions: the action that led to each view.
+            complete: whether the past begins with the start clip's first frame.
         """
         ...
 
     def step(self, action: Action, number: int) -> View:
-        """The next frame, the video's frame `number`."""
+        """Generate the next frame, which has this number in the timeline."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what the world holds."""
+        ...
 
 
 class ModelWorld:
-    """A model's world: a rollout through a sliding window.
+    """The world of a model: a rollout with a sliding window.
 
     A frame is a function of the past, its action, the settings and (seed, frame number) alone.
     """
 
-    def __init__(self, pretrained: Pretrained):
+    def __init__(self, pretrained: "Pretrained"):
         self.pretrained = pretrained
         self._generator = torch.Generator()
         self._encoded_at = 0.0
@@ -132,22 +109,25 @@ class ModelWorld:
         self._rollout: Rollout
 
     @torch.no_grad()
-    def begin(self, start: Start, settings: Settings) -> list[View]:
-        """See `World`."""
+    def reset(self, start: Start, settings: Settings) -> list[View]:
+        """Begin with a start clip; see `World`."""
         video = torch.from_numpy(start.frames).movedim(-1, 1)[None].float() / 255
         latents = self.pretrained.codec.encode(video.to(self.pretrained.model.device))[0]
         views = [View(p, z) for p, z in zip(start.frames, latents, strict=True)]
-        self.go_to(views, start.actions, True, settings)
+        self.restore(views, start.actions, True, settings)
         return views
 
-    def go_to(
-        self, past: Sequence[View], actions: Sequence[Action], whole: bool, settings: Settings
+    def restore(
+        self, past: Sequence[View], actions: Sequence[Action], complete: bool, settings: Settings
     ) -> None:
-        """See `World`. What the window no longer holds still shaped what it holds: every layer
-        looks one window further back, so that so many frames are taken in again."""
+        """Encode the past again; see `World`.
+
+        Frames that have left the window shaped those in it, since every layer reaches one window
+        further back. So (layers × window) frames are encoded.
+        """
         model, options, s = self.pretrained.model, self.pretrained.options.rollout, settings
         if past[-1] is self._newest and s == replace(self._settings, seed=s.seed):
-            self._settings = s  # it is there, and another seed changes no more than the noise
+            self._settings = s  # already there, and the seed only changes the noise to come
             return
         self._settings, self._newest = s, past[-1]
         guided = self.pretrained.guidance if s.guidance_scale != 1.0 else "none"
@@ -162,7 +142,7 @@ class ModelWorld:
         self._rollout.reset(latents[None], known, generator=self._generator)
 
     def step(self, action: Action, number: int) -> View:
-        """See `World`."""
+        """Generate the next frame; see `World`."""
         of_frame = generator("cpu", "play", self._settings.seed, number)
         self._generator.manual_seed(of_frame.initial_seed())
         begun = self._now()
@@ -176,7 +156,7 @@ class ModelWorld:
         return self._newest
 
     def close(self) -> None:
-        """See `World`."""
+        """Do nothing: a model holds no resources."""
 
     def _note_encoded(self) -> None:
         self._encoded_at = self._now()
@@ -188,7 +168,7 @@ class ModelWorld:
 
 
 class RealWorld:
-    """ViZDoom itself, in the episode that the start is from.
+    """ViZDoom itself, in the episode that the start clip is from.
 
     Raises:
         ScdError: ViZDoom is not installed or does not start.
@@ -199,26 +179,26 @@ class RealWorld:
         self._seed = 0
         self._newest: View | None = None
 
-    def begin(self, start: Start, settings: Settings) -> list[View]:
-        """See `World`: the episode's own frames, which the start's video shows compressed."""
-        assert start.seed is not None  # else Doom is not offered
+    def reset(self, start: Start, settings: Settings) -> list[View]:
+        """Replay the start clip, whose video shows the same frames compressed; see `World`."""
+        assert start.seed is not None  # else the catalog has no real world
         self._seed = start.seed
         return self._replay(start.actions)
 
-    def go_to(
-        self, past: Sequence[View], actions: Sequence[Action], whole: bool, settings: Settings
+    def restore(
+        self, past: Sequence[View], actions: Sequence[Action], complete: bool, settings: Settings
     ) -> None:
-        """See `World`: the episode is played again, if it is known whole and not too long."""
+        """Replay the episode, if its past is complete and not too long; see `World`."""
         if past[-1] is self._newest:
             return
         self._newest = replace(past[-1], over=True)
-        if whole and not past[-1].over and len(past) <= MAX_REPLAY:
+        if complete and not past[-1].over and len(past) <= MAX_REPLAY:
             with suppress(Exception):  # see `step`
                 self._replay(actions)
 
     def step(self, action: Action, number: int) -> View:
-        """See `World`."""
-        assert self._newest is not None  # `begin` comes first
+        """Take the action in Doom; see `World`."""
+        assert self._newest is not None  # `reset` comes first
         if not self._newest.over:
             try:
                 picture = self._simulator.step(action)
@@ -231,7 +211,7 @@ class RealWorld:
         return self._newest
 
     def close(self) -> None:
-        """See `World`."""
+        """End the simulator's process."""
         self._simulator.close()
 
     def _replay(self, actions: Sequence[Action]) -> list[View]:
@@ -241,19 +221,42 @@ class RealWorld:
         return views
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained world model under actions, its autoencoder, and its experiment's options."""
+
+    folder: Path
+    model: WorldModel
+    codec: Codec
+    options: Options
+
+    @property
+    def about(self) -> dict[str, str | int]:
+        """What the page shows about the model."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return {"kind": type(self.model).__name__, "parameters": parameters}
+
+    @property
+    def guidance(self) -> Guidance:
+        """The kind of guidance that a scale above 1 turns on."""
+        if self.options.rollout.guidance != "none":
+            return self.options.rollout.guidance
+        return "context" if self.model.has_context else "condition"
+
+
 def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrained:
-    """Load what `SCDPipeline.save_pretrained` wrote, with the experiment's `options.yml` beside it.
+    """Load a folder that `SCDPipeline.save_pretrained` wrote, with its experiment's `options.yml`.
 
     Args:
-        overrides: `key=value`, on top of the options.
+        overrides: `key=value`, applied to the options.
 
     Raises:
         ScdError: the folder or a part of it is missing or damaged, or its model cannot be played.
     """
     if not folder.is_dir():
         raise ScdError(
-            f"{folder}: {why_missing(folder, 'folder')}; --model names one with a pretrained model "
-            f"(transformer/, vae/, options.yml)"
+            f"{folder}: {why_missing(folder, 'folder')}; --model names a folder with a pretrained "
+            f"model (transformer/, vae/, options.yml)"
         )
     options = load_options(folder / OPTIONS_FILE, overrides)
     _check_playable(options, folder)
@@ -269,12 +272,12 @@ def _check_playable(options: Options, folder: Path) -> None:
     if len(names) != options.model.num_conditions:
         raise ScdError(
             f"{where}: {len(names)} data.action_names for {options.model.num_conditions} actions: "
-            f"a player needs a name of each"
+            f"name every action"
         )
     if len(names) > MAX_ACTIONS:
-        raise ScdError(f"{where}: {len(names)} actions, but the page knows {MAX_ACTIONS} at most")
-    if rollout.window < 1 or rollout.window_first:
+        raise ScdError(f"{where}: {len(names)} actions, but the page supports {MAX_ACTIONS}")
+    if rollout.window < 1 or rollout.sink_frames:
         raise ScdError(
             f"{where}: to play for ever, rollout.window must be at least 1 and "
-            f"rollout.window_first 0, not {rollout.window} and {rollout.window_first}"
+            f"rollout.sink_frames 0, not {rollout.window} and {rollout.sink_frames}"
         )

@@ -11,8 +11,7 @@ from scd.errors import ScdError
 from scd.flow.sampler import guide, integrate, noise_levels
 from scd.models.cpu import PackedWeights
 from scd.models.world_model import MAX_TIMESTEP, FrameDenoiser, WorldModel
-from scd.option_rules import check_rollout
-from scd.options import RolloutOptions
+from scd.options import Guidance, RolloutOptions, check_rollout
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.conditions import RolloutConditions
 from scd.utils.precision import float32_products, resolve_precision, with_weights_in
@@ -61,7 +60,7 @@ class Rollout:
         self.levels = noise_levels(s.steps, s.spacing, s.shift)
         self._timesteps = MAX_TIMESTEP * torch.tensor(self.levels[:-1], device=model.device)
         if s.window:
-            sink = s.window_first + model.start_slots if s.window_first else 0
+            sink = s.sink_frames + model.start_slots if s.sink_frames else 0
             slots = s.window + model.start_slots + model.noisy_slots
             self.window = Window(slots, "slide", sink)
         else:
@@ -209,7 +208,7 @@ def generate(
     num_frames: int,
     num_steps: int,
     guidance_scale: float = 1.0,
-    guidance: str = "context",
+    guidance: Guidance = "context",
     noise: Tensor | None = None,
     generator: Generators = None,
 ) -> Tensor:

@@ -1,12 +1,10 @@
 """Train an autoencoder: first all of it, then its decoder against a patch discriminator.
 
-The first stage of an autoencoder's training: L1 + LPIPS on single frames (arXiv 2410.10733).
+The first stage minimises L1 + LPIPS on single frames (arXiv 2410.10733).
 
-The adversarial stage of an autoencoder: its decoder against a patch discriminator.
-
-The encoder is frozen, so the latents stay what they were, and with them all that was trained on
-them. Hinge losses; the generator's is weighed against the reconstruction loss as VQGAN does
-(arXiv 2012.09841, equation 7).
+In the second, the encoder is frozen, so that its latents, and every model trained on them, stay
+valid. Losses are hinge losses; the generator's is weighted against the reconstruction loss as in
+VQGAN (arXiv 2012.09841, equation 7).
 """
 
 from pathlib import Path
@@ -23,7 +21,7 @@ from torch.func import functional_call
 from scd.data.clips import clip_folder, with_float_pixels
 from scd.errors import ScdError
 from scd.evaluation.frame_metrics import load_lpips
-from scd.evaluation.measures import Measures
+from scd.evaluation.metrics import AvailableMetrics
 from scd.models.autoencoder import (
     ENCODING,
     Autoencoder,
@@ -38,11 +36,12 @@ from scd.options import Options
 from scd.utils.files import write_atomically
 from scd.utils.processes import processes
 
-SHOWN = 16  # reconstructions in the picture
+RECONSTRUCTIONS_SHOWN = 16
+MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 class AutoencoderTask:
-    """See `scd.training.tasks.Task`."""
+    """The task of training an autoencoder; see `scd.training.tasks.Task`."""
 
     pictures = {"reconstructions.png": "real above reconstructed"}
     held_out = None  # there are no noise levels
@@ -50,17 +49,17 @@ class AutoencoderTask:
     def __init__(self, options: Options, device: torch.device):
         self.options = options
         self.device = device
-        self.adversary: nn.Module | None = None
+        self.discriminator: nn.Module | None = None
         self.network: Autoencoder
         self.objective: nn.Module
         reconstruction = ReconstructionLoss(options.autoencoder.lpips_weight, device)
         torch.manual_seed(options.seed)
-        if options.adversary.weight:
-            a = options.adversary
+        if options.discriminator.weight:
+            a = options.discriminator
             self.network = _with_frozen_encoder(options)
-            self.adversary = PatchDiscriminator(a.channels, a.layers)
+            self.discriminator = PatchDiscriminator(a.channels, a.layers)
             self.objective = AdversarialObjective(
-                self.network, self.adversary, reconstruction, a.weight
+                self.network, self.discriminator, reconstruction, a.weight
             )
         else:
             self.network = build_autoencoder(options.autoencoder)
@@ -81,7 +80,7 @@ class AutoencoderTask:
         for name, parameter in self.network.named_parameters():
             (encoding if name.startswith(ENCODING) else decoding).append(parameter)
         groups = [{"params": encoding, "lr": lr}, {"params": decoding, "lr": lr * scale}]
-        return groups if self.adversary is None else groups[1:]
+        return groups if self.discriminator is None else groups[1:]
 
     @torch.no_grad()
     def validate(self, network: Autoencoder, folder: Path) -> dict[str, float]:
@@ -90,12 +89,14 @@ class AutoencoderTask:
         real = self._validation_frames()
         codec = LatentCodec(network)
         out = codec.decode(codec.encode(real))
-        pairs = torch.stack([real[:SHOWN, 0], out[:SHOWN, 0]]).clamp(0, 1)
+        shown = RECONSTRUCTIONS_SHOWN
+        pairs = torch.stack([real[:shown, 0], out[:shown, 0]]).clamp(0, 1)
         rows = rearrange(pairs, "k n c h w -> (k h) (n w) c").mul(255).round().byte().cpu().numpy()
         picture = Image.fromarray(rows)
         picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
         write_atomically(folder / "reconstructions.png", picture.save)
-        return {name: float(v.mean()) for name, v in Measures().frames(out, real).items()}
+        metrics = AvailableMetrics().compare_frames(out, real)
+        return {name: float(values.mean()) for name, values in metrics.items()}
 
     @torch.no_grad()
     def export(self, network: Autoencoder, folder: Path) -> None:
@@ -104,14 +105,14 @@ class AutoencoderTask:
         Rounding the weights moves a reconstruction by far less than its error. The adversarial
         stage leaves the latents alone, and hence their scaling factor.
         """
-        if self.adversary is None:
+        if self.discriminator is None:
             codec = LatentCodec(network)
             unscaled = codec.encode_images(self._validation_frames().flatten(0, 1))
             network.register_to_config(scaling_factor=round(1 / float(unscaled.std()), 4))
         network.half().save_pretrained(folder)
 
     def _validation_frames(self) -> Tensor:
-        """`eval.videos` frames of different clips, always the same: (n, 1, 3, H, W) in [0, 1]."""
+        """Read fixed frames of `eval.videos` different clips, (n, 1, 3, H, W) in [0, 1]."""
         count = min(self.options.eval.videos, len(self.validation_data))
         frames = [
             self.validation_data.read(i, 1, rng=np.random.default_rng(i))["video"]
@@ -121,10 +122,10 @@ class AutoencoderTask:
 
 
 def _with_frozen_encoder(options: Options) -> Autoencoder:
-    """The autoencoder at `autoencoder.path`; only its decoder takes a gradient.
+    """Load the autoencoder at `autoencoder.path` with gradients for its decoder only.
 
     Raises:
-        ScdError: see `load_codec`; or the frames do not divide into its latents.
+        ScdError: see `load_codec`; or the frame size does not divide by its downsampling.
     """
     codec = load_codec(options.autoencoder.path)
     assert isinstance(codec, LatentCodec)
@@ -141,7 +142,7 @@ def _with_frozen_encoder(options: Options) -> Autoencoder:
 
 
 class ReconstructionLoss(nn.Module):
-    """|x̂ − x| + w · LPIPS(x̂, x), averaged over images (B, 3, H, W) in [−1, 1]."""
+    """The loss |x̂ − x| + w · LPIPS(x̂, x), averaged over images (B, 3, H, W) in [−1, 1]."""
 
     def __init__(self, lpips_weight: float, device: torch.device):
         super().__init__()
@@ -159,7 +160,7 @@ class ReconstructionLoss(nn.Module):
 
 
 class ReconstructionObjective(nn.Module):
-    """Batch -> the reconstruction loss of its frames."""
+    """The reconstruction loss of a batch's frames."""
 
     def __init__(self, autoencoder: Autoencoder, reconstruction: ReconstructionLoss):
         super().__init__()
@@ -167,22 +168,19 @@ class ReconstructionObjective(nn.Module):
         self.reconstruction = reconstruction
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`video` (B, F, 3, H, W) in [0, 1]."""
+        """Compute the loss of `video` (B, F, 3, H, W) in [0, 1], and its parts."""
         images = images_of(batch)
         latents = unscaled_latents(self.autoencoder, images)
         return self.reconstruction(self.autoencoder.decode(latents).sample, images)
 
 
 def images_of(batch: dict[str, Tensor]) -> Tensor:
-    """All frames of a batch as images (B·F, 3, H, W) in [−1, 1]."""
+    """Rearrange the frames of a batch to images (B·F, 3, H, W) in [−1, 1]."""
     return rearrange(batch["video"], "b f c h w -> (b f) c h w") * 2 - 1
 
 
-MOST = 1e4  # the adaptive weight at most
-
-
 class AdversarialObjective(nn.Module):
-    """Batch -> reconstruction loss + w · λ · −D(x̂) + hinge loss of D.
+    """The loss of a batch's frames: reconstruction + w · λ · −D(x̂) + hinge loss of D.
 
     One backward pass serves both sides: the generator's terms give the discriminator no gradient,
     the discriminator's give the decoder none.
@@ -206,7 +204,7 @@ class AdversarialObjective(nn.Module):
         self.weight = weight
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`video` (B, F, 3, H, W) in [0, 1]."""
+        """Compute the loss of `video` (B, F, 3, H, W) in [0, 1], and its parts."""
         images = images_of(batch)
         with torch.no_grad():
             latents = unscaled_latents(self.autoencoder, images)
@@ -229,28 +227,28 @@ class AdversarialObjective(nn.Module):
 
 
 def generator_hinge(fake: Tensor) -> Tensor:
-    """−mean D(x̂), from logits of any shape."""
+    """Compute −mean D(x̂), from logits of any shape."""
     return -fake.float().mean()
 
 
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """½ (mean max(0, 1 − D(x)) + mean max(0, 1 + D(x̂))): 1 while it knows nothing."""
+    """Compute ½ (mean max(0, 1 − D(x)) + mean max(0, 1 + D(x̂))), which is 1 at logits of 0."""
     return 0.5 * ((1 - real.float()).relu().mean() + (1 + fake.float()).relu().mean())
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, layer: Tensor) -> Tensor:
-    """λ = |∇ reconstruction| / |∇ generator|, both at `layer`, in fp32, at most `MOST`.
+    """Compute λ = |∇ reconstruction| / |∇ generator| at `layer`, in fp32, with a maximum.
 
-    Of gradients that are averaged over all processes, as those of the step are.
+    The gradients are averaged over all processes, as those of the step are.
     """
     norms = []
     for loss in (reconstruction, generator):
         (gradient,) = torch.autograd.grad(loss, layer, retain_graph=True)
         norms.append(reduce(gradient.float(), "mean").norm())
-    return (norms[0] / (norms[1] + 1e-6)).clamp(max=MOST).detach()
+    return (norms[0] / (norms[1] + 1e-6)).clamp(max=MAX_ADAPTIVE_WEIGHT).detach()
 
 
 def last_layer(autoencoder: Autoencoder) -> Tensor:
-    """The weight of the decoder's last convolution, which may be part of an upsampling block."""
+    """Return the weight of the decoder's last convolution, maybe part of an upsampling block."""
     output = autoencoder.decoder.conv_out
     return output.weight if isinstance(output, nn.Conv2d) else output.conv.weight

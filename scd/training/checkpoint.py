@@ -1,12 +1,12 @@
-"""Checkpoints: a folder that is whole or absent, with everything a run needs to go on.
+"""Write and read checkpoints: folders that are whole or absent, with all that resuming needs.
 
-`step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt`, with an adversary
+`step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt`, with a discriminator
 `adversary.pt`, with snapshots `averages.safetensors`, and `manifest.json`.
 Weights carry the experiment's options in their metadata, so one file is enough to use a model.
 Nothing else is state: data order and noise are functions of the step (`scd.utils.seeding`).
 
-A name that begins with a dot is a folder on its way in or out. Only the holder of the experiment's
-lock writes here (`scd.utils.locks`), so what it finds under such a name was left by a dead run.
+A name that begins with a dot is a folder that is being written or deleted. Only the holder of the
+experiment's lock writes here (`scd.utils.locks`), so any such folder at start is from a dead run.
 """
 
 import json
@@ -24,56 +24,121 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd.errors import ScdError, reason
+from scd.options import with_present_names
 from scd.utils.environment import git_commit
 from scd.utils.files import flush, read_json, sha256, write_json
 from scd.utils.processes import error_barrier
 from scd.utils.tensor_files import read_pt
 
 FORMAT = 2
-FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
-ADVERSARY = "adversary.pt"
+MODEL, EMA, OPTIMIZER = FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
+DISCRIMINATOR = "adversary.pt"
 AVERAGES = "averages.safetensors"
 MANIFEST = "manifest.json"
 
 
 @dataclass
 class TrainingState:
-    """All that changes while training, on the CPU."""
+    """Everything that changes during training, on the CPU."""
 
     step: int
     run: dict[str, Any]  # see `scd.training.resume.run_identity`
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
-    adversary: dict[str, Any] | None = None  # its `model` and `optimizer`
-    averages: dict[str, Tensor] = field(default_factory=dict)  # see `scd.training.ema`
-    bad_steps: int = 0  # the last steps, one after the other, that were not applied
+    discriminator: dict[str, Any] | None = None  # its `model` and `optimizer`
+    averages: dict[str, Tensor] = field(default_factory=dict)  # see `PostHocEMA`
+    bad_steps: int = 0  # in a row, up to this step
+
+
+def saves_in_background(device: torch.device) -> bool:
+    """Check whether training on this device leaves the CPU free to write checkpoints."""
+    return device.type == "cuda"
+
+
+class CheckpointWriter:
+    """The writer of a run's checkpoints, in the foreground or in a background thread.
+
+    In the background, `write` returns at once: the state shares no memory with what is trained. At
+    most one checkpoint is being written at a time. A context, which is left when it is on disk.
+
+    Args:
+        folder, keep: see `save_checkpoint`.
+        main: whether this is the main process; the others only take part in collective calls.
+        background: whether to write in a thread.
+    """
+
+    def __init__(self, folder: Path, keep: int, main: bool, background: bool):
+        self.folder = folder
+        self.keep = keep
+        self.main = main
+        self.threads = ThreadPoolExecutor(1, "checkpoint") if main and background else None
+        self.pending: Future[Path] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.threads is not None:
+            self.threads.shutdown()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the pending checkpoint cannot be written; `finish` then raises the reason."""
+        pending = self.pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def write(self, state: TrainingState) -> None:
+        """Write a checkpoint; collective. Call `finish` first, which frees the last one's memory.
+
+        Raises:
+            ScdError: see `save_checkpoint`; in the background, `finish` raises it.
+        """
+        with error_barrier():
+            if self.threads is not None:
+                self.pending = self.threads.submit(save_checkpoint, self.folder, state, self.keep)
+            elif self.main:
+                save_checkpoint(self.folder, state, self.keep)
+
+    def finish(self) -> None:
+        """Wait until the pending checkpoint is on disk; collective.
+
+        Raises:
+            ScdError: see `save_checkpoint`.
+        """
+        with error_barrier():
+            if self.pending is not None:
+                pending, self.pending = self.pending, None
+                pending.result()
 
 
 def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
-    """Write a checkpoint aside, flush and check it, put it in place, then drop the oldest.
+    """Write a checkpoint aside, flush it, verify it, rename it into place, then delete the oldest.
 
-    Checked means: read back from disk, every tensor is to the bit the one in memory.
+    To verify it, every tensor is read back from disk and compared to the bit with memory.
 
     Args:
-        keep: how many checkpoints stay, this one included.
+        keep: the number of checkpoints to keep, this one included.
 
     Raises:
-        ScdError: the disk is full, the folder read-only, or what was read back differs; earlier
+        ScdError: the disk is full, the folder is read-only, or what was read back differs; earlier
             checkpoints are untouched.
     """
     target = folder / f"step-{state.step:08d}"
     aside = folder / f".{target.name}.{os.getpid()}"
-    contents: dict[str, Any] = dict(
-        zip(FILES, (state.model, state.ema, state.optimizer), strict=True)
-    )
-    if state.adversary is not None:
-        contents[ADVERSARY] = state.adversary
+    contents: dict[str, Any] = {MODEL: state.model, EMA: state.ema, OPTIMIZER: state.optimizer}
+    if state.discriminator is not None:
+        contents[DISCRIMINATOR] = state.discriminator
     if state.averages:
         contents[AVERAGES] = state.averages
     metadata = {"options": json.dumps(state.run["options"]), "step": str(state.step)}
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # of a dead process with the same number
+        shutil.rmtree(aside, ignore_errors=True)  # of a dead process with the same ID
         aside.mkdir(parents=True)
         for name, content in contents.items():
             _write(aside / name, content, metadata)
@@ -85,10 +150,10 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
             "bad_steps": state.bad_steps,
             "files": {name: _fingerprint(aside / name) for name in contents},
         }
-        write_json(aside / MANIFEST, manifest)  # last: it flushes the names of all files
+        write_json(aside / MANIFEST, manifest)  # last: it flushes the folder
         for name, content in contents.items():
             if not _reads_back(aside / name, content):
-                raise OSError(f"{name} is not what was written")
+                raise OSError(f"{name} reads back differently")
         os.replace(aside, target)
         flush(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -102,17 +167,17 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; one line on stdout for each that is passed over.
+    """Find the newest whole checkpoint; print a line about each that is skipped.
 
     Raises:
-        ScdError: there are checkpoints, but none is whole: starting anew is for the user to decide.
+        ScdError: there are checkpoints, but none is whole: starting anew is the user's decision.
     """
     found = _checkpoints(folder)
     for path in reversed(found):
         problem = _damage(path)
         if problem is None:
             return path
-        print(f"{path}: passed over, {problem}")
+        print(f"{path}: skipped, {problem}")
     if found:
         raise ScdError(
             f"{folder}: none of the {len(found)} checkpoints is whole; move them away to start anew"
@@ -121,16 +186,19 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path) -> TrainingState:
-    """Read a checkpoint that `latest_checkpoint` found whole."""
+    """Read a checkpoint, which `latest_checkpoint` has checked."""
     try:
         manifest = read_json(path / MANIFEST)
+        run = manifest["run"]
         return TrainingState(
             step=int(manifest["step"]),
-            run=manifest["run"],
-            model=_read(path / FILES[0]),
-            ema=_read(path / FILES[1]),
-            optimizer=_read(path / FILES[2]),
-            adversary=_read(path / ADVERSARY) if ADVERSARY in manifest["files"] else None,
+            run={**run, "options": with_present_names(run["options"], str(path))},
+            model=_read(path / MODEL),
+            ema=_read(path / EMA),
+            optimizer=_read(path / OPTIMIZER),
+            discriminator=_read(path / DISCRIMINATOR)
+            if DISCRIMINATOR in manifest["files"]
+            else None,
             averages=_read(path / AVERAGES) if AVERAGES in manifest["files"] else {},
             bad_steps=int(manifest["bad_steps"]),
         )
@@ -138,21 +206,21 @@ def load_checkpoint(path: Path) -> TrainingState:
         raise ScdError(f"{path}: the checkpoint cannot be read ({error})") from error
 
 
-def set_aside_newer(path: Path) -> None:
-    """Rename the checkpoints newer than `path`, which were passed over, to `passed-over-step-…`.
+def set_newer_checkpoints_aside(path: Path) -> None:
+    """Rename the checkpoints newer than `path`, which were skipped, to `passed-over-step-…`.
 
-    So they neither count as kept nor stand in the way of those that the run writes next.
+    They would count among those to keep, and be in the way of those that the run writes next.
     """
     for newer in _checkpoints(path.parent):
         if newer.name > path.name:
             aside = newer.with_name(f"passed-over-{newer.name}")
             shutil.rmtree(aside, ignore_errors=True)
             newer.rename(aside)
-            print(f"{newer}: now {aside.name}, to look at or to delete")
+            print(f"{newer}: renamed to {aside.name}; inspect it or delete it")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed runs left half written or half deleted."""
+    """Delete checkpoints that killed runs left half written or half deleted."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path)
 
@@ -162,7 +230,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint; killed half way, what is left no longer looks like one."""
+    """Delete a checkpoint; a kill half way leaves nothing that could pass for one."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     path.rename(hidden)
     shutil.rmtree(hidden)
@@ -183,13 +251,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _reads_back(path: Path, content: dict[str, Any]) -> bool:
     try:
-        return _same(_read(path), content)
+        return _equal(_read(path), content)
     except Exception:  # damaged files raise many kinds
         return False
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, read from the disk rather than from memory."""
+    """Return size and hash of a file, read from the disk rather than from the page cache."""
     flush(path)
     with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):  # macOS has none
@@ -197,8 +265,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two nested states are equal; tensors to the bit."""
+def _equal(one: Any, other: Any) -> bool:
+    """Check whether two nested states are equal; tensors to the bit."""
     if isinstance(one, Tensor):
         if not isinstance(other, Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
             return False
@@ -207,14 +275,15 @@ def _same(one: Any, other: Any) -> bool:
         return (
             isinstance(other, dict)
             and one.keys() == other.keys()
-            and all(_same(value, other[key]) for key, value in one.items())
+            and all(_equal(value, other[key]) for key, value in one.items())
         )
     if isinstance(one, list):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_equal, one, other))
     return one == other
 
 
 def _damage(path: Path) -> str | None:
+    """Describe what is wrong with a checkpoint; None: nothing."""
     try:
         manifest = read_json(path / MANIFEST)
         if manifest["format"] != FORMAT:
@@ -224,7 +293,7 @@ def _damage(path: Path) -> str | None:
             return "its manifest is damaged"
         if path.name != f"step-{manifest['step']:08d}":
             return f"its manifest is that of step {manifest['step']}"
-        if not {*FILES} <= {*manifest["files"]} <= {*FILES, ADVERSARY, AVERAGES}:
+        if not {*FILES} <= {*manifest["files"]} <= {*FILES, DISCRIMINATOR, AVERAGES}:
             return "its manifest names other files"
         for name, wanted in manifest["files"].items():
             size = (path / name).stat().st_size
@@ -235,71 +304,3 @@ def _damage(path: Path) -> str | None:
     except (ScdError, OSError, KeyError, TypeError, ValueError) as error:
         return f"incomplete ({error})"
     return None
-
-
-def saves_in_background(device: torch.device) -> bool:
-    """Whether training on the device leaves the CPU free to write."""
-    return device.type == "cuda"
-
-
-class CheckpointWriter:
-    """Writes checkpoints on the main process; a context that is left when the last one is there.
-
-    In the background, `write` returns at once: the state shares no memory with what is trained. At
-    most one checkpoint is on its way, and it is whole or absent as ever.
-
-    Args:
-        folder, keep: see `save_checkpoint`.
-        main: whether this is the main process; the others only take part in what is collective.
-        background: write in a thread of its own.
-    """
-
-    def __init__(self, folder: Path, keep: int, main: bool, background: bool):
-        self.folder = folder
-        self.keep = keep
-        self.main = main
-        self.threads = ThreadPoolExecutor(1, "checkpoint") if main and background else None
-        self.on_its_way: Future[Path] | None = None
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.threads is not None:
-            self.threads.shutdown()
-
-    @property
-    def failed(self) -> bool:
-        """Whether the checkpoint on its way will not arrive; `finish` then tells why."""
-        ended = self.on_its_way
-        return ended is not None and ended.done() and ended.exception() is not None
-
-    def write(self, state: TrainingState) -> None:
-        """Write a checkpoint; collective. `finish` comes first: it frees the last one's memory.
-
-        Raises:
-            ScdError: see `save_checkpoint`; in the background, `finish` raises it.
-        """
-        with error_barrier():
-            if self.threads is not None:
-                self.on_its_way = self.threads.submit(
-                    save_checkpoint, self.folder, state, self.keep
-                )
-            elif self.main:
-                save_checkpoint(self.folder, state, self.keep)
-
-    def finish(self) -> None:
-        """Wait for the checkpoint on its way; every process leaves when it is there, or raises.
-
-        Raises:
-            ScdError: see `save_checkpoint`.
-        """
-        with error_barrier():
-            if self.on_its_way is not None:
-                on_its_way, self.on_its_way = self.on_its_way, None
-                on_its_way.result()

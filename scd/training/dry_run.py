@@ -1,7 +1,7 @@
-"""Try an experiment before its data are there: everything is built and run once, on noise.
+"""Try an experiment before its data exist: run one step, rollout and evaluation on noise.
 
-The sizes are the true ones. What a step takes is worked out first, so that a machine too small
-for the step still tells.
+All sizes are the true ones. The costs of a step are printed first, so that they are seen even on a
+machine that is too small to run it.
 """
 
 import tempfile
@@ -15,35 +15,35 @@ import torch
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
 from scd.errors import ScdError
-from scd.evaluation.fvd import SHORTEST
+from scd.evaluation.i3d import SHORTEST
 from scd.models.autoencoder import build_autoencoder, load_codec
 from scd.options import AutoencoderOptions, Options, load_options
 from scd.training.encode import encoding_name, latent_shape
-from scd.training.estimate import counterpart, estimate_step
 from scd.training.launch import run_experiment
+from scd.training.performance import estimate_step
 from scd.utils.files import write_atomically
 from scd.utils.paths import to_read
 
-CLIPS = 2  # of noise, in each list
+CLIPS = 2  # in each list
 
 
 def dry_run(options: Options) -> None:
-    """Print what a step takes; then run one, a short rollout and an evaluation of two videos.
+    """Print the costs of a step; then run one, a short rollout and an evaluation of two videos.
 
     Raises:
-        ScdError: whatever a real run would raise for these options, but for missing data; or the
-            autoencoder is not there and no options file in `options/` describes it.
+        ScdError: as a real run would with these options, except for missing data; or the
+            autoencoder does not exist and no options file in `options/` describes it.
     """
     with tempfile.TemporaryDirectory(prefix="scd-dry-run-") as folder:
         options = _on_noise(options, Path(folder))
         if options.task == "world_model":
             print(describe(options))
         run_experiment(options)
-    print(f"{options.name}: a step, a rollout and an evaluation on noise went through")
+    print(f"{options.name}: a step, a rollout and an evaluation on noise succeeded")
 
 
 def describe(options: Options) -> str:
-    """Sizes and costs of a training step of a process, beside those of the other kind of model."""
+    """Describe the costs of one process's step, beside those of the other kind of model."""
     codec = load_codec(options.autoencoder.path)
     lines = []
     for kind in (options, counterpart(options)):
@@ -61,10 +61,24 @@ def describe(options: Options) -> str:
     return "\n".join(lines)
 
 
+def counterpart(options: Options) -> Options:
+    """Switch to the other kind of model, with the same width and number of layers."""
+    m = options.model
+    if m.type == "scd":
+        layers = m.encoder_layers + m.decoder_layers
+        other = replace(m, type="causal_dit", layers=layers, encoder_layers=0, decoder_layers=0)
+    else:
+        decoder = max(m.layers // 3, 1)  # as in the paper: 4 of 12
+        other = replace(
+            m, type="scd", layers=0, encoder_layers=m.layers - decoder, decoder_layers=decoder
+        )
+    return replace(options, model=other)
+
+
 def _on_noise(options: Options, folder: Path) -> Options:
-    """The same experiment for one step, with clips of noise, all below `folder`."""
+    """Reduce an experiment to one step on clips of noise, with all files below `folder`."""
     data, evaluation = options.data, options.eval
-    if options.task == "world_model" or options.adversary.weight:
+    if options.task == "world_model" or options.discriminator.weight:
         path = options.autoencoder.path
         if path is not None and not (to_read(path) / "config.json").is_file():
             path = str(folder / "autoencoder")
@@ -85,6 +99,7 @@ def _on_noise(options: Options, folder: Path) -> Options:
 
 
 def _write_clips(options: Options, evaluation_frames: int) -> None:
+    """Write clips of noise, their latents where they are trained on, and both lists."""
     data, model = options.data, options.model
     root = Path(data.root)
     rng = np.random.default_rng(options.seed)
@@ -112,13 +127,13 @@ def _write_clips(options: Options, evaluation_frames: int) -> None:
 
 
 def _architecture(path: str) -> AutoencoderOptions:
-    """The autoencoder that is to come to `path`: a folder of it has the options file's name."""
+    """Load the options of the autoencoder that `path` is for: one of its folders has their name."""
     for part in reversed(Path(path).parts):
         file = to_read(Path("options") / f"{part}.yml")
         if file.is_file():
             return load_options(file).autoencoder
     raise ScdError(
-        f"{path}: no autoencoder there, and no folder of this path is the name of a file in "
+        f"{path}: no autoencoder there, and no folder of this path has the name of a file in "
         f"options/ that describes it"
     )
 

@@ -1,7 +1,8 @@
-"""Encode the videos of a list into latents, once, and enter them into the list file.
+"""Encode training videos into latents once, and check before training that they still fit.
 
-Any number of processes share the work. Each skips what is there already, so an interrupted run goes
-on where it stopped; the list file changes at the end, when every entry's latents have been checked.
+Any number of processes share the work. Videos that are already encoded are skipped, so an
+interrupted run can be repeated. The list file changes at the end, when the latents of every entry
+have been checked.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from scd.data.clips import ClipFolder
 from scd.data.framing import Framing, as_images, framing_of
 from scd.data.latents import (
     LatentHeader,
+    LatentSpec,
     check_latents,
     latent_header,
     of_another_video,
@@ -36,9 +38,9 @@ from scd.utils.processes import error_barrier, processes, split_between_processe
 def encode_dataset(options: Options) -> None:
     """Write the unscaled latents of every training video, skipping those that are already there.
 
-    Latents go to `<root>/latents/<encoder>/…`, by the hash of its weights, so that another's never
-    meet them; the training list's `latent_path` names them. Where videos are scaled and cropped
-    (`data.resize_shorter`), the latents are of the centre.
+    Latents go to `<root>/latents/<encoder>/…`, named by a hash of its weights, so that those of
+    different encoders never mix; the training list's `latent_path` points to them. Where videos are
+    scaled and cropped (`data.resize_shorter`), the latents are of the center crop.
 
     Raises:
         ScdError: the experiment has no autoencoder, or a video is missing, broken or of a wrong
@@ -54,65 +56,57 @@ def encode_dataset(options: Options) -> None:
     precision = resolve_precision(options.train.mixed_precision, state.device)
     framing, shape = framing_of(options.data), latent_shape(codec, options)
     made_by = encoding_name(options)
+
     root = Path(options.data.root)
     list_path = root / options.data.train_list
     entries = read_list(list_path)
     folder = Path("latents") / (made_by[:12] + framing.name)
-    names = {video: _latent_name(folder, video) for video in _videos(list_path, entries)}
-    targets = {video: root / name for video, name in names.items()}
-    lengths: dict[Path, int] = {}
+    targets = {video: _latent_name(folder, video) for video in _videos(list_path, entries)}
+
     checks = VideoChecks(root)
+    lengths: dict[str, int] = {}  # frames of each video
     with error_barrier():
-        for video in _progress(split_between_processes(list(targets))):
-            opened, target = checks.open(video), targets[video]
-            header = latent_header(target)
-            wanted = LatentHeader(made_by, (len(opened), *shape))
-            there = header is not None and replace(header, video=None) == wanted
-            if not there or of_another_video(header, target, root / video) is not None:
-                latents = _encode_video(opened, codec, framing, precision)
-                write_latents(target, latents, made_by, identity_of(root / video))
-            lengths[targets[video]] = len(opened)
-    lengths = dict(item for part in gather_object([lengths]) for item in part.items())
-    found_out = gather_object([checks.new])
+        for name in _progress(split_between_processes(list(targets))):
+            video, target = checks.open(name), root / targets[name]
+            if not _is_encoded(target, root / name, LatentHeader(made_by, (len(video), *shape))):
+                latents = _encode_video(video, codec, framing, precision)
+                write_latents(target, latents, made_by, identity_of(root / name))
+            lengths[name] = len(video)
+
+    parts = gather_object([(lengths, checks.new)])
     with error_barrier():
         if state.is_main_process:
-            for part in found_out:
-                checks.add(part)
-            checks.save()  # so that nothing is checked twice
+            for _, new_checks in parts:
+                checks.add(new_checks)
+            checks.save()  # so that no video is checked twice
     with error_barrier():
-        if not state.is_main_process:
-            return
-        found = check_latents(list(targets.values()), made_by, shape)
-        for target, length in lengths.items():
-            if found[target] != length:
-                raise ScdError(f"{target}: {found[target]} latents for {length} frames")
-        write_list(
-            list_path,
-            [replace(entry, latent_path=str(names[str(entry.video_path)])) for entry in entries],
-        )
+        if state.is_main_process:
+            found = check_latents([root / target for target in targets.values()], made_by, shape)
+            for part, _ in parts:
+                for name, length in part.items():
+                    target = root / targets[name]
+                    if found[target] != length:
+                        raise ScdError(f"{target}: {found[target]} latents for {length} frames")
+            named = [replace(e, latent_path=str(targets[str(e.video_path)])) for e in entries]
+            write_list(list_path, named)
 
 
-@torch.no_grad()
-def _encode_video(video: Video, codec: LatentCodec, framing: Framing, precision: str) -> Tensor:
-    """The unscaled latents (F, C, h, w) of a whole video, float32 on the CPU."""
-    device = codec.autoencoder.device
-    chunks = []
-    for images in video.chunks(CHUNK_FRAMES):
-        frames = framing(as_images(images), video.path).to(device)
-        with autocast(device, precision):
-            chunks.append(codec.encode_images(frames.float() / 255).float().cpu())
-    return torch.cat(chunks)
+def latent_spec(options: Options) -> LatentSpec | None:
+    """Describe the latents that an experiment trains on; None if it reads videos.
 
-
-def encoding_name(options: Options) -> str:
-    """What identifies how latents were made: the encoder's hash, and any scaling before it."""
-    return encoder_hash(str(options.autoencoder.path)) + framing_of(options.data).name
+    Raises:
+        ScdError: there is no autoencoder, or the frames do not divide into latents.
+    """
+    if options.data.source == "video":
+        return None
+    codec = load_codec(options.autoencoder.path)
+    return LatentSpec(encoding_name(options), latent_shape(codec, options))
 
 
 def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -> None:
-    """Refuse a training list whose latents are not what `options` would encode; collective.
+    """Refuse a training list whose latents are not those that `options` would encode; collective.
 
-    The main process alone opens the files: hundreds of processes that open all of them keep a
+    Only the main process opens the files: hundreds of processes that open all of them would keep a
     shared file system busy for minutes.
 
     Raises:
@@ -131,11 +125,16 @@ def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -
             check_latents(paths, encoding_name(options), folder.frame_shape, broken, videos)
 
 
+def encoding_name(options: Options) -> str:
+    """Identify how latents are made: by the encoder's hash, and any scaling before it."""
+    return encoder_hash(str(options.autoencoder.path)) + framing_of(options.data).name
+
+
 def latent_shape(codec: Codec, options: Options) -> tuple[int, int, int]:
-    """(C, h, w) of one frame's latents.
+    """Compute the shape (C, h, w) of one frame's latents.
 
     Raises:
-        ScdError: the frames do not divide into latents.
+        ScdError: the frame size does not divide by the downsampling.
     """
     side, rest = divmod(options.data.frame_size, codec.downsampling)
     if rest:
@@ -146,8 +145,28 @@ def latent_shape(codec: Codec, options: Options) -> tuple[int, int, int]:
     return codec.channels, side, side
 
 
+def _is_encoded(target: Path, video: Path, wanted: LatentHeader) -> bool:
+    """Check whether a file holds the latents of a video as it is now, made by this encoder."""
+    header = latent_header(target)
+    if header is None or replace(header, video=None) != wanted:
+        return False
+    return of_another_video(header, target, video) is None
+
+
+@torch.no_grad()
+def _encode_video(video: Video, codec: LatentCodec, framing: Framing, precision: str) -> Tensor:
+    """Encode a whole video into unscaled latents (F, C, h, w), float32 on the CPU."""
+    device = codec.autoencoder.device
+    chunks = []
+    for images in video.chunks(CHUNK_FRAMES):
+        frames = framing(as_images(images), video.path).to(device)
+        with autocast(device, precision):
+            chunks.append(codec.encode_images(frames.float() / 255).float().cpu())
+    return torch.cat(chunks)
+
+
 def _videos(list_path: Path, entries: list[ClipEntry]) -> list[str]:
-    """The videos of a list, each once."""
+    """Name the videos of a list, each once."""
     for number, entry in enumerate(entries):
         if entry.video_path is None:
             raise ScdError(f"{list_path}: entry {number} has no video_path")
@@ -155,7 +174,7 @@ def _videos(list_path: Path, entries: list[ClipEntry]) -> list[str]:
 
 
 def _latent_name(folder: Path, video: str) -> Path:
-    """Name a video's latents after it, or by its name's hash where that gets too long."""
+    """Name a video's latents after it, or after a hash of its name where that would be too long."""
     name = folder / f"{video}.safetensors"
     if path_problem(str(name)) is None:
         return name

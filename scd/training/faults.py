@@ -1,4 +1,4 @@
-"""Handle what goes wrong in a run: bad steps, broken clips, processes that drift apart."""
+"""Handle faults of a run: bad steps, broken clips, processes that drift apart."""
 
 import hashlib
 import json
@@ -13,41 +13,43 @@ from accelerate.utils import gather, gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from scd.data.clips import TrainingClips, too_many_broken
+from scd.data.loader import TrainingClips, too_many_broken
 from scd.errors import ScdError
 from scd.training.run_log import RunLog, read_log
 from scd.utils.files import write_atomically
 from scd.utils.processes import processes
 
-SHOWN = 8  # clips in a message; all are in the file
+MAX_CLIPS_SHOWN = 8  # in a message; the file has all
 
 
-def is_bad(loss: Tensor, norms: Sequence[Tensor], limit: float | None) -> Tensor:
-    """Whether a step must not be applied (bool, still on the device).
+def is_bad_step(loss: Tensor, norms: Sequence[Tensor], limit: float | None) -> Tensor:
+    """Decide whether a step must not be applied; returns a bool, still on the device.
 
-    So it is if the loss or a gradient's norm is not finite, or the network's norm, the first, is
-    above `limit` (`optim.skip_grad_norm`; None: any finite one will do).
+    A step is bad if the loss or a gradient norm is not finite, or if the first norm, that of the
+    task's network, is above `limit` (`optim.skip_grad_norm`; None: no limit).
     """
     values = torch.stack([loss.float(), *(norm.float() for norm in norms)])
     bad = ~torch.isfinite(values).all()
     return bad if limit is None else bad | (norms[0] > limit)
 
 
-def agree(accelerator: Accelerator, *facts: Tensor | bool) -> list[bool]:
-    """Each fact: does it hold in any process? The one point of a step that waits for the device."""
+def any_process(accelerator: Accelerator, *flags: Tensor | bool) -> list[bool]:
+    """Reduce each flag to whether any process has set it; collective.
+
+    It is the only point of a training step that waits for the device.
+    """
     device = accelerator.device
-    found = torch.stack([torch.as_tensor(fact, device=device).float() for fact in facts])
+    counts = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])
     if accelerator.num_processes > 1:
-        found = accelerator.reduce(found, "sum")
-    return [value > 0 for value in found.tolist()]
+        counts = accelerator.reduce(counts, "sum")
+    return [count > 0 for count in counts.tolist()]
 
 
 class BadSteps:
-    """Counts the steps in a row that were not applied, and writes their clips to
-    `bad-steps.jsonl`.
+    """The bad steps in a row, and the log of all of them with their clips (`bad-steps.jsonl`).
 
     Args:
-        in_a_row: before the step that the run begins or goes on with.
+        in_a_row: their number when the run starts.
     """
 
     def __init__(self, log: RunLog, clips: TrainingClips, in_a_row: int):
@@ -56,12 +58,12 @@ class BadSteps:
         self.in_a_row = in_a_row
         self.report = ""
 
-    def add(self, step: int, batches: list[tuple[Tensor, Tensor]], norm: Tensor) -> None:
-        """Note a bad step; collective.
+    def record(self, step: int, batches: list[tuple[Tensor, Tensor]], norm: Tensor) -> None:
+        """Log a bad step; collective.
 
         Args:
             batches: sample numbers (B,) and loss () of each batch of this process.
-            norm: of the network's gradient.
+            norm: of the task network's gradient.
         """
         self.in_a_row += 1
         mine = [
@@ -73,10 +75,10 @@ class BadSteps:
         self.log.write({**entry, "batches": everywhere})
         losses = ", ".join(batch["loss"] for batch in everywhere)
         names = [clip["name"] for batch in everywhere for clip in batch["clips"]]
-        more = ", …" if len(names) > SHOWN else ""
+        more = ", …" if len(names) > MAX_CLIPS_SHOWN else ""
         self.report = (
             f"loss {losses}, gradient norm {entry['grad_norm']}, clips "
-            f"{', '.join(names[:SHOWN])}{more}"
+            f"{', '.join(names[:MAX_CLIPS_SHOWN])}{more}"
         )
         if self.log.enabled:
             print(f"step {step} was not applied: {self.report}")
@@ -89,7 +91,7 @@ class BadSteps:
 
 
 class RunningStatistics:
-    """Keeps batch norms' statistics, which a forward pass changes, to undo a bad step's."""
+    """The running statistics of batch norms, which the forward pass of a bad step has changed."""
 
     def __init__(self, networks: Sequence[nn.Module]):
         self.buffers = [
@@ -98,22 +100,22 @@ class RunningStatistics:
             for name, buffer in network.named_buffers()
             if name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         ]
-        self.kept: list[Tensor] = []
+        self.saved: list[Tensor] = []
 
-    def keep(self) -> None:
-        self.kept = [buffer.clone() for buffer in self.buffers]
+    def save(self) -> None:
+        self.saved = [buffer.clone() for buffer in self.buffers]
 
     def restore(self) -> None:
-        for buffer, kept in zip(self.buffers, self.kept, strict=True):
-            buffer.copy_(kept)
+        for buffer, saved in zip(self.buffers, self.saved, strict=True):
+            buffer.copy_(saved)
 
 
 def refuse_unequal_weights(network: nn.Module, step: int) -> None:
-    """Compare a hash of all parameters over the processes; collective.
+    """Compare a hash of all parameters across the processes; collective.
 
     Raises:
-        ScdError: naming the processes whose weights differ from the first one's; or the weights
-            are sharded, so that every process holds others.
+        ScdError: naming the processes whose weights differ from those of process 0; or the weights
+            are sharded, and differ by design.
     """
     digest = hashlib.sha256()
     for parameter in network.parameters():
@@ -131,12 +133,12 @@ def refuse_unequal_weights(network: nn.Module, step: int) -> None:
 
 
 class BrokenClips:
-    """The distinct clips passed over by all processes and their workers, told once each.
+    """The broken clips that all processes and their data workers have skipped.
 
-    Workers share no memory, so every sample carries the numbers of the clips that it was to be cut
-    from (see `TrainingClips`), and they are counted here, at the step that uses it: what was read
-    ahead has no say. The main process tells of each on stderr and in `broken-clips.jsonl`; a run
-    that goes on from a checkpoint begins with those up to its step.
+    Workers share no memory, so every sample carries the numbers of the clips that were skipped for
+    it (see `TrainingClips`). They are counted at the step that uses the sample, not when it is
+    prefetched. The main process reports each clip once, on stderr and in `broken-clips.jsonl`; a
+    resumed run starts with those up to its checkpoint.
 
     Args:
         output: folder of the run.
@@ -151,12 +153,14 @@ class BrokenClips:
             found = (e for e in read_log(self.path) if e.keys() >= {"clip", "problem"})
             self.entries = [entry for entry in found if entry["step"] <= step]
 
-    def taken_from(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The batch of a step without its numbers of broken clips, which are counted; collective.
+    def pop_from(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Remove the numbers of broken clips from a step's batch and count them; collective.
+
+        Returns:
+            The batch without them.
 
         Raises:
-            ScdError: on every process, when there are more than `data.max_broken_clips`, naming
-                them.
+            ScdError: naming them on every process, if there are more than `data.max_broken_clips`.
         """
         limit = self.clips.max_broken
         if not limit:
@@ -171,7 +175,7 @@ class BrokenClips:
                     self.entries.append({"step": step, "clip": number, "problem": problem})
         if len(self.entries) > found and processes().is_main_process:
             for entry in self.entries[found:]:
-                print(f"broken clip, left out: {entry['problem']}", file=sys.stderr)
+                print(f"broken clip, skipped: {entry['problem']}", file=sys.stderr)
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
             write_atomically(self.path, lambda aside: aside.write_text(text, encoding="utf-8"))
         if len(self.entries) > limit:

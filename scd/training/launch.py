@@ -1,4 +1,4 @@
-"""Launch a run: processes, precision and sharding; then build the task and train it."""
+"""Launch a run: join its processes, settle precision and sharding, hold its lock, train."""
 
 import os
 import shutil
@@ -10,42 +10,40 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    FullyShardedDataParallelPlugin,
-    ProjectConfiguration,
-)
+from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from scd.errors import ScdError
 from scd.options import Options
-from scd.training.tasks import Task
+from scd.training.tasks import build_task
 from scd.training.trainer import Trainer
-from scd.training.watchdog import last_word, lost_process_ends_run
+from scd.training.watchdog import lost_process_ends_run, report_outcome
 from scd.utils.files import remove_unfinished
 from scd.utils.locks import hold_lock
 from scd.utils.precision import DTYPES, resolve_precision
-from scd.utils.processes import agree_on_precision, error_barrier, join, take_accelerate_settings
+from scd.utils.processes import agree_on_precision, error_barrier, join, pop_accelerate_settings
 from scd.utils.tracking import trackers_of
 
-# For another process that is alive (see `scd.training.watchdog`): the main one may write a
-# large checkpoint to a slow disk. Torch's own for gloo.
+# Timeout of collective operations, for processes that are alive (see `scd.training.watchdog`): the
+# main one may be writing a large checkpoint to a slow disk. Torch's default for gloo.
 LONGEST_WAIT = timedelta(minutes=30)
-UNSAID = ("", "0", "no", "false", "none", "default")  # values that ask for nothing
+UNSET = ("", "0", "no", "false", "none", "default")  # values of variables that set nothing
+LOCK = "run.lock"  # in an experiment's folder, held by its run
 
 
 def run_precision(options: Options) -> str:
-    """Resolve `train.mixed_precision` to what all processes of the run have: `fp32` or `bf16`."""
+    """Resolve `train.mixed_precision` to `fp32` or `bf16`, on all processes alike; collective."""
     device = join(LONGEST_WAIT).device
     mine = resolve_precision(options.train.mixed_precision, device)
     return agree_on_precision(mine)
 
 
 def sharding_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
-    """Set up FSDP2 as the launcher's variables say; None where they do not ask for it.
+    """Configure FSDP2 from the launcher's variables; None if they do not enable it.
 
-    Accelerate's own policy would sum gradients over the processes, and round inputs and loss, in
-    bf16. This one does all of it in float32, as data parallel training does; only the weights
-    travel in bf16.
+    Accelerate's own policy would reduce gradients, and cast inputs and loss, in bf16. This one
+    keeps all of that in float32, as data parallel training does; only the weights are gathered in
+    bf16.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
@@ -56,12 +54,11 @@ def sharding_plugin(precision: str) -> FullyShardedDataParallelPlugin | None:
 
 
 def make_accelerator(options: Options) -> Accelerator:
-    """Join the processes and devices of this run, as `accelerate launch` set them up.
+    """Build the accelerator for the processes and devices that `accelerate launch` set up.
 
-    What its variables say beyond that does not count; where they contradict the options, one line
-    tells.
+    Its other variables are ignored; one line on stderr names those that contradict the options.
     """
-    ignored = take_accelerate_settings()
+    ignored = pop_accelerate_settings()
     precision = run_precision(options)
     mixed_precision = {"fp32": "no", "bf16": "bf16"}[precision]
     decided = {
@@ -73,11 +70,11 @@ def make_accelerator(options: Options) -> Accelerator:
     contradict = [
         f"{name}={value}"
         for name, value in sorted(ignored.items())
-        if value.lower() not in (*UNSAID, *decided.get(name, ()))
+        if value.lower() not in (*UNSET, *decided.get(name, ()))
     ]
     if contradict and join(LONGEST_WAIT).is_main_process:
         print(
-            f"note: {', '.join(contradict)}: not used, the options file alone decides",
+            f"note: {', '.join(contradict)}: ignored, the options file decides",
             file=sys.stderr,
         )
     return Accelerator(
@@ -90,11 +87,11 @@ def make_accelerator(options: Options) -> Accelerator:
 
 
 def refuse_missing_compiler(device: torch.device) -> None:
-    """Tell before the first step that `train.compile` has nothing to compile with.
+    """Refuse `train.compile` before the first step if there is no compiler.
 
     Raises:
-        ScdError: there is no C++ compiler for inductor's CPU code, or no C compiler, with which
-            Triton builds what launches its kernels.
+        ScdError: there is no C++ compiler for inductor's CPU code, or no C compiler for the
+            launchers of Triton's kernels.
     """
     variable, names = ("CC", ("gcc", "clang", "cc"))
     if device.type == "cpu":
@@ -103,59 +100,46 @@ def refuse_missing_compiler(device: torch.device) -> None:
     if not any(map(shutil.which, [chosen] if chosen else names)):
         raise ScdError(
             f"train.compile=true needs a compiler, and there is no {chosen or names[0]}: install "
-            f"one, name one in {variable}, or set train.compile=false"
+            f"one, set {variable} to one, or set train.compile=false"
         )
 
 
-LOCK = "run.lock"  # in an experiment's folder, held by its run
-
-
 def run_experiment(options: Options) -> None:
-    """Train what the options describe; see `Trainer` for what it writes, and for errors.
+    """Train the experiment that the options describe; see `Trainer` for its files and errors.
 
     Raises:
-        ScdError: another run is going on in the same folder.
+        ScdError: another run is active in the same folder.
     """
     accelerator = make_accelerator(options)
     if options.train.compile:
         refuse_missing_compiler(accelerator.device)
     main = accelerator.is_main_process
     with ExitStack() as held:
-        held.enter_context(sums_in_fixed_order(accelerator.device))
+        held.enter_context(deterministic_on_cpu(accelerator.device))
         held.enter_context(lost_process_ends_run(PartialState(), options.output))
         with error_barrier():
             if main:
-                busy = f"{options.output}: a run is going on here"
+                busy = f"{options.output}: another run is active here"
                 advice = "wait for it, stop it, or choose another name=..."
                 held.enter_context(hold_lock(options.output / LOCK, busy, advice))
                 remove_unfinished(options.output)
-        with last_word(options.output, main):
+        with report_outcome(options.output, main):
             Trainer(options, build_task(options, accelerator), accelerator).run()
 
 
 @contextmanager
-def sums_in_fixed_order(device: torch.device) -> Iterator[None]:
-    """On the CPU, the same gradients to the bit every time; other devices go on as they are.
+def deterministic_on_cpu(device: torch.device) -> Iterator[None]:
+    """Use deterministic algorithms within the block, if the device is the CPU.
 
-    A compiled embedding would add up its gradient in whatever order the threads come.
+    A compiled embedding would sum its gradient in whatever order its threads finish.
     """
     settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        settings.fill_uninitialized_memory = False  # it would write all memory twice
+        settings.fill_uninitialized_memory = False  # would write all memory twice
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         settings.fill_uninitialized_memory = before[1]
-
-
-def build_task(options: Options, accelerator: Accelerator) -> Task:
-    if options.task == "autoencoder":
-        from scd.training.autoencoder_task import AutoencoderTask
-
-        return AutoencoderTask(options, accelerator.device)
-    from scd.training.world_model_task import WorldModelTask
-
-    return WorldModelTask(options, accelerator.device)

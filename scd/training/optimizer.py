@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, or with `optim.muon_lr` Muon for large matrices and AdamW for the rest."""
+"""Optimize a network with AdamW, or with Muon for its matrices and AdamW for the rest."""
 
 import math
 from typing import Any
@@ -11,25 +11,25 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from scd.errors import ScdError
 from scd.options import OptimOptions, Options
-from scd.training.sharding import sharded_like, sharded_optimizer_state, whole
+from scd.utils.sharding import full_tensor, gather_on_cpu, shard_like, shard_optimizer_state
 
 Groups = list[dict[str, Any]]
 
 
 def make_optimizer(groups: Groups, options: OptimOptions, bf16: bool) -> Optimizer:
-    """Build AdamW, or with Muon groups both as one.
+    """Build AdamW, or AdamW and Muon as one optimiser if there are groups for Muon.
 
     Args:
-        groups: parameters with `lr` each, and `muon`: where Muon is to train them, of how many
-            matrices each parameter is a stack, one above the other; else empty or absent.
+        groups: `params` and their `lr`; for Muon also `muon`, the number of matrices that each
+            parameter is a stack of, one above the other; empty or absent for AdamW.
         bf16: whether Muon orthogonalises in bf16; the same on every process.
     """
-    matrices = [group for group in groups if is_muon(group)]
+    matrices = [group for group in groups if uses_muon(group)]
     adamw = AdamW(
-        [group for group in groups if not is_muon(group)],
+        [group for group in groups if not uses_muon(group)],
         betas=(options.betas[0], options.betas[1]),
         weight_decay=options.weight_decay,
-        fused=True,  # one pass over the weights
+        fused=True,
     )
     if not matrices:
         return adamw
@@ -38,7 +38,7 @@ def make_optimizer(groups: Groups, options: OptimOptions, bf16: bool) -> Optimiz
 
 
 class Muon(torch.optim.Muon):
-    """Step like torch's Muon, but matrix by matrix of a stack, and orthogonalise in a chosen type.
+    """Torch's Muon, with stacks of matrices and a choice of type to orthogonalise in.
 
     Queries, keys and values are one parameter, but three maps: orthogonalised as one, the map with
     the largest gradient takes most of the update. Each by itself, they move equally far, and
@@ -63,24 +63,24 @@ class Muon(torch.optim.Muon):
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
-                mean = state["momentum_buffer"]
-                mean.lerp_(p.grad, 1 - momentum)
-                # Nesterov's. Singular values are those of whole matrices: gathered once, not in
-                # each of the products.
-                update = whole(p.grad.lerp(mean, momentum))
+                buffer = state["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - momentum)
+                # With Nesterov momentum. Singular values are those of full matrices: gathered
+                # once, not in each of the products.
+                update = full_tensor(p.grad.lerp(buffer, momentum))
                 if count > 1:
                     update = update.unflatten(0, (count, -1))
                 rows, columns = update.shape[-2:]
                 update = orthogonalise(update, self.dtype).reshape(p.shape)
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(sharded_like(update, p), alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+                p.add_(shard_like(update, p), alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Move the singular values of a matrix, or of each of (n, rows, columns), to about 1.
 
-    By five Newton-Schulz steps of the fifth order, with the coefficients of Keller Jordan's Muon,
-    as in `torch.optim.Muon`.
+    Takes five Newton-Schulz steps of the fifth order, with the coefficients of Keller Jordan's
+    Muon, as in `torch.optim.Muon`.
     """
     # In bf16 on the CPU, a batch of one takes 1.1 to 1.3 times as long as a matrix.
     add_product = torch.addmm if matrices.ndim == 2 else torch.baddbmm
@@ -95,7 +95,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AdamWithMuon(Optimizer):
-    """Two optimisers of different parameters as one, for what schedules, shards and saves them."""
+    """AdamW and Muon, each with its own parameters, as one optimiser to schedule and save."""
 
     def __init__(self, adamw: AdamW, muon: Muon):
         self.adamw, self.muon = adamw, muon
@@ -103,7 +103,7 @@ class AdamWithMuon(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Let both work on the groups and the state of this one."""
+        """Make both use the groups and the state of this optimiser."""
         count = len(self.adamw.param_groups)
         self.adamw.param_groups = self.param_groups[:count]
         self.muon.param_groups = self.param_groups[count:]
@@ -118,70 +118,77 @@ class AdamWithMuon(Optimizer):
         self.muon.step()
 
 
-def is_muon(group: dict[str, Any]) -> bool:
+def uses_muon(group: dict[str, Any]) -> bool:
     return bool(group.get("muon"))
 
 
-def kept_of_parameters(optimizer: Optimizer) -> list[tuple[torch.Tensor, set[str]]]:
-    """Each parameter, in the order of the saved state, and the names of what is kept of it."""
-    return [
-        (p, {"momentum_buffer"} if is_muon(group) else {"step", "exp_avg", "exp_avg_sq"})
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-
-
 class OptimizedModel:
-    """The task's network, or the adversary that learns against it.
+    """A network with its optimiser and learning rate schedule.
 
     Args:
-        groups, bf16: see `scd.training.optimizer.make_optimizer`.
+        network: the task's, or the discriminator that learns against it.
+        groups, bf16: see `make_optimizer`.
     """
 
-    def __init__(
-        self, network: nn.Module, groups: list[dict[str, Any]], options: Options, bf16: bool
-    ):
+    def __init__(self, network: nn.Module, groups: Groups, options: Options, bf16: bool):
         self.network = network
         self.options = options
         self.optimizer = make_optimizer(groups, options.optim, bf16)
 
-    def start(
-        self, prepared: torch.optim.Optimizer, step: int, moments: dict[str, Any] | None
-    ) -> None:
-        """Get ready for the step after `step`.
+    def start(self, prepared: Optimizer, step: int, saved: dict[str, Any] | None) -> None:
+        """Load the optimiser's state and set the schedule, for the step after `step`.
 
         Args:
-            prepared: the optimiser as accelerate gave it back.
-            moments: its state so far, as `whole_on_cpu` made it.
+            prepared: the optimiser, prepared by accelerate.
+            saved: its state dict from the checkpoint, with full tensors; None: there is none.
+
+        Raises:
+            ScdError: the state does not fit this optimiser.
         """
         self.optimizer = prepared
-        if moments is not None:
+        if saved is not None:
             # Rates, betas and weight decay are those of the options; only the moments are state.
             groups = prepared.state_dict()["param_groups"]
-            _refuse_other_moments(moments, prepared, step)
-            state = sharded_optimizer_state(moments, prepared)
+            _refuse_other_state(saved, prepared, step)
+            state = shard_optimizer_state(saved, prepared)
             prepared.load_state_dict({**state, "param_groups": groups})
             for group in prepared.param_groups:
-                group["initial_lr"] = group["lr"]  # the schedule goes on from there
+                group["initial_lr"] = group["lr"]  # which the schedule multiplies
         o, steps = self.options.optim, self.options.train.steps
-        # Left out of accelerate's hands, which would advance it once for every process.
-        self.schedule = LambdaLR(prepared, lambda done: share_of_rate(done, o, steps), step - 1)
+        # Not prepared by accelerate, which would advance it once for every process.
+        self.schedule = LambdaLR(prepared, lambda done: lr_multiplier(done, o, steps), step - 1)
 
-    def clip(self, accelerator: Accelerator) -> Tensor:
-        """Limit the gradient's norm; returns what it was."""
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first group in the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def clip_gradient(self, accelerator: Accelerator) -> Tensor:
+        """Clip the gradient to `optim.max_grad_norm`; return its norm before that."""
         limit = self.options.optim.max_grad_norm
-        return whole(accelerator.clip_grad_norm_(self.network.parameters(), limit))
+        return full_tensor(accelerator.clip_grad_norm_(self.network.parameters(), limit))
 
     def step(self, apply: bool) -> None:
-        """Go on to the next step; `apply` this one's gradients, or drop them."""
+        """Apply the gradients, or drop them, and advance the schedule."""
         if apply:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
 
+    def state(self, keep: bool) -> dict[str, Any]:
+        """Gather `model` and `optimizer` state dicts on the CPU; collective.
 
-def share_of_rate(done: int, options: OptimOptions, steps: int) -> float:
-    """The share of its learning rate that a step takes; a function of the steps `done` before it.
+        Args:
+            keep: see `gather_on_cpu`.
+        """
+        return {
+            "model": gather_on_cpu(self.network.state_dict(), keep),
+            "optimizer": gather_on_cpu(self.optimizer.state_dict(), keep),
+        }
+
+
+def lr_multiplier(done: int, options: OptimOptions, steps: int) -> float:
+    """Compute what the learning rate is multiplied by in the step after `done` steps.
 
     A linear warm-up, whose last step is the first at the full rate. Then `constant`, half a
     `cosine` (arXiv 1608.03983), or for `wsd` (warm-up, stable, decay) constant up to the last
@@ -202,11 +209,17 @@ def share_of_rate(done: int, options: OptimOptions, steps: int) -> float:
     return o.min_lr_ratio + (1 - o.min_lr_ratio) * left
 
 
-def _refuse_other_moments(
-    moments: dict[str, Any], optimizer: torch.optim.Optimizer, step: int
-) -> None:
-    """Raises ScdError for a saved state that is not one of this optimiser on these parameters."""
-    parameters = kept_of_parameters(optimizer)
+def _refuse_other_state(saved: dict[str, Any], optimizer: Optimizer, step: int) -> None:
+    """Refuse a saved state that is not one of this optimiser on these parameters.
+
+    Raises:
+        ScdError: it has other names, shapes, types or steps, or values that are not finite.
+    """
+    parameters = [  # in the order of the saved state
+        (p, {"momentum_buffer"} if uses_muon(group) else {"step", "exp_avg", "exp_avg_sq"})
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
 
     def fits(index: int, values: dict[str, Tensor]) -> bool:
         parameter, names = parameters[index]
@@ -220,7 +233,7 @@ def _refuse_other_moments(
     try:
         good = all(
             index in range(len(parameters)) and fits(index, values)
-            for index, values in moments["state"].items()
+            for index, values in saved["state"].items()
         )
     except (KeyError, TypeError, AttributeError):
         good = False

@@ -1,4 +1,4 @@
-"""Where a run goes on: what may have changed since its first half, and what may not."""
+"""Resume a run from its newest checkpoint, if it is still the same run."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,21 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from scd.errors import ScdError
+from scd.models.weights import load_matching
 from scd.options import Options, options_to_dict
-from scd.training.checkpoint import latest_checkpoint, remove_leftovers
+from scd.training.checkpoint import (
+    TrainingState,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_leftovers,
+    set_newer_checkpoints_aside,
+)
+from scd.training.tasks import Task
 from scd.utils.files import sha256
 from scd.utils.paths import why_missing
 from scd.utils.processes import error_barrier
 
-# Where things lie, how fast and how long, what is measured: the run stays the same experiment.
+# Options that may change: paths, speed, length, what is measured.
 FREE = (
     *("name", "output_root", "init_from", "data.max_broken_clips"),
     *("data.root", "data.fps", "data.action_names", "data.val_list"),
@@ -20,8 +28,42 @@ FREE = (
 )
 
 
+def resume(
+    options: Options, task: Task, identity: dict[str, Any], main: bool
+) -> TrainingState | None:
+    """Load the newest checkpoint, and its weights into the task's networks; collective.
+
+    Args:
+        identity: of the run as it is started now, see `run_identity`.
+        main: whether this is the main process.
+
+    Returns:
+        The state of the run; None if there is no checkpoint yet.
+
+    Raises:
+        ScdError: no checkpoint is whole, or the newest belongs to another run.
+    """
+    path = newest_checkpoint(options.output / "checkpoints", main)
+    if path is None:
+        return None
+    state = load_checkpoint(path)
+    refuse_other_run(state.run, identity, str(path))
+    load_matching(task.network, state.ema, str(path))  # only to see that it fits
+    load_matching(task.network, state.model, str(path))
+    if task.discriminator is not None:
+        assert state.discriminator is not None  # the run is the same, so it had one
+        load_matching(task.discriminator, state.discriminator["model"], f"{path} (discriminator)")
+    if main:
+        set_newer_checkpoints_aside(path)
+        print(f"resuming {options.name} from step {state.step} ({path})")
+        before, now = saved_precision(state.run), identity["precision"]
+        if before not in (None, now):
+            print(f"it was trained in {before} so far, and is in {now} from here on")
+    return state
+
+
 def newest_checkpoint(folder: Path, main: bool) -> Path | None:
-    """The newest whole checkpoint, the same on every process: the main one alone looks.
+    """Find the newest whole checkpoint on the main process, and share its path; collective.
 
     Raises:
         ScdError: see `latest_checkpoint`.
@@ -35,42 +77,51 @@ def newest_checkpoint(folder: Path, main: bool) -> Path | None:
 
 
 def run_identity(options: Options, processes: int) -> dict[str, Any]:
-    """What a checkpoint keeps of its run: every option, the clips of a step, the weights it began
-    with.
+    """Describe a run for its checkpoints: every option, clips per step, hash of `init_from`.
 
     Raises:
-        ScdError: those weights are not there.
+        ScdError: there is no file at `init_from`.
     """
-    train = options.train
-    clips = processes * train.batch_size * train.gradient_accumulation
     start = None
     if options.init_from is not None:
         weights = Path(options.init_from)
         if not weights.is_file():
             raise ScdError(f"init_from={weights}: {why_missing(weights, 'weights file')}")
         start = sha256(weights)
-    return {"options": options_to_dict(options), "clips_per_step": clips, "init_from": start}
+    return {
+        "options": options_to_dict(options),
+        "clips_per_step": clips_per_step(options, processes),
+        "init_from": start,
+    }
+
+
+def clips_per_step(options: Options, processes: int) -> int:
+    """Count the clips of an optimizer step, over all processes."""
+    return processes * options.train.batch_size * options.train.gradient_accumulation
 
 
 def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str) -> None:
-    """Compare two identities: data order, noise and objective must be those of the first half.
+    """Refuse to resume a run with another data order, noise or objective.
 
     Processes, batch size and accumulation may change as long as a step sees as many clips.
+
+    Args:
+        saved, now: identities, see `run_identity`.
 
     Raises:
         ScdError: naming every difference.
     """
-    before, after = flat_options(saved["options"]), flat_options(now["options"])
+    before, after = flatten_options(saved["options"]), flatten_options(now["options"])
     changes = [
         f"{key} was {before[key]}, is {after[key]}"
         for key in after
         if key in before and before[key] != after[key] and not key.startswith(FREE)
     ]
-    # A rate may change, the kind of optimiser may not: it says what the saved state is of.
+    # The rate may change, but not which optimizer the saved state belongs to.
     muon = [values.get("optim.muon_lr") for values in (before, after)]
     if (muon[0] is None) != (muon[1] is None):
         changes.append(f"optim.muon_lr was {muon[0]}, is {muon[1]}")
-    # Averages of all steps can be given up, but not begun or changed half way.
+    # Averages over all steps can be given up, but not begun or changed half way.
     tracked = [
         values["optim.ema_sigma_rel"] if values.get("train.snapshot_every") else None
         for values in (before, after)
@@ -83,31 +134,31 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
     was, is_ = saved["clips_per_step"], now["clips_per_step"]
     if was != is_:
         changes.append(
-            f"clips a step (processes x train.batch_size x train.gradient_accumulation) were "
+            f"clips per step (processes x train.batch_size x train.gradient_accumulation) were "
             f"{was}, are {is_}"
         )
-    if saved.get("init_from") != now["init_from"]:  # the file's hash; it may have been moved
+    if saved.get("init_from") != now["init_from"]:  # hashes: the file may have been moved
         changes.append("the weights at init_from are others")
     if changes:
         raise ScdError(
-            f"{checkpoint} belongs to another run: {'; '.join(changes)}. Set this back to go on, "
-            f"or start anew under another name=..."
+            f"{checkpoint} belongs to another run: {'; '.join(changes)}. Set this back to resume "
+            f"it, or start a new run under another name=..."
         )
 
 
-def precision_before(saved: dict[str, Any]) -> str | None:
-    """Read what a checkpoint's run computed in; None where its manifest does not say."""
-    # Checkpoints from before `auto` computed in what the option named.
-    named = flat_options(saved["options"]).get("train.mixed_precision")
-    return saved.get("precision") or {"bf16": "bf16", "no": "fp32"}.get(str(named))
+def saved_precision(saved: dict[str, Any]) -> str | None:
+    """Read from a run's identity what it computed in; None where it does not say."""
+    # Runs from before `auto` computed in what the option named.
+    named = flatten_options(saved["options"]).get("train.mixed_precision")
+    return saved.get("precision") or (named if named in ("bf16", "fp32") else None)
 
 
-def flat_options(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by dotted names."""
+def flatten_options(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested options to dotted names."""
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            out |= flat_options(value, f"{prefix}{key}.")
+            out |= flatten_options(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
     return out

@@ -1,24 +1,26 @@
-"""What a task gives the training loop."""
+"""Define what a trainer trains, and build the task that the options name."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from scd.data.clips import ClipFolder
-from scd.training.estimate import ClipCost
-from scd.training.world_model_task import HeldOutLoss
+from scd.options import Options
+from scd.training.performance import ClipCost
 
 
 class Task(Protocol):
-    """One thing that can be trained."""
+    """The objective, data, validation and export of one kind of training."""
 
     training_data: ClipFolder
-    pictures: dict[str, str]  # that `validate` writes, by glob pattern, and their captions
+    pictures: dict[str, str]  # captions of the files that `validate` writes, by glob pattern
 
     @property
-    def held_out(self) -> HeldOutLoss | None:
-        """The loss on held-out clips; None where `train.val_loss_every` does not ask for it."""
+    def network(self) -> nn.Module:
+        """The network that is optimised, averaged and saved."""
         ...
 
     @property
@@ -27,14 +29,20 @@ class Task(Protocol):
         ...
 
     @property
-    def adversary(self) -> nn.Module | None:
-        """A second part of the objective, which learns against the network: its own optimiser
-        steps on the gradients of the same loss. It is saved, but neither averaged nor exported."""
+    def discriminator(self) -> nn.Module | None:
+        """The network that learns against the task's, from the gradients of the same loss.
+
+        It has its own optimiser. It is saved, but neither averaged nor exported.
+        """
         ...
 
     @property
-    def network(self) -> nn.Module:
-        """The part that is optimised, averaged and saved."""
+    def held_out(self) -> Callable[[Any, str], dict[str, float]] | None:
+        """The held-out loss of (network, precision); None unless `train.val_loss_every` is set."""
+        ...
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the network's parameters, see `scd.training.optimizer.make_optimizer`."""
         ...
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -42,20 +50,27 @@ class Task(Protocol):
         ...
 
     def clip_cost(self) -> ClipCost | None:
-        """Work out what a clip costs; None: it cannot be."""
-        ...
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """See `scd.training.optimizer.make_optimizer`."""
+        """Count what a clip costs; None: unknown."""
         ...
 
     def validate(self, network: Any, folder: Path) -> dict[str, float]:
-        """Write pictures of a copy of the network into `folder`; return metrics.
+        """Write pictures made by a copy of the network into `folder`, and return metrics.
 
-        Every process calls it; what it returns counts on the main process only.
+        Every process calls it; the metrics count on the main process only.
         """
         ...
 
     def export(self, network: Any, folder: Path) -> None:
         """Save a copy of the network for use outside training (diffusers format)."""
         ...
+
+
+def build_task(options: Options, accelerator: Accelerator) -> Task:
+    """Build the task that `task` names; its imports are those of this task alone."""
+    if options.task == "autoencoder":
+        from scd.training.autoencoder_task import AutoencoderTask
+
+        return AutoencoderTask(options, accelerator.device)
+    from scd.training.world_model_task import WorldModelTask
+
+    return WorldModelTask(options, accelerator.device)

@@ -1,51 +1,42 @@
-"""The training loop, for any task, on any number of processes that accelerate was launched with."""
+"""Train any task, on any number of processes that accelerate was launched with."""
 
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
-from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from scd.data.clips import TrainingClips
-from scd.data.loader import training_batches
+from scd.data.loader import TrainingClips, training_batches
 from scd.errors import ScdError, Stopped
-from scd.models.weights import load_matching
 from scd.options import Options
-from scd.training.checkpoint import (
-    CheckpointWriter,
-    TrainingState,
-    load_checkpoint,
-    saves_in_background,
-    set_aside_newer,
-)
-from scd.training.ema import EMA, PostHocEMA, set_aside_newer_snapshots
+from scd.training.checkpoint import CheckpointWriter, TrainingState, saves_in_background
+from scd.training.ema import EMA, PostHocEMA, set_newer_snapshots_aside
 from scd.training.faults import (
     BadSteps,
     BrokenClips,
     RunningStatistics,
-    agree,
-    is_bad,
+    any_process,
+    is_bad_step,
     refuse_unequal_weights,
 )
 from scd.training.optimizer import OptimizedModel
-from scd.training.resume import (
-    newest_checkpoint,
-    precision_before,
-    refuse_other_run,
-    run_identity,
-)
-from scd.training.run_log import Meter, RunLog, StepTrace, for_trackers, peak_flops, write_run_files
-from scd.training.sharding import whole_on_cpu
+from scd.training.resume import resume, run_identity
+from scd.training.run_log import RunLog, StepReporter, record_setup, start_trackers
 from scd.training.tasks import Task
-from scd.training.watchdog import Heartbeat, StopRequest, stop_request
+from scd.training.watchdog import Heartbeat
 from scd.utils.files import write_folder_atomically
-from scd.utils.processes import all_have_bf16, error_barrier
+from scd.utils.processes import all_have_bf16
+from scd.utils.signals import StopRequest, stop_request
 from scd.utils.tracking import log_pictures
+
+
+class StepResult(NamedTuple):
+    """The outcome of a training step. The flags are the same on every process."""
+
+    values: dict[str, Tensor]  # to log: this process's loss and its parts, gradient norms
+    applied: bool  # False: the step was bad
+    stop: bool  # a process was asked to stop
 
 
 class Trainer:
@@ -56,7 +47,7 @@ class Trainer:
     applied `bad-steps.jsonl`, and at the end `exported/`.
 
     Raises:
-        ScdError: see `_newest_state`.
+        ScdError: no checkpoint is whole, or the newest belongs to another run.
     """
 
     def __init__(self, options: Options, task: Task, accelerator: Accelerator):
@@ -65,53 +56,56 @@ class Trainer:
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
-        self.step = 0
-        self.saved_step = 0
+        self.identity = run_identity(options, accelerator.num_processes)
+        self.identity |= {"precision": self.precision}
+        state = resume(options, task, self.identity, self.main)
+        self.step = self.saved_step = state.step if state else 0
+
         bf16 = all_have_bf16(accelerator.device)
-        self.learner = OptimizedModel(task.network, task.parameter_groups(), options, bf16)
-        self.adversary: OptimizedModel | None = None
-        if task.adversary is not None:
-            group = {"params": list(task.adversary.parameters()), "lr": options.optim.adversary_lr}
-            self.adversary = OptimizedModel(task.adversary, [group], options, bf16)
-        task.objective.to(accelerator.device)
-        state = self._newest_state()
-        data = options.data
+        self.model = OptimizedModel(task.network, task.parameter_groups(), options, bf16)
+        self.discriminator: OptimizedModel | None = None
+        if task.discriminator is not None:
+            group = {
+                "params": list(task.discriminator.parameters()),
+                "lr": options.optim.discriminator_lr,
+            }
+            self.discriminator = OptimizedModel(task.discriminator, [group], options, bf16)
+        self.models = [model for model in (self.model, self.discriminator) if model is not None]
+        # Together, because FSDP2 gives the optimizers other parameters.
+        self.objective, *optimizers = accelerator.prepare(
+            task.objective.to(accelerator.device), *(model.optimizer for model in self.models)
+        )
+        saved: list[dict[str, Any] | None] = [None, None]
+        if state is not None:
+            saved = [state.optimizer, (state.discriminator or {}).get("optimizer")]
+        for model, optimizer, moments in zip(self.models, optimizers, saved, strict=False):
+            model.start(optimizer, self.step, moments)
+        self.ema = EMA(task.network, options.optim.ema_decay, state.ema if state else None)
+        self.posthoc_ema = PostHocEMA(task.network, options, state.averages if state else {})
+        if options.train.compile:
+            _compile_parts(task.network)
+
+        output, data = options.output, options.data
         self.clips = TrainingClips(
             task.training_data, data.frames, data.frame_stride, options.seed, data.max_broken_clips
         )
-        self.broken_clips = BrokenClips(options.output, self.clips, self.step)
-        learners = self._learners()
-        # Together, because FSDP2 gives the optimisers other parameters.
-        optimizers = (learner.optimizer for learner in learners)
-        self.objective, *prepared = accelerator.prepare(task.objective, *optimizers)
-        mean = None if state is None else state.ema
-        self.average = EMA(task.network, options.optim.ema_decay, mean)
-        saved_averages = {} if state is None else state.averages
-        self.averages = PostHocEMA(task.network, options, saved_averages)
         if self.main:
-            set_aside_newer_snapshots(options.output, self.step)
-        saved = () if state is None else (state.optimizer, (state.adversary or {}).get("optimizer"))
-        for learner, optimizer, moments in zip_longest(learners, prepared, saved[: len(learners)]):
-            learner.start(optimizer, self.step, moments)
-        output = options.output
-        self.heartbeat = Heartbeat(output, self.main)
+            set_newer_snapshots_aside(output, self.step)
         self.checkpoints = CheckpointWriter(
             output / "checkpoints",
             options.train.keep_checkpoints,
             self.main,
             saves_in_background(accelerator.device),
         )
+        self.heartbeat = Heartbeat(output, self.main)
         self.log = RunLog(output / "log.jsonl", self.step, self.main)
         bad_log = RunLog(output / "bad-steps.jsonl", self.step, self.main)
         self.bad_steps = BadSteps(bad_log, self.clips, state.bad_steps if state else 0)
-        self.statistics = RunningStatistics([learner.network for learner in learners])
-        if options.train.compile:
-            for part in task.network.children():  # encoder and decoder, or a list of blocks
-                for module in part if isinstance(part, nn.ModuleList) else [part]:
-                    module.compile()
+        self.broken_clips = BrokenClips(output, self.clips, self.step)
+        self.statistics = RunningStatistics([model.network for model in self.models])
 
     def run(self) -> None:
-        """Train to the end.
+        """Train to the last step, then export the averaged weights.
 
         Raises:
             Stopped: a signal asked for it; the state is saved.
@@ -120,133 +114,48 @@ class Trainer:
         """
         options, t = self.options, self.options.train
         if self.main:
-            used = write_run_files(options.output, options, self.accelerator, self.precision)
-            self.log.write_where_it_changed({"step": self.step, **used})
-            print(f"{options.name}: training in {used['precision']} on {used['device']}")
-        with error_barrier():
-            # TensorBoard leaves out what a killed run had logged beyond the checkpoint.
-            kept = {"tensorboard": {"purge_step": self.step + 1}}
-            self.accelerator.init_trackers(options.name, for_trackers(options), kept)
-        processes = self.accelerator.num_processes
-        meter = Meter(
-            run_identity(options, processes)["clips_per_step"],
-            processes,
-            self.task.clip_cost() if self.main else None,
-            peak_flops(self.accelerator.device, self.precision),
+            record_setup(options, self.accelerator, self.precision, self.log, self.step)
+        start_trackers(options, self.accelerator, self.step)
+        cost = self.task.clip_cost() if self.main else None
+        reporter = StepReporter(
+            options, self.accelerator, self.precision, self.log, cost, self.step
         )
-        trace = StepTrace(options.output, t.profile_steps, self.main)
-        bar = tqdm(
-            total=t.steps,
-            initial=self.step,
-            desc=options.name,
-            disable=not self.main,
-            dynamic_ncols=True,
-            mininterval=1.0,
-        )
-        to_come = training_batches(self.step, self.clips, t, self.accelerator)
-        with bar, stop_request() as request, to_come as batches, trace, self.checkpoints:
+        loader = training_batches(self.step, self.clips, t, self.accelerator)
+        with reporter, stop_request() as request, loader as batches, self.checkpoints:
+            batches = reporter.meter.time_waiting(batches)
             self._validate()
             while self.step < t.steps:
                 self.heartbeat.beat("training", self.step)
-                with trace.step(self.step + 1):
-                    values, bad, stop = self._train_step(batches, meter, request)
-                bar.update()
-                last = self.step == t.steps
-                if self.step % t.log_every == 0 or last:
-                    self._write_log(values, bad, meter, bar)
+                with reporter.step(self.step + 1):
+                    values, applied, stop = self._train_step(batches, request)
+                if self._is_due(t.log_every):
+                    reporter.log_step(self.step, values, self.model.lr, applied)
                 if self.bad_steps.in_a_row >= t.max_bad_steps:
                     self._give_up()
                 if t.check_weights_every and self.step % t.check_weights_every == 0:
                     refuse_unequal_weights(self.task.network, self.step)
-                # Before the checkpoint, behind which nothing is done again.
-                if t.snapshot_every and (self.step % t.snapshot_every == 0 or last):
+                # Before the checkpoint: what comes after it is not repeated by a resumed run.
+                if self._is_due(t.snapshot_every):
                     self.heartbeat.beat("saving", self.step)
-                    self.averages.write_snapshot(self.step)
-                if self.step % t.save_every == 0 or last or stop:
-                    self.save()
-                    if not last:
+                    self.posthoc_ema.write_snapshot(self.step)
+                if self._is_due(t.save_every) or stop:
+                    self._save(self.step, self.bad_steps.in_a_row)
+                    if self.step < t.steps:  # the last plot comes with the export
                         self.log.draw()
                 if stop:
-                    self.checkpoints.finish()
-                    self.accelerator.end_training()
-                    told = request.signal.name if request.signal else "a signal to another process"
-                    raise Stopped(
-                        f"{options.output}: stopped by {told}, saved at step {self.step} of "
-                        f"{t.steps}; started again, it goes on"
-                    )
+                    self._stop(request)
                 self._validate()
             self.checkpoints.finish()
-        self.heartbeat.beat("exporting", self.step)
-        self.log.draw()  # with the last entries, even if a kill came between save and picture
-        network = self.average.as_network()
-        if self.main:
-            write_folder_atomically(
-                options.output / "exported", lambda aside: self.task.export(network, aside)
-            )
-        self.accelerator.end_training()
+        self._export()
 
-    def save(self) -> None:
-        """Begin to write a checkpoint (see `CheckpointWriter`), once the one before is there."""
-        self._save_step(self.step, self.bad_steps.in_a_row)
-
-    def _save_step(self, step: int, bad_steps: int) -> None:
-        self.heartbeat.beat("saving", self.step)
-        self.checkpoints.finish()
-        self.checkpoints.write(replace(self._state(), step=step, bad_steps=bad_steps))
-        self.saved_step = step
-
-    def _state(self) -> TrainingState:
-        """Gather what a checkpoint holds, on the main process alone; collective."""
-        keep = self.main
-        state = TrainingState(
-            self.step,
-            run_identity(self.options, self.accelerator.num_processes)
-            | {"precision": self.precision},
-            model=whole_on_cpu(self.task.network.state_dict(), keep),
-            ema=self.average.state(keep),
-            optimizer=whole_on_cpu(self.learner.optimizer.state_dict(), keep),
-            averages=self.averages.state(keep),
-        )
-        if self.adversary is not None:
-            state.adversary = {
-                "model": whole_on_cpu(self.adversary.network.state_dict(), keep),
-                "optimizer": whole_on_cpu(self.adversary.optimizer.state_dict(), keep),
-            }
-        return state
-
-    def _give_up(self) -> None:
-        """Save the last good state, unless it is saved already, and tell why the run ends."""
-        in_a_row = self.bad_steps.in_a_row
-        good = self.step - in_a_row
-        if good > self.saved_step:
-            self._save_step(good, bad_steps=0)
-        self.checkpoints.finish()
-        kept = f"the weights of step {good} are saved" if good else "no weights were changed"
-        raise ScdError(
-            f"step {self.step}: {in_a_row} steps in a row could not be applied, the last with "
-            f"{self.bad_steps.report} (all in {self.bad_steps.log.path}); {kept}; lower optim.lr "
-            f"or look at these clips, then run again"
-        )
-
-    def _learners(self) -> list[OptimizedModel]:
-        return [self.learner] if self.adversary is None else [self.learner, self.adversary]
-
-    def _train_step(
-        self, batches: Iterator[dict[str, Tensor]], meter: Meter, request: StopRequest
-    ) -> tuple[dict[str, Tensor], bool, bool]:
-        """One optimiser step, of an adversary too, over `gradient_accumulation` batches.
-
-        Returns:
-            What to log; whether the step was bad, and so not applied; whether to stop. The last
-            two are the same on every process.
-        """
-        began = time.perf_counter()
+    def _train_step(self, batches: Iterator[dict[str, Tensor]], request: StopRequest) -> StepResult:
+        """Take one optimizer step, of a discriminator too, over `gradient_accumulation` batches."""
         accumulation = self.options.train.gradient_accumulation
         totals: dict[str, Tensor] = {}
-        seen: list[tuple[Tensor, Tensor]] = []
-        self.statistics.keep()
+        seen: list[tuple[Tensor, Tensor]] = []  # sample numbers and loss of each batch
+        self.statistics.save()
         for micro_step in range(accumulation):
-            batch = self.broken_clips.taken_from(meter.next_batch(batches), self.step + 1)
+            batch = self.broken_clips.pop_from(next(batches), self.step + 1)
             samples = batch.pop("sample")
             batch = self.task.prepare(
                 {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
@@ -254,62 +163,48 @@ class Trainer:
             # DDP reduces gradients once a step, with the last batch.
             last = micro_step == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                # Numbers stay off the device, where reading them would wait for it.
+                # Sample numbers stay on the host: to read them from the device would wait for it.
                 values = self.objective({**batch, "sample": samples.tolist()})
                 self.accelerator.backward(values["loss"] / accumulation)
             for name, value in values.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulation
             seen.append((samples, values["loss"].detach()))
-        norms = [learner.clip(self.accelerator) for learner in self._learners()]
-        totals |= zip(("grad_norm", "adversary_grad_norm"), norms, strict=False)
-        judged = is_bad(totals["loss"], norms, self.options.optim.skip_grad_norm)
-        asked = request.signal is not None
-        bad, stop, unsaved = agree(self.accelerator, judged, asked, self.checkpoints.failed)
-        if unsaved:
+
+        norms = [model.clip_gradient(self.accelerator) for model in self.models]
+        totals |= zip(("grad_norm", "discriminator_grad_norm"), norms, strict=False)
+        bad, stop, save_failed = any_process(
+            self.accelerator,
+            is_bad_step(totals["loss"], norms, self.options.optim.skip_grad_norm),
+            request.signal is not None,
+            self.checkpoints.failed,
+        )
+        if save_failed:
             self.checkpoints.finish()  # which raises
-        for learner in self._learners():
-            learner.step(apply=not bad)
+        for model in self.models:
+            model.step(apply=not bad)
         self.step += 1
         if bad:
             self.statistics.restore()
-            self.bad_steps.add(self.step, seen, norms[0])
+            self.bad_steps.record(self.step, seen, norms[0])
         else:
-            self.average.add(self.step)
-            self.averages.add(self.step)
+            self.ema.update(self.step)
+            self.posthoc_ema.update(self.step)
             self.bad_steps.in_a_row = 0
-        meter.add_step(time.perf_counter() - began)
-        return totals, bad, stop
+        return StepResult(totals, not bad, stop)
 
-    def _write_log(self, values: dict[str, Tensor], bad: bool, meter: Meter, bar: tqdm) -> None:
-        entry = {
-            name: float(self.accelerator.reduce(value.float(), "mean"))
-            for name, value in values.items()
-        }
-        entry["lr"] = float(self.learner.schedule.get_last_lr()[0])
-        entry |= meter.entry(self.accelerator.device)
-        bar.set_postfix(loss=f"{entry['loss']:.4f}")
-        self.log.write({"step": self.step, **entry, **({"applied": False} if bad else {})})
-        self.accelerator.log({f"train/{k}": v for k, v in entry.items()}, step=self.step)
-
-    def _is_due(self, every: int, key: str) -> bool:
-        """Whether what is done every so many steps, and at the end, is due and not in the log yet.
-
-        In a run that goes on it may be: killed between a checkpoint and what was due at its step.
-        """
-        at_end = self.step == self.options.train.steps
-        if not every or not self.step or (self.step % every and not at_end):
-            return False
-        return agree(self.accelerator, self.main and not self.log.has(key, self.step))[0]
+    def _is_due(self, every: int) -> bool:
+        """Check whether an action is due: every `every` steps (0: never), and at the last one."""
+        return bool(every) and (self.step % every == 0 or self.step == self.options.train.steps)
 
     def _validate(self) -> None:
-        """Measure the mean of the weights in the ways that are due."""
+        """Validate the averaged weights, by held-out loss and by samples, where that is due."""
         t = self.options.train
-        loss_due = self._is_due(t.val_loss_every, "val_loss")
-        samples_due = self._is_due(t.sample_every, "validation")
+        loss_due = self._is_due_and_not_logged(t.val_loss_every, "val_loss")
+        samples_due = self._is_due_and_not_logged(t.sample_every, "validation")
         if not loss_due and not samples_due:
             return
         self.heartbeat.beat("validating", self.step)
-        network: Any = self.average.as_network().to(self.accelerator.device)
+        network: Any = self.ema.as_network().to(self.accelerator.device)
         if loss_due:
             assert self.task.held_out is not None
             losses = self.task.held_out(network, self.precision)
@@ -324,28 +219,70 @@ class Trainer:
                 log_pictures(self.accelerator.trackers, folder, self.task.pictures, self.step)
         self.accelerator.wait_for_everyone()
 
-    def _newest_state(self) -> TrainingState | None:
-        """The newest checkpoint, its weights loaded into the networks.
+    def _is_due_and_not_logged(self, every: int, key: str) -> bool:
+        """Check whether a validation is due; collective.
 
-        Raises:
-            ScdError: no checkpoint is whole, or the newest belongs to another experiment.
+        A resumed run may owe one: it was killed between a checkpoint and its validation.
         """
-        path = newest_checkpoint(self.options.output / "checkpoints", self.main)
-        if path is None:
-            return None
-        state = load_checkpoint(path)
-        now = run_identity(self.options, self.accelerator.num_processes)
-        refuse_other_run(state.run, now, str(path))
-        load_matching(self.task.network, state.ema, str(path))  # for now, to see that it fits
-        load_matching(self.task.network, state.model, str(path))
-        if self.adversary is not None:
-            assert state.adversary is not None  # the run is the same, so it had one
-            load_matching(self.adversary.network, state.adversary["model"], f"{path} (adversary)")
-        self.step = self.saved_step = state.step
+        if self.step == 0 or not self._is_due(every):
+            return False
+        return any_process(self.accelerator, self.main and not self.log.has(key, self.step))[0]
+
+    def _save(self, step: int, bad_steps: int) -> None:
+        """Write a checkpoint of `step`, once the last one is on disk; see `CheckpointWriter`."""
+        self.heartbeat.beat("saving", self.step)
+        self.checkpoints.finish()
+        keep = self.main
+        state = TrainingState(
+            step,
+            self.identity,
+            **self.model.state(keep),
+            ema=self.ema.state(keep),
+            averages=self.posthoc_ema.state(keep),
+            discriminator=self.discriminator.state(keep) if self.discriminator else None,
+            bad_steps=bad_steps,
+        )
+        self.checkpoints.write(state)
+        self.saved_step = step
+
+    def _stop(self, request: StopRequest) -> None:
+        """Leave in order: the state of this step is being saved."""
+        self.checkpoints.finish()
+        self.accelerator.end_training()
+        cause = request.signal.name if request.signal else "a signal to another process"
+        raise Stopped(
+            f"{self.options.output}: stopped by {cause}, saved at step {self.step} of "
+            f"{self.options.train.steps}; run the same command to resume"
+        )
+
+    def _give_up(self) -> None:
+        """Save the last good state, unless it is saved already, and raise the reason."""
+        in_a_row = self.bad_steps.in_a_row
+        good = self.step - in_a_row
+        if good > self.saved_step:
+            self._save(good, bad_steps=0)
+        self.checkpoints.finish()
+        kept = f"the weights of step {good} are saved" if good else "no weights were changed"
+        raise ScdError(
+            f"step {self.step}: {in_a_row} steps in a row could not be applied, the last with "
+            f"{self.bad_steps.report} (all in {self.bad_steps.log.path}); {kept}; lower optim.lr "
+            f"or look at these clips, then run again"
+        )
+
+    def _export(self) -> None:
+        """Export the averaged weights, and end the trackers."""
+        self.heartbeat.beat("exporting", self.step)
+        self.log.draw()  # with the last entries, even after a kill between checkpoint and plot
+        network = self.ema.as_network()
         if self.main:
-            set_aside_newer(path)
-            print(f"continuing {self.options.name} from step {self.step} ({path})")
-            before = precision_before(state.run)
-            if before not in (None, self.precision):
-                print(f"it was trained in {before} so far, and goes on in {self.precision}")
-        return state
+            write_folder_atomically(
+                self.options.output / "exported", lambda aside: self.task.export(network, aside)
+            )
+        self.accelerator.end_training()
+
+
+def _compile_parts(network: nn.Module) -> None:
+    """Compile encoder and decoder, or the blocks of a list, whose own forward nothing calls."""
+    for part in network.children():
+        for module in part if isinstance(part, nn.ModuleList) else [part]:
+            module.compile()

@@ -1,4 +1,4 @@
-"""Train a world model: its objective, validation by samples and by held-out loss, and export."""
+"""Train a world model: objective, parameter groups, validation by samples and held-out loss."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from scd.data.clips import HELD_OUT_STREAM, ClipFolder, clip_folder
+from scd.data.clips import ClipFolder, clip_folder
+from scd.data.loader import HELD_OUT_STREAM
 from scd.evaluation.evaluate import evaluate_in_passing
 from scd.flow.objective import LEVELS, FlowObjective, errors_by_level, with_scaled_latents
 from scd.models.autoencoder import Codec, load_codec
@@ -20,25 +21,26 @@ from scd.models.world_model import WorldModel
 from scd.options import OptimOptions, Options
 from scd.pipeline import pipeline_of
 from scd.training.encode import check_training_latents
-from scd.training.estimate import ClipCost, clip_cost
+from scd.training.performance import ClipCost, clip_cost
 from scd.utils.precision import autocast, resolve_precision
 from scd.utils.processes import error_barrier, processes, split_between_processes
 from scd.utils.seeding import generator
 
-# Parameters of a block for Muon -> of how many matrices each is a stack.
+# The parameters of a block that Muon trains, and the number of matrices that each stacks.
 MATRICES = {
     "attention.qkv.weight": 3,
     "attention.out.weight": 1,
     "mlp.up.weight": 1,
     "mlp.down.weight": 1,
 }
-VALIDATION_VIDEOS = 16  # while training; a full evaluation is `scd evaluate`
+VALIDATION_VIDEOS = 16  # during training; `scd evaluate` takes all
+HELD_OUT_CLIPS = 16
 
 
 class WorldModelTask:
-    """See `scd.training.tasks.Task`."""
+    """The task of training a world model; see `scd.training.tasks.Task`."""
 
-    adversary = None
+    discriminator = None
     pictures = {
         "grid.png": "generated above real, given frames framed",
         "*.mp4": "left generated, right real, given frames framed",
@@ -47,7 +49,7 @@ class WorldModelTask:
     def __init__(self, options: Options, device: torch.device):
         self.options = options
         self.codec = load_codec(options.autoencoder.path).to(device)
-        # Of 8-bit pixels, TF32 loses nothing that counts, and fp32 takes many times as long.
+        # For 8-bit pixels, TF32 is precise enough, and fp32 takes many times as long.
         self.codec.precision = resolve_precision("tf32", device)
         torch.manual_seed(options.seed)
         self.network = build_world_model(options, self.codec)
@@ -73,7 +75,7 @@ class WorldModelTask:
         return parameter_groups(self.network, self.options.optim)
 
     def validate(self, network: WorldModel, folder: Path) -> dict[str, float]:
-        """One trajectory of few videos, shared by all processes."""
+        """Evaluate one trajectory of a few videos, which all processes share."""
         o = self.options.eval
         videos = min(o.videos, VALIDATION_VIDEOS)
         few = replace(
@@ -93,25 +95,22 @@ class WorldModelTask:
 
 
 def parameter_groups(network: WorldModel, options: OptimOptions) -> list[dict[str, Any]]:
-    """Encoder and decoder have a rate each; Muon takes the matrices of attention and MLPs."""
+    """Group parameters by learning rate and optimiser: Muon for matrices in attention and MLPs."""
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         stacked = [count for ending, count in MATRICES.items() if name.endswith(ending)]
-        of_muon = options.muon_lr if stacked else None
-        rate = options.lr if of_muon is None else of_muon
-        rate *= options.decoder_lr_scale if name.startswith("decoder.") else 1.0
-        muon = of_muon is not None
-        group = groups.setdefault((rate, muon), {"params": [], "lr": rate, "muon": []})
+        muon_lr = options.muon_lr if stacked else None
+        lr = options.lr if muon_lr is None else muon_lr
+        lr *= options.decoder_lr_scale if name.startswith("decoder.") else 1.0
+        muon = muon_lr is not None
+        group = groups.setdefault((lr, muon), {"params": [], "lr": lr, "muon": []})
         group["params"].append(parameter)
         group["muon"] += stacked if muon else []
     return list(groups.values())
 
 
-CLIPS = 16
-
-
 class HeldOutLoss:
-    """Mean squared error of the velocity on validation clips, always the same with the same noise.
+    """Mean squared error of the velocity on fixed validation clips with fixed noise.
 
     Clips are as long as those of training, and shared by all processes: each reads and encodes its
     own once. Nothing is dropped or perturbed, and every history is clean, whatever the training
@@ -121,27 +120,28 @@ class HeldOutLoss:
         data: validation clips, as pixels.
 
     Raises:
-        ScdError: one of them is broken or shorter than `data.frames`; see also `error_barrier`.
+        ScdError: a clip is broken or shorter than `data.frames`; see also `error_barrier`.
     """
 
     def __init__(self, data: ClipFolder, codec: Codec, options: Options, device: torch.device):
         self.seed = options.seed
         self.device = device
         with error_barrier():
-            self.numbers = split_between_processes(range(min(CLIPS, len(data))))
+            self.numbers = split_between_processes(range(min(HELD_OUT_CLIPS, len(data))))
             self.clips = [_encoded(data, number, codec, options, device) for number in self.numbers]
 
     def __call__(self, network: WorldModel, precision: str) -> dict[str, float]:
-        """`loss_at_<σ>` at each level, mean over clips and frames, and `loss`, the levels' mean.
+        """Measure `loss_at_<σ>`, a mean over clips and frames, and `loss`, their mean; collective.
 
-        Every process calls it, and gets the same.
+        Returns:
+            The same values on every process.
         """
         with error_barrier():
             mine = [
                 (number, self._errors(network, number, clip, precision))
                 for number, clip in zip(self.numbers, self.clips, strict=True)
             ]
-        # In the clips' order, so that the number of processes has no say in the sum.
+        # In the order of the clips, so that the sum is the same for any number of processes.
         of_clips: list[Any] = sorted(gather_object(mine))
         means = np.mean([errors for _, errors in of_clips], axis=0)
         at_levels = {f"loss_at_{s:g}": float(v) for s, v in zip(LEVELS, means, strict=True)}
@@ -150,7 +150,7 @@ class HeldOutLoss:
     def _errors(
         self, network: WorldModel, number: int, clip: dict[str, Tensor], precision: str
     ) -> list[float]:
-        """Of one clip, at each level."""
+        """Measure the errors of one clip at each noise level."""
         latents, actions, label = (
             clip[key].to(self.device) if key in clip else None
             for key in ("latents", "actions", "label")
@@ -167,7 +167,7 @@ class HeldOutLoss:
 def _encoded(
     data: ClipFolder, number: int, codec: Codec, options: Options, device: torch.device
 ) -> dict[str, Tensor]:
-    """A clip as a batch of one, with scaled latents, on the CPU."""
+    """Read a clip as a batch of one, with scaled latents, on the CPU."""
     rng = np.random.default_rng([options.seed, HELD_OUT_STREAM, number])
     clip = data.read(number, options.data.frames, options.data.frame_stride, rng)
     batch = with_scaled_latents({key: v[None].to(device) for key, v in clip.items()}, codec)

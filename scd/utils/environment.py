@@ -1,4 +1,4 @@
-"""What a result was made with: package versions, git commit, device."""
+"""Describe what a result was made with: package versions, git commit, device."""
 
 import platform
 import subprocess
@@ -28,7 +28,7 @@ PACKAGES = [
 
 
 def environment() -> dict[str, Any]:
-    """Collect package versions, git commit, device, and the precision that `auto` means on it."""
+    """Collect package versions, git commit, device, and what precision `auto` means on it."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -46,7 +46,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Name the processor, the widest instructions that torch uses of it, and its threads."""
+    """Name the processor, the instruction set that torch uses, and the number of threads."""
     name = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -57,7 +57,7 @@ def _processor() -> str:
 
 @cache
 def git_commit() -> str | None:
-    """The commit of this code, `-dirty` where files differ from it; None outside a git checkout."""
+    """Return the commit of this code, `-dirty` if files differ from it; None outside a checkout."""
     try:
         here = Path(__file__).parent
         run = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]

@@ -1,4 +1,4 @@
-"""Reading files or saying why not, writing them whole or not at all, and their hashes."""
+"""Read files with clear errors, write them atomically, and hash them."""
 
 import errno
 import hashlib
@@ -21,19 +21,18 @@ from scd.errors import ScdError, reason
 from scd.utils.paths import why_missing
 
 MAX_JSON_BYTES = 2**28  # a list of a million clips
-MAX_NAME_BYTES = 255  # of a file, on every common file system
+MAX_NAME_BYTES = 255  # of a file name, on every common file system
 MAX_ARRAY_BYTES = 2**30  # of one array in an npz file; a DMLab clip has 3.7 MB
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, flush it to disk, then put it in place at once.
+    """Let `write` fill a file beside `path`, flush it to disk, then rename it to `path`.
 
-    The folder is flushed as well: a file that was written is there after a power cut.
-
-    Whatever `write` raises, the old file stays and nothing half-written is left.
+    The folder is flushed as well, so that the file survives a power cut. If `write` raises, the old
+    file stays, and nothing half-written is left.
 
     Raises:
-        ScdError: the disk is full, the folder read-only, or the like.
+        ScdError: the disk is full, the folder is read-only, or the like.
     """
     aside = path.with_name(_aside_name(path))
     try:
@@ -53,23 +52,24 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _aside_name(path: Path) -> str:
-    """Name the file that is to become `path`: as `remove_unfinished` knows it, and not too long."""
+    """Name the file to be renamed to `path`, so that `remove_unfinished` matches it."""
     end = f".{os.getpid()}{path.suffix}".encode(errors="surrogateescape")
     stem = path.stem.encode(errors="surrogateescape")[: MAX_NAME_BYTES - len(end) - 1]
     return f".{stem.decode(errors='ignore')}{end.decode(errors='surrogateescape')}"
 
 
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside `path`, flush it, then put it in place of an older one.
+    """Let `write` fill a folder beside `path`, flush it, then rename it to `path`.
 
-    Killed at the worst moment, it leaves no folder at `path`, but never half of one.
+    A folder that was there is replaced. A kill at the worst moment leaves no folder at `path`, but
+    never half of one.
 
     Raises:
-        ScdError: the disk is full, the parent read-only, or the like.
+        ScdError: the disk is full, the parent is read-only, or the like.
     """
     aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
-        for left in (aside, old):  # of a dead process with the same number
+        for left in (aside, old):  # by a dead process with the same ID
             shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
         write(aside)
@@ -88,9 +88,9 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes left half-written.
+    """Delete the half-written files and folders of killed processes.
 
-    For a folder that no other process writes to.
+    No other process may be writing to the folder.
     """
     for path in folder.iterdir():
         if re.fullmatch(r"\..+\.\d+\.\w+", path.name):
@@ -98,12 +98,12 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
+    """Wait until a file, or a folder's list of entries, is on disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
     except OSError as error:
-        # Some file systems have nothing to flush of a folder, and say so.
+        # Some file systems cannot flush a folder, and report it.
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:
@@ -111,6 +111,7 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, see `write_atomically`."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
@@ -136,7 +137,7 @@ def read_json(path: Path) -> Any:
 
 
 def npz_keys(path: Path) -> set[str]:
-    """The names of the arrays of an npz file.
+    """List the names of the arrays in an npz file.
 
     Raises:
         ScdError: the file is missing or damaged.
@@ -148,18 +149,18 @@ def npz_keys(path: Path) -> set[str]:
 def npz_header(
     path: Path, key: str, most: int = MAX_ARRAY_BYTES
 ) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of one array of an npz file, without reading the array.
+    """Read shape and type of one array of an npz file, but not the array.
 
     Raises:
-        ScdError: the file is missing, damaged, has no such key or announces an array of more than
-            `most` bytes: a few compressed bytes may stand for any amount of memory.
+        ScdError: the file is missing, damaged, has no such key, or declares an array of more than
+            `most` bytes: a few compressed bytes may expand to any amount of memory.
     """
     with _npz_member(path, key) as member:
         return _array_header(path, key, member, most)
 
 
 def read_npz(path: Path, key: str, most: int = MAX_ARRAY_BYTES) -> np.ndarray:
-    """One array of an npz file; pickled objects are refused.
+    """Read one array of an npz file; pickled objects are refused.
 
     Raises:
         ScdError: see `npz_header`.
@@ -190,7 +191,7 @@ def _npz_member(path: Path, key: str) -> Iterator[IO[bytes]]:
                 yield member
         except ScdError:
             raise
-        except Exception as error:  # many kinds again, zlib.error among them
+        except Exception as error:  # of many kinds, zlib.error among them
             raise ScdError(f"{path}: no npz file with a key {key!r} ({reason(error)})") from error
 
 
@@ -213,5 +214,6 @@ def _array_header(
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

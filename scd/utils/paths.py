@@ -6,7 +6,7 @@ from pathlib import Path
 from scd.errors import ScdError
 
 OWN = ("options", "assets")  # folders of the project
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 SHARED = "share/scd"  # where an installed package keeps `options/`, below its prefix
 
 

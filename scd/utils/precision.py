@@ -14,24 +14,24 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+Precision = Literal["fp32", "tf32", "bf16"]
 Module = TypeVar("Module", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 PROBE_SIZE = 256  # side of the matrices that are multiplied to find out
 PROBES = 20
 
 
-def resolve_precision(wanted: str, device: torch.device) -> str:
+def resolve_precision(wanted: str, device: torch.device) -> Precision:
     """Turn an option's word into `fp32`, `tf32` or `bf16`.
 
     Args:
         wanted: `auto`: the fastest that the device has; `bf16`: always obeyed, with one line on
-            stderr where the device only emulates it; `tf32`: `fp32` on a device without it; `no`
-            or `fp32`.
+            stderr where the device only emulates it; `tf32`: `fp32` on a device without it; `fp32`.
     """
     if wanted == "auto":
         return "bf16" if has_bf16(device) else "fp32"

@@ -1,10 +1,10 @@
-"""TensorBoard and wandb, for training and evaluation."""
+"""Log to TensorBoard and wandb, from training and evaluation."""
 
 import os
 import re
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.tracking import GeneralTracker, WandBTracker, on_main_process
@@ -12,19 +12,21 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 from PIL import Image
 
 from scd.errors import ScdError
-from scd.options import Options
 from scd.utils.files import read_json, write_json
 
-STEP = "step"  # the metric that wandb draws all others over
-RUN_FILE = "wandb.json"  # in an experiment's folder, with the id of its wandb run
+if TYPE_CHECKING:
+    from scd.options import Options
+
+STEP = "step"  # the metric that wandb plots all others over
+RUN_FILE = "wandb.json"  # in an experiment's folder, with the ID of its wandb run
 
 
-def trackers_of(options: Options, job: str) -> list[str | GeneralTracker]:
-    """What `Accelerator(log_with=...)` takes to log to `train.trackers`.
+def trackers_of(options: "Options", job: str) -> list[str | GeneralTracker]:
+    """Make the trackers of `train.trackers` for `Accelerator(log_with=...)`.
 
     Args:
-        job: `train`: one wandb run for the whole of an experiment, however often it is restarted;
-            `evaluation`: a run of its own each time.
+        job: `train`: one wandb run for the whole experiment, however often it is restarted;
+            `evaluation`: a new run each time.
 
     Raises:
         ScdError: one of them is not installed.
@@ -34,31 +36,31 @@ def trackers_of(options: Options, job: str) -> list[str | GeneralTracker]:
     for name in options.train.trackers:
         if not installed[name]():
             raise ScdError(
-                f"train.trackers: {name} is not installed; pip install 'scd[trackers]' brings it"
+                f"train.trackers: {name} is not installed; run pip install 'scd[trackers]'"
             )
         found.append(WandB(options, job) if name == "wandb" else name)
     return found
 
 
 class WandB(WandBTracker):
-    """Accelerate's tracker, with a run that a restarted training goes on with.
+    """Accelerate's wandb tracker, with a run that a resumed training continues.
 
-    The training step is a metric that the others are drawn over. Wandb's own step only grows, even
-    from one process to the next: a training that goes on from a checkpoint would lose what it logs
-    until it is past the last step of the killed one.
+    The training step is a metric that the others are plotted over. Wandb's own step only grows,
+    even from one process to the next: a training that resumes from a checkpoint would lose what it
+    logs until it is past the last step of the killed one.
     """
 
-    def __init__(self, options: Options, job: str):
+    def __init__(self, options: "Options", job: str):
         super().__init__(options.train.wandb_project)
         self.options = options
         self.job = job
 
     @on_main_process
     def start(self) -> None:
-        """Begin the run, or go on with it.
+        """Start the run, or continue it.
 
         Raises:
-            ScdError: wandb cannot; its reason, and what to do.
+            ScdError: wandb does not start, with its reason and what to do.
         """
         import wandb
 
@@ -75,8 +77,8 @@ class WandB(WandBTracker):
         except wandb.errors.Error as error:
             raise ScdError(
                 f"train.trackers: wandb does not start ({' '.join(str(error).split())}): log in "
-                f"with `wandb login`, or set WANDB_MODE=offline and send the run with `wandb sync` "
-                f"later"
+                f"with `wandb login`, or set WANDB_MODE=offline and upload the run later with "
+                f"`wandb sync`"
             ) from error
         self.run.define_metric(STEP)
         self.run.define_metric("*", step_metric=STEP)
@@ -87,7 +89,7 @@ class WandB(WandBTracker):
 
     @on_main_process
     def log_files(self, pictures: dict[Path, str], videos: dict[Path, str], step: int) -> None:
-        """Log files with their captions: pictures by their names, videos side by side."""
+        """Log files with their captions: a panel for each picture, one for all videos."""
         import wandb
 
         values: dict[str, Any] = {
@@ -102,10 +104,10 @@ class WandB(WandBTracker):
 def log_pictures(
     trackers: list[GeneralTracker], folder: Path, captions: dict[str, str], step: int
 ) -> None:
-    """Log the pictures that a validation left in a folder, to wandb its videos as well.
+    """Log the pictures of a validation's folder, and to wandb its videos as well.
 
     Args:
-        captions: by glob pattern; PNG and mp4 files that match one are logged.
+        captions: by glob pattern; the PNG and mp4 files that match are logged.
     """
     files = {path: text for glob, text in captions.items() for path in sorted(folder.glob(glob))}
     pictures = {path: text for path, text in files.items() if path.suffix == ".png"}
@@ -119,11 +121,11 @@ def log_pictures(
 
 
 def _run_id(file: Path) -> str:
-    """The wandb run of the experiment that a file belongs to, drawn when there is none yet."""
+    """Read the ID of an experiment's wandb run from its file, or draw one and write it there."""
     if not file.exists():
         write_json(file, {"id": secrets.token_hex(4)})
     kept = read_json(file)
     id_ = kept.get("id") if isinstance(kept, dict) else None
     if not isinstance(id_, str) or not re.fullmatch(r"[\w-]{1,64}", id_):
-        raise ScdError(f"{file}: holds no id of a wandb run; remove it to begin another run")
+        raise ScdError(f"{file}: holds no ID of a wandb run; remove it to start a new run")
     return id_

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -43,13 +44,25 @@ class Fault:
     times: int = 1
 
 
+def fork_server() -> ForkServerContext:
+    """The context whose processes are forks of one that has imported `PREPARED`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PREPARED])
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Runs:
     """Starts runs of one tiny experiment; their folders lie below `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([PREPARED])
+        self.context = fork_server()
         root = folder / "data"
         root.mkdir(parents=True)
         entries = []
@@ -65,7 +78,7 @@ class Runs:
             *("data.source=video", "data.frame_size=16", "data.frames=3", "model.patch_size=8"),
             *("model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"),
             *("train.steps=4", "train.save_every=2", "train.log_every=1", "train.batch_size=2"),
-            *("train.workers=0", "train.mixed_precision=no", "optim.schedule=constant"),
+            *("train.workers=0", "train.mixed_precision=fp32", "optim.schedule=constant"),
             *("eval.context_frames=2", "eval.new_frames=2", "eval.videos=2", "optim.lr=1e-3"),
         ]
 
@@ -73,9 +86,7 @@ class Runs:
         self, *overrides: str, faults: Sequence[Fault] = (), processes: int = 1
     ) -> list[BaseProcess]:
         """Start a run and leave it alone. What it prints goes to `output(rank)`."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         options = load_options(ROOT / "options/scd_doom_tiny.yml", [*self.options, *overrides])
         started = []
         for rank in range(processes):
@@ -118,6 +129,18 @@ class Runs:
 def _train(
     folder: Path, options: Options, faults: Sequence[Fault], place: tuple[int, int, int]
 ) -> None:
+    rank, _, _ = place
+    settle(folder, place)
+    _inject(folder, options.name, [fault for fault in faults if fault.rank == rank])
+    from scd import cli
+    from scd import options as options_module
+
+    options_module.load_options = lambda *_: options  # resolved already, which takes a while
+    sys.exit(cli.main(["train", "--opt", "resolved"]))
+
+
+def settle(folder: Path, place: tuple[int, int, int]) -> None:
+    """Make this fork the process `rank` of `processes` that meet at `port`, printing to a file."""
     rank, processes, port = place
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     out = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -132,12 +155,6 @@ def _train(
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         }
-    _inject(folder, options.name, [fault for fault in faults if fault.rank == rank])
-    from scd import cli
-    from scd import options as options_module
-
-    options_module.load_options = lambda *_: options  # resolved already, which takes a while
-    sys.exit(cli.main(["train", "--opt", "resolved"]))
 
 
 def _inject(folder: Path, name: str, faults: list[Fault]) -> None:

@@ -39,11 +39,11 @@ TINY = str(Path(__file__).parent.parent.parent / "options/scd_doom_tiny.yml")
 SMALL = ["data.source=video", "data.frames=4", "autoencoder.path=null", "model.patch_size=16"]
 SMALL += ["model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1", "train.steps=4"]
 SMALL += ["train.batch_size=2", "train.save_every=2", "train.workers=0", "train.compile=false"]
-SMALL += ["train.mixed_precision=no", "train.sample_every=0", "name=run"]
+SMALL += ["train.mixed_precision=fp32", "train.sample_every=0", "name=run"]
 FRAMES = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
 
 
 @dataclass

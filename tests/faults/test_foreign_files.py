@@ -10,7 +10,6 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,18 +17,16 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save
 
-from scd.data.archives import unpack
 from scd.data.clips import ClipFolder, read_actions
-from scd.data.hub import _Notes
-from scd.data.hub_repository import HubFile
+from scd.data.hub import HubFile, unpack
 from scd.data.latents import check_latents, latent_header, read_latents
-from scd.data.published import adopt_lists
+from scd.data.published import Notes, adopt_lists
 from scd.data.video import NpzVideo, write_video
 from scd.data.video_checks import KEPT, VideoChecks
 from scd.errors import ScdError
-from scd.evaluation.measure import FEATURES
+from scd.evaluation.metrics import METRICS, AvailableMetrics
 from scd.evaluation.samples import SampleFolder
-from scd.evaluation.table import summarise, table
+from scd.evaluation.summary import markdown, summarise, tables
 from scd.models.autoencoder import load_codec
 from scd.models.load import load_checkpoint_for_use
 from scd.models.reference import load_reference_checkpoint
@@ -318,7 +315,7 @@ def notes(_: Path) -> Kind:
     data = {"complete": "abc", "files": {"shard-0.tar": note}}
 
     def read(folder: Path) -> None:
-        notes = _Notes(folder / "fetched.json")
+        notes = Notes(folder / "fetched.json")
         notes.has(HubFile("shard-0.tar", 1, "abc", None))
         assert isinstance(notes.count((".mp4",)), int) and len(notes.lists()) >= 0
 
@@ -328,14 +325,22 @@ def notes(_: Path) -> Kind:
 @kind
 def samples(folder: Path) -> Kind:
     """What `scd measure` reads."""
-    protocol = {"videos": 2, "context_frames": 4, "new_frames": 8, "fvd_precision": "fp32"}
-    SampleFolder.describe(folder, {"format": 1}, {"model": ["model-seed-0"]}, protocol, {})
+    protocol = {"videos": 2, "context_frames": 4, "new_frames": 20, "fvd_precision": "fp32"}
+    protocol["windows"] = 2
+    identity = {"format": 1, "options": {"data": {"frame_size": 32}}}
+    SampleFolder.describe(folder, identity, {"model": ["model-seed-0"]}, protocol, {})
     saved = SampleFolder(folder)
+    weights = {"i3d": "abc", "i3d_in_2_windows": "abc", "psnr": None, "sharpness": None}
     for number in range(2):
-        features = {FEATURES: torch.rand(5)}
-        saved.write_clip("model-seed-0", number, torch.rand(12, 3, 32, 32))
-        saved.write_measurement("model-seed-0", number, {"psnr": torch.rand(8), **features}, {})
-        saved.write_measurement("real", number, features, {})
+        real = {"i3d": torch.rand(5), "i3d_in_2_windows": torch.rand(2, 5)}
+        real["sharpness"] = torch.rand(20)
+        saved.write_clip("model-seed-0", number, torch.rand(24, 3, 32, 32))
+        saved.write_measurement("real", number, real, weights)
+        model = {**real, "psnr": torch.rand(20)}
+        saved.write_measurement("model-seed-0", number, model, weights)
+    available = AvailableMetrics()
+    available.metrics = {name: METRICS[name] for name in ("psnr", "fvd", "sharpness")}
+    available.missing, available.hashes = {}, {"i3d": "abc"}
 
     def read(folder: Path) -> None:
         saved = SampleFolder(folder)
@@ -343,8 +348,9 @@ def samples(folder: Path) -> Kind:
             assert folder in saved.measurement_path(set_, 0).parents
             assert ".." not in saved.measurement_path(set_, 0).parts
             saved.read_clip(set_, 0)
-            saved.is_measured(set_, 0, {})
-        table(summarise(saved, SimpleNamespace(missing={}, hashes={}))).markdown()  # type: ignore[arg-type]
+            saved.measured_quantities(set_, 0, weights)
+        AvailableMetrics(saved.setting)
+        markdown(tables(summarise(saved, available)))
 
     return Kind("saved samples", folder_bytes(folder), read)
 

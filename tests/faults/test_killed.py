@@ -168,7 +168,7 @@ def test_told_to_stop_it_saves_and_leaves(runs, half, straight, name):
     workers = "train.workers=1" if number == signal.SIGTERM else "train.workers=0"
     assert runs.run(f"name={name}", workers, faults=[Fault("signal", 3, number)]) == STOPPED
     last = runs.output().splitlines()[-1]
-    assert last.endswith(f"stopped by {name}, saved at step 3 of 4; started again, it goes on")
+    assert last.endswith(f"stopped by {name}, saved at step 3 of 4; run the same command to resume")
     beat = json.loads((folder / "heartbeat.json").read_text())
     assert (beat["state"], beat["step"]) == ("stopped", 3)
     assert state_of(folder).step == 3
@@ -196,7 +196,7 @@ def test_a_second_run_is_refused_while_the_first_lives(runs, half, straight):
         time.sleep(0.02)
     before = (folder / "heartbeat.json").read_text()
     assert runs.run("name=one-of-two") == 1
-    assert f"a run is going on here (process {first.pid} on " in runs.output()
+    assert f"another run is active here (process {first.pid} on " in runs.output()
     assert (folder / "heartbeat.json").read_text() == before
     first.kill()
     first.join()

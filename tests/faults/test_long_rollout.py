@@ -121,10 +121,10 @@ def test_two_streams_do_not_disturb_each_other() -> None:
     """Side by side, with different seeds and actions, each is to the bit what it is alone."""
     model = make_model()
     count = min(FRAMES // 4, 1000)
-    both = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, window_first=1)]
+    both = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, sink_frames=1)]
     for _ in range(count):
         side_by_side = [stream.step() for stream in both]
-    alone = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, window_first=1)]
+    alone = [Stream(model, 1), Stream(model, 2, guidance_scale=1.5, sink_frames=1)]
     for stream, expected in zip(alone, side_by_side, strict=True):
         for _ in range(count):
             frame = stream.step()

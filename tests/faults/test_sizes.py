@@ -63,7 +63,7 @@ def with_model(**values: object) -> dict:
 
 
 def swollen_latents(folder: Path) -> None:
-    swollen_member(folder / "l.pt", torch.zeros(8, 4, 4, 4), "data/0", 2**30)
+    swollen_member(folder / "l.pt", torch.zeros(8, 4, 4, 4), "data/0", 2**29)
     read_latents(folder / "l.pt")
 
 

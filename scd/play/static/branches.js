@@ -1,8 +1,8 @@
-// Moments to return to: the ends of other lines, each with its picture.
+// Branches to return to, each a button with the picture at its end.
 
 import { paint } from "./picture.js";
 
-/** Calls `go(moment)`. */
+/** Calls `go(branch)`. */
 export class Branches {
   #shown = "";
 
@@ -12,26 +12,27 @@ export class Branches {
     this.go = go;
   }
 
-  follow(moments) {
-    const wanted = JSON.stringify(moments.map(({ moment, frame }) => [moment, frame]));
-    if (wanted === this.#shown) return; // whoever is at a button by keyboard stays there
+  /** Show the branches of a state message. */
+  follow(branches) {
+    const wanted = JSON.stringify(branches.map(({ branch, frame }) => [branch, frame]));
+    if (wanted === this.#shown) return; // so that a button keeps its keyboard focus
     this.#shown = wanted;
-    this.box.replaceChildren(...moments.map((moment) => this.#button(moment)));
+    this.box.replaceChildren(...branches.map((branch) => this.#button(branch)));
   }
 
-  #button({ moment, frame, kept }) {
+  #button({ branch, frame, kept }) {
     const button = Object.assign(document.createElement("button"), {
       type: "button",
-      title: `${kept ? "Kept" : "Left"} at frame ${frame}: return there`,
+      title: `${kept ? "Kept" : "Left"} at frame ${frame}: return to it`,
     });
     const canvas = document.createElement("canvas");
-    const image = this.memory.near(frame, this.memory.branches.get(moment));
+    const image = this.memory.near(frame, this.memory.branches.get(branch));
     if (image) paint(canvas, image);
     const label = Object.assign(document.createElement("span"), { textContent: frame });
     button.setAttribute("aria-label", button.title);
     button.classList.toggle("kept", kept);
     button.append(canvas, label);
-    button.addEventListener("click", () => this.go(moment));
+    button.addEventListener("click", () => this.go(branch));
     return button;
   }
 }

@@ -1,31 +1,31 @@
-// What is held: keys, the pad on the page, a gamepad; and the action that it means for a frame.
+// The held keys, buttons and gamepad parts, and the action that they mean for the next frame.
 
 const KEYS = {
   ArrowLeft: "left", ArrowRight: "right", ArrowUp: "forward", ArrowDown: "back",
   KeyA: "left", KeyD: "right", KeyW: "forward", KeyS: "back",
 };
-// What the actions of the moves may be called; the first name that there is counts.
+// Names that the actions of the moves may have; the first one that exists counts.
 const NAMES = {
   left: ["turn left", "left", "look left", "move left"],
   right: ["turn right", "right", "look right", "move right"],
   forward: ["forward", "move forward", "walk forward", "up", "move up"],
   back: ["back", "backward", "move back", "move backward", "down", "move down"],
 };
-const OTHER_KEYS = [..."QEZXCGHJKLUIOPTYNM"].map((letter) => `Key${letter}`); // of other actions
-const STICK = 0.4; // of its way
+const OTHER_KEYS = [..."QEZXCGHJKLUIOPTYNM"].map((letter) => `Key${letter}`); // for other actions
+const STICK = 0.4; // deflection of a stick that counts
 const BUTTONS = { rewind: 4, pause: 9, forward: 12, back: 13, left: 14, right: 15 }; // the standard layout
 
-/** Calls `changed()` when what is held has changed, `pressed(name)` for a gamepad's other buttons. */
+/** Calls `changed()` when what is held has changed, and `pressed(name)` for a gamepad's other buttons. */
 export class Controls {
-  #held = new Map(); // source (a key, a finger, a gamepad's part) -> move, in the order of pressing
+  #held = new Map(); // source (key, finger or gamepad part) -> move, in the order of pressing
   #keys = {}; // code -> move
-  #actions = new Map(); // move -> number; moves beside those of KEYS are the actions' own names
+  #actions = new Map(); // move -> action number; beside the moves of KEYS: `action NUMBER`
   #idle = null;
-  #several = false; // actions can be held at once
+  #vectors = false; // several actions can be held at once
   #turned = false;
   #gamepadButtons = new Set();
 
-  /** Its buttons: those of the moves are in `pad`, those of all other actions come into `others`. */
+  /** `pad` holds the buttons of the moves; those of all other actions are added to `others`. */
   constructor(pad, others, { changed, pressed }) {
     this.pad = pad;
     this.others = others;
@@ -46,13 +46,13 @@ export class Controls {
   }
 
   /**
-   * The server's names of actions, the number of the one that no key stands for (or null), and
-   * whether several can be held at once.
+   * Take over what the server offers: the names of actions, the number of the idle one (or null),
+   * and whether several can be held at once.
    */
-  offer(names, idle, several) {
+  offer(names, idle, vectors) {
     const called = names.map((name) => name.toLowerCase().replaceAll("_", " "));
     this.#idle = idle;
-    this.#several = several;
+    this.#vectors = vectors;
     this.#actions = new Map();
     for (const [move, known] of Object.entries(NAMES)) {
       const number = called.indexOf(known.find((name) => called.includes(name)));
@@ -61,10 +61,10 @@ export class Controls {
     const taken = new Set([...this.#actions.values(), idle]);
     const others = names.map((name, number) => [name, number]).filter(([, n]) => !taken.has(n));
     this.#keys = Object.fromEntries(Object.entries(KEYS).filter(([, m]) => this.#actions.has(m)));
-    this.others.replaceChildren(...others.map(([name, number], place) => {
+    this.others.replaceChildren(...others.map(([name, number], index) => {
       this.#actions.set(`action ${number}`, number);
-      if (OTHER_KEYS[place]) this.#keys[OTHER_KEYS[place]] = `action ${number}`;
-      return this.#button(name, `action ${number}`, OTHER_KEYS[place]);
+      if (OTHER_KEYS[index]) this.#keys[OTHER_KEYS[index]] = `action ${number}`;
+      return this.#button(name, `action ${number}`, OTHER_KEYS[index]);
     }));
     for (const button of this.pad.children) button.hidden = !this.#actions.has(button.dataset.move);
     this.pad.hidden = [...this.pad.children].every((button) => button.hidden);
@@ -78,12 +78,12 @@ export class Controls {
     return button;
   }
 
-  /** Whether there is an action for a move; "others": for anything beside the moves. */
+  /** Whether there is an action for a move; "others": for anything that is not a move. */
   has(move) {
     return move === "others" ? this.others.children.length > 0 : this.#actions.has(move);
   }
 
-  /** The move of a key, if it is one. */
+  /** The move that a key stands for, if any. */
   moveOf(event) {
     return this.#keys[event.code];
   }
@@ -100,19 +100,19 @@ export class Controls {
     return this.#held.size > 0;
   }
 
-  /** Forward and a turn are both held, but only one counts: frames take them by turns. */
+  /** Whether forward and a turn are held, but a frame takes only one: frames alternate. */
   get curve() {
-    return !this.#several && this.#moves().length > 1;
+    return !this.#vectors && this.#moves().length > 1;
   }
 
-  /** Nothing is held, and no action stands for that: the world waits. */
+  /** Whether the world waits: nothing is held, and no action stands for that. */
   get waiting() {
-    return this.#idle === null && !this.#several && !this.holding;
+    return this.#idle === null && !this.#vectors && !this.holding;
   }
 
-  /** What to tell the server of the next frame: the number of its action, or of all that are held. */
+  /** Fields of the next input message: the number of one action, or of all that are held. */
   next() {
-    if (this.#several) {
+    if (this.#vectors) {
       return { held: [...new Set(this.#held.values())].map((move) => this.#actions.get(move)) };
     }
     const action = this.#action();

@@ -1,36 +1,36 @@
-// Plain words about the server: busy, gone, or a session that has ended.
+// Messages about the server: busy, unreachable, or a session that has ended.
 
-function place(before) {
+function position(before) {
   if (before === 0) return "You are next";
-  return before === 1 ? "One player waits before you" : `${before} players wait before you`;
+  return before === 1 ? "One player is ahead of you" : `${before} players are ahead of you`;
 }
 
 const ENDED = {
-  4401: ["A token is missing", "Open the whole address that the server printed."],
-  4408: ["Closed, as nobody played", "After some minutes without a key the place is given to others."],
-  4409: ["Played in another page", "This session has moved to another tab or window.", "Play here"],
+  4401: ["A token is missing", "Open the complete address that the server printed."],
+  4408: ["Closed, as nobody played", "After some minutes without input, the place goes to others."],
+  4409: ["Open in another page", "This session has moved to another tab or window.", "Play here"],
 };
 
-/** What to say about a connection's status: title, text, button; null: nothing. */
-function words(status) {
+/** Describe a connection's status: title, text and button; null if there is nothing to say. */
+function describe(status) {
   switch (status.phase) {
     case "busy": {
       const all = status.places === 1 ? "The only place is" : `All ${status.places} places are`;
-      return [`${all} taken`, `${place(status.before)}; play begins by itself when one is free.`];
+      return [`${all} taken`, `${position(status.before)}; play begins as soon as one is free.`];
     }
     case "full":
-      return ["Very busy", "Many players wait for a place. This page tries again by itself."];
+      return ["Very busy", "Many players are waiting for a place. This page keeps trying."];
     case "silent":
-      return ["The server does not answer", "Play goes on by itself when it does.", "Connect anew"];
+      return ["The server does not answer", "Play goes on as soon as it does.", "Reconnect"];
     case "lost":
       return [
         "The server cannot be reached",
-        "This page tries again by itself, and goes on where you were.",
+        "This page keeps trying, and goes on where you were.",
         "Try now",
       ];
     case "ended": {
       const [title, text, button] = ENDED[status.code] ?? [
-        "The server ended this session", `It says: ${status.reason || `code ${status.code}`}.`,
+        "The server ended this session", `Reason: ${status.reason || `code ${status.code}`}.`,
       ];
       return [title, text, status.code === 4401 ? null : (button ?? "Play again")];
     }
@@ -49,13 +49,13 @@ export class Notice {
   }
 
   show(status) {
-    if (status.phase === "connecting" && !this.box.hidden) return; // one try of many
+    if (status.phase === "connecting" && !this.box.hidden) return; // one attempt of many
     clearInterval(this.#timer);
     this.part("countdown").textContent = "";
-    const said = words(status);
-    this.box.hidden = said === null;
-    if (!said) return;
-    const [title, text, button] = said;
+    const message = describe(status);
+    this.box.hidden = message === null;
+    if (!message) return;
+    const [title, text, button] = message;
     if (this.part("title").textContent !== title) this.part("title").textContent = title;
     if (this.part("text").textContent !== text) this.part("text").textContent = text;
     this.part("button").hidden = !button;
@@ -64,11 +64,11 @@ export class Notice {
   }
 
   #count(seconds) {
-    const tell = () => {
-      this.part("countdown").textContent = seconds > 0 ? `Again in ${seconds} s.` : "";
+    const show = () => {
+      this.part("countdown").textContent = seconds > 0 ? `Next attempt in ${seconds} s.` : "";
       seconds -= 1;
     };
-    tell();
-    this.#timer = setInterval(tell, 1000);
+    show();
+    this.#timer = setInterval(show, 1000);
   }
 }

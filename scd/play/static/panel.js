@@ -1,4 +1,4 @@
-// What can be chosen: start clips, worlds side by side, settings of the frames.
+// The choices: start clips, worlds side by side, and settings.
 
 import { address } from "./connection.js";
 import { titleOf } from "./worlds.js";
@@ -17,7 +17,7 @@ export class Panel {
     this.sliders = { steps: $("steps"), guidance_scale: $("guidance"), fps: $("fps") };
     for (const [name, slider] of Object.entries(this.sliders)) {
       slider.addEventListener("input", () => {
-        this.#say(name);
+        this.#label(name);
         settings({ [name]: Number(slider.value) });
       });
     }
@@ -33,7 +33,7 @@ export class Panel {
     });
   }
 
-  /** What the server offers. */
+  /** Show what the server offers. */
   offer({ starts, worlds, missing, limits }) {
     this.#limits = limits;
     this.#offered = worlds;
@@ -43,14 +43,14 @@ export class Panel {
     const chips = [...worlds, ...Object.keys(missing)].map((name) => this.#chip(name, missing[name]));
     this.beside.replaceChildren(...chips);
     const reasons = Object.entries(missing).map(
-      ([name, why]) => `${titleOf(name)} is not here: ${why}.`,
+      ([name, why]) => `${titleOf(name)} is not available: ${why}.`,
     );
     document.getElementById("beside-hint").textContent = [
-      "The same keys in each. A change begins the clip anew.", ...reasons,
+      "All follow the same keys. A change restarts the clip.", ...reasons,
     ].join(" ");
   }
 
-  /** What is the case now. */
+  /** Show the current state. */
   follow(state) {
     this.#start = state.start;
     this.#worlds = state.worlds;
@@ -62,36 +62,36 @@ export class Panel {
     }
     for (const [name, slider] of Object.entries(this.sliders)) {
       slider.value = state.settings[name] ?? state[name];
-      this.#say(name);
+      this.#label(name);
     }
     if (document.activeElement !== this.seed) this.seed.value = state.settings.seed;
   }
 
-  /** Begin with the start at a place of the list. */
-  startAt(place) {
-    this.starts.children[place]?.click();
+  /** Begin at the start clip with this index. */
+  startAt(index) {
+    this.starts.children[index]?.click();
   }
 
-  /** All worlds, or only the first. */
+  /** Switch between all worlds and only the first. */
   toggleBeside() {
     const worlds = this.#worlds.length > 1 ? this.#offered.slice(0, 1) : this.#offered;
     if (worlds.length !== this.#worlds.length) this.startWith({ start: this.#start, worlds });
   }
 
-  #say(name) {
+  #label(name) {
     const { value, nextElementSibling: output } = this.sliders[name];
     const guidance = Number(value) === 1 ? "off" : Number(value).toFixed(1);
     output.textContent = name === "guidance_scale" ? guidance : value;
   }
 
-  #startButton(name, place) {
+  #startButton(name, index) {
     const title = name.replaceAll("_", " ");
     const button = Object.assign(document.createElement("button"), { type: "button", title });
     const image = Object.assign(document.createElement("img"), {
       src: address(`/starts/${name}.png`), alt: title, width: 64, height: 64, draggable: false,
     });
     button.dataset.start = name;
-    if (place < 9) button.setAttribute("aria-keyshortcuts", place + 1);
+    if (index < 9) button.setAttribute("aria-keyshortcuts", index + 1);
     button.append(image);
     button.addEventListener("click", () => this.startWith({ start: name, worlds: this.#worlds }));
     return button;

@@ -1,11 +1,11 @@
-// Pictures as the server sends them (the layout is in scd/play/README.md), and onto a canvas.
+// Read picture messages (the layout is in scd/play/README.md), and paint them on a canvas.
 
 const HEADER = 24;
 const WORLD_HEADER = 16;
 const AGAIN = 2;
 const OVER = 1;
 
-/** A binary message: its frame and, for each shown world, times (ms) and RGB bytes. */
+/** Read a picture message: its frame and, for each shown world, times (ms) and RGB bytes. */
 export function readPicture(buffer) {
   const view = new DataView(buffer);
   const height = view.getUint16(4, true);
@@ -30,7 +30,7 @@ export function readPicture(buffer) {
   };
 }
 
-/** Paint an image on a canvas, which takes its size. */
+/** Paint an image on a canvas, after resizing the canvas to it. */
 export function paint(canvas, { width, height, rgb }) {
   if (canvas.width !== width || canvas.height !== height) {
     canvas.width = width;

@@ -1,4 +1,4 @@
-// The page: what comes from the server goes to its parts, what the player does goes to the server.
+// The page: passes messages from the server to its parts, and the player's input to the server.
 
 import { Branches } from "./branches.js";
 import { Connection } from "./connection.js";
@@ -14,18 +14,18 @@ import { Timeline } from "./timeline.js";
 import { Worlds } from "./worlds.js";
 
 const $ = (id) => document.getElementById(id);
-const BACK = "Connected again: going on where you were.";
-const ANEW = "Connected again, in a new session: the server had forgotten the old one.";
+const RESUMED = "Connected again: going on where you were.";
+const NEW_SESSION = "Connected again, in a new session: the old one had expired.";
 
 let hello = null;
 let state = null;
-let newest = 0; // frame
-let picture = null; // the newest one, until it is on the screen
+let newest = 0; // frame number
+let picture = null; // the newest one, until it is drawn
 let seq = 0;
-let hidden = false; // paused because nobody can see the page
-let earlier = null; // what a session was like that is gone
+let hidden = false; // paused because the page is hidden
+let earlier = null; // the last state of a session that has expired
 let wasLost = false;
-let waiting = false; // for a key: no action stands for none
+let waiting = false; // for a key, where there is no idle action
 
 const memory = new Memory();
 const worlds = new Worlds($("worlds"));
@@ -52,7 +52,7 @@ function onStatus(status) {
   for (const id of ["bar", "time", "panel"]) $(id).inert = status.phase !== "open";
   if (status.phase === "lost" && hello) wasLost = true;
   if (status.phase === "ended") wasLost = false;
-  picture = null; // its serial means nothing to another connection
+  picture = null; // its serial belongs to the old connection
   stats.begin(state?.fps ?? 10, status.phase === "open" && running());
   notice.show(status);
 }
@@ -61,14 +61,14 @@ function onHello(message) {
   if (!message.resumed) {
     earlier = state;
     memory.clear();
-    if (wasLost) say(ANEW);
+    if (wasLost) say(NEW_SESSION);
     recorder.drop("its session has ended");
   } else if (wasLost) {
-    say(BACK);
+    say(RESUMED);
   }
   hello = message;
   document.body.classList.add("greeted");
-  controls.offer(message.actions, message.idle, message.several);
+  controls.offer(message.actions, message.idle, message.action_vectors);
   $("invitation").classList.toggle("no-walk", $("pad").hidden);
   for (const row of document.querySelectorAll("#keys [data-needs]")) {
     row.hidden = !controls.has(row.dataset.needs);
@@ -81,27 +81,27 @@ function onHello(message) {
 function onState(message, command, refused) {
   state = message;
   newest = message.frame;
-  if (refused) say(`Not done: ${refused}`);
+  if (refused) say(`Not possible: ${refused}`);
   else memory.follow(message, command);
   if (command.type === "start" && !refused) recorder.drop("another start was chosen");
-  if (command.type === "keep" && !refused) say("Kept: return to this moment below the strip.");
+  if (command.type === "keep" && !refused) say("Branch kept: return to it below the timeline.");
   if (command.type === "hello") {
-    comeBack();
+    restoreEarlier();
     input();
   }
   if (command.type !== "keep") stats.begin(message.fps, running());
   worlds.names = message.worlds;
-  if (!connection.waiting) panel.follow(message); // else a slider has moved on
+  if (!connection.waiting) panel.follow(message); // or a slider has moved again
   recorder.follow(newest);
-  followLine();
-  branches.follow(message.moments);
+  followTimeline();
+  branches.follow(message.branches);
   showPause();
 }
 
-// A new session after an old one: the same start, worlds and settings.
-function comeBack() {
-  const there = (name) => hello.worlds.includes(name);
-  if (earlier && hello.starts.includes(earlier.start) && earlier.worlds.every(there)) {
+// Give a new session the start, worlds and settings of the one that expired.
+function restoreEarlier() {
+  const exists = (name) => hello.worlds.includes(name);
+  if (earlier && hello.starts.includes(earlier.start) && earlier.worlds.every(exists)) {
     connection.command({ type: "start", start: earlier.start, worlds: earlier.worlds });
     connection.command({ type: "settings", ...earlier.settings, fps: earlier.fps });
   }
@@ -113,7 +113,7 @@ function onPicture(buffer) {
   picture = readPicture(buffer);
   newest = picture.frame;
   memory.add(picture.frame, picture.worlds[0].image);
-  if (!picture.again && controls.curve) input(); // the other of the two held keys
+  if (!picture.again && controls.curve) input(); // alternate between the two held keys
   if (!drawing) requestAnimationFrame(show);
 }
 
@@ -125,7 +125,7 @@ function show() {
   connection.send({ type: "seen", serial: shown.serial });
   if (!shown.again) stats.shown(shown, hello.worlds);
   recorder.follow(newest);
-  followLine();
+  followTimeline();
   showInvitation();
 }
 
@@ -145,13 +145,13 @@ function held() {
 }
 
 function rewind(frame) {
-  newest = frame; // a second press goes back from there
+  newest = frame; // so that a second press goes back further
   connection.command({ type: "rewind", frame });
 }
 
-async function returnTo(moment) {
-  await recorder.finish(connection.session); // of the line that is left
-  connection.command({ type: "return", moment });
+async function returnTo(branch) {
+  await recorder.finish(connection.session); // before its timeline is left
+  connection.command({ type: "return", branch });
 }
 
 const actions = {
@@ -174,7 +174,7 @@ for (const [id, act] of Object.entries(actions)) $(id).addEventListener("click",
 listen(
   controls,
   { ...actions, beside: () => panel.toggleBeside() },
-  (place) => panel.startAt(place),
+  (index) => panel.startAt(index),
   () => $("keys").open || document.body.dataset.phase !== "open",
 );
 
@@ -205,8 +205,8 @@ function atStart() {
   return state.paused && newest === state.given - 1;
 }
 
-function followLine() {
-  timeline.follow(firstFrame(), newest, state.moments.map(({ shared }) => shared));
+function followTimeline() {
+  timeline.follow(firstFrame(), newest, state.branches.map(({ shared }) => shared));
 }
 
 function showPause() {

@@ -1,4 +1,4 @@
-// Recording: from the frame where it began to the newest, saved as the server's mp4.
+// Recording: from the frame where it began to the newest, saved as an mp4 that the server makes.
 
 import { address } from "./connection.js";
 
@@ -12,7 +12,7 @@ export class Recorder {
     this.say = say;
   }
 
-  /** Where the line ends now; a recording holds what the line holds in the end. */
+  /** Follow the timeline's newest frame; a recording has what the timeline has at its end. */
   follow(newest) {
     if (this.#first !== null && newest < this.#newest) {
       this.say("Recording goes on from here; what you went back over is not in it.");
@@ -22,7 +22,7 @@ export class Recorder {
     this.#show();
   }
 
-  /** What was recorded is no longer there; says so, if anything was. */
+  /** Give up the recording, and say why, if there is one. */
   drop(why) {
     if (this.#first === null) return;
     this.#first = null;
@@ -37,7 +37,7 @@ export class Recorder {
     this.say("Recording.");
   }
 
-  /** Save what is being recorded, if anything is. */
+  /** Save the recording, if there is one. */
   async finish(session) {
     if (this.#first === null) return;
     const range = { first: this.#first, last: this.#newest };
@@ -47,15 +47,15 @@ export class Recorder {
     try {
       const answer = await fetch(address("/recording.mp4", { session, ...range }));
       if (!answer.ok) throw new Error(await answer.text());
-      const told = answer.headers.get("Content-Disposition") ?? "";
-      const name = /filename="?([^";]+)/.exec(told)?.[1] ?? "scd.mp4";
+      const disposition = answer.headers.get("Content-Disposition") ?? "";
+      const name = /filename="?([^";]+)/.exec(disposition)?.[1] ?? "scd.mp4";
       const link = document.createElement("a");
       link.href = URL.createObjectURL(await answer.blob());
       link.download = name;
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
       const missing = Number(answer.headers.get("First-Frame")) - range.first;
-      const but = missing > 0 ? `, but for its first ${missing} frames, which are no longer kept` : "";
+      const but = missing > 0 ? `, without its first ${missing} frames, which were no longer stored` : "";
       this.say(`Saved ${name}${but}.`);
     } catch (error) {
       this.say(`Not saved: ${error.message}`);

@@ -1,20 +1,20 @@
-// Figures of the last seconds: frames a second, latency from key to picture, times of the parts.
+// Statistics of the last seconds: frames per second, latency from key to picture, times of the parts.
 
 import { titleOf } from "./worlds.js";
 
-const SECONDS = 4; // that the figures look back
+const SECONDS = 4; // that the statistics cover
 const REDRAW = 250; // ms
-const SLOW = 0.85; // of the target, for as long as the figures look back
+const SLOW = 0.85; // of the target rate, over these seconds
 const PARTS = ["encoder", "denoising", "decoding"];
 
 export class Stats {
-  rate = null; // frames a second, as they came last at this pace
+  rate = null; // frames per second, as last measured at this target
   #frames = []; // {at, worlds: name -> times}
-  #pressed = new Map(); // seq -> when
+  #pressed = new Map(); // seq -> time
   #latencies = []; // {at, ms}
   #target = 10;
   #running = false;
-  #since = 0; // when frames began to come at this pace
+  #since = 0; // when measuring at this target began
   #timer = 0;
 
   constructor(box) {
@@ -23,7 +23,7 @@ export class Stats {
     this.part = Object.fromEntries(ids.map((id) => [id, box.querySelector(`#${id}`)]));
   }
 
-  /** A new pace, pause or resumption: what was measured before does not count for it. */
+  /** Start measuring anew, after a change of the target, a pause or a resumption. */
   begin(target, running) {
     if (target !== this.#target) this.rate = null;
     this.#target = target;
@@ -38,7 +38,7 @@ export class Stats {
     this.#pressed.set(seq, performance.now());
   }
 
-  /** A new frame is on the screen. */
+  /** Count a new frame that has been drawn. */
   shown(picture, names) {
     const at = performance.now();
     const worlds = picture.worlds.map(({ world, times }) => [names[world], times]);
@@ -60,14 +60,13 @@ export class Stats {
     const now = performance.now();
     const recent = ({ at }) => at > now - 1000 * SECONDS;
     this.#frames = this.#frames.filter(recent);
-    // A player presses keys less often than frames come.
+    // Looking back further, since keys are pressed less often than frames arrive.
     this.#latencies = this.#latencies.filter(({ at }) => at > now - 5000 * SECONDS).slice(-50);
     const { rate, latency, latency95, slow } = this.part;
 
     const first = this.#frames[0];
     const last = this.#frames.at(-1);
-    const several = this.#frames.length > 1;
-    const fps = several ? (1000 * (this.#frames.length - 1)) / (last.at - first.at) : null;
+    const fps = this.#frames.length > 1 ? (1000 * (this.#frames.length - 1)) / (last.at - first.at) : null;
     this.rate = fps ?? this.rate;
     rate.textContent = fps === null ? "–" : fps.toFixed(1);
     const sorted = this.#latencies.map(({ ms }) => ms).sort((a, b) => a - b);
@@ -79,7 +78,7 @@ export class Stats {
     slow.hidden = !(this.#running && settled && (fps ?? 0) < SLOW * this.#target);
     if (!slow.hidden) {
       const managed = fps === null ? "hardly any" : fps.toFixed(1);
-      slow.textContent = `The server manages ${managed} of ${this.#target} frames a second.`;
+      slow.textContent = `The server manages ${managed} of ${this.#target} frames per second.`;
     }
     this.#spark();
     this.#times();
@@ -111,8 +110,8 @@ export class Stats {
   #times() {
     const last = this.#frames.at(-1);
     if (!last) return;
-    const means = last.worlds.flatMap(([name], place) => {
-      const all = this.#frames.map(({ worlds }) => worlds[place]).filter((w) => w?.[0] === name);
+    const means = last.worlds.flatMap(([name], index) => {
+      const all = this.#frames.map(({ worlds }) => worlds[index]).filter((w) => w?.[0] === name);
       const mean = PARTS.map((_, i) => all.reduce((sum, [, times]) => sum + times[i], 0) / all.length);
       return mean.some((ms) => ms > 0) ? [[name, mean]] : [];
     });
@@ -123,9 +122,9 @@ export class Stats {
     const sum = (mean) => mean.reduce((a, b) => a + b, 0);
     const full = Math.max(1000 / this.#target, ...means.map(([, mean]) => sum(mean)));
     means.forEach(([, mean], i) => {
-      const said = PARTS.map((part, p) => `${part} ${mean[p].toFixed(1)} ms`).join(", ");
-      rows[i].querySelector(".stack").setAttribute("aria-label", said);
-      rows[i].querySelector(".stack").title = said;
+      const label = PARTS.map((part, p) => `${part} ${mean[p].toFixed(1)} ms`).join(", ");
+      rows[i].querySelector(".stack").setAttribute("aria-label", label);
+      rows[i].querySelector(".stack").title = label;
       PARTS.forEach((part, p) => {
         rows[i].querySelector(`.stack .${part}`).style.width = `${(100 * mean[p]) / full}%`;
         rows[i].querySelector(`.ms .${part}`).textContent = mean[p].toFixed(mean[p] < 10 ? 1 : 0);
@@ -134,8 +133,8 @@ export class Stats {
   }
 
   #row(name) {
-    const there = this.part.times.querySelector(`[data-world="${name}"]`);
-    if (there) return there;
+    const existing = this.part.times.querySelector(`[data-world="${name}"]`);
+    if (existing) return existing;
     const row = document.createElement("div");
     row.dataset.world = name;
     const label = document.createElement("span");

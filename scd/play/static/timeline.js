@@ -1,11 +1,11 @@
-// The past as a strip of pictures: point at a frame to see it, click to go back to it.
+// The timeline as a strip of pictures: point at a frame to see it, click to go back to it.
 
 import { paint } from "./picture.js";
 
-const SHORTEST = 64; // frames that the strip has room for at first; twice as many when it is full
+const SHORTEST = 64; // frames that fit the strip at first; doubled whenever it is full
 const REDRAW = 200; // ms
 
-/** Calls `rewind(frame)`. The range is that of play: the start's last frame to the newest. */
+/** Calls `rewind(frame)`. The strip goes from the start clip's last frame to the newest. */
 export class Timeline {
   #first = 0;
   #newest = 0;
@@ -31,14 +31,14 @@ export class Timeline {
     box.addEventListener("blur", () => this.#choose(null));
   }
 
-  /** Frames that can be gone back to, and the ones where branches leave this line. */
+  /** Set the frames that one can go back to, and those where branches leave the timeline. */
   follow(first, newest, forks = this.#forks) {
     this.#first = first;
     this.#newest = newest;
     this.#forks = forks;
     this.box.setAttribute("aria-valuemin", first);
     this.box.setAttribute("aria-valuemax", newest);
-    if (this.#chosen === null) this.#tell(newest);
+    if (this.#chosen === null) this.#announce(newest);
     this.#timer ||= setTimeout(() => this.#draw(), REDRAW);
   }
 
@@ -75,7 +75,7 @@ export class Timeline {
   #choose(frame) {
     this.#chosen = frame;
     this.cursor.hidden = this.preview.hidden = frame === null;
-    this.#tell(frame ?? this.#newest);
+    this.#announce(frame ?? this.#newest);
     if (frame === null) return;
     const share = (frame - this.#first + 0.5) / this.#span;
     this.cursor.style.left = `${100 * share}%`;
@@ -87,7 +87,7 @@ export class Timeline {
     this.preview.querySelector("figcaption").textContent = `frame ${frame}`;
   }
 
-  #tell(frame) {
+  #announce(frame) {
     this.box.setAttribute("aria-valuenow", frame);
     this.box.setAttribute("aria-valuetext", `frame ${frame} of ${this.#newest}`);
   }

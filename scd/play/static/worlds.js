@@ -1,4 +1,4 @@
-// The pictures of the shown worlds, large.
+// The large pictures of the shown worlds.
 
 import { paint } from "./picture.js";
 
@@ -13,13 +13,13 @@ export class Worlds {
     this.box = box;
   }
 
-  /** What the server tells about them: name -> {kind, parameters}. */
+  /** Set the models' descriptions: name -> {kind, parameters}. */
   set about(about) {
     this.#about = about;
     for (const [name, figure] of this.#figures) this.#explain(name, figure);
   }
 
-  /** Show these worlds, by name. */
+  /** Set the worlds to show, by name. */
   set names(names) {
     if (names.join() === [...this.#figures.keys()].join()) return;
     this.#figures = new Map(names.map((name) => [name, this.#figure(name)]));
@@ -31,7 +31,7 @@ export class Worlds {
     this.box.classList.toggle("smooth", on);
   }
 
-  /** Paint the worlds of a picture message; `names` is the server's whole list. */
+  /** Paint the worlds of a picture message; `names` lists all worlds of the server. */
   show(picture, names) {
     for (const { world, over, image } of picture.worlds) {
       const figure = this.#figures.get(names[world]);
@@ -48,7 +48,7 @@ export class Worlds {
     const canvas = document.createElement("canvas");
     canvas.width = canvas.height = 64;
     canvas.setAttribute("role", "img");
-    canvas.setAttribute("aria-label", `what ${titleOf(name)} shows`);
+    canvas.setAttribute("aria-label", `Picture of ${titleOf(name)}`);
     const caption = document.createElement("figcaption");
     caption.textContent = titleOf(name);
     figure.dataset.world = name;
@@ -59,7 +59,7 @@ export class Worlds {
 
   #explain(name, figure) {
     const about = this.#about[name];
-    const said = about && `${about.kind}, ${(about.parameters / 1e6).toFixed(1)} million parameters`;
-    figure.querySelector("figcaption").title = said ?? "";
+    const text = about && `${about.kind}, ${(about.parameters / 1e6).toFixed(1)} million parameters`;
+    figure.querySelector("figcaption").title = text ?? "";
   }
 }

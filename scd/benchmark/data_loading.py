@@ -1,7 +1,7 @@
-"""Clips a second through the loader of training, by number of workers.
+"""Measure clips per second through the training's data loader, by number of workers.
 
-The data set is made for the measurement: pictures that a camera sees as it wanders over a texture,
-and latents of noise. A file leaves the page cache when it has been read, so each is read from disk.
+The data set is made for the measurement: video of a camera that moves over a texture, and latents
+of noise. Files are dropped from the page cache after reading, so each one is read from disk.
 """
 
 import os
@@ -20,29 +20,29 @@ from torch.nn import functional as F
 
 from scd.benchmark.cases import ACTIONS, CHANNELS, DataCase
 from scd.benchmark.machine import peak_bytes
-from scd.benchmark.streaming import AUTOENCODER
-from scd.data.clips import TrainingClips, clip_folder
+from scd.benchmark.rollouts import AUTOENCODER
+from scd.data.clips import clip_folder
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
-from scd.data.loader import training_batches
+from scd.data.loader import TrainingClips, training_batches
 from scd.data.video import write_video
 from scd.data.video_checks import VideoChecks
-from scd.evaluation.table import Table
 from scd.models.autoencoder import PUBLISHED_SCALING, LatentCodec, build_autoencoder
 from scd.options import Options, load_options
-from scd.training.estimate import estimate_step
+from scd.training.performance import estimate_step
 from scd.utils.files import write_atomically
 from scd.utils.paths import project_file
+from scd.utils.table import Table
 
 SETTING = project_file("options/scd_minecraft.yml")
-# What the data have to keep up with, on paper: nobody has measured a step on these GPUs.
+# The GPUs that the data have to keep up with; an estimate, as no step has been measured on them.
 GPUS = 8
-PEAK_FLOPS = 989e12  # a second, of an H100 SXM, dense bf16 (its data sheet)
-UTILISATION = 0.4  # of the peak; assumed
+PEAK_FLOPS = 989e12  # per second, of an H100 SXM, dense bf16 (its data sheet)
+UTILIZATION = 0.4  # of the peak; assumed
 
 
 def run_data(case: DataCase, folder: Path) -> dict[str, Any]:
-    """Time one case in this process, on the file system of `folder`."""
+    """Time one case in this process, with its data on the file system of `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     with TemporaryDirectory(prefix="data-", dir=folder) as root:
@@ -54,7 +54,7 @@ def run_data(case: DataCase, folder: Path) -> dict[str, Any]:
         )
         counts = worker_counts(_cores()) if case.workers is None else case.workers
         rates = [
-            {"workers": workers, **_rate(case, clips, options, workers, accelerator)}
+            {"workers": workers, **_measure_rate(case, clips, options, workers, accelerator)}
             for workers in counts
         ]
     flops = flops_of_clip(options)
@@ -63,55 +63,55 @@ def run_data(case: DataCase, folder: Path) -> dict[str, Any]:
         "file_bytes": files / case.clips,
         "flops_of_clip": flops,
         "taken": {
-            "clips_per_second": clips_taken(flops),
+            "clips_per_second": clips_consumed(flops),
             "gpus": GPUS,
             "peak_flops": PEAK_FLOPS,
-            "utilisation": UTILISATION,
+            "utilisation": UTILIZATION,
         },
         "peak_bytes": peak_bytes(torch.device("cpu")),
     }
 
 
 def worker_counts(cores: int) -> list[int]:
-    """0, 1, 2, 4, ... and as many as there are cores."""
+    """List the numbers of workers to time: 0, 1, 2, 4, ... and the number of cores."""
     powers = [2**n for n in range(cores.bit_length()) if 2**n < cores]
     return [0, *powers, cores]
 
 
 def flops_of_clip(options: Options) -> float:
-    """Of a training step, for each of its clips, as the dry run counts them."""
+    """Count the operations of a training step per clip, as the dry run does."""
     with torch.device("meta"):
         codec = LatentCodec(build_autoencoder(AUTOENCODER))
     return estimate_step(options, codec).flops / options.train.batch_size
 
 
-def clips_taken(
-    flops: float, gpus: int = GPUS, peak: float = PEAK_FLOPS, utilisation: float = UTILISATION
+def clips_consumed(
+    flops: float, gpus: int = GPUS, peak: float = PEAK_FLOPS, utilization: float = UTILIZATION
 ) -> float:
-    """Clips a second that GPUs train on, if a clip takes so many operations."""
-    return gpus * peak * utilisation / flops
+    """Compute the clips per second that GPUs train on, at so many operations per clip."""
+    return gpus * peak * utilization / flops
 
 
 def data_table(results: list[tuple[DataCase, dict[str, Any]]]) -> Table:
-    """One line for each number of workers."""
+    """Tabulate the results, with a row for each number of workers."""
     heads = ["data", "workers", "clips/s", "MB/s of files", "CPU, ms/clip"]
-    heads += [f"{GPUS} H100s would take, clips/s", "times that", "cores for it"]
+    heads += [f"{GPUS} H100s need, clips/s", "÷ need", "cores for it"]
     lines = []
     for case, r in results:
-        taken = r["taken"]["clips_per_second"]
+        needed = r["taken"]["clips_per_second"]
         for rate in r["rates"]:
-            found, busy = rate["clips_per_second"], rate.get("cpu_seconds_a_clip")
-            cells = [f"{found:.1f}", f"{found * r['file_bytes'] / 1e6:.0f}"]
+            clips, busy = rate["clips_per_second"], rate.get("cpu_seconds_a_clip")
+            cells = [f"{clips:.1f}", f"{clips * r['file_bytes'] / 1e6:.0f}"]
             cells += ["–" if busy is None else f"{1e3 * busy:.1f}"]
-            cells += [f"{taken:.1f}", f"{found / taken:.2f}"]
-            cells += ["–" if busy is None else f"{busy * taken:.1f}"]
+            cells += [f"{needed:.1f}", f"{clips / needed:.2f}"]
+            cells += ["–" if busy is None else f"{busy * needed:.1f}"]
             lines.append([case.name, str(rate["workers"]), *cells])
     notes = [
-        "Batches of 2 clips with their actions, files read from disk; 0 workers: on one thread, "
-        "which also tells how busy a clip keeps it. What GPUs would take is an estimate on paper: "
-        f"the model of {SETTING.name} on clips of so many frames, the dry run's count of "
-        f"operations, {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s on each GPU; encoding "
-        "of videos left out. Cores for it: CPU time of a clip times those clips."
+        "Batches of 2 clips with their actions, files read from disk. 0 workers: on one thread, "
+        "which also gives the CPU time of a clip. What GPUs need is an estimate on paper: the "
+        f"model of {SETTING.name} on clips of so many frames, the dry run's count of operations, "
+        f"{UTILIZATION:.0%} of {PEAK_FLOPS / 1e12:.0f} TFLOP/s on each GPU, without the encoding "
+        "of videos. Cores for it: CPU time of a clip times those clips."
     ]
     return Table(heads, lines, 1, notes)
 
@@ -121,7 +121,7 @@ def _cores() -> int:
 
 
 def _options(case: DataCase, root: str) -> Options:
-    """The paper's setting on the case's data."""
+    """Load the paper's Minecraft options with the case's data."""
     source = "video" if case.suffix == ".mp4" else "latents"
     return load_options(
         SETTING,
@@ -137,13 +137,13 @@ def _options(case: DataCase, root: str) -> Options:
 
 
 def _write_data(case: DataCase, options: Options) -> int:
-    """Write the clips and their list; returns the bytes of all files that are read."""
+    """Write the clips and their list; returns the total size of the files in bytes."""
     root, rng = Path(options.data.root), np.random.default_rng(0)
     entries = []
     for number in range(case.clips):
         path, action_path = root / f"{number}{case.suffix}", root / f"{number}.npz"
         if case.suffix == ".mp4":
-            write_video(path, wandering(rng, case.episode, case.size), options.data.fps)
+            write_video(path, moving_camera(rng, case.episode, case.size), options.data.fps)
         else:
             side = case.size // 16
             values = rng.standard_normal((case.episode, CHANNELS, side, side), dtype=np.float32)
@@ -161,22 +161,22 @@ def _write_data(case: DataCase, options: Options) -> int:
         )
     sizes = sum(path.stat().st_size for path in root.iterdir())
     write_list(root / options.data.train_list, entries)
-    # As `scd make-lists` and `scd validate` do once: that is not part of reading a clip.
+    # `scd make-lists` and `scd validate` do this once; it is not part of reading a clip.
     VideoChecks(root).check_all(entry.video_path for entry in entries if entry.video_path)
     return sizes
 
 
-def wandering(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
-    """Pictures (F, size, size, 3) uint8 of a camera that shifts, turns and nears over a texture.
+def moving_camera(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
+    """Render video of a camera that shifts, turns and zooms over a texture, (F, size, size, 3).
 
-    With the grain of its finest detail they take some 3 bits a pixel, as recorded Doom does.
+    With the grain of its finest detail it takes some 3 bits per pixel, as recorded Doom does.
     """
     texture = torch.zeros(1, 3, 4 * size, 4 * size)
     for detail, strength in ((8, 1.0), (32, 0.5), (4 * size, 0.4)):
         noise = torch.from_numpy(rng.standard_normal((1, 3, detail, detail), dtype=np.float32))
         texture += strength * F.interpolate(noise, size=texture.shape[-2:], mode="bicubic")
-    x, y, angle, nearness = (_walk(rng, frames, step) for step in (0.004, 0.004, 0.01, 0.01))
-    scale = 0.25 * nearness.clamp(-1, 1).exp()
+    x, y, angle, zoom = (_walk(rng, frames, step) for step in (0.004, 0.004, 0.01, 0.01))
+    scale = 0.25 * zoom.clamp(-1, 1).exp()
     rows = (
         scale * angle.cos(),
         -scale * angle.sin(),
@@ -185,48 +185,48 @@ def wandering(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
         scale * angle.cos(),
         y,
     )
-    places = F.affine_grid(
+    grid = F.affine_grid(
         torch.stack(rows, dim=1).view(frames, 2, 3), [frames, 3, size, size], align_corners=False
     )
-    seen = F.grid_sample(
-        texture.expand(frames, -1, -1, -1), places, padding_mode="reflection", align_corners=False
+    video = F.grid_sample(
+        texture.expand(frames, -1, -1, -1), grid, padding_mode="reflection", align_corners=False
     )
-    return (128 + 48 * seen).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return (128 + 48 * video).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
 
 
 def _walk(rng: np.random.Generator, frames: int, step: float) -> Tensor:
-    """A smooth random path (F,) that comes back to zero."""
-    place, speed, path = 0.0, 0.0, []
+    """Draw a smooth random path (F,) that returns to zero again and again."""
+    position, speed, path = 0.0, 0.0, []
     for _ in range(frames):
         speed = 0.9 * speed + rng.normal(0, step)
-        place = 0.98 * place + speed
-        path.append(place)
+        position = 0.98 * position + speed
+        path.append(position)
     return torch.tensor(path)
 
 
-def _rate(
+def _measure_rate(
     case: DataCase, clips: TrainingClips, options: Options, workers: int, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Of batches as training draws them, after those that workers fetch as they start."""
+    """Measure clips per second, after the batches that workers prefetch when they start."""
     train, threads = replace(options.train, workers=workers), torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
         with training_batches(0, clips, train, accelerator) as batches:
             for _ in range(1 + 4 * workers):
-                _forget(next(batches), clips)
+                _drop_from_cache(next(batches), clips)
             began, busy, count = time.perf_counter(), time.process_time(), 0
             while not count or time.perf_counter() - began < case.seconds:
-                count += len(_forget(next(batches), clips))
+                count += len(_drop_from_cache(next(batches), clips))
             rate = {"clips_per_second": count / (time.perf_counter() - began)}
-            if not workers:  # nothing is read elsewhere
+            if not workers:  # all reading is in this process
                 rate["cpu_seconds_a_clip"] = (time.process_time() - busy) / count
             return rate
     finally:
         torch.set_num_threads(threads)
 
 
-def _forget(batch: dict[str, Tensor], clips: TrainingClips) -> Tensor:
-    """Drop a batch's files from the page cache; returns its sample numbers."""
+def _drop_from_cache(batch: dict[str, Tensor], clips: TrainingClips) -> Tensor:
+    """Drop a batch's files from the page cache; returns the batch's sample numbers."""
     folder = clips.folder
     for sample in batch["sample"].tolist():
         entry = folder.entries[clips.number(sample)]

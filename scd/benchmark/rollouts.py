@@ -1,6 +1,6 @@
-"""Times of a rollout: first frame with prefill, frames after it, and their decoding to pixels.
+"""Time rollouts: prefill, first frame, further frames, and their decoding to pixels.
 
-Weights are random: speed does not depend on them.
+Weights are random, since speed does not depend on them.
 """
 
 import resource
@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
-from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, EndlessCase, StreamCase
-from scd.benchmark.machine import frame_floor, measure_machine, peak_bytes, seconds, synchronise
+from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, LongRolloutCase, RolloutCase
+from scd.benchmark.machine import frame_floor, measure_machine, peak_bytes, seconds, synchronize
 from scd.models import SCD, CausalDiT, WorldModel
 from scd.models.autoencoder import LatentCodec, build_autoencoder
-from scd.options import AutoencoderOptions, RolloutOptions
+from scd.options import AutoencoderOptions, BlockType, RolloutOptions
 from scd.rollout import Rollout
 
-RES, VIT = "ResBlock", "EfficientViTBlock"
-# Of 128x128 pixels and 8x8 latents, as Minecraft's.
+RES: BlockType = "ResBlock"
+VIT: BlockType = "EfficientViTBlock"
+# From 128x128 pixels to 8x8 latents, as for Minecraft.
 AUTOENCODER = AutoencoderOptions(
     encoder_block_types=[RES, RES, RES, VIT, VIT],
     encoder_channels=[128, 256, 512, 512, 1024],
@@ -31,8 +32,8 @@ AUTOENCODER = AutoencoderOptions(
 )
 
 
-def run_stream(case: StreamCase, device: torch.device) -> dict[str, Any]:
-    """Time one case in this process."""
+def run_rollout(case: RolloutCase, device: torch.device) -> dict[str, Any]:
+    """Time the frames of one case in this process."""
     dtype = getattr(torch, case.dtype)
     machine = measure_machine(dtype, device)
     model = build(case).to(device, dtype).eval()
@@ -50,16 +51,16 @@ def run_stream(case: StreamCase, device: torch.device) -> dict[str, Any]:
     actions = torch.randint(ACTIONS, (count, 1))
     times = []
     for number in range(case.frames + 2):
-        synchronise(device)
+        synchronize(device)
         started = time.perf_counter()
         if number == 0:
             rollout.reset(context, actions[:known].T)
             if not case.prefill:
                 _fill(rollout, case.context - 1)
-            synchronise(device)
+            synchronize(device)
             prefill = time.perf_counter() - started
         rollout.step(actions[number])
-        synchronise(device)
+        synchronize(device)
         times.append(time.perf_counter() - started)
     peak = peak_bytes(device)
     floor = frame_floor(case)
@@ -77,8 +78,8 @@ def run_stream(case: StreamCase, device: torch.device) -> dict[str, Any]:
     }
 
 
-def run_endless(case: EndlessCase, device: torch.device) -> dict[str, Any]:
-    """Time and memory of the frames of a long stream, tenth by tenth."""
+def run_long_rollout(case: LongRolloutCase, device: torch.device) -> dict[str, Any]:
+    """Measure time and memory of a long rollout, for each tenth of its frames."""
     model = SCD(channels=8, patch_size=2, heads=4, encoder_layers=4, decoder_layers=2)
     settings = RolloutOptions(4, guidance="none", window=case.window)
     rollout = Rollout(model.to(device).eval(), settings)
@@ -87,7 +88,7 @@ def run_endless(case: EndlessCase, device: torch.device) -> dict[str, Any]:
     for number in range(case.frames):
         frame = rollout.step()
         if (number + 1) % (case.frames // 10) == 0:
-            synchronise(device)
+            synchronize(device)
             marks.append(time.perf_counter())
             memory.append(_memory_now(device))
     assert torch.isfinite(frame).all()
@@ -98,7 +99,8 @@ def run_endless(case: EndlessCase, device: torch.device) -> dict[str, Any]:
     }
 
 
-def build(case: StreamCase) -> WorldModel:
+def build(case: RolloutCase) -> WorldModel:
+    """Build the case's model with random weights."""
     shared: dict[str, Any] = {"channels": CHANNELS, "heads": case.heads}
     shared |= {"condition": "action", "num_conditions": ACTIONS}
     torch.manual_seed(0)
@@ -108,7 +110,7 @@ def build(case: StreamCase) -> WorldModel:
 
 
 def _fill(rollout: Rollout, frames: int) -> None:
-    """As if so many frames had been taken in."""
+    """Fill the KV cache with noise, in place of a prefill of so many frames."""
     cache = rollout.cache
     cache.keys.normal_()
     cache.values.normal_()
@@ -117,7 +119,7 @@ def _fill(rollout: Rollout, frames: int) -> None:
 
 @torch.no_grad()
 def _decode_seconds(dtype: torch.dtype, device: torch.device) -> list[float]:
-    """Of one frame at a time."""
+    """Time the decoding of single frames to pixels."""
     codec = LatentCodec(build_autoencoder(AUTOENCODER)).to(device, dtype).eval()
     latents = torch.randn(1, 1, CHANNELS, SIDE, SIDE, device=device).to(dtype)
     return seconds(lambda: codec.decode(latents), 5, device)

@@ -1,0 +1,7 @@
+"""`python -m scd.cli`, for launchers that start modules."""
+
+import sys
+
+from scd.cli import main
+
+sys.exit(main())

@@ -1,0 +1,29 @@
+"""Arguments that several commands take."""
+
+import argparse
+from typing import Any
+
+from scd.utils.paths import to_read
+
+Commands = Any
+"""What `ArgumentParser.add_subparsers` returns; argparse does not name its type."""
+
+OWN_CHECKPOINT = "ema.safetensors of this project, or the reference's ema.pth"
+
+
+def add_options_file(p: argparse.ArgumentParser) -> None:
+    """Add `--opt FILE` and `key=value` overrides."""
+    p.add_argument("--opt", required=True, help="options file (YAML)")
+    add_overrides(p)
+
+
+def add_checkpoint(p: argparse.ArgumentParser, help: str = OWN_CHECKPOINT) -> None:
+    """Add a checkpoint, `--opt FILE` in place of the options that it carries, and overrides."""
+    p.add_argument("checkpoint", type=to_read, help=help)
+    p.add_argument("--opt", help="options file to use instead of the options in the checkpoint")
+    add_overrides(p)
+
+
+def add_overrides(p: argparse.ArgumentParser) -> None:
+    """Add `key=value` overrides of single options."""
+    p.add_argument("overrides", nargs="*", metavar="key=value")

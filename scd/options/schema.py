@@ -1,0 +1,328 @@
+"""Every option: its type, its default, what it means, and the values that it takes by itself.
+
+Which values contradict each other stands in `rules.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+Guidance = Literal["none", "context", "condition"]
+BlockType = Literal["ResBlock", "EfficientViTBlock"]
+FvdPrecision = Literal["fp32", "bf16"]
+MAX_SIGMA_REL = 0.28  # a plain mean over all of training has 0.289
+
+
+def checked(default: Any, holds: Callable[[Any], bool], must: str) -> Any:
+    """Declare an option whose value must satisfy a predicate, unless it is null.
+
+    Args:
+        must: the requirement, as it ends the sentence "NAME must ...".
+    """
+    metadata = {"holds": holds, "must": must}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def positive(default: Any) -> Any:
+    """Declare an option above 0; in a list, every item is."""
+    return checked(default, lambda value: all(n > 0 for n in items(value)), "be above 0")
+
+
+def not_negative(default: Any) -> Any:
+    """Declare an option of 0 or more; in a list, every item is."""
+    return checked(default, lambda value: all(n >= 0 for n in items(value)), "not be negative")
+
+
+def fraction(default: float) -> Any:
+    """Declare an option between 0 and 1."""
+    return checked(default, lambda value: 0 <= value <= 1, "lie between 0 and 1")
+
+
+def folder(default: str) -> Any:
+    """Declare the path of a folder that an experiment cannot do without."""
+    return checked(
+        default,
+        lambda value: value != "None",
+        "be a folder (write ./None if that is its name)",
+    )
+
+
+def items(value: Any) -> list:
+    """Return a list as it is, and a single value as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def _is_folder_name(name: str) -> bool:
+    return name.isprintable() and "/" not in name and name not in ("", ".", "..")
+
+
+def _is_project_name(name: str) -> bool:
+    return 0 < len(name) <= 128 and name.isprintable() and not set(name) & set("/\\#?%:")
+
+
+@dataclass
+class DataOptions:
+    """The clips to train and evaluate on (see `scd.data.lists` for the list files)."""
+
+    root: str = folder(MISSING)  # the folder that all paths in the lists are relative to
+    train_list: str = "train.json"  # list of the training clips, relative to root
+    val_list: str = "val.json"  # list of the validation clips, relative to root
+    source: Literal["video", "latents"] = "video"  # latents: precomputed by `scd encode`
+    frame_size: int = positive(64)  # height and width of the model's frames, in pixels
+    # Scale the shorter side of each video to this many pixels, then crop to frame_size: at random
+    # when training on videos, in the center for evaluation and latents. null: no scaling, the
+    # videos have frame_size already.
+    resize_shorter: int | None = None
+    mirror: bool = False  # when training on videos, flip clips horizontally with probability 1/2
+    frames: int = positive(16)  # frames per training clip
+    frame_stride: int = positive(1)  # use every n-th frame of a video
+    max_broken_clips: int = not_negative(0)  # unreadable training clips to skip before giving up
+    fps: float = positive(8.75)  # frame rate of the videos that are written
+    action_names: list[str] = field(default_factory=list)  # for tables and play; may stay empty
+
+
+@dataclass
+class AutoencoderOptions:
+    """The autoencoder between pixels and latents: one to load (`path`), or one to train."""
+
+    # A folder in diffusers' format. null: a world model works on pixels, and an autoencoder is
+    # trained from scratch with the architecture below: one entry per resolution, highest first.
+    path: str | None = None
+    latent_channels: int = positive(32)
+    encoder_block_types: list[BlockType] = field(default_factory=list)
+    encoder_channels: list[int] = positive([])
+    encoder_layers: list[int] = not_negative([])
+    decoder_block_types: list[BlockType] = field(default_factory=list)
+    decoder_channels: list[int] = positive([])
+    decoder_layers: list[int] = not_negative([])
+    # Norm of the decoder's ResBlocks: rms_norm with SiLU, or batch_norm with ReLU as in the
+    # published weights.
+    decoder_norm: Literal["batch_norm", "rms_norm"] = "rms_norm"
+    lpips_weight: float = not_negative(0.5)  # loss = L1 + lpips_weight * LPIPS
+
+
+@dataclass
+class DiscriminatorOptions:
+    """The second training stage of an autoencoder: it starts from `autoencoder.path`, freezes the
+    encoder and trains the decoder against a patch discriminator."""
+
+    # Weight of the adversarial loss, times VQGAN's adaptive weight. 0: no discriminator.
+    weight: float = not_negative(0.0)
+    channels: int = positive(64)  # width of the first layer; each further layer doubles it
+    # Layers that halve the resolution: with 3, each logit sees 70x70 pixels, with 2 34x34, with 1
+    # 16x16.
+    layers: int = positive(3)
+
+
+@dataclass
+class ModelOptions:
+    """The network (arXiv 2602.10095, section 4)."""
+
+    type: Literal["scd", "causal_dit"] = "scd"  # causal_dit: the dense baseline
+    patch_size: int = positive(1)  # side of the square of latents that makes one token
+    heads: int = positive(16)  # attention heads; the width is 64 * heads
+    encoder_layers: int = not_negative(0)  # of scd; must be 0 for causal_dit
+    decoder_layers: int = not_negative(0)  # of scd; must be 0 for causal_dit
+    layers: int = not_negative(0)  # of causal_dit; must be 0 for scd
+    # How the decoder joins context and noisy tokens: one of `scd.models.decoder.FUSIONS`.
+    fusion: str = "token_concat"
+    # What drives a frame: one action out of num_conditions, a vector of num_conditions numbers
+    # (several keys at once, a mouse), or one class label per video.
+    condition: Literal["none", "action", "action_vector", "label"] = "none"
+    num_conditions: int = not_negative(0)  # the null condition does not count
+    first_frame: bool = False  # also learn to generate frame 0, without any context
+    modulate_context: bool = True  # whether the norm at the encoder's output is modulated
+    modulate_output: bool = True  # whether the norm at the decoder's output is modulated
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether every frame has an action, of either kind."""
+        return self.condition in ("action", "action_vector")
+
+
+@dataclass
+class FlowOptions:
+    """The training objective (flow matching)."""
+
+    prediction: Literal["velocity", "data"] = "velocity"  # data: the network predicts clean frames
+    # With prediction data: the velocity is a difference divided by sigma, which counts as at least
+    # this.
+    sigma_min: float = positive(0.05)
+    # The frames that the causal encoder sees in training. mixed: each frame is clean with
+    # probability clean_fraction, otherwise noisy.
+    encoder_input: Literal["clean", "noisy", "mixed"] = "clean"
+    clean_fraction: float = fraction(0.1)
+    # Two remedies against drift in long rollouts, both for encoder_input clean: noise added to the
+    # history, at a level drawn per clip from 0 to this maximum (arXiv 2408.14837) ...
+    history_noise_max: float = fraction(0.0)
+    # ... and the share of clips whose history is the model's own prediction of each frame, made
+    # in a few denoising steps.
+    self_forcing_prob: float = fraction(0.0)
+    noise_draws: int = positive(2)  # K: noise draws per frame that share one encoder pass
+    context_noise: float = not_negative(0.05)  # eta: strength of the context perturbation
+    condition_dropout: float = fraction(0.1)  # probability of training with the null condition
+    logit_mean: float = 0.0  # noise levels are sigmoid(N(logit_mean, logit_std))
+    logit_std: float = positive(1.0)
+
+
+@dataclass
+class OptimOptions:
+    """The optimizer, the learning rate schedule and the EMA."""
+
+    lr: float = positive(1e-4)  # peak learning rate of AdamW
+    # Learning rate of Muon for the matrices in the blocks. null: AdamW trains everything.
+    muon_lr: float | None = positive(None)
+    decoder_lr_scale: float = positive(2.0)  # the decoder's learning rates are this many times lr
+    discriminator_lr: float = positive(1e-4)  # learning rate of the discriminator
+    betas: list[float] = checked(  # of AdamW
+        [0.9, 0.999],
+        lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "be two numbers from 0 to below 1",
+    )
+    weight_decay: float = not_negative(0.0)
+    # After the warm-up the rate stays constant, falls until the last step (cosine), or falls as
+    # 1 - sqrt during the last decay_steps (wsd), so that a run can be extended until then.
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    warmup_steps: int = not_negative(0)  # length of the linear warm-up; its last step has full rate
+    decay_steps: int = not_negative(0)  # length of wsd's decay
+    min_lr_ratio: float = fraction(0.0)  # where cosine and wsd end, as a share of each rate
+    max_grad_norm: float = positive(1.0)  # gradients are clipped to this norm
+    # Skip steps whose gradient norm exceeds this. null: skip only those that are not finite.
+    skip_grad_norm: float | None = positive(None)
+    ema_decay: float = fraction(0.9999)  # of the averaged weights that are validated and exported
+    # With train.snapshot_every: lengths of the averages from which `scd ema` makes others
+    # afterwards, as shares of the training so far (arXiv 2312.02696, section 3).
+    ema_sigma_rel: list[float] = checked(
+        [0.05, 0.1],
+        lambda widths: (
+            0 < len(widths) == len(set(widths)) and all(0 < w <= MAX_SIGMA_REL for w in widths)
+        ),
+        f"be one or more different numbers above 0, at most {MAX_SIGMA_REL}",
+    )
+
+
+@dataclass
+class TrainOptions:
+    """The training loop: length, batches, precision, and what is written when."""
+
+    steps: int = positive(MISSING)  # optimizer steps of the whole run
+    batch_size: int = positive(MISSING)  # clips per process and accumulation step
+    gradient_accumulation: int = positive(1)  # batches per optimizer step
+    gradient_checkpointing: bool = False  # recompute activations: less memory, more time
+    # auto: bf16 where the device computes it at least as fast as fp32, otherwise fp32.
+    mixed_precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False  # torch.compile; needs a C++ compiler on a CPU, a C compiler on a GPU
+    workers: int = not_negative(2)  # data loading processes per training process
+    log_every: int = positive(10)  # steps between log lines
+    # Steps between rollouts on the validation set, with samples and metrics. 0: never.
+    sample_every: int = not_negative(0)
+    # Steps between losses on validation clips, by noise level. 0: never.
+    val_loss_every: int = not_negative(0)
+    profile_steps: list[int] = field(default_factory=list)  # first and last step; empty: none
+    save_every: int = positive(1000)  # steps between checkpoints
+    keep_checkpoints: int = positive(2)  # how many of the newest checkpoints stay on disk
+    # Steps between snapshots for `scd ema`, all of which stay on disk. 0: none.
+    snapshot_every: int = not_negative(0)
+    max_bad_steps: int = positive(3)  # this many skipped steps in a row end the run
+    # Steps between checks that all processes have the same weights. 0: never.
+    check_weights_every: int = not_negative(0)
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    # The wandb project of the run; the run itself is named after the experiment.
+    wandb_project: str = checked(
+        "scd",
+        _is_project_name,
+        "be a possible name of a wandb project (at most 128 characters, none of /\\#?%:)",
+    )
+
+
+@dataclass
+class RolloutOptions:
+    """How frames are generated."""
+
+    steps: int = positive(50)  # denoising steps per frame
+    # multistep: second order, with as many network passes.
+    solver: Literal["euler", "multistep"] = "euler"
+    # Spacing of the noise levels. diffusers: as FlowMatchEulerDiscreteScheduler has them, evenly
+    # from 1 to 0.001 and then 0, so that the last step does next to nothing. even: equal steps
+    # from 1 to 0.
+    spacing: Literal["diffusers", "even"] = "diffusers"
+    shift: float = positive(1.0)  # timestep shift: above 1, smaller steps at high noise
+    # The negative branch: a perturbed context (scd only), or the null condition.
+    guidance: Guidance = "context"
+    guidance_scale: float = not_negative(1.5)  # 1: no guidance
+    guidance_noise: float = not_negative(0.05)  # eta of the perturbed context
+    # Noise levels at which guidance applies; steps at other levels cost half.
+    guidance_interval: list[float] = checked(
+        [0.0, 1.0],
+        lambda interval: len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
+        "be the lowest and the highest noise level, in 0..1",
+    )
+    window: int = not_negative(0)  # past frames that a new frame attends to; 0: all of them
+    # How many of the window's places the first frames of the video keep for good.
+    sink_frames: int = not_negative(0)
+    compile: bool = False  # torch.compile of the denoising steps; on CUDA, one graph per frame
+    # auto: bf16 where the device computes it at least as fast as fp32, otherwise fp32.
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
+
+
+@dataclass
+class EvalOptions:
+    """The evaluation protocol: how many videos, of which length, against what."""
+
+    context_frames: int = not_negative(MISSING)  # given frames per video
+    new_frames: int = positive(MISSING)  # generated frames per video
+    videos: int = positive(256)  # validation clips to evaluate on
+    # Predictions per clip: frame metrics take the best of them, FVD their mean.
+    trajectories: int = positive(1)
+    seeds: list[int] = field(default_factory=lambda: [0])  # one per trajectory
+    batch_size: int = positive(16)  # clips generated at a time
+    saved_videos: int = not_negative(16)  # how many predictions are kept as mp4 to look at
+    swapped_actions: list[int] = field(default_factory=list)  # two actions that a table row swaps
+    # Extra rows of the table; each takes as long to measure as the model's own.
+    comparisons: list[Literal["repeat", "autoencoder", "other"]] = field(
+        default_factory=lambda: ["repeat", "autoencoder", "other"]
+    )
+    # Precision of the FVD network. bf16: half the time where the device has it.
+    fvd_precision: FvdPrecision = "fp32"
+    # Split the new frames into this many windows, each with an FVD of its own; 0: whole clips only.
+    windows: int = not_negative(0)
+
+
+@dataclass
+class Options:
+    """One experiment. Results go to `output_root/name`."""
+
+    name: str = checked(MISSING, _is_folder_name, "be a possible name of a folder")
+    task: Literal["world_model", "autoencoder"] = MISSING
+    seed: int = checked(0, lambda seed: 0 <= seed < 2**63, "lie between 0 and 2^63 - 1")
+    init_from: str | None = None  # safetensors to start training from, as `scd split` writes them
+    data: DataOptions = field(default_factory=DataOptions)
+    autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
+    discriminator: DiscriminatorOptions = field(default_factory=DiscriminatorOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    flow: FlowOptions = field(default_factory=FlowOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    rollout: RolloutOptions = field(default_factory=RolloutOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    output_root: str = folder("experiments")
+
+    @property
+    def output(self) -> Path:
+        """The folder of the experiment's checkpoints, logs and results."""
+        return Path(self.output_root) / self.name
+
+
+def known_keys(cls: type = Options, prefix: str = "") -> list[str]:
+    """List every option and section by its dotted name."""
+    keys = []
+    for item in fields(cls):
+        keys.append(prefix + item.name)
+        if is_dataclass(item.type):
+            keys += known_keys(item.type, f"{prefix}{item.name}.")  # type: ignore[arg-type]
+    return keys
