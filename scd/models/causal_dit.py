@@ -93,7 +93,7 @@ class CausalDiT(WorldModel):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
     ) -> Tensor:
-        """See `WorldModel.forward`: one sequence [clean ‖ noisy draw 1 ‖ … ‖ draw K]."""
+        """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
         draws, first = noisy.shape[1], self.first_predicted
         clean = latents[:, :-1]  # (B, F - 1, C, H, W): the last frame is nobody's history
         count = clean.shape[1]
@@ -123,7 +123,7 @@ class CausalDiT(WorldModel):
         return self._as_velocity(prediction, noisy, timesteps)  # (B, K, F', C, H, W)
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
-        """See `WorldModel.precompute_modulation`."""
+        """Modulate clean frames and every denoising step under all conditions."""
         times = torch.full(conditions.shape[:1], CLEAN_TIMESTEP, device=conditions.device)  # (R,)
         layers = [*self.blocks, self.norm_out]
         clean = precompute_modulation(layers, self.conditioning(times, conditions))
@@ -139,7 +139,7 @@ class CausalDiT(WorldModel):
         cache: Cache,
         modulation: PrecomputedModulation,
     ) -> None:
-        """See `WorldModel.prefill`; a clean frame has its own condition, not the next."""
+        """Run clean frames through all layers, each under its own condition, into the cache."""
         if latents.shape[1]:
             self._predict_cached(latents, modulation.clean[condition_ids], cache)
             cache.advance(latents.shape[1])
@@ -153,7 +153,7 @@ class CausalDiT(WorldModel):
         modulation: PrecomputedModulation,
         perturbation: Tensor | None = None,
     ) -> FrameDenoiser:
-        """See `WorldModel.begin_frame`: all layers run at every step.
+        """Prefill the newest frame; all layers then run at every denoising step of the next.
 
         The noisy frame's keys and values lie where the clean frame's will be written.
         """

@@ -199,7 +199,7 @@ def _own_options(path: Path, overrides: list[str] | None = None) -> Options | No
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """Of a safetensors file; a file of `torch.save` has none, anything else is no checkpoint."""
+    """Read the metadata of a safetensors file; a file of `torch.save` has none."""
     if path.suffix == ".safetensors":
         return read_metadata(path)
     if path.is_file() and not is_torch_archive(path):

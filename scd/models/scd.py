@@ -87,7 +87,7 @@ class SCD(WorldModel):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
     ) -> Tensor:
-        """See `WorldModel.forward`: one encoder pass for all K draws."""
+        """Predict velocities from one encoder pass, which all K draws share."""
         draws = noisy.shape[1]
         # The encoder needs the action that leads to the next frame, the decoder that of its own:
         # both are the actions of the frames to predict.
@@ -143,7 +143,7 @@ class SCD(WorldModel):
         return self._as_velocity(prediction, noisy, timesteps)  # (B, F, C, H, W)
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
-        """See `WorldModel.precompute_modulation`; clean frames go through the encoder."""
+        """Modulate the encoder for clean frames, and the decoder for every denoising step."""
         times = timesteps.expand(len(conditions), -1)  # (R, T)
         noisy = self.decoder.precompute_modulation(times, repeat_steps(conditions, len(timesteps)))
         clean = self.encoder.precompute_modulation(conditions)
@@ -157,7 +157,7 @@ class SCD(WorldModel):
         cache: Cache,
         modulation: PrecomputedModulation,
     ) -> None:
-        """See `WorldModel.prefill`; the encoder reads `next_condition_ids` only."""
+        """Encode clean frames into the cache, each under the condition of the next."""
         self.encoder.prefill(latents, modulation.clean[next_condition_ids], cache)
 
     def begin_frame(
@@ -169,7 +169,7 @@ class SCD(WorldModel):
         modulation: PrecomputedModulation,
         perturbation: Tensor | None = None,
     ) -> FrameDenoiser:
-        """See `WorldModel.begin_frame`: the encoder runs here, the decoder at every step after."""
+        """Encode the newest frame; only the decoder then runs at the steps of the next."""
         clean = modulation.clean[next_condition_ids]  # (B, 1, 6·L + 2, D)
         x = self.encoder.prefill(newest, clean, cache)  # (B, 1, N, D)
         context, ids = self.encoder.context(x, clean), next_condition_ids[:, 0]  # (B, 1, N, D)
@@ -189,6 +189,6 @@ class SCD(WorldModel):
         return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
 
     def compile_steps(self) -> None:
-        """See `WorldModel.compile_steps`."""
+        """Compile the decoder."""
         if self.decoder._compiled_call_impl is None:
             self.decoder.compile()

@@ -89,7 +89,7 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Check whether writing the pending checkpoint has failed; `finish` then raises the reason."""
+        """Whether the pending checkpoint cannot be written; `finish` then raises the reason."""
         pending = self.pending
         return pending is not None and pending.done() and pending.exception() is not None
 
