@@ -36,7 +36,7 @@ class LatentSpec(NamedTuple):
 
 
 class LatentFile:
-    """A file of latents (F, C, h, w) that reads only the frames it is asked for.
+    """A file of latents (F, C, h, w) that reads only the frames that are needed.
 
     A `.pt` file of a published data set has to be read as a whole.
 

@@ -1,4 +1,4 @@
-"""Survey a list: read every clip to its last frame, count what there is, name what is broken."""
+"""Survey a list: read every clip to its last frame, count its contents, name broken clips."""
 
 import hashlib
 from collections import Counter

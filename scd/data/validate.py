@@ -123,7 +123,7 @@ def _short(survey: Survey, span: int, keys: str) -> list[str]:
     ]
 
 
-def _videos(survey: Survey, root: Path) -> list[str]:
+def _video_warnings(survey: Survey, root: Path) -> list[str]:
     """Warn of videos that are slow to read, and of unequal frame rates."""
     slow = survey.in_order
     warnings = [slow_reading_note(Path(survey.path), root, slow)] if slow else []
@@ -136,7 +136,7 @@ def _videos(survey: Survey, root: Path) -> list[str]:
     return warnings
 
 
-def _kept(checks: VideoChecks) -> list[str]:
+def _save(checks: VideoChecks) -> list[str]:
     """Save the checks of the videos, and warn if that fails."""
     try:
         checks.save()
@@ -153,8 +153,8 @@ def _conclude(
     report: Path | None,
 ) -> None:
     broken = [line for survey in surveys for line in survey.broken]
-    of_videos = [line for survey in surveys for line in _videos(survey, checks.root)]
-    warnings = warnings + of_videos + _kept(checks)
+    video_warnings = [line for survey in surveys for line in _video_warnings(survey, checks.root)]
+    warnings = warnings + video_warnings + _save(checks)
     print(table(surveys, names).markdown())
     for line in broken:
         print(f"broken: {line}")
@@ -176,11 +176,11 @@ def table(surveys: list[Survey], action_names: dict[int, str]) -> Table:
         ["broken", *(str(len(s.broken)) for s in surveys)],
         ["frames", *(str(sum(s.lengths)) for s in surveys)],
         [
-            "frames a clip: min / median / max",
+            "frames per clip: min / median / max",
             *(" / ".join(map(str, s.length_range)) for s in surveys),
         ],
         ["clips by frame size", *(_kinds(s.sizes) for s in surveys)],
-        ["frames a second", *(_kinds(Counter(f"{fps:.4g}" for fps in s.fps)) for s in surveys)],
+        ["frames per second", *(_kinds(Counter(f"{fps:.4g}" for fps in s.fps)) for s in surveys)],
         ["videos read in order", *(str(len(s.in_order) or "") for s in surveys)],
         ["actions, share of frames", *(_shares(s.actions, action_names) for s in surveys)],
         ["held together, share of frames", *(_held(s.held, action_names) for s in surveys)],
@@ -193,23 +193,23 @@ def table(surveys: list[Survey], action_names: dict[int, str]) -> Table:
 
 
 def _kinds(counts: Counter[str]) -> str:
-    told = [f"{kind}: {count}" for kind, count in counts.most_common(SHOWN_KINDS)]
-    return ", ".join(told) + (", …" if len(counts) > SHOWN_KINDS else "")
+    parts = [f"{kind}: {count}" for kind, count in counts.most_common(SHOWN_KINDS)]
+    return ", ".join(parts) + (", …" if len(counts) > SHOWN_KINDS else "")
 
 
 def _shares(counts: Counter[int], names: dict[int, str]) -> str:
     total = sum(counts.values())
-    told = [f"{names.get(key, key)} {counts[key] / total:.1%}" for key in sorted(counts)]
-    return ", ".join(told[:SHOWN_KINDS]) + (", …" if len(told) > SHOWN_KINDS else "")
+    parts = [f"{names.get(key, key)} {counts[key] / total:.1%}" for key in sorted(counts)]
+    return ", ".join(parts[:SHOWN_KINDS]) + (", …" if len(parts) > SHOWN_KINDS else "")
 
 
 def _held(counts: Counter[tuple[int, ...]], names: dict[int, str]) -> str:
     total = counts.total()
-    told = [
+    parts = [
         f"{' + '.join(names.get(key, str(key)) for key in held) or 'nothing'} {count / total:.1%}"
         for held, count in counts.most_common(SHOWN_KINDS)
     ]
-    return ", ".join(told) + (", …" if len(counts) > SHOWN_KINDS else "")
+    return ", ".join(parts) + (", …" if len(counts) > SHOWN_KINDS else "")
 
 
 def _classes(counts: Counter[int]) -> str:

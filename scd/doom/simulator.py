@@ -18,7 +18,7 @@ Action = int | tuple[float, ...]
 
 ONE_KEY = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))  # the keys of each of `ACTIONS`
 
-TICS_PER_ACTION = 4  # Doom runs at 35 tics a second, so 8.75 actions a second is real time.
+TICS_PER_ACTION = 4  # Doom runs at 35 tics per second: 8.75 actions per second are real time.
 TURN_DEGREES = 11.25  # per action; 32 turns make a full circle
 FRAMES_PER_SECOND = 35 / TICS_PER_ACTION
 SCREEN_HEIGHT = 240  # pixels that ViZDoom renders; frames are scaled down from them

@@ -40,7 +40,7 @@ def read_pt(path: Path) -> Any:
         return deepcopy(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:  # refused names, damaged archives and pickles: many kinds
         raise ScdError(
-            f"{path}: refused: not a plain tensor or a dictionary of plain tensors "
+            f"{path}: refused: expected a plain tensor or a dictionary of plain tensors "
             f"({reason(error)})"
         ) from error
 
