@@ -88,7 +88,7 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Check whether writing the pending checkpoint has failed; `finish` then raises the reason."""
+        """Check whether the pending checkpoint could not be written; `finish` raises the reason."""
         pending = self.pending
         return pending is not None and pending.done() and pending.exception() is not None
 
