@@ -1,6 +1,6 @@
 """Write and read checkpoints: folders that are whole or absent, with all that resuming needs.
 
-`step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt`, with an adversary
+`step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt`, with a discriminator
 `adversary.pt`, with snapshots `averages.safetensors`, and `manifest.json`.
 Weights carry the experiment's options in their metadata, so one file is enough to use a model.
 Nothing else is state: data order and noise are functions of the step (`scd.utils.seeding`).
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd.errors import ScdError, reason
+from scd.options import with_present_names
 from scd.utils.environment import git_commit
 from scd.utils.files import flush, read_json, sha256, write_json
 from scd.utils.processes import error_barrier
@@ -31,7 +32,7 @@ from scd.utils.tensor_files import read_pt
 
 FORMAT = 2
 MODEL, EMA, OPTIMIZER = FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
-ADVERSARY = "adversary.pt"
+DISCRIMINATOR = "adversary.pt"
 AVERAGES = "averages.safetensors"
 MANIFEST = "manifest.json"
 
@@ -45,7 +46,7 @@ class TrainingState:
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
-    adversary: dict[str, Any] | None = None  # its `model` and `optimizer`
+    discriminator: dict[str, Any] | None = None  # its `model` and `optimizer`
     averages: dict[str, Tensor] = field(default_factory=dict)  # see `PostHocEMA`
     bad_steps: int = 0  # in a row, up to this step
 
@@ -131,8 +132,8 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
     target = folder / f"step-{state.step:08d}"
     aside = folder / f".{target.name}.{os.getpid()}"
     contents: dict[str, Any] = {MODEL: state.model, EMA: state.ema, OPTIMIZER: state.optimizer}
-    if state.adversary is not None:
-        contents[ADVERSARY] = state.adversary
+    if state.discriminator is not None:
+        contents[DISCRIMINATOR] = state.discriminator
     if state.averages:
         contents[AVERAGES] = state.averages
     metadata = {"options": json.dumps(state.run["options"]), "step": str(state.step)}
@@ -188,13 +189,16 @@ def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint, which `latest_checkpoint` has checked."""
     try:
         manifest = read_json(path / MANIFEST)
+        run = manifest["run"]
         return TrainingState(
             step=int(manifest["step"]),
-            run=manifest["run"],
+            run={**run, "options": with_present_names(run["options"], str(path))},
             model=_read(path / MODEL),
             ema=_read(path / EMA),
             optimizer=_read(path / OPTIMIZER),
-            adversary=_read(path / ADVERSARY) if ADVERSARY in manifest["files"] else None,
+            discriminator=_read(path / DISCRIMINATOR)
+            if DISCRIMINATOR in manifest["files"]
+            else None,
             averages=_read(path / AVERAGES) if AVERAGES in manifest["files"] else {},
             bad_steps=int(manifest["bad_steps"]),
         )
@@ -289,7 +293,7 @@ def _damage(path: Path) -> str | None:
             return "its manifest is damaged"
         if path.name != f"step-{manifest['step']:08d}":
             return f"its manifest is that of step {manifest['step']}"
-        if not {*FILES} <= {*manifest["files"]} <= {*FILES, ADVERSARY, AVERAGES}:
+        if not {*FILES} <= {*manifest["files"]} <= {*FILES, DISCRIMINATOR, AVERAGES}:
             return "its manifest names other files"
         for name, wanted in manifest["files"].items():
             size = (path / name).stat().st_size
