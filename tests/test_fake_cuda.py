@@ -17,6 +17,7 @@ import scd.flow.sampler
 import scd.rollout.engine
 from scd.flow.objective import FlowObjective
 from scd.models import SCD, CausalDiT, WorldModel, attention, layers
+from scd.models.decoder import FUSIONS
 from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import Rollout
 from scd.utils import seeding
@@ -86,7 +87,7 @@ def test_a_training_forward(kind, config, flow, frames, side, checkpointing):
     assert loss.device == CUDA and loss.dtype == torch.float32 and loss.requires_grad
 
 
-@pytest.mark.parametrize("fusion", ["add", "concat", "token_concat_with_proj"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_fusion(fusion):
     test_a_training_forward(SCD, {"fusion": fusion}, {}, 4, 2, False)
 

@@ -95,6 +95,22 @@ def test_an_unknown_fusion_is_refused():
 
 
 @torch.no_grad()
+def test_fusions_differ():
+    """Each by its result; all but one start without a say of random numbers."""
+    context, x = torch.randn(2, B, 5, 128)
+    joined = {}
+    for name, fusion in FUSIONS.items():
+        torch.manual_seed(0)
+        decoder = make_model(fusion=name).decoder
+        assert decoder.fusion is fusion
+        joined[name] = fusion.join(decoder, context, x)
+    assert torch.equal(joined["add"], context + x)
+    assert torch.allclose(joined["concat"], context + x, atol=1e-6)
+    assert torch.equal(joined["token_concat"], torch.cat([context, x], 1))
+    assert torch.equal(joined["token_concat_with_proj"], torch.cat([0 * context, x], 1))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("condition", ["none", "action", "label"])
 def test_every_fusion_and_condition(inputs, fusion, condition):

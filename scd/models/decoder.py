@@ -1,6 +1,7 @@
 """The frame decoder: once per denoising step, inside one frame, under the encoder's context."""
 
 import difflib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +24,85 @@ from scd.models.layers import (
     unpatchify,
 )
 
-# To add one: its name here, its parameters in `__init__`, what it does in `_join`.
-FUSIONS = ("token_concat", "token_concat_with_proj", "concat", "add")
+
+class Fusion:
+    """A way of joining context and noisy tokens to the sequence that the decoder's blocks run over.
+
+    To add one: a subclass, and a line in `FUSIONS`. Nothing else knows them. Layers that it needs
+    are attributes of the decoder, so that checkpoints name them without the fusion.
+    """
+
+    def layers(self, width: int) -> dict[str, nn.Module]:
+        """Make the layers that the fusion needs, by their name in the decoder."""
+        return {}
+
+    def initialise(self, decoder: Any) -> None:
+        """Set initial values of these layers other than those that every Linear gets."""
+
+    def join(self, decoder: Any, context: Tensor, x: Tensor) -> Tensor:
+        """Join context and noisy tokens, (B·F, N, D) each, to (B·F, N or 2·N, D).
+
+        Of 2·N tokens the noisy ones come last; only these are predicted from.
+        """
+        raise NotImplementedError
+
+
+class TokenConcat(Fusion):
+    """Context and noisy tokens one after the other, along the sequence (the paper's choice)."""
+
+    def join(self, decoder: Any, context: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([context, x], dim=1)  # (B·F, 2·N, D)
+
+
+class TokenConcatWithProjection(Fusion):
+    """`TokenConcat` after a LayerNorm and a Linear of the context, which starts at zero."""
+
+    def layers(self, width: int) -> dict[str, nn.Module]:
+        norm = nn.LayerNorm(width, eps=NORM_EPS)
+        return {"context_norm": norm, "context_proj": nn.Linear(width, width)}
+
+    def initialise(self, decoder: Any) -> None:
+        nn.init.zeros_(decoder.context_proj.weight)
+
+    def join(self, decoder: Any, context: Tensor, x: Tensor) -> Tensor:
+        context = decoder.context_proj(decoder.context_norm(context))  # (B·F, N, D)
+        return torch.cat([context, x], dim=1)  # (B·F, 2·N, D)
+
+
+class ChannelConcat(Fusion):
+    """A Linear of the two side by side, along the channels, which starts as their sum."""
+
+    def layers(self, width: int) -> dict[str, nn.Module]:
+        return {"fuse": nn.Linear(2 * width, width)}
+
+    def initialise(self, decoder: Any) -> None:
+        identity = torch.eye(decoder.fuse.out_features)
+        decoder.fuse.weight.data.copy_(torch.cat([identity, identity], dim=1))
+
+    def join(self, decoder: Any, context: Tensor, x: Tensor) -> Tensor:
+        return decoder.fuse(torch.cat([x, context], dim=-1))  # (B·F, N, D)
+
+
+class Add(Fusion):
+    """The sum of the two."""
+
+    def join(self, decoder: Any, context: Tensor, x: Tensor) -> Tensor:
+        return context + x  # (B·F, N, D)
+
+
+FUSIONS: dict[str, Fusion] = {  # by `model.fusion`
+    "token_concat": TokenConcat(),
+    "token_concat_with_proj": TokenConcatWithProjection(),
+    "concat": ChannelConcat(),
+    "add": Add(),
+}
 
 
 class FrameDecoder(nn.Module):
     """Noisy frame, its context, its noise level and condition -> the network's prediction.
 
     Args:
-        fusion: how context and noisy tokens are joined: along the sequence (`token_concat`), so
-            after a LayerNorm and Linear of the context (`token_concat_with_proj`), by a Linear of
-            the two side by side (`concat`), or by their sum (`add`).
+        fusion: name in `FUSIONS`.
         exact_residuals: what the blocks add up stays in float32 also where they compute in bf16:
             for a prediction that is divided by σ, which magnifies its rounding. The last norm and
             Linear are in float32 anyway.
@@ -59,26 +128,19 @@ class FrameDecoder(nn.Module):
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ScdError(f"model.fusion is {fusion!r}, not one of {', '.join(FUSIONS)}{hint}")
         self.patch_size = patch_size
-        self.fusion = fusion
+        self.fusion = FUSIONS[fusion]
         self.exact_residuals = exact_residuals
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels * patch_size**2, width)
         self.conditioning = ConditionEmbedding(width, num_conditions)
-        if fusion == "token_concat_with_proj":
-            self.context_norm = nn.LayerNorm(width, eps=NORM_EPS)
-            self.context_proj = nn.Linear(width, width)
-        elif fusion == "concat":
-            self.fuse = nn.Linear(2 * width, width)
+        for name, layer in self.fusion.layers(width).items():
+            self.add_module(name, layer)
         self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
         self.unembed = Float32Linear(width, channels * patch_size**2)
         initialise(self)
         nn.init.zeros_(self.unembed.weight)
-        if fusion == "token_concat_with_proj":
-            nn.init.zeros_(self.context_proj.weight)
-        elif fusion == "concat":
-            identity = torch.eye(width)
-            self.fuse.weight.data.copy_(torch.cat([identity, identity], dim=1))
+        self.fusion.initialise(self)
 
     def forward(self, noisy: Tensor, context: Tensor, modulations: Modulations) -> Tensor:
         """Predict frames from noisy ones, each independent of the others.
@@ -98,7 +160,8 @@ class FrameDecoder(nn.Module):
         modulations = modulations.frame_by_frame()  # of (B·F, 1)
         x = patchify(noisy, self.patch_size).to(self.embed.weight.dtype)  # (B, F, N, C·p·p)
         x = self.embed(x).flatten(0, 1)  # (B·F, N, D)
-        x = self._join(context.flatten(0, 1).type_as(x), x).unsqueeze(1)  # (B·F, 1, 2·N, D)
+        context = context.flatten(0, 1).type_as(x)  # (B·F, N, D)
+        x = self.fusion.join(self, context, x).unsqueeze(1)  # (B·F, 1, N or 2·N, D)
         x = x.float() if self.exact_residuals else x
         rotary = rotary_positions(torch.zeros(1, device=noisy.device), rows, columns)
         if x.shape[2] == 2 * tokens:
@@ -112,7 +175,7 @@ class FrameDecoder(nn.Module):
                     block, x, modulations, rotary, full_attention, keep, use_reentrant=False
                 )
             else:
-                x = block(x, modulations, rotary, full_attention, keep)  # (B·F, 1, 2·N or N, D)
+                x = block(x, modulations, rotary, full_attention, keep)  # as x; the last: N
         x = self.unembed(self.norm_out(x.float(), modulations))  # (B·F, 1, N, C·p·p)
         x = x.squeeze(1).unflatten(0, (batch, -1))  # (B, F, N, C·p·p)
         return unpatchify(x, self.patch_size, height, width)  # (B, F, C, H, W)
@@ -125,13 +188,3 @@ class FrameDecoder(nn.Module):
         """
         e = self.conditioning(timesteps, conditions)  # (R, T, D)
         return precompute_modulation([*self.blocks, self.norm_out], e)
-
-    def _join(self, context: Tensor, x: Tensor) -> Tensor:
-        """Join context and noisy tokens, both (B, N, D), to (B, N or 2·N, D)."""
-        if self.fusion == "add":
-            return context + x
-        if self.fusion == "concat":
-            return self.fuse(torch.cat([x, context], dim=-1))
-        if self.fusion == "token_concat_with_proj":
-            context = self.context_proj(self.context_norm(context))
-        return torch.cat([context, x], dim=1)

@@ -186,7 +186,7 @@ def precompute_modulation(layers: Iterable[ModulatedLayer], e: Tensor) -> Tensor
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Compute x·(1 + scale) + shift, for x (B, F, N, D) and shift and scale (B, F, 1, D)."""
+    """Compute x·(1 + scale) + shift, for x (B, F, N, D); the others broadcast to it."""
     return torch.addcmul(shift, x, 1 + scale)
 
 

@@ -129,7 +129,8 @@ class ModelOptions:
     encoder_layers: int = not_negative(0)  # of scd; must be 0 for causal_dit
     decoder_layers: int = not_negative(0)  # of scd; must be 0 for causal_dit
     layers: int = not_negative(0)  # of causal_dit; must be 0 for scd
-    # How the decoder joins context and noisy tokens: one of `scd.models.decoder.FUSIONS`.
+    # How the decoder joins context and noisy tokens: token_concat, token_concat_with_proj, concat,
+    # add, or whatever else is in `scd.models.decoder.FUSIONS`, which refuses other names.
     fusion: str = "token_concat"
     # What drives a frame: one action out of num_conditions, a vector of num_conditions numbers
     # (several keys at once, a mouse), or one class label per video.
