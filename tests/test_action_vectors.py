@@ -350,8 +350,8 @@ def test_the_pipeline_takes_vectors_of_any_kind() -> None:
     assert all(torch.equal(made(kind()), first) for kind in kinds)
     assert not torch.equal(made(keys * 0.5), first)
     for actions, told in (
-        (keys[..., 0], r"actions are \(1, 4\), expected \(1, 4, 3\)"),
-        (keys[:, :3], r"actions are \(1, 3, 3\)"),
+        (keys[..., 0], r"actions have shape \(1, 4\), expected \(1, 4, 3\)"),
+        (keys[:, :3], r"actions have shape \(1, 3, 3\)"),
         (keys * 1j, "not numbers"),
         (keys * float("inf"), "must be finite"),
     ):
