@@ -42,7 +42,7 @@ def probe(a: argparse.Namespace) -> None:
 
 
 def add_commands(commands: Commands) -> None:
-    p = commands.add_parser("evaluate", help="measure a checkpoint: FVD, PSNR, SSIM, LPIPS")
+    p = commands.add_parser("evaluate", help="measure a checkpoint: FVD, PSNR, LPIPS and more")
     p.add_argument(
         "--sweep",
         action="append",

@@ -33,7 +33,7 @@ class Metric:
     Attributes:
         title: name in the head of a table's column.
         better: `↑`, `↓`, or `→1`: the value of the real clips themselves is best.
-        unit: behind the title where there is room for it.
+        unit: shown behind the title in probe reports; say it in the title where it is not common.
         smallest: pixels, the least height and width of a frame.
         fewest_frames: the least number of new frames; for a set metric, of frames of a clip.
         fewest_videos: the least number of videos.
@@ -64,7 +64,8 @@ class FrameMetric(Metric):
 
     Attributes:
         function: videos and real videos, (n, F, 3, H, W) in [0, 1] each -> (n, F).
-        first_frames: also report the mean over the first few frames.
+        first_frames: give the mean over the first four new frames a column of its own; it stands in
+            `metrics.json` either way.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
