@@ -178,7 +178,7 @@ def test_checkpoints_with_former_names_of_options_go_on(options, capsys):
     for change in ("flow.self_forcing_prob was 0.5, is 0.25", "discriminator.channels was 64, is"):
         assert change in str(caught.value)
     train(o)
-    assert "continuing former from step 4" in capsys.readouterr().out
+    assert "resuming former from step 4" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about processors")

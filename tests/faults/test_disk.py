@@ -133,7 +133,8 @@ def small_state(step: int) -> TrainingState:
 def test_what_is_written_to_a_full_disk(disk: Disk) -> None:
     """The same call with and without room: the first one's result survives the second."""
     folder = disk.folder
-    manifest = ({"format": 1}, {"model": ["model"]})
+    identity = {"format": 1, "options": {"data": {"frame_size": 64}}}
+    manifest = (identity, {"model": ["model"]})
     protocol = {"videos": 1, "context_frames": 4, "new_frames": 8, "fvd_precision": "fp32"}
     SampleFolder.describe(folder / "samples", *manifest, protocol, {})
     samples = SampleFolder(folder / "samples")
