@@ -174,7 +174,10 @@ def another_size(root: Path) -> None:
         (latents(lambda x: x[:, :4]), "latents of 4x8x8, but the options make 8x8x8"),
         (latents(lambda x: x, "another"), "made by another, not by the options' autoencoder"),
         (missing_latents, "no such latent file"),
-        (another_size, "val/00000.mp4: frames of 64x80 pixels, but the options need 64x64"),
+        (
+            another_size,
+            "val/00000.mp4: frames of 64x80 pixels (height x width), but the options need 64x64",
+        ),
     ],
 )
 def test_what_is_broken_is_named(

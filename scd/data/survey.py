@@ -21,6 +21,13 @@ from scd.utils.files import sha256
 
 CHUNK_FRAMES = 64  # decoded at once, which bounds the memory for long videos
 
+MISSING_FIELD = {  # of a list entry: what its absence means, and what to do
+    "latent_path": "has no latent_path: its video is not encoded yet (./scripts/encode.sh FILE); "
+    "to check videos alone: data.source=video",
+    "actions_in": "has no action_path: model.condition needs actions; without: "
+    "model.condition=none model.num_conditions=0",
+}
+
 
 @dataclass(frozen=True)
 class Requirements:
@@ -173,7 +180,7 @@ def _read_clip(
     root = checks.root
     for name in required.fields:
         if getattr(entry, name) is None:
-            raise ScdError(f"{where} has no {name.replace('actions_in', 'action_path')}")
+            raise ScdError(f"{where} {MISSING_FIELD.get(name, f'has no {name}')}")
     report = ClipReport(label=entry.label)
     hash_ = hashlib.sha256()
     if entry.video_path is not None:
@@ -184,8 +191,8 @@ def _read_clip(
         if required.frame_size not in (None, size):
             wanted = "x".join(map(str, required.frame_size or ()))
             raise ScdError(
-                f"{root / entry.video_path}: frames of {report.size} pixels, but the options need "
-                f"{wanted} (data.frame_size, data.resize_shorter)"
+                f"{root / entry.video_path}: frames of {report.size} pixels (height x width), but "
+                f"the options need {wanted}: set data.resize_shorter to scale and crop them"
             )
         hash_.update(sha256(root / entry.video_path).encode())
     if entry.latent_path is not None:

@@ -179,7 +179,7 @@ def table(surveys: list[Survey], action_names: dict[int, str]) -> Table:
             "frames per clip: min / median / max",
             *(" / ".join(map(str, s.length_range)) for s in surveys),
         ],
-        ["clips by frame size", *(_kinds(s.sizes) for s in surveys)],
+        ["clips by frame size (height x width)", *(_kinds(s.sizes) for s in surveys)],
         ["frames per second", *(_kinds(Counter(f"{fps:.4g}" for fps in s.fps)) for s in surveys)],
         ["videos read in order", *(str(len(s.in_order) or "") for s in surveys)],
         ["actions, share of frames", *(_shares(s.actions, action_names) for s in surveys)],

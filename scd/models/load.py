@@ -188,6 +188,11 @@ def options_for_use(
 def _own_options(path: Path, overrides: list[str] | None = None) -> Options | None:
     """Read the options that a checkpoint or a folder carries; None for the reference's files."""
     if path.is_dir():
+        if (path / "checkpoints").is_dir():
+            raise ScdError(
+                f"{path}: the folder of a run; give one of its models, {path}/exported or "
+                f"{path}/checkpoints/step-…/ema.safetensors"
+            )
         if not (path / OPTIONS_FILE).is_file():
             raise ScdError(
                 f"{path}: no such weights file, and a folder without {OPTIONS_FILE} is no exported "

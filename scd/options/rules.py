@@ -35,7 +35,7 @@ COMMON: list[Rule] = [
         lambda o: not o.eval.swapped_actions or _are_two_actions(o),
         "eval.swapped_actions={eval.swapped_actions}: two different actions (or components of "
         "action_vector) below model.num_conditions, of a model with model.condition=action or "
-        "action_vector",
+        "action_vector; [] swaps none",
     ),
     (
         lambda o: o.data.resize_shorter is None or o.data.resize_shorter >= o.data.frame_size,

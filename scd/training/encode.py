@@ -89,6 +89,7 @@ def encode_dataset(options: Options) -> None:
                         raise ScdError(f"{target}: {found[target]} latents for {length} frames")
             named = [replace(e, latent_path=str(targets[str(e.video_path)])) for e in entries]
             write_list(list_path, named)
+            print(f"{list_path}: names the latents of {len(named)} clips, in {root / folder}")
 
 
 def latent_spec(options: Options) -> LatentSpec | None:

@@ -89,7 +89,7 @@ def report_outcome(output: Path, enabled: bool) -> Iterator[None]:
         raise
     end("finished", "")
     if enabled:
-        print(f"{output}: finished", flush=True)
+        print(f"{output}: finished; its model is in exported/", flush=True)
 
 
 @contextmanager

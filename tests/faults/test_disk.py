@@ -146,7 +146,9 @@ def test_what_is_written_to_a_full_disk(disk: Disk) -> None:
         lambda n: write_list(folder / "train.json", entries),
         lambda n: write_json(folder / "metrics.json", ["x" * 9000]),
         lambda n: samples.write_clip("model", 0, clip),
-        lambda n: samples.write_measurement("model", 0, {"lpips": torch.rand(2000)}, {}),
+        lambda n: samples.write_measurement(
+            "model", 0, {"lpips": torch.rand(2000)}, {"lpips": None}
+        ),
         lambda n: save_checkpoint(folder / "checkpoints", small_state(n), keep=1),
     ]
     for write in writers:
