@@ -173,7 +173,7 @@ def test_told_to_stop_it_saves_and_leaves(runs, half, straight, name):
     assert (beat["state"], beat["step"]) == ("stopped", 3)
     assert state_of(folder).step == 3
     assert runs.run(f"name={name}") == 0
-    assert runs.output().splitlines()[-1].endswith("finished")
+    assert runs.output().splitlines()[-1].endswith(": finished; its model is in exported/")
     assert json.loads((folder / "heartbeat.json").read_text())["state"] == "finished"
     shutil.rmtree(folder / "checkpoints/step-00000003")
     assert_same_run(straight, folder)
