@@ -88,7 +88,9 @@ def options(doom_root, tiny_autoencoder_path, tmp_path):
 # Codecs
 
 
-def test_a_folder_copied_without_what_its_links_point_to_is_told(tmp_path, tiny_autoencoder_path):
+def test_a_folder_copied_without_what_its_links_point_to_is_reported(
+    tmp_path, tiny_autoencoder_path
+):
     shared, folder = tmp_path / "shared", tmp_path / "vae"
     shutil.copytree(tiny_autoencoder_path, shared)
     folder.mkdir()
@@ -108,7 +110,7 @@ def test_a_folder_copied_without_what_its_links_point_to_is_told(tmp_path, tiny_
 
 
 @pytest.mark.parametrize("at", ["", "https://huggingface.co/", "hf://"])
-def test_a_name_on_the_hub_is_told_how_to_fetch(at):
+def test_a_name_on_the_hub_is_refused_with_how_to_fetch_it(at):
     with pytest.raises(ScdError) as caught:
         load_codec(f"{at}stabilityai/sd-vae-ft-mse")
     told = "hf download stabilityai/sd-vae-ft-mse --local-dir FOLDER, then autoencoder.path=FOLDER"

@@ -112,7 +112,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
         assert caught.value.code == 0 and f"usage: scd {command}" in capsys.readouterr().out
 
 
-def test_wrong_usage_is_told(capsys: pytest.CaptureFixture) -> None:
+def test_wrong_usage_is_reported(capsys: pytest.CaptureFixture) -> None:
     for arguments in (
         [],
         ["trian"],
@@ -127,7 +127,7 @@ def test_wrong_usage_is_told(capsys: pytest.CaptureFixture) -> None:
         assert caught.value.code == 2 and "usage: scd" in capsys.readouterr().err
 
 
-def test_an_interrupt_is_told(
+def test_an_interrupt_is_reported(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*arguments: object) -> None:
@@ -138,7 +138,7 @@ def test_an_interrupt_is_told(
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_mistakes_are_told_before_torch_is_loaded() -> None:
+def test_mistakes_are_reported_before_torch_is_loaded() -> None:
     code = "import sys; sys.modules['torch'] = None; from scd.cli import main; sys.exit(main())"
     for command in ("train", "encode"):
         done = subprocess.run(

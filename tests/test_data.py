@@ -90,7 +90,7 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == [file, folder]
 
 
-def test_a_failing_encoder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_encoder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "v.mp4"
     path.write_text("old")
     bad = tmp_path / "ffmpeg"
@@ -182,7 +182,7 @@ def test_videos_come_back(tmp_path: Path, height: int, width: int) -> None:
     refused(path, lambda: video.frames(np.array([0, 6])))
 
 
-def test_widths_that_the_decoder_cannot_read_are_told(tmp_path: Path) -> None:
+def test_widths_that_the_decoder_cannot_read_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "v.mp4"
     write_video(path, np.zeros((2, 64, 72, 3), np.uint8), 8)
     assert "of this width" in refused(path, lambda: VideoFile(path).frames(np.arange(2)))
@@ -667,7 +667,7 @@ def test_training_videos_stay_in_bytes_up_to_the_device(clips: TrainingClips) ->
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_latent_that_is_not_finite_is_found(value, dtype, tmp_path):
+def test_one_latent_that_is_not_finite_is_detected(value, dtype, tmp_path):
     latents = torch.randn(3, 2, 4, 4).to(dtype)
     for name in ("first", "middle", "last"):
         path, wrong = tmp_path / f"{name}.safetensors", latents.clone()

@@ -279,7 +279,7 @@ class Trapped:
         return np.full((4, 4, 3), action, np.uint8) if good else None
 
 
-def test_an_episode_that_ends_early_is_played_anew(space: FreeSpace) -> None:
+def test_an_episode_that_ends_early_is_played_again(space: FreeSpace) -> None:
     trapped = Trapped(good_seed=7 + 2 * ATTEMPT_SEED)
     video, actions, poses = record._play_episode(trapped, space, 7, 5)  # type: ignore[arg-type]
     assert trapped.seeds == [7, 7 + ATTEMPT_SEED, 7 + 2 * ATTEMPT_SEED]

@@ -187,7 +187,7 @@ def test_published_latents_say_nothing_of_their_origin(root: Path, options: Opti
         check_training_latents(clip_folder(options, "train.json", "latents"), codec, options)
 
 
-def test_a_video_that_was_replaced_is_encoded_anew(
+def test_a_video_that_was_replaced_is_encoded_again(
     root: Path, options: Options, overrides: list[str], capsys: pytest.CaptureFixture
 ) -> None:
     """By one of the same name and length; training and validate refuse what is older."""

@@ -258,7 +258,7 @@ def test_latents_live_in_the_videos_folder_and_wait_for_their_actions(tiny, tmp_
     assert read_list(tmp_path / "tiny/latents.json") == [clip]
 
 
-def test_missing_lists_and_missing_files_are_told(server, tmp_path, capsys):
+def test_missing_lists_and_missing_files_are_reported(server, tmp_path, capsys):
     server.files["someone/Tiny"] = {"shard-0.tar": tar({"a/0.mp4": b"v"})}
     fetch_data_set(TINY, tmp_path / "none", server.url)
     assert "has no list file" in capsys.readouterr().out
@@ -288,7 +288,7 @@ def test_cut_connection(tiny, tmp_path, monkeypatch, how):
         assert any(range_ is not None for _, _, range_ in tiny.requests)
 
 
-def test_killed_unpacking_leaves_no_half_file_and_goes_on(tiny, tmp_path, monkeypatch):
+def test_killed_unpacking_leaves_no_half_file_and_resumes(tiny, tmp_path, monkeypatch):
     original = tarfile.TarFile.makefile
 
     def killed(self, member, target):
@@ -331,7 +331,7 @@ def test_few_shards_lie_on_the_disk_at_once(tiny, tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("*.mp4"))) == len(content)
 
 
-def test_files_that_do_not_arrive_are_told(tiny, tmp_path, monkeypatch):
+def test_files_that_do_not_arrive_are_reported(tiny, tmp_path, monkeypatch):
     """As when `snapshot_download` gets no list of files: it returns the folder as it is."""
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: None)
     with pytest.raises(ScdError, match=r"tiny_train\.json did not arrive; run it again"):
@@ -402,7 +402,7 @@ def test_damaged_download_is_refused_and_fetched_again(tiny, tmp_path):
     assert tree(tmp_path) == UNPACKED
 
 
-def test_full_disk_is_told_before_anything_is_fetched(tiny, tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_anything_is_fetched(tiny, tmp_path, monkeypatch):
     free = SimpleNamespace(free=hub.RESERVE_BYTES + 20_000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: free)
     with pytest.raises(ScdError, match=r"needs 0\.\d MB .* only 1\.1 GB are free"):

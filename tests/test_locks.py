@@ -88,7 +88,7 @@ def test_a_child_that_outlives_the_holder_keeps_nobody_out(tmp_path):
             os.kill(holder.child, signal.SIGKILL)
 
 
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -97,7 +97,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     assert "no locks ([Errno 37] No locks available): nothing keeps" in capsys.readouterr().out
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ScdError, match="file: cannot be written"),

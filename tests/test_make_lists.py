@@ -123,7 +123,7 @@ def test_broken_videos_are_named_and_left_out(root: Path, capsys: pytest.Capture
         (["x/a.mp4"], ["--split", "ucf101-mcvd"], "not named as in UCF-101"),
     ],
 )
-def test_what_cannot_be_listed_is_told(
+def test_what_cannot_be_listed_is_reported(
     tmp_path: Path,
     video: Callable[[Path], None],
     capsys: pytest.CaptureFixture,

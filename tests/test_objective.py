@@ -150,7 +150,7 @@ def test_noise_in_the_history(clips):
 
 
 @torch.no_grad()
-def test_own_history(clips):
+def test_self_forced_history(clips):
     """Frame j of the history is what two steps of a rollout make of frame j (within 1e-5)."""
     latents, actions = clips
     made = objective(self_forcing_prob=1.0, condition_dropout=0.0)
@@ -174,7 +174,7 @@ def test_own_history(clips):
     assert torch.equal(mixed[2], history[2])
 
 
-def test_no_gradient_flows_through_the_own_history(clips):
+def test_no_gradient_flows_through_a_self_forced_history(clips):
     latents, actions = clips
     made = objective(self_forcing_prob=1.0)
     seen = history_of(made, latents, actions, draws_of(made, latents))

@@ -353,7 +353,7 @@ def test_too_few_clips_are_refused_before_anything_is_made(options, model, data,
     assert not list(tmp_path.rglob("*.mp4"))
 
 
-def test_a_prediction_that_is_not_finite_is_told(
+def test_a_prediction_that_is_not_finite_is_reported(
     options, model, data, no_weights, tmp_path, monkeypatch
 ):
     plain = generate.predict_frames
@@ -678,7 +678,7 @@ def test_frames_too_small_for_a_metric(no_weights):
     assert missing["sharpness"] == "sharpness needs frames of 3 pixels a side or more"
 
 
-def test_damaged_folders_are_told(whole, no_weights, tmp_path, capsys):
+def test_damaged_folders_are_reported(whole, no_weights, tmp_path, capsys):
     assert main(["measure", str(tmp_path / "nothing")]) == 1
     assert "manifest.json is missing" in capsys.readouterr().err
     folder = Path(shutil.copytree(whole[0], tmp_path / "samples"))

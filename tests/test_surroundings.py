@@ -77,7 +77,7 @@ def test_variables_of_accelerate_change_no_run(doom_root, tmp_path, monkeypatch,
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_what_launchers_set_is_not_told(monkeypatch, capfd):
+def test_what_launchers_set_is_not_reported(monkeypatch, capfd):
     for name, value in (
         ("MIXED_PRECISION", "no"),
         ("DYNAMO_BACKEND", "NO"),
@@ -308,7 +308,7 @@ def test_an_installed_package_brings_its_options(tmp_path, monkeypatch):
         assert load_options(f"options/{path.name}") == load_options(ROOT / "options" / path.name)
 
 
-def test_what_is_missing_is_told_with_where_it_was_looked_for(tmp_path, monkeypatch):
+def test_what_is_missing_is_reported_with_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ScdError, match=rf"^x\.yml: no such options file in {tmp_path}$"):
         load_options("x.yml")

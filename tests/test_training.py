@@ -478,7 +478,7 @@ def test_what_killed_saves_left_is_cleared_and_the_damaged_set_aside(options, ca
     assert_same_state(whole.output / "checkpoints", folder)
 
 
-def test_without_a_whole_checkpoint_nothing_is_started_anew(options, finished):
+def test_without_a_whole_checkpoint_nothing_starts_over(options, finished):
     for path in finished.glob("*/manifest.json"):
         path.write_text("{")
     with pytest.raises(ScdError, match=r"finished/checkpoints: none of the 2 checkpoints is whole"):

@@ -213,7 +213,9 @@ def test_all_that_is_broken_is_named(root: Path, validate: Callable) -> None:
         (["data.val_list=train.json"], "3 clips are in the training list as well"),
     ],
 )
-def test_what_is_suspicious_is_told(validate: Callable, overrides: list[str], warning: str) -> None:
+def test_what_is_suspicious_is_reported(
+    validate: Callable, overrides: list[str], warning: str
+) -> None:
     status, out, report = validate(*overrides)
     assert status == 0
     assert len(report["warnings"]) == 1 and warning in report["warnings"][0]

@@ -312,7 +312,7 @@ def test_the_remedy_helps(
 @pytest.mark.parametrize(
     ("suffix", "told"), [("avi", "a video without a single frame"), ("mp4", "has no pictures")]
 )
-def test_a_video_without_frames_is_told(tmp_path: Path, suffix: str, told: str) -> None:
+def test_a_video_without_frames_is_reported(tmp_path: Path, suffix: str, told: str) -> None:
     write_video(tmp_path / "v.mp4", drawn(5), 25)
     ffmpeg("-i", tmp_path / "v.mp4", "-c", "copy", "-frames:v", "0", tmp_path / f"none.{suffix}")
     with pytest.raises(ScdError, match=rf"none\.{suffix}: {told}"):
@@ -354,7 +354,7 @@ def test_validate_tells_what_is_slow_and_of_another_rate(
     assert "25: 1, 10: 1" in out
 
 
-def test_videos_that_are_not_checked_yet_are_told(
+def test_videos_that_are_not_checked_yet_are_reported(
     doom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     root = tmp_path / "doom"

@@ -110,7 +110,7 @@ def test_training_on_latents_is_watched_on_videos(
     assert found[0] == found[1]
 
 
-def test_held_out_clips_that_are_too_short_are_told_at_once(options, doom_root, tmp_path):
+def test_held_out_clips_that_are_too_short_are_reported_at_once(options, doom_root, tmp_path):
     own = shutil.copytree(doom_root, tmp_path / "doom")
     entries = read_list(own / "val.json")
     write_list(own / "train.json", entries[:1])
@@ -146,7 +146,7 @@ def test_watching_changes_nothing_and_a_restart_tells_the_same(options):
 # --- Speed
 
 
-def test_speed_is_told_in_the_words_of_the_field(monkeypatch):
+def test_speed_is_reported_in_the_words_of_the_field(monkeypatch):
     """Two steps of two seconds, of 8 clips on 2 processes; a clip has 10 tokens and 6 TFLOP."""
     monkeypatch.setattr(performance, "_peak_memory", lambda _: {})
 
@@ -315,7 +315,7 @@ def run_of(folder: Path):
     return next(r.run for r in records_of(folder) if r.WhichOneof("record_type") == "run")
 
 
-def test_what_wandb_is_told(options, offline):
+def test_what_wandb_gets(options, offline):
     o = options(
         *("train.steps=2", "train.sample_every=2", "train.val_loss_every=2"),
         *("train.trackers=[wandb]", "train.wandb_project=worlds"),
@@ -346,7 +346,7 @@ def test_what_wandb_is_told(options, offline):
         assert (folder / "files" / path).read_bytes() == (samples / name).read_bytes()
 
 
-def test_a_restarted_run_goes_on_in_the_same_wandb_run(options, offline):
+def test_a_restarted_run_continues_in_the_same_wandb_run(options, offline):
     """What is done again is told again: wandb would drop it, were the steps its own."""
     tracked = "train.trackers=[wandb]"
     train(options(tracked), stop_after=3)
@@ -370,7 +370,7 @@ def test_a_restarted_run_goes_on_in_the_same_wandb_run(options, offline):
     evaluation.finish()
 
 
-def test_a_damaged_wandb_id_is_told(options, offline):
+def test_a_damaged_wandb_id_is_reported(options, offline):
     o = options("train.trackers=[wandb]")
     o.output.mkdir(parents=True)
     for text in ("{}", "[]", '{"id": 3}', '{"id": "../x"}'):

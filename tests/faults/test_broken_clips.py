@@ -93,7 +93,7 @@ def test_by_default_a_broken_clip_is_an_error(root: Path) -> None:
         train(options_of(root, "strict"))
 
 
-def test_broken_clips_are_left_out_counted_and_told_once(
+def test_broken_clips_are_left_out_counted_and_reported_once(
     root: Path, capfd: pytest.CaptureFixture
 ) -> None:
     straight = train(options_of(root, "straight", "data.max_broken_clips=2"))

@@ -162,7 +162,7 @@ def test_killed_at_random_times(runs):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
-def test_told_to_stop_it_saves_and_leaves(runs, half, straight, name):
+def test_a_stop_signal_saves_and_stops(runs, half, straight, name):
     number = signal.Signals[name]
     folder = shutil.copytree(half, runs.folder / name)
     workers = "train.workers=1" if number == signal.SIGTERM else "train.workers=0"
@@ -179,7 +179,7 @@ def test_told_to_stop_it_saves_and_leaves(runs, half, straight, name):
     assert_same_run(straight, folder)
 
 
-def test_told_twice(runs, half):
+def test_a_second_interrupt_stops_at_once(runs, half):
     """By launchers, which pass on what the scheduler sent: as once. At the keyboard: at once."""
     shutil.copytree(half, runs.folder / "twice")
     fault = Fault("signal", 3, signal.SIGINT, times=2)
@@ -278,7 +278,7 @@ def test_processes_stop_skip_and_go_on_together(runs):
     assert_same_run(whole, runs.folder / "both-again")
 
 
-def test_one_process_goes_on_where_two_stopped(runs, half, straight):
+def test_one_process_resumes_where_two_stopped(runs, half, straight):
     """The clips of a step stay the same, in the same order; sums are in another order."""
     seen = []
     for name, processes in (("one", 1), ("two", 2)):
@@ -292,7 +292,7 @@ def test_one_process_goes_on_where_two_stopped(runs, half, straight):
     assert seen[0] == seen[1] and [len(step) for step in seen[0]] == [2, 2, 2]
 
 
-def test_processes_that_drift_apart_are_found(runs):
+def test_processes_that_drift_apart_are_detected(runs):
     extra = ["name=drift", "train.batch_size=1", "train.check_weights_every=1"]
     assert runs.run(*extra, faults=[Fault("drift", 2, rank=1)], processes=2) == (1, 1)
     assert "error: step 2: process 1 holds other weights than process 0" in runs.output()
