@@ -17,6 +17,7 @@ from scd.options import (
     options_to_dict,
     options_to_yaml,
     rules,
+    with_former_names,
     with_present_names,
 )
 from scd.options.reader import RENAMED
@@ -681,3 +682,11 @@ def test_settings_of_a_rollout_are_checked(settings: RolloutOptions, complaint: 
     with pytest.raises(ScdError) as caught:
         check_rollout(settings)
     assert str(caught.value).startswith("rollout.") and complaint in str(caught.value)
+
+
+def test_names_of_hashes_stay() -> None:
+    """What is hashed under former names is what earlier versions hashed."""
+    present = {"flow": {"self_forcing_prob": 0.5}, "rollout": {"spacing": "diffusers", "steps": 2}}
+    former = {"flow": {"own_history": 0.5}, "rollout": {"spacing": "reference", "steps": 2}}
+    assert with_former_names(present) == former
+    assert with_present_names(former, "here") == present

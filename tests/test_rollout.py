@@ -280,9 +280,12 @@ def test_precision_of_a_rollout(monkeypatch: pytest.MonkeyPatch, inputs) -> None
 
 @pytest.mark.parametrize("prediction", ["data", "velocity"])
 @pytest.mark.parametrize("kind", ["scd", "causal_dit"])
-def test_what_is_divided_by_sigma_is_not_rounded(kind: str, prediction: str) -> None:
+def test_what_is_divided_by_sigma_is_not_rounded(
+    monkeypatch: pytest.MonkeyPatch, kind: str, prediction: str
+) -> None:
     """Of a model in bf16, or under autocast, the stream of tokens is float32 where the prediction
     is the clean frame; its last norm and Linear always."""
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
     model = _of_kind(kind, prediction)
     core = model.decoder if kind == "scd" else model
     seen: dict[str, set[torch.dtype]] = {"block": set(), "norm": set(), "out": set()}

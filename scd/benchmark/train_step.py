@@ -1,10 +1,10 @@
 """Time complete training steps: noise, forward, backward, gradient clipping, AdamW, EMA."""
 
 from dataclasses import asdict
+from itertools import count
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, TrainCase
@@ -12,6 +12,7 @@ from scd.benchmark.machine import measure_machine, peak_bytes, seconds
 from scd.flow.objective import FlowObjective
 from scd.models import SCD
 from scd.options import FlowOptions
+from scd.training.ema import EMA
 from scd.utils.precision import autocast
 
 
@@ -30,7 +31,8 @@ def run_training(case: TrainCase, device: torch.device) -> dict[str, Any]:
     ).to(device)
     objective = FlowObjective(model, FlowOptions(noise_draws=case.draws), seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ema = EMAModel(model.parameters())
+    ema = EMA(model, 0.9999, None)
+    steps = count(1)
     shape = (case.batch, case.frames)
     batch = {
         "sample": torch.arange(case.batch),
@@ -45,7 +47,7 @@ def run_training(case: TrainCase, device: torch.device) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.step(model.parameters())
+        ema.update(next(steps))
 
     times = seconds(step, case.steps, device)
     peak = peak_bytes(device)

@@ -23,6 +23,7 @@ from scd.utils.locks import hold_lock
 
 STATE = ".hub"  # folder inside a target folder: notes, the lock, and what is not finished
 RETRY_AFTER = (1, 5, 25)  # seconds; in addition to the retries of huggingface_hub
+MAX_MEMBERS = 2_000_000  # of an archive
 RESERVE_BYTES = 2**30  # left free on the disk
 
 
@@ -106,7 +107,10 @@ class Repository:
                     endpoint=self.endpoint,
                     max_workers=len(names),
                 )
-                return
+                # Where the list of files cannot be had, it only warns, and fetches nothing.
+                if wait is None or all((self.downloads / name).is_file() for name in names):
+                    return
+                time.sleep(wait)
             except Exception as error:
                 # huggingface_hub itself resumes after a closed connection, not after a reset one.
                 if wait is None or not _is_transient(_cause(error)):
@@ -186,6 +190,8 @@ def unpack(archive: Path, folder: Path, staging: Path) -> list[str]:
                 if member.size < 0:  # reading on would never end
                     raise tarfile.ReadError(f"member {member.name!r} has a negative size")
                 members.append(member)
+                if len(members) > MAX_MEMBERS:  # each takes memory, and an inode
+                    raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
             # To tarfile, damage behind the first member is the end of the archive. Zeros end it.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):

@@ -130,19 +130,32 @@ def _copy_from_siblings(samples: SampleFolder, wanted: dict[str, dict[str, Quant
 
     In a sweep, and for one checkpoint after another, those are three quarters of the work.
     """
+    weights = {
+        set_: _weights(wanted[set_])
+        for set_ in (REAL_SET, OTHER_SET, REPEAT_SET, AUTOENCODED_SET)
+        if set_ in wanted
+    }
+    lacking = {  # clip -> quantities
+        (set_, number): missing
+        for set_, needed in weights.items()
+        for number in range(samples.videos)
+        if (missing := needed.keys() - samples.measured_quantities(set_, number, needed))
+    }
     for other in siblings(samples):
-        sets = [REAL_SET, OTHER_SET, REPEAT_SET]
-        if other.autoencoder == samples.autoencoder:
-            sets.append(AUTOENCODED_SET)
-        for set_ in [set_ for set_ in sets if set_ in wanted]:
-            weights = _weights(wanted[set_])
-            for number in range(samples.videos):
-                there = samples.measured_quantities(set_, number, weights)
-                offered = other.measured_quantities(set_, number, weights) - there
-                if offered:
-                    values = other.read_measurement(set_, number)
-                    chosen = {name: values[name] for name in offered}
-                    samples.write_measurement(set_, number, chosen, weights)
+        for (set_, number), missing in list(lacking.items()):
+            if set_ == AUTOENCODED_SET and other.autoencoder != samples.autoencoder:
+                continue
+            offered = missing & other.measured_quantities(set_, number, weights[set_])
+            if not offered:
+                continue
+            values = other.read_measurement(set_, number)
+            chosen = {name: values[name] for name in offered}
+            samples.write_measurement(set_, number, chosen, weights[set_])
+            lacking[set_, number] = missing - offered
+            if not lacking[set_, number]:
+                del lacking[set_, number]
+        if not lacking:
+            return
 
 
 def _read(samples: SampleFolder, set_: str, numbers: list[int]) -> tuple[Tensor, Tensor]:

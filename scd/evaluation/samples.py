@@ -33,7 +33,7 @@ from scd.errors import ScdError
 from scd.evaluation.metrics import Setting
 from scd.evaluation.pictures import to_bytes
 from scd.models.autoencoder import autoencoder_hash
-from scd.options import FvdPrecision, Options
+from scd.options import FvdPrecision, Options, with_former_names
 from scd.utils.files import read_json, sha256, write_atomically, write_json
 
 MANIFEST = "manifest.json"
@@ -65,7 +65,7 @@ def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[s
         "checkpoint": checkpoint_hash,
         "autoencoder": None if autoencoder is None else autoencoder_hash(autoencoder),
         "data": _data_hash(data, options.eval.videos),
-        "options": sections,
+        "options": with_former_names(sections),  # or renaming an option would orphan all samples
     }
 
 

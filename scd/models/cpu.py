@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from scd.models.masks import block_causal, clean_context, dense_mask, token_numbers
-from scd.utils.precision import has_bf16
 
 # Plain products are 2 to 5 times faster than the fused kernel up to about this many keys, forward
 # and backward (384 sequences of 32 tokens: 14 ms against 74 ms, bf16, 2 cores; 128 queries and 768
@@ -188,5 +187,5 @@ def _packable(weight: Tensor) -> bool:
     plain = type(weight) is nn.Parameter and weight.device.type == "cpu"
     return plain and (
         weight.dtype == torch.float32
-        or (weight.dtype == torch.bfloat16 and has_bf16(weight.device))
+        or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )

@@ -260,7 +260,7 @@ class Block(nn.Module):
         number: of the block in its stack, from 0.
     """
 
-    def __init__(self, width: int, number: int = 0):
+    def __init__(self, width: int, number: int):
         super().__init__()
         self.number = number
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)

@@ -6,6 +6,7 @@ from scd.options.reader import (
     options_from_json,
     options_to_dict,
     options_to_yaml,
+    with_former_names,
     with_present_names,
 )
 from scd.options.rules import check_rollout
@@ -49,5 +50,6 @@ __all__ = [
     "options_from_json",
     "options_to_dict",
     "options_to_yaml",
+    "with_former_names",
     "with_present_names",
 ]

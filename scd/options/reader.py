@@ -95,8 +95,17 @@ def with_present_names(values: dict[str, Any], source: str) -> dict[str, Any]:
     Raises:
         ScdError: an option stands there under both its names.
     """
+    return _renamed(values, RENAMED, source)
+
+
+def with_former_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Return nested options under the names of `RENAMED`, for hashes that must not change."""
+    return _renamed(values, {new: old for old, new in RENAMED.items()}, "options")
+
+
+def _renamed(values: dict[str, Any], names: dict[str, str], source: str) -> dict[str, Any]:
     values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
-    for old, new in RENAMED.items():
+    for old, new in names.items():
         key, _, old_value = old.partition("=")
         new_key, _, new_value = new.partition("=")
         *sections, name = key.split(".")

@@ -81,10 +81,6 @@ WORLD_MODEL: list[Rule] = [
         "needs it above 0, causal_dit needs 0",
     ),
     (
-        lambda o: o.model.type == "scd" or o.model.fusion == "token_concat",
-        "model.fusion={model.fusion} contradicts model.type={model.type}, which fuses nothing",
-    ),
-    (
         lambda o: (o.model.layers > 0) == (o.model.type == "causal_dit"),
         "model.layers={model.layers} contradicts model.type={model.type}: causal_dit needs it "
         "above 0, scd has encoder_layers and decoder_layers",

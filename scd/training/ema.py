@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from scd.errors import ScdError
 from scd.models.weights import read_weights
@@ -62,12 +63,16 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """Set the average to `decay` times itself plus 1 - `decay` times the weights."""
-        average, weights = list(self.average.values()), list(self.weights.values())
-        # In these three steps, and not by `lerp`: so checkpoints of earlier versions, which used
-        # diffusers' EMAModel, are continued to the bit.
-        change = torch._foreach_sub(average, weights)
-        torch._foreach_mul_(change, 1 - decay)
-        torch._foreach_sub_(average, change)
+        for sharded in (False, True):  # one operation takes tensors of one kind only
+            names = [n for n, w in self.weights.items() if isinstance(w, DTensor) == sharded]
+            if not names:
+                continue
+            average = [self.average[name] for name in names]
+            # In these three steps, and not by `lerp`: so checkpoints of earlier versions, which
+            # used diffusers' EMAModel, are continued to the bit.
+            change = torch._foreach_sub(average, [self.weights[name] for name in names])
+            torch._foreach_mul_(change, 1 - decay)
+            torch._foreach_sub_(average, change)
 
 
 def averaged_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -111,8 +111,6 @@ def run_experiment(options: Options) -> None:
         ScdError: another run is active in the same folder.
     """
     accelerator = make_accelerator(options)
-    if options.train.compile:
-        refuse_missing_compiler(accelerator.device)
     main = accelerator.is_main_process
     with ExitStack() as held:
         held.enter_context(deterministic_on_cpu(accelerator.device))
@@ -124,6 +122,8 @@ def run_experiment(options: Options) -> None:
                 held.enter_context(hold_lock(options.output / LOCK, busy, advice))
                 remove_unfinished(options.output)
         with report_outcome(options.output, main):
+            if options.train.compile:
+                refuse_missing_compiler(accelerator.device)
             Trainer(options, build_task(options, accelerator), accelerator).run()
 
 

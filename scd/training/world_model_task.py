@@ -84,6 +84,7 @@ class WorldModelTask:
             trajectories=1,
             seeds=o.seeds[:1],
             swapped_actions=[],
+            windows=0,
             batch_size=min(o.batch_size, math.ceil(videos / processes().num_processes)),
         )
         options = replace(self.options, eval=few)
