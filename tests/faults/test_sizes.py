@@ -2,6 +2,7 @@
 
 import io
 import json
+import mmap
 import struct
 import zipfile
 from collections.abc import Callable
@@ -266,7 +267,7 @@ def test_a_trial_that_swells_hangs_or_dies_is_wrong(tmp_path: Path, monkeypatch)
     ways: dict[str, Callable[[Path], object]] = {
         "hangs or dies (Alarm clock)": lambda _: time.sleep(9),
         "hangs or dies (Segmentation fault)": lambda _: os.kill(os.getpid(), 11),
-        "takes ": lambda _: b"x" * (400 * 2**20),
+        "takes ": lambda _: touch_new_memory(400),
         "ValueError: x": lambda _: raise_(ValueError("x")),
         "y z": lambda _: raise_(ScdError("cannot allocate y z")),
     }
@@ -276,6 +277,13 @@ def test_a_trial_that_swells_hangs_or_dies_is_wrong(tmp_path: Path, monkeypatch)
         made = Kind("way", {"f": b"x"}, act, damage=lambda name, data, rng: data)
         tally = try_damage(made, tmp_path, trials=2)
         assert tally.tried == 2 and len(tally.wrong) == 2 and told in tally.wrong[1]
+
+
+def touch_new_memory(mib: int) -> None:
+    """Take memory that no freed block of this process can stand in for."""
+    taken = mmap.mmap(-1, mib * 2**20)
+    for _ in range(mib):
+        taken.write(b"x" * 2**20)
 
 
 def raise_(error: Exception) -> None:
