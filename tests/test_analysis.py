@@ -206,7 +206,7 @@ def test_known_similarities(clips):
     assert same(result.between_clips, torch.ones(2))  # both clips are the same
     assert result.error.max() == 0
     # Off the mean (1/3, 2/3): (2/3, -2/3) once and (-1/3, 1/3) twice point in opposite directions.
-    assert same(result.centred[1], torch.tensor([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]]), 1e-5)
+    assert same(result.centered[1], torch.tensor([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]]), 1e-5)
     pictures = principal_pictures(features.contiguous(), 0)
     assert pictures.shape == (2, steps, tokens, 3)
     assert (pictures[1, 0, :, 0] - pictures[1, 1, :, 0]).abs().min() > 0.99

@@ -106,7 +106,7 @@ def test_a_step_waits_once(
         read = [next(batches) for _ in range(4)]
         first, second = iter(read[:2]), iter(read[2:])
         trainer._train_step(first, request)  # type: ignore[arg-type]
-        with watched(monkeypatch) as found:  # now the optimiser has its moments
+        with watched(monkeypatch) as found:  # now the optimizer has its moments
             trainer._train_step(second, request)  # type: ignore[arg-type]
     # The clips' numbers and a scheduler's noise levels never were on the device.
     of_host = ("trainer.py _train_step", "sampler.py")

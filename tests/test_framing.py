@@ -39,7 +39,7 @@ def numbered(frames: int, height: int, width: int) -> torch.Tensor:
 # --- Geometry
 
 
-def test_the_centre_is_taken_without_a_draw() -> None:
+def test_the_center_is_taken_without_a_draw() -> None:
     out = Framing(4, resize_shorter=6, mirror=True)(numbered(3, 6, 11), PATH)
     assert out.shape == (3, 3, 4, 4)
     assert out[0, 0, :, 0].tolist() == [1, 2, 3, 4]  # of 0..5
@@ -129,7 +129,7 @@ def test_crops_are_a_function_of_seed_and_sample(wide_root: Path) -> None:
     assert min(slopes) < 0 < max(slopes)  # some are mirrored
 
 
-def test_evaluation_and_latents_see_the_centre(
+def test_evaluation_and_latents_see_the_center(
     wide_root: Path, tmp_path: Path, tiny_autoencoder_path: str
 ) -> None:
     root = tmp_path / "wide"

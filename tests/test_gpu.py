@@ -143,7 +143,7 @@ ONE = ["torch.distributed.run", "--nproc_per_node=1"]
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compile_", ["false", "true"])
 def test_a_run_resumes_where_it_was(doom_root, tmp_path, precision, compile_):
-    """With the fused optimiser and Muon; weights within rounding of an uninterrupted run."""
+    """With the fused optimizer and Muon; weights within rounding of an uninterrupted run."""
     more = [f"train.mixed_precision={precision}", f"train.compile={compile_}"]
     more += ["optim.schedule=constant"]
     launch(ONE, small(doom_root, tmp_path, "name=whole", *more))

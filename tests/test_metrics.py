@@ -688,7 +688,7 @@ def test_black_against_white(i3d: dict[str, Tensor]) -> None:
 
 
 def test_distances_grow_with_the_damage(i3d: dict[str, Tensor]) -> None:
-    # Flat patches of colour that change over time.
+    # Flat patches of color that change over time.
     videos = random(2, 9, 3, 4, 4).repeat_interleave(8, dim=3).repeat_interleave(8, dim=4)
     noise = random(*videos.shape, seed=1)
     real = i3d_features(videos)

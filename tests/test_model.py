@@ -158,10 +158,10 @@ def test_fresh_decoder_predicts_zero(inputs):
 
 def test_qkv_start_is_that_of_three_linears():
     weight = Block(128, 0).attention.qkv.weight
-    from scd.models.layers import initialise
+    from scd.models.layers import initialize
 
     block = Block(128, 0)
-    initialise(block)
+    initialize(block)
     bound = (6 / 256) ** 0.5
     assert bound * 0.99 < block.attention.qkv.weight.abs().max() <= bound
     assert weight.shape == (384, 128)

@@ -34,7 +34,7 @@ def fill_gradients(layers, seed):
             p.grad = torch.randn(p.shape, generator=generator)
 
 
-def test_each_optimiser_has_its_parameters(layers):
+def test_each_optimizer_has_its_parameters(layers):
     """A bias moves as with AdamW alone; a matrix by lr sqrt(64 / 32) in each of its 32 directions,
     whatever its gradient's size: times 0.7 to 1.2, which five Newton-Schulz iterations leave."""
     optimizer = make_optimizer(groups(layers), OptimOptions(muon_lr=0.01), True)
@@ -55,7 +55,7 @@ def test_each_optimiser_has_its_parameters(layers):
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_each_matrix_of_a_stack_is_orthogonalised(bf16):
+def test_each_matrix_of_a_stack_is_orthogonalized(bf16):
     """Queries, keys and values with gradients a thousand times apart all move as far: by lr in
     each of 32 directions, times 0.7 to 1.2. As one matrix, the smallest would hardly move."""
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def test_groups_know_what_each_parameter_is(layers):
 
 
 def test_schedule_and_saved_state_reach_both(layers):
-    """What is saved, loaded into a new optimiser, goes on to the bit; a rate of 0 stops all."""
+    """What is saved, loaded into a new optimizer, goes on to the bit; a rate of 0 stops all."""
     optimizer = make_optimizer(groups(layers), OptimOptions(muon_lr=0.01), True)
     fill_gradients(layers, 1)
     optimizer.step()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scd.training.optimizer import Muon, orthogonalise
+from scd.training.optimizer import Muon, orthogonalize
 from scd.utils import precision
 from scd.utils.precision import resolve_precision
 
@@ -103,7 +103,7 @@ def test_muon_is_that_of_torch() -> None:
 
 def test_orthogonal_in_float32() -> None:
     matrix = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
-    found = orthogonalise(matrix, torch.float32)
+    found = orthogonalize(matrix, torch.float32)
     assert found.dtype == torch.float32 and found.shape == matrix.shape
     # Newton-Schulz of these coefficients leaves singular values between 0.68 and 1.13.
     assert torch.linalg.svdvals(found).min() > 0.6 and torch.linalg.svdvals(found).max() < 1.2

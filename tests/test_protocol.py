@@ -416,7 +416,7 @@ def fake_features(monkeypatch) -> list[tuple[int, str]]:
 def test_a_metric_is_one_entry(
     better, options, model, data, no_weights, registry, tmp_path, monkeypatch
 ):
-    """Measured, summarised and shown without a change elsewhere, each kind in its own way."""
+    """Measured, summarized and shown without a change elsewhere, each kind in its own way."""
 
     def mse(videos, real):
         return (videos - real).square().mean(dim=(2, 3, 4))

@@ -509,7 +509,7 @@ def test_global_generators_have_no_say(options, monkeypatch):
     assert_same_state(*folders)
 
 
-def test_changed_optimiser_options_count_after_resuming(options):
+def test_changed_optimizer_options_count_after_resuming(options):
     train(options("name=betas", "train.steps=2"))
     changed = ["optim.betas=[0.5,0.6]", "optim.weight_decay=0.1", "optim.lr=1e-5"]
     folder = train(options("name=betas", "train.steps=3", *changed))

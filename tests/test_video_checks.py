@@ -177,7 +177,7 @@ def test_repeated_pictures_are_frames(generated: Path) -> None:
     assert check.frames == 200 and check.random_access and check.fps == 25
 
 
-def test_colours_that_another_decoder_rounds_otherwise(
+def test_colors_that_another_decoder_rounds_otherwise(
     generated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def another(path: Path) -> object:

@@ -51,7 +51,7 @@ def similarity_matrices(similarity: Tensor, names: Sequence[str], n: int) -> Fig
 def similarity_to_last(
     similarity: Tensor,
     error: Tensor,
-    centred: Tensor,
+    centered: Tensor,
     between_clips: Tensor,
     names: Sequence[str],
     n: int,
@@ -59,7 +59,7 @@ def similarity_to_last(
     """Plot each layer's similarity to the last steps.
 
     Args:
-        similarity, centred: (layers, T, T).
+        similarity, centered: (layers, T, T).
         error: (layers, T), standard error of the similarity to the last step.
         between_clips: (layers,), drawn as dashes at the right edge.
     """
@@ -69,7 +69,7 @@ def similarity_to_last(
     for axis, values, title in (
         (axes[0], similarity[:, :, -1], "to the last step (σ 0.001)"),
         (axes[1], similarity[:, :, -2], "to the second to last"),
-        (axes[2], centred[:, :, -2], "to the second to last, without the layer's mean token"),
+        (axes[2], centered[:, :, -2], "to the second to last, without the layer's mean token"),
     ):
         for layer, name in enumerate(names):
             axis.plot(steps, values[layer], color=colors[layer], marker=".", label=name)

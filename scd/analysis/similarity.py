@@ -43,7 +43,7 @@ class StepSimilarity:
 
     similarity: Tensor  # (1 + L, T, T)
     error: Tensor  # (1 + L, T), standard error over clips of the similarity to the last step
-    centred: Tensor  # (1 + L, T, T), after subtracting each layer's mean token
+    centered: Tensor  # (1 + L, T, T), after subtracting each layer's mean token
     between_clips: Tensor  # (1 + L,), of the same token in two different clips at the same step
 
 
@@ -96,14 +96,14 @@ def probe_similarity(probed: ProbedModel) -> Section:
         {
             "similarity": figures.similarity_matrices(result.similarity, names, n),
             "similarity_to_last": figures.similarity_to_last(
-                result.similarity, result.error, result.centred, result.between_clips, names, n
+                result.similarity, result.error, result.centered, result.between_clips, names, n
             ),
             "features": figure,
         },
         numbers={
             "layers": names,
             "similarity": result.similarity,
-            "similarity_without_mean": result.centred,
+            "similarity_without_mean": result.centered,
             "standard_error_to_last": result.error,
             "two_steps": between_steps(result.similarity),
             "two_clips": result.between_clips,
@@ -165,7 +165,7 @@ def step_similarity(features: Tensor) -> StepSimilarity:
     return StepSimilarity(
         similarity=by_clip.mean(dim=1),
         error=by_clip[..., -1].std(dim=1) / clips**0.5,
-        centred=_cosines(features - mean).mean(dim=1),
+        centered=_cosines(features - mean).mean(dim=1),
         between_clips=between_clips,
     )
 
@@ -210,10 +210,10 @@ def principal_pictures(features: Tensor, clip: int) -> Tensor:
     """
     pictures = []
     for layer in features.unbind(dim=1):  # (T, n, N, D)
-        centred = layer - layer.mean(dim=(0, 1, 2))  # (T, n, N, D)
+        centered = layer - layer.mean(dim=(0, 1, 2))  # (T, n, N, D)
         # The eigenvectors of the D x D covariance, by ascending variance.
-        _, vectors = torch.linalg.eigh(torch.einsum("tnkd,tnke->de", centred, centred).double())
-        projected = centred @ vectors[:, -3:].flip(-1).float()
+        _, vectors = torch.linalg.eigh(torch.einsum("tnkd,tnke->de", centered, centered).double())
+        projected = centered @ vectors[:, -3:].flip(-1).float()
         low, high = projected.amin(dim=(0, 1, 2)), projected.amax(dim=(0, 1, 2))
         pictures.append((projected[:, clip] - low) / (high - low).clamp(min=1e-8))
     return torch.stack(pictures)

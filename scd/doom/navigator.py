@@ -57,7 +57,7 @@ class FreeSpace:
         i, j = free[np.abs(free - wanted).sum(axis=1).argmin()]
         return int(i), int(j)
 
-    def centre(self, cell: np.ndarray | tuple[int, int]) -> tuple[float, float]:
+    def center(self, cell: np.ndarray | tuple[int, int]) -> tuple[float, float]:
         """Return the place in the middle of a cell, in map units."""
         x, y = self.origin + (np.asarray(cell) + 0.5) * CELL
         return float(x), float(y)
@@ -111,7 +111,7 @@ class Navigator:
         return TURN_LEFT if error > 0 else TURN_RIGHT
 
     def _new_target(self) -> None:
-        self.target = self.space.centre(self.rng.choice(self.space.cells))
+        self.target = self.space.center(self.rng.choice(self.space.cells))
         self._distance = self.space.distances_to(self.target)
 
     def _maybe_wander(self) -> None:
@@ -131,7 +131,7 @@ class Navigator:
             window = self._distance[max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
             di, dj = np.unravel_index(window.argmin(), window.shape)
             i, j = max(i - 1, 0) + int(di), max(j - 1, 0) + int(dj)
-        return self.space.centre((i, j))
+        return self.space.center((i, j))
 
 
 class KeyNavigator(Navigator):

@@ -24,7 +24,7 @@ from scd.evaluation.report import (
     write_samples,
 )
 from scd.evaluation.samples import EVALUATIONS, SampleFolder, identity, identity_name
-from scd.evaluation.summary import Evaluation, markdown, summarise, tables
+from scd.evaluation.summary import Evaluation, markdown, summarize, tables
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel, load_checkpoint_for_use, options_for_use
 from scd.models.world_model import WorldModel
@@ -142,7 +142,7 @@ def measure(samples: SampleFolder, again: bool = False) -> Evaluation | None:
     """Measure saved samples; None on all processes but the main one."""
     available = AvailableMetrics(samples.setting)
     measure_samples(samples, available, again)
-    return summarise(samples, available) if processes().is_main_process else None
+    return summarize(samples, available) if processes().is_main_process else None
 
 
 def evaluation_folder(options: Options, checkpoint: dict[str, Any], data: ClipFolder) -> Path:

@@ -79,7 +79,7 @@ def ssim(videos: Tensor, others: Tensor) -> Tensor:
     """Compute the structural similarity of each frame, (n, F) float32; 1 is identical.
 
     Gaussian window of 11 pixels, sigma 1.5, k1 = 0.01, k2 = 0.03 (Wang et al. 2004), over every
-    pixel with the frame mirrored at its borders, and over the three colours alike.
+    pixel with the frame mirrored at its borders, and over the three colors alike.
 
     Raises:
         ScdError: the two are not videos in [0, 1] of the same shape, or under 11 pixels a side.

@@ -13,7 +13,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     """Compute the Fréchet distance of two Gaussians.
 
     It is |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), with the means m and the unbiased
-    covariances C of the two sets of features. With A and B the centred features divided by
+    covariances C of the two sets of features. With A and B the centered features divided by
     sqrt(n - 1), C_a = A'A, and the trace of the root is the sum of the singular values of A B'. So
     no covariance and no matrix root is ever formed, and fewer samples than features, where a root
     of the singular product fails, are no special case.
@@ -24,8 +24,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     Raises:
         ScdError: fewer than two samples, differing d, or values that are not finite.
     """
-    a, mean_a = _centred(features_a)
-    b, mean_b = _centred(features_b)
+    a, mean_a = _centered(features_a)
+    b, mean_b = _centered(features_b)
     if len(mean_a) != len(mean_b):
         raise ScdError(f"features of {len(mean_a)} and {len(mean_b)} numbers cannot be compared")
     cross = float(np.linalg.svd(a @ b.T, compute_uv=False).sum())
@@ -69,8 +69,8 @@ def _checked(features: Tensor) -> Tensor:
     return values
 
 
-def _centred(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Centre features: A in float64 with A'A = the unbiased covariance, and the mean (d,).
+def _centered(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Center features: A in float64 with A'A = the unbiased covariance, and the mean (d,).
 
     A has at most d rows.
     """

@@ -17,7 +17,7 @@ from scd.evaluation.protocol import predict_frames, read_evaluation_batch
 from scd.models.load import load_checkpoint_for_use
 from scd.utils.files import write_atomically
 
-CONTEXT_COLOUR = (255, 196, 0)  # border of context frames
+CONTEXT_COLOR = (255, 196, 0)  # border of context frames
 BACKGROUND = 24
 MIN_SIDE = 256  # videos are enlarged to at least this many pixels
 GRID_COLUMNS = 12
@@ -71,7 +71,7 @@ def write_grid(path: Path, generated: Tensor, real: Tensor, context_frames: int)
         known = time < context_frames
         text = "given" if known else f"+{time - context_frames + 1}"
         place = (label_width + column * cell + cell // 2, header // 2)
-        draw.text(place, text, fill=CONTEXT_COLOUR if known else (220, 220, 220), anchor="mm")
+        draw.text(place, text, fill=CONTEXT_COLOR if known else (220, 220, 220), anchor="mm")
     height = rows[0].shape[0]
     for clip in range(min(len(generated), GRID_ROWS)):
         top = header + clip * (2 * height + 6)
@@ -103,7 +103,7 @@ def _mark(frame: np.ndarray) -> None:
     """Draw a border into a frame (H, W, 3)."""
     width = max(frame.shape[0] // 48, 2)
     for edge in (np.s_[:width], np.s_[-width:], np.s_[:, :width], np.s_[:, -width:]):
-        frame[edge] = CONTEXT_COLOUR
+        frame[edge] = CONTEXT_COLOR
 
 
 def sample_videos(

@@ -49,7 +49,7 @@ class Evaluation:
         return asdict(self)
 
 
-def summarise(samples: SampleFolder, available: AvailableMetrics) -> Evaluation:
+def summarize(samples: SampleFolder, available: AvailableMetrics) -> Evaluation:
     """Read all measurements and make the rows of the table.
 
     Raises:
@@ -97,7 +97,7 @@ def make_row(trajectories: list[Measured], real: Measured, windows: int = 0) -> 
 
 
 def _frame_metric(key: str, metric: FrameMetric, values: Tensor) -> Row:
-    """Summarise values (trajectories, videos, frames)."""
+    """Summarize values (trajectories, videos, frames)."""
     return {
         key: _best(metric, values),
         f"{key}_first_{FIRST_FRAMES}": _best(metric, values[..., :FIRST_FRAMES]),
@@ -113,7 +113,7 @@ def _best(metric: Metric, values: Tensor) -> float:
 
 
 def _clip_statistic(key: str, values: Tensor, real: Tensor) -> Row:
-    """Summarise values (trajectories, videos, frames) against real ones (videos, frames)."""
+    """Summarize values (trajectories, videos, frames) against real ones (videos, frames)."""
     parts = min(PARTS, values.shape[-1])
     pairs = zip(values.tensor_split(parts, dim=-1), real.tensor_split(parts, dim=-1), strict=True)
     return {key: _ratio(values, real), f"{key}_by_quarter": [_ratio(*pair) for pair in pairs]}

@@ -1,4 +1,4 @@
-"""Pixels to scaled latents and back, behind one small interface.
+"""Codecs between pixels and scaled latents: pixel space, and diffusers autoencoders.
 
 Three kinds of latents: pixels as they are, those of a deep-compression autoencoder (DC-AE, arXiv
 2410.10733), and those of a variational one (diffusers' `AutoencoderKL`), whose mode is taken.
@@ -47,7 +47,7 @@ class PixelCodec(nn.Module):
         return latents
 
     def encode(self, video: Tensor) -> Tensor:
-        """(B, F, 3, H, W) in [0, 1] -> (B, F, 3, H, W) in [-1, 1]."""
+        """Map pixels (B, F, 3, H, W) from [0, 1] to [-1, 1]."""
         return video * 2 - 1
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class PixelCodec(nn.Module):
 
 
 class LatentCodec(nn.Module):
-    """An autoencoder. The diffusion model sees (latents - shift_factor) * scaling_factor.
+    """An autoencoder as a codec; models see (latents - shift_factor) * scaling_factor.
 
     Where diffusers' config has them, `latents_mean` takes the place of the shift, and `latents_std`
     divides as well: one number a channel.
@@ -81,23 +81,23 @@ class LatentCodec(nn.Module):
         self.register_buffer("factor", config.scaling_factor / std, persistent=False)
 
     def scale(self, latents: Tensor) -> Tensor:
-        """Latents as the autoencoder gives them -> as the diffusion model sees them."""
+        """Scale the autoencoder's latents to those that the diffusion model sees."""
         return (latents - self.shift) * self.factor
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """(B, F, 3, H, W) in [0, 1] -> scaled latents (B, F, C, H/f, W/f)."""
+        """Encode pixels (B, F, 3, H, W) in [0, 1] to scaled latents (B, F, C, H/f, W/f)."""
         with self._arithmetic():
             return self.scale(self._per_frame(self.encode_images, video))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, F, C, h, w) -> (B, F, 3, H, W) in [0, 1]."""
+        """Decode scaled latents (B, F, C, h, w) to pixels (B, F, 3, H, W) in [0, 1]."""
         with self._arithmetic():
             return self._per_frame(self._decode_images, latents).clamp(0, 1)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> unscaled latents (B, C, h, w)."""
+        """Encode images (B, 3, H, W) in [0, 1] to unscaled latents (B, C, h, w)."""
         return unscaled_latents(self.autoencoder, self._as_input(images * 2 - 1)).float()
 
     @contextmanager
@@ -129,20 +129,20 @@ Codec = PixelCodec | LatentCodec
 
 
 def unscaled_latents(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w); a distribution gives its mode."""
+    """Encode images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), a distribution's mode."""
     encoded = autoencoder.encode(pixels)
     return encoded.latent if isinstance(autoencoder, AutoencoderDC) else encoded.latent_dist.mode()
 
 
 def downsampling(autoencoder: Autoencoder) -> int:
-    """Pixels a side of one latent: every stage but one halves the image."""
+    """Count the pixels per side of one latent: every stage but one halves the image."""
     if isinstance(autoencoder, AutoencoderDC):
         return autoencoder.spatial_compression_ratio
     return 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
 def build_autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
-    """A deep-compression autoencoder (DC-AE, arXiv 2410.10733) with fresh weights.
+    """Build a deep-compression autoencoder (DC-AE, arXiv 2410.10733) with fresh weights.
 
     `decoder_norm` is that of the decoder's ResBlocks; every other block has RMS norm.
     """
@@ -171,7 +171,7 @@ def build_autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
 
 
 def load_codec(path: str | None) -> Codec:
-    """The codec of an experiment: pixel space, or an autoencoder saved by diffusers.
+    """Load the codec of an experiment: pixel space, or an autoencoder saved by diffusers.
 
     Raises:
         ScdError: there is no autoencoder of a known kind at `path`, or its files are damaged.
@@ -207,10 +207,10 @@ def load_codec(path: str | None) -> Codec:
         )
     except Exception as error:  # diffusers raises many kinds for damaged folders
         raise ScdError(f"{path}: not a readable autoencoder ({reason(error)})") from error
-    for kind, told in (("missing_keys", "lack"), ("unexpected_keys", "have too much:")):
+    for kind, problem in (("missing_keys", "lack"), ("unexpected_keys", "have too much:")):
         if names := sorted(found[kind]):  # diffusers would leave them random, or out
             shown = ", ".join(names[:SHOWN_DIFFERENCES])
-            raise ScdError(f"{path}: the autoencoder's {len(names)} weights {told} {shown}")
+            raise ScdError(f"{path}: the autoencoder's {len(names)} weights {problem} {shown}")
     return LatentCodec(autoencoder.eval().requires_grad_(False))
 
 
@@ -260,7 +260,7 @@ def _check_announced(config: dict[str, Any], folder: Path) -> None:
     except Exception as error:  # diffusers raises many kinds for options that contradict
         raise ScdError(f"{where}: announces a network that cannot be ({reason(error)})") from error
     wanted = sum(tensor.numel() for tensor in announced.state_dict().values())
-    if wanted > 2 * sum(sizes):  # what is missing of fewer is told by name
+    if wanted > 2 * sum(sizes):  # fewer missing ones are named one by one
         raise ScdError(f"{where}: announces {wanted} weights, but {header.name} has {sum(sizes)}")
 
 
@@ -269,12 +269,12 @@ def _is_number(value: object) -> bool:
 
 
 def autoencoder_hash(path: str) -> str:
-    """What identifies an autoencoder: the SHA-256 of its weight file."""
+    """Identify an autoencoder by the SHA-256 of its weight file."""
     return sha256(_weight_file(path))
 
 
 def encoder_hash(path: str) -> str:
-    """What identifies the latents of an autoencoder: the SHA-256 of its encoder's weights.
+    """Identify the latents of an autoencoder by the SHA-256 of its encoder's weights.
 
     It stays what it was when the decoder alone is trained on.
     """

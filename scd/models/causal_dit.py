@@ -23,7 +23,7 @@ from scd.models.layers import (
     Float32Linear,
     Modulations,
     OutputNorm,
-    initialise,
+    initialize,
     look_up,
     patchify,
     precompute_modulation,
@@ -78,7 +78,7 @@ class CausalDiT(WorldModel):
         self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
         self.unembed = Float32Linear(width, channels * patch_size**2)
-        initialise(self)
+        initialize(self)
         nn.init.zeros_(self.unembed.weight)
 
     @property

@@ -1,6 +1,7 @@
 """The frame decoder: once per denoising step, inside one frame, under the encoder's context."""
 
 import difflib
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from scd.models.layers import (
     Modulations,
     OutputNorm,
     Rotary,
-    initialise,
+    initialize,
     patchify,
     precompute_modulation,
     rotary_positions,
@@ -25,7 +26,7 @@ from scd.models.layers import (
 )
 
 
-class Fusion:
+class Fusion(ABC):
     """A way of joining context and noisy tokens to the sequence that the decoder's blocks run over.
 
     To add one: a subclass, and a line in `FUSIONS`. Nothing else knows them. Layers that it needs
@@ -36,15 +37,15 @@ class Fusion:
         """Make the layers that the fusion needs, by their name in the decoder."""
         return {}
 
-    def initialise(self, decoder: Any) -> None:
+    def initialize(self, decoder: Any) -> None:  # noqa: B027 (most need none)
         """Set initial values of these layers other than those that every Linear gets."""
 
+    @abstractmethod
     def join(self, decoder: Any, context: Tensor, x: Tensor) -> Tensor:
         """Join context and noisy tokens, (B·F, N, D) each, to (B·F, N or 2·N, D).
 
         Of 2·N tokens the noisy ones come last; only these are predicted from.
         """
-        raise NotImplementedError
 
 
 class TokenConcat(Fusion):
@@ -61,7 +62,7 @@ class TokenConcatWithProjection(Fusion):
         norm = nn.LayerNorm(width, eps=NORM_EPS)
         return {"context_norm": norm, "context_proj": nn.Linear(width, width)}
 
-    def initialise(self, decoder: Any) -> None:
+    def initialize(self, decoder: Any) -> None:
         nn.init.zeros_(decoder.context_proj.weight)
 
     def join(self, decoder: Any, context: Tensor, x: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class ChannelConcat(Fusion):
     def layers(self, width: int) -> dict[str, nn.Module]:
         return {"fuse": nn.Linear(2 * width, width)}
 
-    def initialise(self, decoder: Any) -> None:
+    def initialize(self, decoder: Any) -> None:
         identity = torch.eye(decoder.fuse.out_features)
         decoder.fuse.weight.data.copy_(torch.cat([identity, identity], dim=1))
 
@@ -138,9 +139,9 @@ class FrameDecoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
         self.unembed = Float32Linear(width, channels * patch_size**2)
-        initialise(self)
+        initialize(self)
         nn.init.zeros_(self.unembed.weight)
-        self.fusion.initialise(self)
+        self.fusion.initialize(self)
 
     def forward(self, noisy: Tensor, context: Tensor, modulations: Modulations) -> Tensor:
         """Predict frames from noisy ones, each independent of the others.

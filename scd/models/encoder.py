@@ -14,7 +14,7 @@ from scd.models.layers import (
     ConditionEmbedding,
     Modulations,
     OutputNorm,
-    initialise,
+    initialize,
     look_up,
     patchify,
     precompute_modulation,
@@ -49,7 +49,7 @@ class CausalEncoder(nn.Module):
         self.conditioning = ConditionEmbedding(width, num_conditions)
         self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
-        initialise(self)
+        initialize(self)
         self.start = nn.Parameter(0.02 * torch.randn(width)) if first_frame else None
 
     def forward(

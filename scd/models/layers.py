@@ -349,8 +349,8 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
     )
 
 
-def initialise(module: nn.Module) -> None:
-    """Initialise for training: Xavier-uniform Linears, zero biases, modulations that do nothing."""
+def initialize(module: nn.Module) -> None:
+    """Initialize for training: Xavier-uniform Linears, zero biases, modulations that do nothing."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)

@@ -124,7 +124,7 @@ def _halves(channels: Tensor) -> Tensor:
 def _take_context_projection(
     unknown: dict[str, Tensor], converted: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Take the context's LayerNorm and Linear from the rest, recognised by their shapes.
+    """Take the context's LayerNorm and Linear from the rest, recognized by their shapes.
 
     The only matrix among the decoder's remaining tensors is the Linear's.
     """

@@ -17,12 +17,12 @@ Groups = list[dict[str, Any]]
 
 
 def make_optimizer(groups: Groups, options: OptimOptions, bf16: bool) -> Optimizer:
-    """Build AdamW, or AdamW and Muon as one optimiser if there are groups for Muon.
+    """Build AdamW, or AdamW and Muon as one optimizer if there are groups for Muon.
 
     Args:
         groups: `params` and their `lr`; for Muon also `muon`, the number of matrices that each
             parameter is a stack of, one above the other; empty or absent for AdamW.
-        bf16: whether Muon orthogonalises in bf16; the same on every process.
+        bf16: whether Muon orthogonalizes in bf16; the same on every process.
     """
     matrices = [group for group in groups if uses_muon(group)]
     adamw = AdamW(
@@ -38,9 +38,9 @@ def make_optimizer(groups: Groups, options: OptimOptions, bf16: bool) -> Optimiz
 
 
 class Muon(torch.optim.Muon):
-    """Torch's Muon, with stacks of matrices and a choice of type to orthogonalise in.
+    """Torch's Muon, with stacks of matrices and a choice of type to orthogonalize in.
 
-    Queries, keys and values are one parameter, but three maps: orthogonalised as one, the map with
+    Queries, keys and values are one parameter, but three maps: orthogonalized as one, the map with
     the largest gradient takes most of the update. Each by itself, they move equally far, and
     together as far as the one would: three updates of Frobenius norm √D, each with a rate of
     √(D/D) = 1, are as long as one of √D with Muon's rate of √(3D/D) for tall matrices.
@@ -71,12 +71,12 @@ class Muon(torch.optim.Muon):
                 if count > 1:
                     update = update.unflatten(0, (count, -1))
                 rows, columns = update.shape[-2:]
-                update = orthogonalise(update, self.dtype).reshape(p.shape)
+                update = orthogonalize(update, self.dtype).reshape(p.shape)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(shard_like(update, p), alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
 
-def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Move the singular values of a matrix, or of each of (n, rows, columns), to about 1.
 
     Takes five Newton-Schulz steps of the fifth order, with the coefficients of Keller Jordan's
@@ -95,7 +95,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class AdamWithMuon(Optimizer):
-    """AdamW and Muon, each with its own parameters, as one optimiser to schedule and save."""
+    """AdamW and Muon, each with its own parameters, as one optimizer to schedule and save."""
 
     def __init__(self, adamw: AdamW, muon: Muon):
         self.adamw, self.muon = adamw, muon
@@ -103,7 +103,7 @@ class AdamWithMuon(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Make both use the groups and the state of this optimiser."""
+        """Make both use the groups and the state of this optimizer."""
         count = len(self.adamw.param_groups)
         self.adamw.param_groups = self.param_groups[:count]
         self.muon.param_groups = self.param_groups[count:]
@@ -123,7 +123,7 @@ def uses_muon(group: dict[str, Any]) -> bool:
 
 
 class OptimizedModel:
-    """A network with its optimiser and learning rate schedule.
+    """A network with its optimizer and learning rate schedule.
 
     Args:
         network: the task's, or the discriminator that learns against it.
@@ -136,14 +136,14 @@ class OptimizedModel:
         self.optimizer = make_optimizer(groups, options.optim, bf16)
 
     def start(self, prepared: Optimizer, step: int, saved: dict[str, Any] | None) -> None:
-        """Load the optimiser's state and set the schedule, for the step after `step`.
+        """Load the optimizer's state and set the schedule, for the step after `step`.
 
         Args:
-            prepared: the optimiser, prepared by accelerate.
+            prepared: the optimizer, prepared by accelerate.
             saved: its state dict from the checkpoint, with full tensors; None: there is none.
 
         Raises:
-            ScdError: the state does not fit this optimiser.
+            ScdError: the state does not fit this optimizer.
         """
         self.optimizer = prepared
         if saved is not None:
@@ -210,7 +210,7 @@ def lr_multiplier(done: int, options: OptimOptions, steps: int) -> float:
 
 
 def _refuse_other_state(saved: dict[str, Any], optimizer: Optimizer, step: int) -> None:
-    """Refuse a saved state that is not one of this optimiser on these parameters.
+    """Refuse a saved state that is not one of this optimizer on these parameters.
 
     Raises:
         ScdError: it has other names, shapes, types or steps, or values that are not finite.
@@ -239,6 +239,6 @@ def _refuse_other_state(saved: dict[str, Any], optimizer: Optimizer, step: int) 
         good = False
     if not good:
         raise ScdError(
-            "the optimiser's state in the newest checkpoint does not fit the network: move that "
+            "the optimizer's state in the newest checkpoint does not fit the network: move that "
             "checkpoint away to go on from the one before"
         )

@@ -32,7 +32,7 @@ class Task(Protocol):
     def discriminator(self) -> nn.Module | None:
         """The network that learns against the task's, from the gradients of the same loss.
 
-        It has its own optimiser. It is saved, but neither averaged nor exported.
+        It has its own optimizer. It is saved, but neither averaged nor exported.
         """
         ...
 

@@ -96,7 +96,7 @@ class WorldModelTask:
 
 
 def parameter_groups(network: WorldModel, options: OptimOptions) -> list[dict[str, Any]]:
-    """Group parameters by learning rate and optimiser: Muon for matrices in attention and MLPs."""
+    """Group parameters by learning rate and optimizer: Muon for matrices in attention and MLPs."""
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         stacked = [count for ending, count in MATRICES.items() if name.endswith(ending)]

@@ -1,4 +1,4 @@
-"""Locks on files: one process at a time does something in a folder."""
+"""Lock files, so that one process at a time works in a folder."""
 
 import fcntl
 import json
@@ -15,7 +15,7 @@ from scd.utils.files import read_json
 
 @contextmanager
 def hold_lock(path: Path, busy: str, advice: str) -> Iterator[None]:
-    """Hold the lock on a file, which is made where it is missing and names who holds it.
+    """Hold a file's lock within the block; the file is made if missing, and names its holder.
 
     It is a POSIX record lock, which belongs to a process: the operating system frees it the moment
     that process is dead, however it died, and forked children (data workers) do not inherit it. A
@@ -62,5 +62,5 @@ def _holder(path: Path) -> str:
     try:
         holder = read_json(path)
         return f"process {holder['pid']} on {holder['host']} since {holder['started']}"
-    except (ScdError, KeyError, TypeError):  # it has the lock, but has not told its name yet
+    except (ScdError, KeyError, TypeError):  # it has the lock, but has not written its name yet
         return "its process has just begun"

@@ -1,4 +1,4 @@
-"""Paths as people write them, files of the project itself, and why a file is not there."""
+"""Resolve paths as people write them, find the project's own files, explain missing ones."""
 
 from importlib import metadata
 from pathlib import Path
@@ -23,12 +23,12 @@ def from_user(text: str | Path) -> Path:
 
 
 def expand(text: str) -> str:
-    """`from_user` of an option's text, which stays what it is without `~`."""
+    """Expand `~` at the beginning of an option's text, and change nothing else."""
     return str(from_user(text)) if text.startswith("~") else text
 
 
 def to_read(text: str | Path) -> Path:
-    """What is to be read: `options/...` and `assets/...`, where not here, are the project's own.
+    """Find a file to read; `options/...` and `assets/...` that are not here are the project's own.
 
     Raises:
         ScdError: see `from_user`.
@@ -41,7 +41,7 @@ def to_read(text: str | Path) -> Path:
 
 
 def project_file(path: str | Path) -> Path:
-    """A file of `options/` or `assets/`, in the checkout or beside the installed package."""
+    """Find a file of `options/` or `assets/`, in the checkout or beside the installed package."""
     wanted = Path(path)
     if not (CHECKOUT / "pyproject.toml").is_file():
         try:
@@ -55,7 +55,7 @@ def project_file(path: str | Path) -> Path:
 
 
 def why_missing(path: Path, what: str = "file") -> str:
-    """Tell what was looked for: a link that leads nowhere, or in which folder it is not."""
+    """Explain why a path cannot be read: a broken link, or the folder in which it is missing."""
     for link in (path, *path.parents):
         if link.is_symlink() and not link.exists():
             part = "" if link == path else f"{link} is "

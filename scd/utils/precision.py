@@ -1,9 +1,9 @@
-"""The precision of arithmetic: what a device is good at, and what a run asked for.
+"""Choose the precision of arithmetic by what a run wants and what its device does fast.
 
 bfloat16 halves the time of a matrix product where the device has instructions for it. Where it has
 none, bfloat16 is emulated: 20 to 100 times slower than float32 on x86 processors without AVX-512.
 TF32 is float32 whose factors a GPU rounds to 10 bits of mantissa (bfloat16 has 7): eight times the
-rate on an A100 or H100. Training, encoding, the optimiser, metrics, rollouts and benchmarks all ask
+rate on an A100 or H100. Training, encoding, the optimizer, metrics, rollouts and benchmarks all ask
 here.
 """
 
@@ -27,7 +27,7 @@ PROBES = 20
 
 
 def resolve_precision(wanted: str, device: torch.device) -> Precision:
-    """Turn an option's word into `fp32`, `tf32` or `bf16`.
+    """Resolve a precision option to `fp32`, `tf32` or `bf16` on a device.
 
     Args:
         wanted: `auto`: the fastest that the device has; `bf16`: always obeyed, with one line on
@@ -60,7 +60,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Compute in the types that tensors have within the block, whatever it stands in."""
+    """Switch autocast off within the block: compute in the types that tensors have."""
     if not torch.amp.is_autocast_available(device.type):  # `meta` has none
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -109,7 +109,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def _fastest_of_each(*matrices: torch.Tensor) -> list[float]:
-    """Seconds of the fastest of several squares of each matrix, taken in turn.
+    """Time squares of each matrix in turn; returns the seconds of the fastest of each.
 
     So a busy neighbour slows them alike, and hardly ever all of one kind.
     """

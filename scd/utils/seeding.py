@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
-    """A generator on a device, seeded by a hash of the key."""
+    """Make a generator on a device, seeded by a hash of the key."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -20,7 +20,7 @@ def generator(device: torch.device | str, *key: int | str) -> torch.Generator:
 def normal_per_sample(
     shape: tuple[int, ...], samples: Iterable[int], device: torch.device, *key: int | str
 ) -> Tensor:
-    """Standard normal numbers (B, *shape), row b from the generator of (key, sample b)."""
+    """Draw standard normal numbers (B, *shape), row b from the generator of (key, sample b)."""
     return torch.stack(
         [
             torch.randn(shape, generator=generator(device, *key, int(sample)), device=device)
@@ -32,7 +32,7 @@ def normal_per_sample(
 def uniform_per_sample(
     shape: tuple[int, ...], samples: Iterable[int], device: torch.device, *key: int | str
 ) -> Tensor:
-    """Uniform numbers in [0, 1), drawn like `normal_per_sample`."""
+    """Draw uniform numbers in [0, 1) (B, *shape), row b as in `normal_per_sample`."""
     return torch.stack(
         [
             torch.rand(shape, generator=generator(device, *key, int(sample)), device=device)

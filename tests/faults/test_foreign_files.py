@@ -26,7 +26,7 @@ from scd.data.video_checks import KEPT, VideoChecks
 from scd.errors import ScdError
 from scd.evaluation.metrics import METRICS, AvailableMetrics
 from scd.evaluation.samples import SampleFolder
-from scd.evaluation.summary import markdown, summarise, tables
+from scd.evaluation.summary import markdown, summarize, tables
 from scd.models.autoencoder import load_codec
 from scd.models.load import load_checkpoint_for_use
 from scd.models.reference import load_reference_checkpoint
@@ -350,7 +350,7 @@ def samples(folder: Path) -> Kind:
             saved.read_clip(set_, 0)
             saved.measured_quantities(set_, 0, weights)
         AvailableMetrics(saved.setting)
-        markdown(tables(summarise(saved, available)))
+        markdown(tables(summarize(saved, available)))
 
     return Kind("saved samples", folder_bytes(folder), read)
 
