@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -285,7 +286,20 @@ def runs_in(output: Path) -> list[Path]:
 
 
 def records_of(folder: Path) -> Iterator:
-    """What wandb would send: protocol buffers in LevelDB's log format, after a head of 7 bytes."""
+    """What wandb would send: protocol buffers in LevelDB's log format, after a head of 7 bytes.
+
+    Waits for the last of them: wandb writes in another process, which may lag behind `finish`.
+    """
+    deadline = time.monotonic() + 60
+    while True:
+        records = list(written_records(folder))
+        if any(r.WhichOneof("record_type") == "exit" for r in records):
+            return iter(records)
+        assert time.monotonic() < deadline, "wandb did not end its file"
+        time.sleep(0.1)
+
+
+def written_records(folder: Path) -> Iterator:
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = folder.glob("*.wandb")
