@@ -32,6 +32,10 @@ PAPER = (
 ABOUT = {
     "scd": "Its causal encoder runs once per frame, and only its light decoder denoises.",
     "causal_dit": "It is the paper's dense baseline: every layer runs in every denoising step.",
+    "bidirectional_dit": (
+        "It denoises all frames of a clip at once and cannot be streamed: a teacher to distil "
+        "causal models from."
+    ),
 }
 LEGEND = (
     "Arrows say whether higher or lower is better. +1…+4 are the first four new frames; n is the "

@@ -22,7 +22,7 @@ from scd.analysis.interventions import (
 )
 from scd.analysis.measurements import ProbeClips, roll_out
 from scd.analysis.probed_model import ProbedModel
-from scd.models import SCD, WorldModel
+from scd.models import SCD, CausalWorldModel
 from scd.models.layers import Attend
 
 KEYS_AT_ONCE = 4096  # in one matrix product; bounds the memory to (queries of a frame, this)
@@ -79,7 +79,9 @@ def probe_attention(probed: ProbedModel) -> Section:
 
 
 @torch.no_grad()
-def attention_mass(model: WorldModel, clips: ProbeClips, steps: int, seed: int) -> AttentionMass:
+def attention_mass(
+    model: CausalWorldModel, clips: ProbeClips, steps: int, seed: int
+) -> AttentionMass:
     """Record the attention mass during a rollout.
 
     The first new frame follows real frames, the later ones follow generated frames.

@@ -8,7 +8,7 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
-from scd.models import SCD, WorldModel
+from scd.models import SCD, CausalWorldModel
 from scd.models.attention import full_attention
 from scd.models.layers import Attend
 from scd.models.world_model import FrameDenoiser
@@ -16,17 +16,17 @@ from scd.models.world_model import FrameDenoiser
 CLEAN_PASS = -1  # the "step" in which the newest clean frame is encoded into the KV cache
 
 
-def denoising_blocks(model: WorldModel) -> list[nn.Module]:
+def denoising_blocks(model: CausalWorldModel) -> list[nn.Module]:
     """List the blocks that run at every denoising step."""
     return list(model.decoder.blocks if isinstance(model, SCD) else model.blocks)
 
 
-def causal_blocks(model: WorldModel) -> list[nn.Module]:
+def causal_blocks(model: CausalWorldModel) -> list[nn.Module]:
     """List the blocks that attend to past frames."""
     return list(model.encoder.blocks if isinstance(model, SCD) else model.blocks)
 
 
-def named_blocks(model: WorldModel) -> dict[str, nn.Module]:
+def named_blocks(model: CausalWorldModel) -> dict[str, nn.Module]:
     """List every block under its name in reports, such as `encoder 3`."""
     if isinstance(model, SCD):
         parts = {"encoder": model.encoder.blocks, "decoder": model.decoder.blocks}
@@ -48,7 +48,7 @@ class CurrentStep:
 
 @contextmanager
 def track_steps(
-    model: WorldModel, on_step: Callable[[int, Tensor, Tensor], None] | None = None
+    model: CausalWorldModel, on_step: Callable[[int, Tensor, Tensor], None] | None = None
 ) -> Iterator[CurrentStep]:
     """Track which denoising step the model is at, in rollouts inside this context.
 
@@ -131,7 +131,7 @@ def _removed_after(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def skip_layers(model: WorldModel, first: int, last: int, full_steps: int) -> Iterator[None]:
+def skip_layers(model: CausalWorldModel, first: int, last: int, full_steps: int) -> Iterator[None]:
     """Skip denoising blocks first..last-1 in rollouts, after a frame's first `full_steps` steps.
 
     A skipped block adds to its tokens what it added at the last full step. It is still computed:

@@ -17,7 +17,7 @@ from scd.evaluation.i3d import SHORTEST, i3d_features
 from scd.evaluation.metrics import AvailableMetrics
 from scd.evaluation.protocol import read_evaluation_batch
 from scd.flow.objective import errors_by_level
-from scd.models import WorldModel
+from scd.models import CausalWorldModel
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel
 from scd.options import RolloutOptions
@@ -68,7 +68,7 @@ class ProbeClips:
         latents, video = self.latents[:, :frames], self.video[:, :frames]
         return replace(self, latents=latents, video=video, actions=actions)
 
-    def conditions(self, model: WorldModel) -> Tensor | None:
+    def conditions(self, model: CausalWorldModel) -> Tensor | None:
         """Look up the condition of every frame, (n, F); None for a model without conditions."""
         conditions = model.frame_conditions(self.latents.shape[:2], self.actions, self.labels)
         model.check_conditions(conditions)
@@ -142,7 +142,7 @@ def read_probe_clips(loaded: LoadedModel, numbers: tuple[int, ...], new_frames: 
     return ProbeClips(latents, batch["video"], actions, labels, known, numbers, precision)
 
 
-def roll_out(model: WorldModel, clips: ProbeClips, steps: int, seed: int) -> Tensor:
+def roll_out(model: CausalWorldModel, clips: ProbeClips, steps: int, seed: int) -> Tensor:
     """Generate the clips' new frames without guidance, (n, new frames, C, h, w)."""
     # In bf16 a rollout would copy the model, but the probes' hooks are on the original.
     own = "fp32" if clips.precision == "bf16" else clips.precision
@@ -160,7 +160,7 @@ def roll_out(model: WorldModel, clips: ProbeClips, steps: int, seed: int) -> Ten
 
 @torch.no_grad()
 def loss_by_level(
-    model: WorldModel,
+    model: CausalWorldModel,
     clips: ProbeClips,
     seed: int,
     intervention: Intervention = nullcontext,
@@ -202,7 +202,9 @@ class FrameEvaluator:
         self._real = i3d_features(clips.video) if fvd else None
 
     @torch.no_grad()
-    def __call__(self, model: WorldModel, intervention: Intervention = nullcontext) -> FrameScores:
+    def __call__(
+        self, model: CausalWorldModel, intervention: Intervention = nullcontext
+    ) -> FrameScores:
         """Generate the clips' new frames under an intervention, and score them."""
         known = self.clips.known
         scores: list[dict[str, Tensor]] = []

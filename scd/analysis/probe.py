@@ -23,7 +23,7 @@ from scd.analysis.similarity import probe_similarity
 from scd.analysis.suggest_split import count_suggestion, suggest_split
 from scd.errors import ScdError
 from scd.evaluation.compare import layers_text
-from scd.models import SCD, CausalDiT
+from scd.models import SCD, CausalDiT, CausalWorldModel
 from scd.models.load import load_checkpoint_for_use
 from scd.options import options_to_dict
 from scd.utils.environment import environment
@@ -56,6 +56,8 @@ def probe_checkpoint(
             raise ScdError(f"--{name} {value}: must be {least} or more")
     loaded = load_checkpoint_for_use(path, options_path, overrides)
     options, step = loaded.options, loaded.source["step"]
+    if not isinstance(loaded.model, CausalWorldModel):
+        raise ScdError(f"{path}: a {options.model.type} has no rollout to probe")
     if isinstance(loaded.model, CausalDiT) and len(loaded.model.blocks) < 2:
         raise ScdError(f"{path}: a dense model with one layer cannot be split")
     read = read_probe_clips(loaded, numbers, NEW_FRAMES)

@@ -26,7 +26,7 @@ from scd.data.loader import TrainingClips
 from scd.errors import ScdError
 from scd.evaluation.metrics import METRICS
 from scd.flow.objective import FlowObjective, with_scaled_latents
-from scd.models import WorldModel
+from scd.models import CausalWorldModel
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel
 from scd.options import Options
@@ -72,7 +72,7 @@ class ProbedModel:
         last_frame: bool = False,
     ):
         self.loaded = loaded
-        self.model: WorldModel = loaded.model
+        self.model: CausalWorldModel = loaded.model
         self.clips = clips
         self.steps = steps
         self.training = training
@@ -90,7 +90,7 @@ class ProbedModel:
     def measure(
         self,
         name: str,
-        model: WorldModel,
+        model: CausalWorldModel,
         loss: bool = True,
         frames: bool = True,
         intervention: Intervention = nullcontext,
@@ -104,11 +104,13 @@ class ProbedModel:
         self.progress.update()
         return measurement
 
-    def loss(self, model: WorldModel, intervention: Intervention = nullcontext) -> Tensor:
+    def loss(self, model: CausalWorldModel, intervention: Intervention = nullcontext) -> Tensor:
         """Measure the loss by noise level, (n, levels)."""
         return loss_by_level(model, self.clips, self.seed, intervention, self.last_frame)
 
-    def train(self, model: WorldModel, options: Options, lr_scale: float = 1.0) -> Iterator[int]:
+    def train(
+        self, model: CausalWorldModel, options: Options, lr_scale: float = 1.0
+    ) -> Iterator[int]:
         """Fine-tune a model; see `fine_tuning`."""
         assert self.training is not None
         for step in fine_tuning(
@@ -235,7 +237,7 @@ def open_training_clips(loaded: LoadedModel) -> TrainingClips:
 
 
 def fine_tuning(
-    model: WorldModel,
+    model: CausalWorldModel,
     codec: Codec,
     options: Options,
     clips: TrainingClips,

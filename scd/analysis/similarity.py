@@ -19,7 +19,7 @@ from scd.analysis.interventions import (
 from scd.analysis.measurements import ProbeClips, roll_out
 from scd.analysis.probed_model import ProbedModel
 from scd.flow.sampler import noise_levels
-from scd.models import SCD, WorldModel
+from scd.models import SCD, CausalWorldModel
 
 SAME_FEATURES = 0.95  # cosine similarity that counts as "the same features"; the paper's figure
 MOST_STEPS = 0.75  # of the steps; the paper's middle layer reaches it at 40 of 50
@@ -117,7 +117,9 @@ def probe_similarity(probed: ProbedModel) -> Section:
 
 
 @torch.no_grad()
-def record_features(model: WorldModel, clips: ProbeClips, steps: int, seed: int) -> Trajectory:
+def record_features(
+    model: CausalWorldModel, clips: ProbeClips, steps: int, seed: int
+) -> Trajectory:
     """Record every denoising block's features while the first new frame is generated.
 
     Of a decoder that reads [context ‖ noisy tokens], only the noisy half is recorded.

@@ -1,4 +1,4 @@
-"""Initialize an SCD from the layers of a trained dense model.
+"""Initialize an SCD from the layers of a trained dense model, causal or bidirectional.
 
 The encoder gets the first E layers. The frame decoder gets the last D, or the first and the last
 D/2 (as in the paper's text-to-video model: 25 of 30 layers, and 5 + 5). Embedding, conditioning and
@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.models import SCD, CausalDiT
+from scd.models import SCD
 from scd.models.autoencoder import Codec
+from scd.models.dit import DiT
 from scd.models.load import LoadedModel, build_world_model, load_checkpoint_for_use
 from scd.models.weights import load_matching
 from scd.options import OPTIONS_FILE, Options, options_to_dict, options_to_yaml
@@ -84,10 +85,11 @@ def split_options(options: Options, split: Split) -> Options:
         encoder_layers=split.encoder_layers,
         decoder_layers=split.decoder_layers,
     )
-    return replace(options, model=model)
+    flow = replace(options.flow, prefix_frames=[])
+    return replace(options, model=model, flow=flow)
 
 
-def split_model(dense: CausalDiT, codec: Codec, options: Options, split: Split) -> SCD:
+def split_model(dense: DiT, codec: Codec, options: Options, split: Split) -> SCD:
     """Build an SCD from the dense model's weights.
 
     Args:
@@ -143,14 +145,16 @@ def split_checkpoint(
     print(f"weights: {weights}\ntrain:   ./scripts/train.sh {out / 'options.yml'}")
 
 
-def dense_model(loaded: LoadedModel, path: Path) -> CausalDiT:
+def dense_model(loaded: LoadedModel, path: Path) -> DiT:
     """Check that a loaded model is dense.
 
     Raises:
         ScdError: it is not.
     """
-    if not isinstance(loaded.model, CausalDiT):
-        raise ScdError(f"{path}: only a dense model (model.type=causal_dit) can be split")
+    if not isinstance(loaded.model, DiT):
+        raise ScdError(
+            f"{path}: only a dense model (model.type=causal_dit or bidirectional_dit) can be split"
+        )
     return loaded.model
 
 

@@ -14,7 +14,7 @@ from scd.analysis.probed_model import TOLERANCE, ProbedModel
 from scd.analysis.split import Split, split_model, split_options
 from scd.evaluation.compare import Candidate, time_frames
 from scd.flow.objective import LEVELS
-from scd.models import CausalDiT, WorldModel
+from scd.models import CausalDiT, CausalWorldModel
 from scd.models.load import build_world_model
 from scd.options import Options
 from scd.utils.table import Table
@@ -183,7 +183,7 @@ def _train_candidates(
     model, codec, options = probed.model, probed.loaded.codec, probed.loaded.options
     assert isinstance(model, CausalDiT) and probed.unmodified.loss is not None
     of_split = {split: split_options(options, split) for split in splits}
-    models: dict[Split, WorldModel] = {
+    models: dict[Split, CausalWorldModel] = {
         split: split_model(model, codec, own, split) for split, own in of_split.items()
     }
     of_dense, *times = _seconds_per_frame(
@@ -205,7 +205,7 @@ def _train_candidates(
     return dense, by_split, randoms
 
 
-def _train(probed: ProbedModel, init: Initialization, model: WorldModel) -> None:
+def _train(probed: ProbedModel, init: Initialization, model: CausalWorldModel) -> None:
     """Train, and note the loss at the start, after half of the steps, and at the end."""
     total = probed.fine_tune
     marks = {0, total // 2, total}
@@ -221,7 +221,7 @@ def _ratio(init: Initialization, dense: Initialization, step: int) -> tuple[floa
 
 
 def _seconds_per_frame(
-    probed: ProbedModel, models: list[tuple[WorldModel, Options]]
+    probed: ProbedModel, models: list[tuple[CausalWorldModel, Options]]
 ) -> list[float]:
     """Time a frame of each model with the rollout options of the checkpoint."""
     timed = [Candidate(replace(probed.loaded, model=m, options=o), {}, []) for m, o in models]
@@ -229,7 +229,7 @@ def _seconds_per_frame(
     return [candidate.frame_seconds for candidate in timed]
 
 
-def _count_parameters(model: WorldModel) -> int:
+def _count_parameters(model: CausalWorldModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 

@@ -42,7 +42,7 @@ def add_commands(commands: Commands) -> None:
     p.set_defaults(run=train)
 
     p = commands.add_parser("split", help="initialize an SCD from the layers of a dense model")
-    add_checkpoint(p, "ema.safetensors or exported folder of a causal_dit")
+    add_checkpoint(p, "ema.safetensors or exported folder of a causal_dit or bidirectional_dit")
     p.add_argument("--encoder-layers", type=int, required=True, help="taken from its first layers")
     p.add_argument("--decoder-layers", type=int, required=True)
     p.add_argument(

@@ -6,7 +6,9 @@ slows all of them alike; the median counts.
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from scd.evaluation.evaluate import evaluation_folder
 from scd.evaluation.protocol import MODEL
 from scd.evaluation.summary import columns, rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use
+from scd.models.world_model import CausalWorldModel
 from scd.options import Options
-from scd.rollout import Rollout
+from scd.rollout import Rollout, continue_videos
 from scd.utils.environment import environment
 from scd.utils.files import read_json, write_atomically, write_json
 from scd.utils.table import Table
@@ -95,22 +98,31 @@ def compare_checkpoints(
 
 @torch.no_grad()
 def time_frames(candidates: list[Candidate]) -> None:
-    """Time frames at batch 1, in latents, right after the context frames of the evaluation."""
-    rollouts = []
-    for candidate in candidates:
-        o, model = candidate.loaded.options, candidate.loaded.model
-        known = max(o.eval.context_frames, model.first_predicted)
-        rollout = Rollout(model, o.rollout, known + TIMED_FRAMES + 1)
-        side = o.data.frame_size // candidate.loaded.codec.downsampling
-        context = torch.randn(1, known, model.config.channels, side, side, device=model.device)
-        rollout.reset(context)
-        rollouts.append(rollout)
+    """Time frames at batch 1, in latents, right after the context frames of the evaluation.
+
+    A model that denoises all new frames at once counts with its mean over them.
+    """
+    steps = [_frame_maker(candidate.loaded) for candidate in candidates]
     for number in tqdm(range(TIMED_FRAMES + 1), desc="time", unit="frame", dynamic_ncols=True):
-        for candidate, rollout in zip(candidates, rollouts, strict=True):
+        for candidate, (make, frames) in zip(candidates, steps, strict=True):
             started = time.perf_counter()
-            rollout.step().sum().item()  # wait for the device
+            make().sum().item()  # wait for the device
             if number:
-                candidate.seconds.append(time.perf_counter() - started)
+                candidate.seconds.append((time.perf_counter() - started) / frames)
+
+
+def _frame_maker(loaded: LoadedModel) -> tuple[Callable[[], torch.Tensor], int]:
+    """Return a function that makes new frames of a video, and how many it makes at a time."""
+    o, model = loaded.options, loaded.model
+    known = max(o.eval.context_frames, model.first_predicted)
+    side = o.data.frame_size // loaded.codec.downsampling
+    context = torch.randn(1, known, model.config.channels, side, side, device=model.device)
+    if not isinstance(model, CausalWorldModel):
+        new = o.eval.new_frames
+        return partial(continue_videos, model, o.rollout, context, new), new
+    rollout = Rollout(model, o.rollout, known + TIMED_FRAMES + 1)
+    rollout.reset(context)
+    return rollout.step, 1
 
 
 def comparison(candidates: list[Candidate]) -> Table:

@@ -18,6 +18,7 @@ class FlowDraws(NamedTuple):
     clean_frame: Tensor  # (B, F), bool: frames the mixed encoder input leaves clean
     history_noise: Tensor  # (B,), σ of the noise in the history
     self_forced: Tensor  # (B,), bool: clips whose history is of the model's own frames
+    prefix: Tensor  # (B, K), in [0, 1): where in its range the number of given frames lies
 
 
 def draw_noise(
@@ -51,4 +52,5 @@ def draw_noise(
         clean_frame=uniform("clean", frames) < options.clean_fraction,
         history_noise=options.history_noise_max * uniform("history", 1)[:, 0],
         self_forced=uniform("own", 1)[:, 0] < options.self_forcing_prob,
+        prefix=uniform("prefix", k),
     )

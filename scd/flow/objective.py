@@ -1,4 +1,4 @@
-"""The training objective: flow matching on every frame, under the context of the frames before it.
+"""The training objectives: flow matching on every frame, given the frames before it or a prefix.
 
 With σ = t/1000: x_t = σ·ε + (1−σ)·x, and the loss is the mean squared error of the velocity ε − x.
 """
@@ -12,7 +12,7 @@ from scd.data.clips import with_float_pixels
 from scd.flow.noise import FlowDraws, draw_noise
 from scd.flow.sampler import integrate, noise_levels
 from scd.models.autoencoder import Codec
-from scd.models.world_model import MAX_TIMESTEP, WorldModel
+from scd.models.world_model import CLEAN_TIMESTEP, MAX_TIMESTEP, CausalWorldModel, WorldModel
 from scd.options import FlowOptions
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ that models are measured at
@@ -89,10 +89,7 @@ class FlowObjective(nn.Module):
         """
         first = self.model.first_predicted
         frames = self._add_noise(latents, draws)
-        if conditions is not None:
-            dropped = draws.drop_condition[(..., *[None] * (conditions.ndim - 1))]  # (B, 1, ...)
-            null = self.model.null_conditions(conditions.shape[:2])
-            conditions = torch.where(dropped, null, conditions)
+        conditions = drop_conditions(self.model, conditions, draws.drop_condition)
         perturbation = None
         if draws.context_noise is not None:
             perturbation = self.options.context_noise * draws.context_noise[:, first:]
@@ -156,25 +153,74 @@ class FlowObjective(nn.Module):
         return torch.cat([latents[:, :first], generated], dim=1)
 
 
+class JointObjective(FlowObjective):
+    """The flow-matching loss of a bidirectional model: a clip's frames together, after a prefix.
+
+    Every draw has one noise level for all its noisy frames, and its own number of given frames
+    before them (`flow.prefix_frames`), which have no loss.
+    """
+
+    def loss(self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws) -> Tensor:
+        first = self.model.first_predicted
+        one_level = draws.level[:, :, :1].expand_as(draws.level)
+        frames = self._add_noise(latents, draws._replace(level=one_level))
+        lowest, highest = self.options.prefix_frames
+        prefix = lowest + (draws.prefix * (highest - lowest + 1)).floor()  # (B, K)
+        positions = torch.arange(first, latents.shape[1], device=latents.device)
+        new = positions >= prefix[..., None]  # (B, K, F')
+        timesteps = frames.sigmas[:, :, first:] * MAX_TIMESTEP
+        velocity = self.model(
+            latents,  # (B, F, C, H, W)
+            frames.noisy[:, :, first:],  # (B, K, F', C, H, W)
+            torch.where(new, timesteps, CLEAN_TIMESTEP),  # (B, K, F')
+            drop_conditions(self.model, conditions, draws.drop_condition),
+        )  # (B, K, F', C, H, W)
+        errors = (velocity - frames.target[:, :, first:]).square().mean(dim=(3, 4, 5))
+        return ((errors * new).sum(dim=2) / new.sum(dim=2)).mean()
+
+
+def make_objective(model: WorldModel, options: FlowOptions, seed: int) -> FlowObjective:
+    """Make the objective of the model's kind."""
+    kind = FlowObjective if isinstance(model, CausalWorldModel) else JointObjective
+    return kind(model, options, seed)
+
+
+def drop_conditions(model: WorldModel, conditions: Tensor | None, dropped: Tensor) -> Tensor | None:
+    """Replace the conditions (B, F) or (B, F, V + 1) of the clips in `dropped` (B,) by null."""
+    if conditions is None:
+        return None
+    null = model.null_conditions(conditions.shape[:2])
+    return torch.where(dropped[(..., *[None] * (conditions.ndim - 1))], null, conditions)
+
+
 @torch.no_grad()
 def errors_by_level(
-    model: WorldModel, latents: Tensor, conditions: Tensor | None, noise: Tensor
+    model: WorldModel,
+    latents: Tensor,
+    conditions: Tensor | None,
+    noise: Tensor,
+    prefix: int = 0,
 ) -> Tensor:
-    """Measure the squared error of the velocity ε − x under teacher forcing, (B, levels, F').
+    """Measure the squared error of the velocity ε − x, (B, levels, frames).
+
+    Causal models are given all frames before each, a bidirectional one `prefix` frames.
 
     Args:
         latents: (B, F, C, H, W), clean.
         conditions: (B, F).
         noise: (B, 1, F', C, H, W), ε of the frames that can be predicted, the same at all levels.
+        prefix: first frames that are given and not measured, if the model must have any.
     """
     levels = torch.tensor(LEVELS, device=latents.device).clamp(min=model.config.sigma_min)
     clean = latents[:, None, model.first_predicted :]
     # The levels are draws of one clip, which share a pass over its clean frames.
     sigma = levels[None, :, None, None, None, None]
     noisy = sigma * noise + (1 - sigma) * clean
-    times = (MAX_TIMESTEP * levels)[None, :, None].expand(noisy.shape[:3])
+    times = (MAX_TIMESTEP * levels)[None, :, None].repeat(len(noisy), 1, noisy.shape[2])
+    given = max(prefix - model.first_predicted, 0)
+    times[:, :, :given] = CLEAN_TIMESTEP
     velocity = model(latents, noisy, times, conditions)
-    return (velocity - (noise - clean)).square().mean(dim=(3, 4, 5))
+    return (velocity - (noise - clean)).square().mean(dim=(3, 4, 5))[:, :, given:]
 
 
 def _over_frames(values: Tensor) -> Tensor:

@@ -4,8 +4,12 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+
+Generators = torch.Generator | list[torch.Generator] | None
+"""One for a batch, or one for each of its samples."""
 
 
 def noise_levels(num_steps: int, spacing: str = "diffusers", shift: float = 1.0) -> list[float]:

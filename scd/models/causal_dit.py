@@ -1,48 +1,26 @@
 """The dense baseline: every layer sees all past frames at every denoising step."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from diffusers import ModelMixin  # noqa: F401 (diffusers' pipelines look for it beside the class)
-from diffusers.configuration_utils import register_to_config
 from einops import rearrange, repeat
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from scd.models.attention import (
-    clean_context_attention,
-    clean_context_block_mask,
-    uses_flex,
-)
-from scd.models.layers import (
-    HEAD_DIM,
-    Attend,
-    Block,
-    ConditionEmbedding,
-    Float32Linear,
-    Modulations,
-    OutputNorm,
-    initialize,
-    look_up,
-    patchify,
-    precompute_modulation,
-    project,
-    rotary_positions,
-    unpatchify,
-)
+from scd.models.attention import clean_context_attention, clean_context_block_mask, uses_flex
+from scd.models.dit import DiT
+from scd.models.layers import Modulations, look_up, precompute_modulation, project
 from scd.models.world_model import (
     CLEAN_TIMESTEP,
     Cache,
+    CausalWorldModel,
     FrameDenoiser,
     PrecomputedModulation,
-    WorldModel,
-    check_condition,
     repeat_steps,
 )
 
 
-class CausalDiT(WorldModel):
+class CausalDiT(DiT, CausalWorldModel):
     """A causal diffusion transformer, trained and rolled out under clean context.
 
     One stack of blocks runs over clean frames (timestep -1) and noisy ones alike. A clean frame
@@ -54,32 +32,6 @@ class CausalDiT(WorldModel):
     """
 
     noisy_slots = 1
-
-    @register_to_config
-    def __init__(
-        self,
-        channels: int = 32,
-        patch_size: int = 1,
-        heads: int = 16,
-        layers: int = 12,
-        condition: str = "none",
-        num_conditions: int = 0,
-        first_frame: bool = False,
-        modulate_output: bool = True,
-        prediction: str = "velocity",
-        sigma_min: float = 0.05,
-    ):
-        super().__init__()
-        check_condition(condition, num_conditions)
-        width = heads * HEAD_DIM
-        self.gradient_checkpointing = False
-        self.embed = nn.Linear(channels * patch_size**2, width)
-        self.conditioning = ConditionEmbedding(width, num_conditions)
-        self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
-        self.norm_out = OutputNorm(width, modulate_output)
-        self.unembed = Float32Linear(width, channels * patch_size**2)
-        initialize(self)
-        nn.init.zeros_(self.unembed.weight)
 
     @property
     def cached_layers(self) -> int:
@@ -176,25 +128,3 @@ class CausalDiT(WorldModel):
         positions = torch.arange(frames.shape[1], device=frames.device) + cache.frames
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
         return self._predict(frames, Modulations(modulation, look_up), positions, attends)
-
-    def _predict(
-        self,
-        frames: Tensor,
-        modulations: Modulations,
-        positions: Tensor,
-        attends: Sequence[Attend],
-    ) -> Tensor:
-        """Predict from frames (B, F, C, H, W) at positions (F,), in the shape of the frames."""
-        height, width = frames.shape[-2:]
-        patch = self.config.patch_size
-        rotary = rotary_positions(positions, height // patch, width // patch)
-        x = self.embed(patchify(frames, patch).to(self.embed.weight.dtype))  # (B, F, N, D)
-        if self.config.prediction == "data":  # it is divided by σ, which magnifies its rounding
-            x = x.float()
-        for block, attend in zip(self.blocks, attends, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulations, rotary, attend, use_reentrant=False)
-            else:
-                x = block(x, modulations, rotary, attend)  # (B, F, N, D)
-        x = self.unembed(self.norm_out(x.float(), modulations))  # (B, F, N, C·p·p)
-        return unpatchify(x, patch, height, width)  # (B, F, C, H, W)

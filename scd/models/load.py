@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.models.autoencoder import Codec, load_codec
+from scd.models.bidirectional_dit import BidirectionalDiT
 from scd.models.causal_dit import CausalDiT
 from scd.models.reference import load_reference_checkpoint
 from scd.models.scd import SCD
@@ -55,6 +56,8 @@ def build_world_model(options: Options, codec: Codec) -> WorldModel:
     }
     if m.type == "causal_dit":
         return CausalDiT(layers=m.layers, **shared)
+    if m.type == "bidirectional_dit":
+        return BidirectionalDiT(layers=m.layers, **shared)
     return SCD(
         encoder_layers=m.encoder_layers,
         decoder_layers=m.decoder_layers,

@@ -13,15 +13,15 @@ from scd.models.encoder import CausalEncoder
 from scd.models.layers import HEAD_DIM, Modulations, look_up, project
 from scd.models.world_model import (
     Cache,
+    CausalWorldModel,
     FrameDenoiser,
     PrecomputedModulation,
-    WorldModel,
     check_condition,
     repeat_steps,
 )
 
 
-class SCD(WorldModel):
+class SCD(CausalWorldModel):
     """A causal video diffusion model that runs its deep part once per frame (arXiv 2602.10095).
 
     Args:

@@ -1,4 +1,4 @@
-"""The interface of a world model: to the training objective, the rollout and diffusers."""
+"""The interfaces of world models: to the training objective, the rollout and diffusers."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class Cache(Protocol):
 
 
 class WorldModel(ModelMixin, ConfigMixin):
-    """A causal video diffusion model: predicts the next frame's velocity from the frames before.
+    """A video diffusion model: predicts the velocities of frames, given others.
 
     Every config has `channels`, `patch_size`, `heads`, `condition` (`none`, `action`,
     `action_vector` or `label`), `num_conditions`, `first_frame`, `prediction` and `sigma_min`; see
@@ -71,10 +71,6 @@ class WorldModel(ModelMixin, ConfigMixin):
     _repeated_blocks = ["Block"]
     _no_split_modules = ["Block"]
     has_context = False  # whether a separate context can be perturbed (context guidance)
-    # Slots of a KV cache beside those of past frames: of a learned start before frame 0, and of the
-    # frame that is being denoised.
-    start_slots = 0
-    noisy_slots = 0
 
     @property
     def width(self) -> int:
@@ -94,11 +90,6 @@ class WorldModel(ModelMixin, ConfigMixin):
         """The first frame of a clip that the model can predict."""
         return 0 if self.config.first_frame else 1
 
-    @property
-    @abstractmethod
-    def cached_layers(self) -> int:
-        """Layers that attend to past frames, and so need a cache."""
-
     @abstractmethod
     def forward(
         self,
@@ -113,69 +104,13 @@ class WorldModel(ModelMixin, ConfigMixin):
         Args:
             latents: (B, F, C, H, W), the frames as the history shows them.
             noisy: (B, K, F', C, H, W).
-            timesteps: (B, K, F') in [0, 1000].
+            timesteps: (B, K, F') in [0, 1000]; of a bidirectional model -1 for given frames.
             conditions: (B, F) or (B, F, V + 1), of the frames.
             perturbation: (B, F', N, D), added to the normed context, where there is one.
 
         Returns:
             (B, K, F', C, H, W), in float32.
         """
-
-    @abstractmethod
-    def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
-        """Compute all that depends on conditions and noise levels alone, for many of them at once.
-
-        Args:
-            conditions: (R,) or (R, V + 1), those that frames may have; `prefill` and `begin_frame`
-                take their ids 0..R-1.
-            timesteps: (T,) in [0, 1000], of the denoising steps; `prefill` needs none.
-        """
-
-    @abstractmethod
-    def prefill(
-        self,
-        latents: Tensor,
-        condition_ids: Tensor,
-        next_condition_ids: Tensor,
-        cache: Cache,
-        modulation: PrecomputedModulation,
-    ) -> None:
-        """Encode clean frames into the KV cache, behind those that it holds.
-
-        Args:
-            latents: (B, F, C, H, W).
-            condition_ids: (B, F), of these frames.
-            next_condition_ids: (B, F), of the frames after each of them. At the start of a video, a
-                model that predicts first frames takes one more: the condition of frame 0.
-        """
-
-    @abstractmethod
-    def begin_frame(
-        self,
-        newest: Tensor,
-        condition_ids: Tensor,
-        next_condition_ids: Tensor,
-        cache: Cache,
-        modulation: PrecomputedModulation,
-        perturbation: Tensor | None = None,
-    ) -> FrameDenoiser:
-        """Encode the newest clean frame into the KV cache, and make the next frame's denoiser.
-
-        Args:
-            newest: (B, 1, C, H, W); (B, 0, C, H, W) before the first frame of a video.
-            condition_ids: (B, 1) or (B, 0), of the newest frame.
-            next_condition_ids: (B, 1), of the frame to come.
-            perturbation: (B, 1, N, D): the denoiser is then one of 2B frames, the second half under
-                the perturbed context.
-        """
-
-    def compile_steps(self) -> None:
-        """Compile the network that runs at every denoising step.
-
-        Raises:
-            ScdError: the steps read the KV cache, whose size changes from frame to frame.
-        """
-        raise ScdError(f"{type(self).__name__}: only the steps of an SCD can be compiled")
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute every block's activations in the backward pass instead of keeping them."""
@@ -276,6 +211,76 @@ class WorldModel(ModelMixin, ConfigMixin):
             return prediction
         sigma = (timesteps / MAX_TIMESTEP).clamp(min=self.config.sigma_min)
         return (noisy - prediction) / sigma[..., None, None, None]
+
+
+class CausalWorldModel(WorldModel):
+    """A world model whose frames depend on earlier ones only, so that it can be rolled out."""
+
+    # Slots of a KV cache beside those of past frames: of a learned start before frame 0, and of the
+    # frame that is being denoised.
+    start_slots = 0
+    noisy_slots = 0
+
+    @property
+    @abstractmethod
+    def cached_layers(self) -> int:
+        """Layers that attend to past frames, and so need a cache."""
+
+    @abstractmethod
+    def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
+        """Compute all that depends on conditions and noise levels alone, for many of them at once.
+
+        Args:
+            conditions: (R,) or (R, V + 1), those that frames may have; `prefill` and `begin_frame`
+                take their ids 0..R-1.
+            timesteps: (T,) in [0, 1000], of the denoising steps; `prefill` needs none.
+        """
+
+    @abstractmethod
+    def prefill(
+        self,
+        latents: Tensor,
+        condition_ids: Tensor,
+        next_condition_ids: Tensor,
+        cache: Cache,
+        modulation: PrecomputedModulation,
+    ) -> None:
+        """Encode clean frames into the KV cache, behind those that it holds.
+
+        Args:
+            latents: (B, F, C, H, W).
+            condition_ids: (B, F), of these frames.
+            next_condition_ids: (B, F), of the frames after each of them. At the start of a video, a
+                model that predicts first frames takes one more: the condition of frame 0.
+        """
+
+    @abstractmethod
+    def begin_frame(
+        self,
+        newest: Tensor,
+        condition_ids: Tensor,
+        next_condition_ids: Tensor,
+        cache: Cache,
+        modulation: PrecomputedModulation,
+        perturbation: Tensor | None = None,
+    ) -> FrameDenoiser:
+        """Encode the newest clean frame into the KV cache, and make the next frame's denoiser.
+
+        Args:
+            newest: (B, 1, C, H, W); (B, 0, C, H, W) before the first frame of a video.
+            condition_ids: (B, 1) or (B, 0), of the newest frame.
+            next_condition_ids: (B, 1), of the frame to come.
+            perturbation: (B, 1, N, D): the denoiser is then one of 2B frames, the second half under
+                the perturbed context.
+        """
+
+    def compile_steps(self) -> None:
+        """Compile the network that runs at every denoising step.
+
+        Raises:
+            ScdError: the steps read the KV cache, whose size changes from frame to frame.
+        """
+        raise ScdError(f"{type(self).__name__}: only the steps of an SCD can be compiled")
 
 
 def repeat_steps(conditions: Tensor, steps: int) -> Tensor:

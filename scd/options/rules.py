@@ -73,25 +73,26 @@ WORLD_MODEL: list[Rule] = [
     (
         lambda o: (o.model.encoder_layers > 0) == (o.model.type == "scd"),
         "model.encoder_layers={model.encoder_layers} contradicts model.type={model.type}: scd "
-        "needs it above 0, causal_dit needs 0",
+        "needs it above 0, the others need 0",
     ),
     (
         lambda o: (o.model.decoder_layers > 0) == (o.model.type == "scd"),
         "model.decoder_layers={model.decoder_layers} contradicts model.type={model.type}: scd "
-        "needs it above 0, causal_dit needs 0",
+        "needs it above 0, the others need 0",
     ),
     (
-        lambda o: (o.model.layers > 0) == (o.model.type == "causal_dit"),
-        "model.layers={model.layers} contradicts model.type={model.type}: causal_dit needs it "
-        "above 0, scd has encoder_layers and decoder_layers",
+        lambda o: (o.model.layers > 0) == (o.model.type != "scd"),
+        "model.layers={model.layers} contradicts model.type={model.type}: causal_dit and "
+        "bidirectional_dit need it above 0, scd has encoder_layers and decoder_layers",
     ),
     (
         lambda o: o.model.type == "scd" or o.rollout.guidance != "context",
-        "rollout.guidance=context contradicts model.type=causal_dit, which has no separate context",
+        "rollout.guidance=context contradicts model.type={model.type}: it has no separate context",
     ),
     (
         lambda o: o.model.type == "scd" or not o.rollout.compile,
-        "rollout.compile contradicts model.type=causal_dit: its steps see a growing past",
+        "rollout.compile contradicts model.type={model.type}: only an scd's steps see a single "
+        "frame",
     ),
     (
         lambda o: (o.model.condition == "none") == (o.model.num_conditions == 0),
@@ -110,6 +111,35 @@ WORLD_MODEL: list[Rule] = [
         lambda o: o.flow.self_forcing_prob == 0 or o.flow.encoder_input == "clean",
         "flow.self_forcing_prob={flow.self_forcing_prob} needs flow.encoder_input=clean, not "
         "{flow.encoder_input}",
+    ),
+    (
+        lambda o: (o.model.type == "bidirectional_dit") == bool(o.flow.prefix_frames),
+        "flow.prefix_frames={flow.prefix_frames} with model.type={model.type}: bidirectional_dit "
+        "needs the lowest and the highest number, the others have none",
+    ),
+    (
+        lambda o: not o.flow.prefix_frames or _are_prefixes(o.flow.prefix_frames, o.data.frames),
+        "flow.prefix_frames={flow.prefix_frames}: the lowest and the highest number of given "
+        "frames, below data.frames={data.frames}",
+    ),
+    (
+        lambda o: o.model.type != "bidirectional_dit" or o.flow.encoder_input == "clean",
+        "flow.encoder_input={flow.encoder_input}: bidirectional_dit has no encoder",
+    ),
+    (
+        lambda o: (
+            o.model.type != "bidirectional_dit"
+            or o.flow.history_noise_max == o.flow.self_forcing_prob == 0
+        ),
+        "flow.history_noise_max and flow.self_forcing_prob: bidirectional_dit has no history",
+    ),
+    (
+        lambda o: (
+            o.model.type != "bidirectional_dit"
+            or o.eval.context_frames + o.eval.new_frames <= o.data.frames
+        ),
+        "eval.context_frames={eval.context_frames} and eval.new_frames={eval.new_frames} are more "
+        "than data.frames={data.frames}, which a bidirectional_dit denoises at once",
     ),
     (
         lambda o: o.eval.context_frames > 0 or o.model.first_frame,
@@ -312,6 +342,10 @@ def _raise_first(problems: Iterator[str], source: str | None = None) -> None:
 
 def _are_steps(profiled: list[int], steps: int) -> bool:
     return len(profiled) == 2 and 0 < profiled[0] <= profiled[1] <= steps
+
+
+def _are_prefixes(numbers: list[int], frames: int) -> bool:
+    return len(numbers) == 2 and numbers[0] <= numbers[1] < frames
 
 
 def _are_two_actions(o: Options) -> bool:

@@ -123,12 +123,14 @@ class DiscriminatorOptions:
 class ModelOptions:
     """The network (arXiv 2602.10095, section 4)."""
 
-    type: Literal["scd", "causal_dit"] = "scd"  # causal_dit: the dense baseline
+    # causal_dit: the dense baseline. bidirectional_dit: the teacher of a distillation, which
+    # denoises all frames of a clip at once.
+    type: Literal["scd", "causal_dit", "bidirectional_dit"] = "scd"
     patch_size: int = positive(1)  # side of the square of latents that makes one token
     heads: int = positive(16)  # attention heads; the width is 64 * heads
-    encoder_layers: int = not_negative(0)  # of scd; must be 0 for causal_dit
-    decoder_layers: int = not_negative(0)  # of scd; must be 0 for causal_dit
-    layers: int = not_negative(0)  # of causal_dit; must be 0 for scd
+    encoder_layers: int = not_negative(0)  # of scd; 0 for the others
+    decoder_layers: int = not_negative(0)  # of scd; 0 for the others
+    layers: int = not_negative(0)  # of causal_dit and bidirectional_dit; 0 for scd
     # How the decoder joins context and noisy tokens: token_concat, token_concat_with_proj, concat,
     # add, or whatever else is in `scd.models.decoder.FUSIONS`, which refuses other names.
     fusion: str = "token_concat"
@@ -164,6 +166,9 @@ class FlowOptions:
     # ... and the share of clips whose history is the model's own prediction of each frame, made
     # in a few denoising steps.
     self_forcing_prob: float = fraction(0.0)
+    # Given frames at the start of a training clip, of bidirectional_dit: each draw of the noise has
+    # as many as are drawn from the lowest to the highest number.
+    prefix_frames: list[int] = positive([])
     noise_draws: int = positive(2)  # K: noise draws per frame that share one encoder pass
     context_noise: float = not_negative(0.05)  # eta: strength of the context perturbation
     condition_dropout: float = fraction(0.1)  # probability of training with the null condition

@@ -8,7 +8,7 @@ from torch import Tensor
 from scd.errors import ScdError
 from scd.models.attention import block_causal_attention
 from scd.models.layers import HEAD_DIM
-from scd.models.world_model import WorldModel
+from scd.models.world_model import CausalWorldModel
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class KVCache:
         ScdError: on a frame beyond a window that does not slide.
     """
 
-    def __init__(self, model: WorldModel, batch: int, window: Window, tokens_per_frame: int):
+    def __init__(self, model: CausalWorldModel, batch: int, window: Window, tokens_per_frame: int):
         slots = window.frames * tokens_per_frame
         shape = (model.cached_layers, batch, model.config.heads, slots, HEAD_DIM)
         self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from scd.models.world_model import PrecomputedModulation, WorldModel
+from scd.models.world_model import CausalWorldModel, PrecomputedModulation
 
 
 class RolloutConditions:
@@ -24,7 +24,7 @@ class RolloutConditions:
 
     def __init__(
         self,
-        model: WorldModel,
+        model: CausalWorldModel,
         batch: int,
         labels: Tensor | None,
         timesteps: Tensor,

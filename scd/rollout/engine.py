@@ -8,16 +8,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.flow.sampler import guide, integrate, noise_levels
+from scd.flow.sampler import Generators, guide, integrate, noise_levels
 from scd.models.cpu import PackedWeights
-from scd.models.world_model import MAX_TIMESTEP, FrameDenoiser, WorldModel
+from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FrameDenoiser, WorldModel
 from scd.options import Guidance, RolloutOptions, check_rollout
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.conditions import RolloutConditions
+from scd.rollout.joint import denoise_jointly
 from scd.utils.precision import float32_products, resolve_precision, with_weights_in
 
 SLIDING_FRAMES = 64  # that slide in at once; bounds their memory
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 class Rollout:
@@ -53,6 +53,11 @@ class Rollout:
         unsaid = s.precision == "fp32"  # the default
         wanted = "auto" if model.dtype == torch.bfloat16 and unsaid else s.precision
         self.precision = resolve_precision(wanted, model.device)
+        if not isinstance(model, CausalWorldModel):
+            raise ScdError(
+                f"{type(model).__name__} denoises all frames of a clip at once: it cannot be "
+                f"rolled out frame by frame"
+            )
         self.model = model = with_weights_in(model, self.precision)
         self.settings = settings
         if s.compile:
@@ -233,7 +238,7 @@ def continue_videos(
     noise: Tensor | None = None,
     generator: Generators = None,
 ) -> Tensor:
-    """Continue videos by `num_frames` frames.
+    """Continue videos by `num_frames` frames: one after another, or jointly, as the model does.
 
     Args:
         context: latents (B, K, C, H, W) of the context frames; see `Rollout.reset` for K = 0.
@@ -256,6 +261,10 @@ def continue_videos(
         )
     if noise is not None and noise.shape[:2] != (context.shape[0], num_frames):
         raise ScdError(f"noise is {tuple(noise.shape)}, expected (batch, {num_frames}, C, H, W)")
+    if not isinstance(model, CausalWorldModel):
+        return denoise_jointly(
+            model, settings, context, num_frames, actions, labels, noise=noise, generator=generator
+        )
     rollout = Rollout(model, settings, known + num_frames)
     rollout.reset(context, None if actions is None else actions[:, :known], labels, generator)
     frames = [

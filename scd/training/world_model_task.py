@@ -13,7 +13,7 @@ from torch import Tensor
 from scd.data.clips import ClipFolder, clip_folder
 from scd.data.loader import HELD_OUT_STREAM
 from scd.evaluation.evaluate import evaluate_in_passing
-from scd.flow.objective import LEVELS, FlowObjective, errors_by_level, with_scaled_latents
+from scd.flow.objective import LEVELS, errors_by_level, make_objective, with_scaled_latents
 from scd.models.autoencoder import Codec, load_codec
 from scd.models.load import build_world_model
 from scd.models.weights import load_matching, read_weights
@@ -56,7 +56,7 @@ class WorldModelTask:
         if options.init_from is not None:
             load_matching(self.network, read_weights(Path(options.init_from))[0], options.init_from)
         self.network.set_gradient_checkpointing(options.train.gradient_checkpointing)
-        self.objective = FlowObjective(self.network, options.flow, options.seed)
+        self.objective = make_objective(self.network, options.flow, options.seed)
         self.training_data = clip_folder(options, options.data.train_list, options.data.source)
         self.validation_data = clip_folder(options, options.data.val_list, "video")
         if options.data.source == "latents":
@@ -127,6 +127,7 @@ class HeldOutLoss:
     def __init__(self, data: ClipFolder, codec: Codec, options: Options, device: torch.device):
         self.seed = options.seed
         self.device = device
+        self.prefix = options.flow.prefix_frames[0] if options.flow.prefix_frames else 0
         with error_barrier():
             self.numbers = split_between_processes(range(min(HELD_OUT_CLIPS, len(data))))
             self.clips = [_encoded(data, number, codec, options, device) for number in self.numbers]
@@ -161,7 +162,9 @@ class HeldOutLoss:
         shape = latents[:, None, network.first_predicted :].shape
         noise = torch.randn(shape, generator=generator("cpu", "held-out loss", self.seed, number))
         with autocast(self.device, precision):
-            errors = errors_by_level(network, latents, conditions, noise.to(self.device))
+            errors = errors_by_level(
+                network, latents, conditions, noise.to(self.device), self.prefix
+            )
         return errors.double().mean(dim=(0, 2)).tolist()
 
 

@@ -1,0 +1,78 @@
+"""The network of the dense models: one stack of blocks from frames to predictions of them."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from scd.models.layers import (
+    HEAD_DIM,
+    Attend,
+    Block,
+    ConditionEmbedding,
+    Float32Linear,
+    Modulations,
+    OutputNorm,
+    initialize,
+    patchify,
+    rotary_positions,
+    unpatchify,
+)
+from scd.models.world_model import WorldModel, check_condition
+
+
+class DiT(WorldModel):
+    """A diffusion transformer over the tokens of all frames; subclasses say which sees which.
+
+    Args: as `SCD`, with one number of `layers`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 32,
+        patch_size: int = 1,
+        heads: int = 16,
+        layers: int = 12,
+        condition: str = "none",
+        num_conditions: int = 0,
+        first_frame: bool = False,
+        modulate_output: bool = True,
+        prediction: str = "velocity",
+        sigma_min: float = 0.05,
+    ):
+        super().__init__()
+        check_condition(condition, num_conditions)
+        width = heads * HEAD_DIM
+        self.gradient_checkpointing = False
+        self.embed = nn.Linear(channels * patch_size**2, width)
+        self.conditioning = ConditionEmbedding(width, num_conditions)
+        self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
+        self.norm_out = OutputNorm(width, modulate_output)
+        self.unembed = Float32Linear(width, channels * patch_size**2)
+        initialize(self)
+        nn.init.zeros_(self.unembed.weight)
+
+    def _predict(
+        self,
+        frames: Tensor,
+        modulations: Modulations,
+        positions: Tensor,
+        attends: Sequence[Attend],
+    ) -> Tensor:
+        """Predict from frames (B, F, C, H, W) at positions (F,), in the shape of the frames."""
+        height, width = frames.shape[-2:]
+        patch = self.config.patch_size
+        rotary = rotary_positions(positions, height // patch, width // patch)
+        x = self.embed(patchify(frames, patch).to(self.embed.weight.dtype))  # (B, F, N, D)
+        if self.config.prediction == "data":  # it is divided by σ, which magnifies its rounding
+            x = x.float()
+        for block, attend in zip(self.blocks, attends, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulations, rotary, attend, use_reentrant=False)
+            else:
+                x = block(x, modulations, rotary, attend)  # (B, F, N, D)
+        x = self.unembed(self.norm_out(x.float(), modulations))  # (B, F, N, C·p·p)
+        return unpatchify(x, patch, height, width)  # (B, F, C, H, W)

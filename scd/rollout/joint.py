@@ -1,0 +1,76 @@
+"""Generate all new frames of a clip at once, with a bidirectional model."""
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from scd.errors import ScdError
+from scd.flow.sampler import Generators, guide, integrate, noise_levels
+from scd.models.world_model import CLEAN_TIMESTEP, MAX_TIMESTEP, WorldModel
+from scd.options import RolloutOptions, check_rollout
+from scd.utils.precision import float32_products, resolve_precision, with_weights_in
+
+
+@torch.no_grad()
+def denoise_jointly(
+    model: WorldModel,
+    settings: RolloutOptions,
+    context: Tensor,
+    num_frames: int,
+    actions: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    noise: Tensor | None = None,
+    generator: Generators = None,
+) -> Tensor:
+    """Continue videos by `num_frames` frames, which are denoised together.
+
+    Args and returns as `scd.rollout.continue_videos`; every frame takes its noise from the
+    generator in turn, as in a rollout.
+
+    Raises:
+        ScdError: settings that the model cannot follow, or no context.
+    """
+    check_rollout(settings)
+    if settings.guidance == "context" and settings.guidance_scale != 1.0:
+        raise ScdError("a bidirectional model has no separate context to perturb")
+    batch, known = context.shape[:2]
+    first = model.first_predicted
+    if known < first:
+        raise ScdError("a bidirectional model needs at least one context frame")
+    precision = resolve_precision(settings.precision, model.device)
+    model = with_weights_in(model, precision)
+    conditions = model.frame_conditions((batch, known + num_frames), actions, labels)
+    model.check_conditions(conditions)
+    conditions = None if conditions is None else conditions.to(model.device)
+    guided = settings.guidance == "condition" and settings.guidance_scale != 1.0
+    if guided:
+        if conditions is None:
+            raise ScdError("condition guidance needs a model with a condition")
+        conditions = torch.cat([conditions, model.null_conditions(conditions.shape[:2])])
+    if noise is None:
+        shape = (batch, *context.shape[2:])
+        draws = [randn_tensor(shape, generator, model.device) for _ in range(num_frames)]
+        noise = torch.stack(draws, dim=1)
+    context = context.to(model.device)
+    padded = torch.cat([context, torch.zeros_like(noise).to(context)], dim=1)  # (B, F, C, H, W)
+    levels = noise_levels(settings.steps, settings.spacing, settings.shift)
+
+    def velocity(x: Tensor, step: int) -> Tensor:
+        """Predict the velocities of the new frames (B, num_frames, C, H, W)."""
+        lowest, highest = settings.guidance_interval
+        copies = 2 if guided and lowest <= levels[step] <= highest else 1
+        times = torch.full((batch, 1, known + num_frames), CLEAN_TIMESTEP, device=x.device)
+        times[:, :, known:] = levels[step] * MAX_TIMESTEP
+        frames = torch.cat([context, x], dim=1)[:, None]  # (B, 1, F, C, H, W)
+        parts = (padded, frames[:, :, first:], times[:, :, first:])
+        given = None if conditions is None else conditions[: copies * batch]
+        both = (torch.cat([part] * copies) for part in parts)
+        velocities = model(*both, given)[:, 0, known - first :]  # (copies·B, num_frames, C, H, W)
+        if copies == 1:
+            return velocities
+        positive, negative = velocities.chunk(2)
+        return guide(positive, negative, settings.guidance_scale)
+
+    with float32_products(precision):
+        return integrate(velocity, noise.to(model.device, torch.float32), levels, settings.solver)
