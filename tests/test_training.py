@@ -105,11 +105,17 @@ def train(options: Options, stop_after: int | None = None) -> Path:
 def assert_same_state(one: Path, other: Path, tolerance: float = 0.0) -> None:
     a, b = load_checkpoint(latest_checkpoint(one)), load_checkpoint(latest_checkpoint(other))
     assert a.step == b.step
-    moments = [
-        {f"{i}.{k}": v for i, s in state.optimizer["state"].items() for k, v in s.items()}
-        for state in (a, b)
-    ]
-    for left, right in ((a.model, b.model), (a.ema, b.ema), (a.averages, b.averages), moments):
+
+    def moments(optimizer: dict) -> dict:
+        return {f"{i}.{k}": v for i, s in optimizer["state"].items() for k, v in s.items()}
+
+    pairs = [(a.model, b.model), (a.ema, b.ema), (a.averages, b.averages)]
+    pairs.append((moments(a.optimizer), moments(b.optimizer)))
+    assert (a.critic is None) == (b.critic is None)
+    if a.critic is not None and b.critic is not None:
+        pairs.append((a.critic["model"], b.critic["model"]))
+        pairs.append((moments(a.critic["optimizer"]), moments(b.critic["optimizer"])))
+    for left, right in pairs:
         assert left.keys() == right.keys()
         for name, tensor in left.items():
             assert (tensor - right[name]).abs().max() <= tolerance, name

@@ -17,8 +17,8 @@ from scd.models.world_model import CLEAN_TIMESTEP
 class BidirectionalDiT(DiT):
     """A diffusion transformer with full attention among the clean and noisy frames of a clip.
 
-    Frames whose timestep is -1 are given, such as those that a clip begins with; the others are
-    denoised together. Parameters and names are those of `CausalDiT`.
+    Frames before the noisy ones, and those whose timestep is -1, are given; the others are denoised
+    together. Parameters and names are those of `CausalDiT`.
 
     Args: as `SCD`, with one number of `layers`.
     """
@@ -38,7 +38,7 @@ class BidirectionalDiT(DiT):
         Returns:
             (B, K, F', C, H, W); of given frames, without meaning.
         """
-        draws, first = noisy.shape[1], self.first_predicted
+        draws, first = noisy.shape[1], latents.shape[1] - noisy.shape[2]
         clean = repeat(latents, "b f c h w -> (b k) f c h w", k=draws)  # (B·K, F, C, H, W)
         noisy = rearrange(noisy, "b k f c h w -> (b k) f c h w")  # (B·K, F', C, H, W)
         times = rearrange(timesteps, "b k f -> (b k) f")  # (B·K, F')

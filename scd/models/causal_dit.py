@@ -46,7 +46,7 @@ class CausalDiT(DiT, CausalWorldModel):
         perturbation: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
-        draws, first = noisy.shape[1], self.first_predicted
+        draws, first = noisy.shape[1], latents.shape[1] - noisy.shape[2]
         clean = latents[:, :-1]  # (B, F - 1, C, H, W): the last frame is nobody's history
         count = clean.shape[1]
         frames = torch.cat([clean, rearrange(noisy, "b k f c h w -> b (k f) c h w")], dim=1)

@@ -88,12 +88,14 @@ class SCD(CausalWorldModel):
         perturbation: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities from one encoder pass, which all K draws share."""
-        draws = noisy.shape[1]
-        # The encoder needs the action that leads to the next frame, the decoder that of its own:
-        # both are the actions of the frames to predict.
+        draws, frames = noisy.shape[1:3]
+        # The encoder needs the action that leads to the next frame, the decoder that of its own.
         if conditions is not None:
-            conditions = conditions[:, self.first_predicted :]  # (B, F', ...)
-        context = self.encoder(latents[:, :-1], conditions, perturbation)  # (B, F', N, D)
+            conditions = conditions[:, self.first_predicted :]  # (B, F - first, ...)
+        context = self.encoder(latents[:, :-1], conditions, perturbation)  # (B, F - first, N, D)
+        context = context[:, -frames:]  # (B, F', N, D)
+        if conditions is not None:
+            conditions = conditions[:, -frames:]  # (B, F', ...)
         context = repeat(context, "b f n d -> (b k) f n d", k=draws)  # (B·K, F', N, D)
         if conditions is not None:
             conditions = repeat(conditions, "b f ... -> (b k) f ...", k=draws)  # (B·K, F', ...)

@@ -99,11 +99,11 @@ class WorldModel(ModelMixin, ConfigMixin):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
     ) -> Tensor:
-        """Predict velocities under teacher forcing, of K draws of every frame F' to predict.
+        """Predict velocities under teacher forcing, of K draws of the last F' frames.
 
         Args:
             latents: (B, F, C, H, W), the frames as the history shows them.
-            noisy: (B, K, F', C, H, W).
+            noisy: (B, K, F', C, H, W), with F' at most F - `first_predicted`.
             timesteps: (B, K, F') in [0, 1000]; of a bidirectional model -1 for given frames.
             conditions: (B, F) or (B, F, V + 1), of the frames.
             perturbation: (B, F', N, D), added to the normed context, where there is one.

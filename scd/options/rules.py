@@ -159,6 +159,34 @@ WORLD_MODEL: list[Rule] = [
         "data.source=latents needs autoencoder.path, to see pixels again",
     ),
     (
+        lambda o: (o.distill.method == "none") == (o.distill.teacher is None),
+        "distill.teacher={distill.teacher} with distill.method={distill.method}: every method has "
+        "a teacher, and none has none",
+    ),
+    (
+        lambda o: o.distill.method == "none" or o.init_from is not None,
+        "distill.method={distill.method} needs init_from, the student's first weights",
+    ),
+    (
+        lambda o: o.distill.method == "none" or o.model.type != "bidirectional_dit",
+        "distill.method={distill.method}: the student must be causal, not model.type={model.type}",
+    ),
+    (
+        lambda o: o.distill.method == "none" or o.rollout.solver == "consistency",
+        "distill.method={distill.method} with rollout.solver={rollout.solver}: such a student is "
+        "sampled with rollout.solver=consistency",
+    ),
+    (
+        lambda o: o.distill.method != "dmd" or o.distill.context_frames < o.data.frames,
+        "distill.context_frames={distill.context_frames} leaves none of data.frames={data.frames} "
+        "to generate",
+    ),
+    (
+        lambda o: o.distill.method != "dmd" or o.rollout.guidance_scale == 1,
+        "rollout.guidance_scale={rollout.guidance_scale} with distill.method=dmd: the student is "
+        "trained as it is sampled, without guidance",
+    ),
+    (
         lambda o: o.discriminator.weight == 0,
         "discriminator.weight={discriminator.weight}: only task autoencoder has a discriminator",
     ),
@@ -169,6 +197,10 @@ AUTOENCODER: list[Rule] = [
     (
         lambda o: o.init_from is None,
         "init_from: only task world_model starts from given weights",
+    ),
+    (
+        lambda o: o.distill.method == "none",
+        "distill.method={distill.method}: only task world_model is distilled",
     ),
     (
         lambda o: o.optim.muon_lr is None,

@@ -177,6 +177,29 @@ class FlowOptions:
 
 
 @dataclass
+class DistillOptions:
+    """Post-training of a student, the model at `init_from` (see `scd/distill/README.md`)."""
+
+    # consistency: causal consistency distillation. dmd: distribution matching on own rollouts.
+    method: Literal["none", "consistency", "dmd"] = "none"
+    # The frozen teacher, a checkpoint or an exported folder. consistency needs a causal model, dmd
+    # a bidirectional one.
+    teacher: str | None = None
+    levels: int = positive(48)  # N: noise levels that consistency distillation goes through
+    shift: float = positive(5.0)  # timestep shift of the levels; dmd: of those clips are scored at
+    # The teacher's guidance on the conditions, v⁻ + w·(v⁺ - v⁻). 1: none.
+    guidance_scale: float = not_negative(1.0)
+    context_frames: int = positive(16)  # of dmd: given frames of a clip, the others are generated
+    critic_updates: int = positive(5)  # of dmd: updates of the critic for each one of the student
+    critic_lr: float = positive(1e-4)  # of dmd: learning rate of the critic
+    score_range: list[float] = checked(  # of dmd: lowest and highest noise level to score clips at
+        [0.02, 0.98],
+        lambda bounds: len(bounds) == 2 and 0 < bounds[0] < bounds[1] <= 1,
+        "be the lowest and the highest noise level, above 0 and at most 1",
+    )
+
+
+@dataclass
 class OptimOptions:
     """The optimizer, the learning rate schedule and the EMA."""
 
@@ -252,7 +275,7 @@ class RolloutOptions:
 
     steps: int = positive(50)  # denoising steps per frame
     # multistep: second order, with as many network passes.
-    solver: Literal["euler", "multistep"] = "euler"
+    solver: Literal["euler", "multistep", "consistency"] = "euler"
     # Spacing of the noise levels. diffusers: as FlowMatchEulerDiscreteScheduler has them, evenly
     # from 1 to 0.001 and then 0, so that the last step does next to nothing. even: equal steps
     # from 1 to 0.
@@ -312,6 +335,7 @@ class Options:
     discriminator: DiscriminatorOptions = field(default_factory=DiscriminatorOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
+    distill: DistillOptions = field(default_factory=DistillOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     rollout: RolloutOptions = field(default_factory=RolloutOptions)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.flow.sampler import Generators, guide, integrate, noise_levels
-from scd.models.world_model import CLEAN_TIMESTEP, MAX_TIMESTEP, WorldModel
+from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.options import RolloutOptions, check_rollout
 from scd.utils.precision import float32_products, resolve_precision, with_weights_in
 
@@ -53,20 +53,19 @@ def denoise_jointly(
         draws = [randn_tensor(shape, generator, model.device) for _ in range(num_frames)]
         noise = torch.stack(draws, dim=1)
     context = context.to(model.device)
-    padded = torch.cat([context, torch.zeros_like(noise).to(context)], dim=1)  # (B, F, C, H, W)
+    clip = torch.cat(
+        [context, torch.zeros_like(noise, device=context.device)], dim=1
+    )  # (B, F, C, H, W)
     levels = noise_levels(settings.steps, settings.spacing, settings.shift)
 
     def velocity(x: Tensor, step: int) -> Tensor:
         """Predict the velocities of the new frames (B, num_frames, C, H, W)."""
         lowest, highest = settings.guidance_interval
         copies = 2 if guided and lowest <= levels[step] <= highest else 1
-        times = torch.full((batch, 1, known + num_frames), CLEAN_TIMESTEP, device=x.device)
-        times[:, :, known:] = levels[step] * MAX_TIMESTEP
-        frames = torch.cat([context, x], dim=1)[:, None]  # (B, 1, F, C, H, W)
-        parts = (padded, frames[:, :, first:], times[:, :, first:])
+        times = torch.full((batch, 1, num_frames), levels[step] * MAX_TIMESTEP, device=x.device)
+        parts = (torch.cat([part] * copies) for part in (clip, x[:, None], times))
         given = None if conditions is None else conditions[: copies * batch]
-        both = (torch.cat([part] * copies) for part in parts)
-        velocities = model(*both, given)[:, 0, known - first :]  # (copies·B, num_frames, C, H, W)
+        velocities = model(*parts, given)[:, 0]  # (copies·B, num_frames, C, H, W)
         if copies == 1:
             return velocities
         positive, negative = velocities.chunk(2)

@@ -49,7 +49,7 @@ class AutoencoderTask:
     def __init__(self, options: Options, device: torch.device):
         self.options = options
         self.device = device
-        self.discriminator: nn.Module | None = None
+        self.critic: PatchDiscriminator | None = None
         self.network: Autoencoder
         self.objective: nn.Module
         reconstruction = ReconstructionLoss(options.autoencoder.lpips_weight, device)
@@ -57,9 +57,9 @@ class AutoencoderTask:
         if options.discriminator.weight:
             a = options.discriminator
             self.network = _with_frozen_encoder(options)
-            self.discriminator = PatchDiscriminator(a.channels, a.layers)
+            self.critic = PatchDiscriminator(a.channels, a.layers)
             self.objective = AdversarialObjective(
-                self.network, self.discriminator, reconstruction, a.weight
+                self.network, self.critic, reconstruction, a.weight
             )
         else:
             self.network = build_autoencoder(options.autoencoder)
@@ -80,7 +80,18 @@ class AutoencoderTask:
         for name, parameter in self.network.named_parameters():
             (encoding if name.startswith(ENCODING) else decoding).append(parameter)
         groups = [{"params": encoding, "lr": lr}, {"params": decoding, "lr": lr * scale}]
-        return groups if self.discriminator is None else groups[1:]
+        return groups if self.critic is None else groups[1:]
+
+    def critic_groups(self) -> list[dict[str, Any]]:
+        assert self.critic is not None
+        lr = self.options.optim.discriminator_lr
+        return [{"params": list(self.critic.parameters()), "lr": lr}]
+
+    def trains_network(self, step: int) -> bool:
+        return True
+
+    def averaged(self, average: dict[str, Tensor]) -> None:
+        pass
 
     @torch.no_grad()
     def validate(self, network: Autoencoder, folder: Path) -> dict[str, float]:
@@ -105,7 +116,7 @@ class AutoencoderTask:
         Rounding the weights moves a reconstruction by far less than its error. The adversarial
         stage leaves the latents alone, and hence their scaling factor.
         """
-        if self.discriminator is None:
+        if self.critic is None:
             codec = LatentCodec(network)
             unscaled = codec.encode_images(self._validation_frames().flatten(0, 1))
             network.register_to_config(scaling_factor=round(1 / float(unscaled.std()), 4))

@@ -1,7 +1,8 @@
 """Write and read checkpoints: folders that are whole or absent, with all that resuming needs.
 
-`step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt`, with a discriminator
-`adversary.pt`, with snapshots `averages.safetensors`, and `manifest.json`.
+`step-00001000/` holds `model.safetensors`, `ema.safetensors`, `optimizer.pt`, with a critic (a
+discriminator or a fake score) `adversary.pt`, with snapshots `averages.safetensors`, and
+`manifest.json`.
 Weights carry the experiment's options in their metadata, so one file is enough to use a model.
 Nothing else is state: data order and noise are functions of the step (`scd.utils.seeding`).
 
@@ -32,7 +33,7 @@ from scd.utils.tensor_files import read_pt
 
 FORMAT = 2
 MODEL, EMA, OPTIMIZER = FILES = ("model.safetensors", "ema.safetensors", "optimizer.pt")
-DISCRIMINATOR = "adversary.pt"
+CRITIC = "adversary.pt"
 AVERAGES = "averages.safetensors"
 MANIFEST = "manifest.json"
 
@@ -46,7 +47,7 @@ class TrainingState:
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Any]
-    discriminator: dict[str, Any] | None = None  # its `model` and `optimizer`
+    critic: dict[str, Any] | None = None  # its `model` and `optimizer`
     averages: dict[str, Tensor] = field(default_factory=dict)  # see `PostHocEMA`
     bad_steps: int = 0  # in a row, up to this step
 
@@ -132,8 +133,8 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
     target = folder / f"step-{state.step:08d}"
     aside = folder / f".{target.name}.{os.getpid()}"
     contents: dict[str, Any] = {MODEL: state.model, EMA: state.ema, OPTIMIZER: state.optimizer}
-    if state.discriminator is not None:
-        contents[DISCRIMINATOR] = state.discriminator
+    if state.critic is not None:
+        contents[CRITIC] = state.critic
     if state.averages:
         contents[AVERAGES] = state.averages
     metadata = {"options": json.dumps(state.run["options"]), "step": str(state.step)}
@@ -196,9 +197,7 @@ def load_checkpoint(path: Path) -> TrainingState:
             model=_read(path / MODEL),
             ema=_read(path / EMA),
             optimizer=_read(path / OPTIMIZER),
-            discriminator=_read(path / DISCRIMINATOR)
-            if DISCRIMINATOR in manifest["files"]
-            else None,
+            critic=_read(path / CRITIC) if CRITIC in manifest["files"] else None,
             averages=_read(path / AVERAGES) if AVERAGES in manifest["files"] else {},
             bad_steps=int(manifest["bad_steps"]),
         )
@@ -293,7 +292,7 @@ def _damage(path: Path) -> str | None:
             return "its manifest is damaged"
         if path.name != f"step-{manifest['step']:08d}":
             return f"its manifest is that of step {manifest['step']}"
-        if not {*FILES} <= {*manifest["files"]} <= {*FILES, DISCRIMINATOR, AVERAGES}:
+        if not {*FILES} <= {*manifest["files"]} <= {*FILES, CRITIC, AVERAGES}:
             return "its manifest names other files"
         for name, wanted in manifest["files"].items():
             size = (path / name).stat().st_size

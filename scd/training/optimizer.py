@@ -1,6 +1,7 @@
 """Optimize a network with AdamW, or with Muon for its matrices and AdamW for the rest."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class OptimizedModel:
     """A network with its optimizer and learning rate schedule.
 
     Args:
-        network: the task's, or the discriminator that learns against it.
+        network: the task's, or its critic.
         groups, bf16: see `make_optimizer`.
     """
 
@@ -173,7 +174,9 @@ class OptimizedModel:
         if apply:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
+        with warnings.catch_warnings():  # of a schedule that is ahead of an optimizer that waits
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.schedule.step()
 
     def state(self, keep: bool) -> dict[str, Any]:
         """Gather `model` and `optimizer` state dicts on the CPU; collective.

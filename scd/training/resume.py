@@ -22,7 +22,7 @@ from scd.utils.processes import error_barrier
 
 # Options that may change: paths, speed, length, what is measured.
 FREE = (
-    *("name", "output_root", "init_from", "data.max_broken_clips"),
+    *("name", "output_root", "init_from", "distill.teacher", "data.max_broken_clips"),
     *("data.root", "data.fps", "data.action_names", "data.val_list"),
     *("optim.", "rollout.", "eval.", "train."),
 )
@@ -50,9 +50,9 @@ def resume(
     refuse_other_run(state.run, identity, str(path))
     load_matching(task.network, state.ema, str(path))  # only to see that it fits
     load_matching(task.network, state.model, str(path))
-    if task.discriminator is not None:
-        assert state.discriminator is not None  # the run is the same, so it had one
-        load_matching(task.discriminator, state.discriminator["model"], f"{path} (discriminator)")
+    if task.critic is not None:
+        assert state.critic is not None  # the run is the same, so it had one
+        load_matching(task.critic, state.critic["model"], f"{path} (critic)")
     if main:
         set_newer_checkpoints_aside(path)
         print(f"resuming {options.name} from step {state.step} ({path})")

@@ -29,10 +29,11 @@ class Task(Protocol):
         ...
 
     @property
-    def discriminator(self) -> nn.Module | None:
-        """The network that learns against the task's, from the gradients of the same loss.
+    def critic(self) -> nn.Module | None:
+        """The network that learns beside the task's, from the gradients of the same loss.
 
-        It has its own optimizer. It is saved, but neither averaged nor exported.
+        A discriminator, or the fake score of a distillation. It has its own optimizer. It is saved,
+        but neither averaged nor exported.
         """
         ...
 
@@ -43,6 +44,18 @@ class Task(Protocol):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Group the network's parameters, see `scd.training.optimizer.make_optimizer`."""
+        ...
+
+    def critic_groups(self) -> list[dict[str, Any]]:
+        """Group the critic's parameters likewise."""
+        ...
+
+    def trains_network(self, step: int) -> bool:
+        """Whether a step, from 1, updates the network; the critic is updated in every step."""
+        ...
+
+    def averaged(self, average: dict[str, Tensor]) -> None:
+        """Take notice of the network's moving average, at the start and whenever it changes."""
         ...
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,6 +84,10 @@ def build_task(options: Options, accelerator: Accelerator) -> Task:
         from scd.training.autoencoder_task import AutoencoderTask
 
         return AutoencoderTask(options, accelerator.device)
+    if options.distill.method != "none":
+        from scd.training.distillation_task import DistillationTask
+
+        return DistillationTask(options, accelerator.device)
     from scd.training.world_model_task import WorldModelTask
 
     return WorldModelTask(options, accelerator.device)

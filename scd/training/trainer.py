@@ -63,24 +63,21 @@ class Trainer:
 
         bf16 = all_have_bf16(accelerator.device)
         self.model = OptimizedModel(task.network, task.parameter_groups(), options, bf16)
-        self.discriminator: OptimizedModel | None = None
-        if task.discriminator is not None:
-            group = {
-                "params": list(task.discriminator.parameters()),
-                "lr": options.optim.discriminator_lr,
-            }
-            self.discriminator = OptimizedModel(task.discriminator, [group], options, bf16)
-        self.models = [model for model in (self.model, self.discriminator) if model is not None]
+        self.critic: OptimizedModel | None = None
+        if task.critic is not None:
+            self.critic = OptimizedModel(task.critic, task.critic_groups(), options, bf16)
+        self.models = [model for model in (self.model, self.critic) if model is not None]
         # Together, because FSDP2 gives the optimizers other parameters.
         self.objective, *optimizers = accelerator.prepare(
             task.objective.to(accelerator.device), *(model.optimizer for model in self.models)
         )
         saved: list[dict[str, Any] | None] = [None, None]
         if state is not None:
-            saved = [state.optimizer, (state.discriminator or {}).get("optimizer")]
+            saved = [state.optimizer, (state.critic or {}).get("optimizer")]
         for model, optimizer, moments in zip(self.models, optimizers, saved, strict=False):
             model.start(optimizer, self.step, moments)
         self.ema = EMA(task.network, options.optim.ema_decay, state.ema if state else None)
+        task.averaged(self.ema.mean.average)
         self.posthoc_ema = PostHocEMA(task.network, options, state.averages if state else {})
         if options.train.compile:
             _compile_parts(task.network)
@@ -149,7 +146,8 @@ class Trainer:
         self._export()
 
     def _train_step(self, batches: Iterator[dict[str, Tensor]], request: StopRequest) -> StepResult:
-        """Take one optimizer step, of a discriminator too, over `gradient_accumulation` batches."""
+        """Take one optimizer step, of a critic too, over `gradient_accumulation` batches."""
+        trains_network = self.task.trains_network(self.step + 1)
         accumulation = self.options.train.gradient_accumulation
         totals: dict[str, Tensor] = {}
         seen: list[tuple[Tensor, Tensor]] = []  # sample numbers and loss of each batch
@@ -164,14 +162,15 @@ class Trainer:
             last = micro_step == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 # Sample numbers stay on the host: to read them from the device would wait for it.
-                values = self.objective({**batch, "sample": samples.tolist()})
+                numbers = {"sample": samples.tolist(), "step": self.step + 1}
+                values = self.objective({**batch, **numbers})
                 self.accelerator.backward(values["loss"] / accumulation)
             for name, value in values.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulation
             seen.append((samples, values["loss"].detach()))
 
         norms = [model.clip_gradient(self.accelerator) for model in self.models]
-        totals |= zip(("grad_norm", "discriminator_grad_norm"), norms, strict=False)
+        totals |= zip(("grad_norm", "critic_grad_norm"), norms, strict=False)
         bad, stop, save_failed = any_process(
             self.accelerator,
             is_bad_step(totals["loss"], norms, self.options.optim.skip_grad_norm),
@@ -181,13 +180,15 @@ class Trainer:
         if save_failed:
             self.checkpoints.finish()  # which raises
         for model in self.models:
-            model.step(apply=not bad)
+            model.step(apply=not bad and (trains_network or model is not self.model))
         self.step += 1
         if bad:
             self.statistics.restore()
             self.bad_steps.record(self.step, seen, norms[0])
         else:
-            self.ema.update(self.step)
+            if trains_network:
+                self.ema.update(self.step)
+                self.task.averaged(self.ema.mean.average)
             self.posthoc_ema.update(self.step)
             self.bad_steps.in_a_row = 0
         return StepResult(totals, not bad, stop)
@@ -239,7 +240,7 @@ class Trainer:
             **self.model.state(keep),
             ema=self.ema.state(keep),
             averages=self.posthoc_ema.state(keep),
-            discriminator=self.discriminator.state(keep) if self.discriminator else None,
+            critic=self.critic.state(keep) if self.critic else None,
             bad_steps=bad_steps,
         )
         self.checkpoints.write(state)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from scd.data.clips import ClipFolder, clip_folder
 from scd.data.loader import HELD_OUT_STREAM
@@ -40,7 +40,7 @@ HELD_OUT_CLIPS = 16
 class WorldModelTask:
     """The task of training a world model; see `scd.training.tasks.Task`."""
 
-    discriminator = None
+    critic: nn.Module | None = None
     pictures = {
         "grid.png": "generated above real, given frames framed",
         "*.mp4": "left generated, right real, given frames framed",
@@ -56,7 +56,7 @@ class WorldModelTask:
         if options.init_from is not None:
             load_matching(self.network, read_weights(Path(options.init_from))[0], options.init_from)
         self.network.set_gradient_checkpointing(options.train.gradient_checkpointing)
-        self.objective = make_objective(self.network, options.flow, options.seed)
+        self.objective: nn.Module = make_objective(self.network, options.flow, options.seed)
         self.training_data = clip_folder(options, options.data.train_list, options.data.source)
         self.validation_data = clip_folder(options, options.data.val_list, "video")
         if options.data.source == "latents":
@@ -73,6 +73,15 @@ class WorldModelTask:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.network, self.options.optim)
+
+    def critic_groups(self) -> list[dict[str, Any]]:
+        raise AssertionError("a world model is trained without a critic")
+
+    def trains_network(self, step: int) -> bool:
+        return True
+
+    def averaged(self, average: dict[str, Tensor]) -> None:
+        pass
 
     def validate(self, network: WorldModel, folder: Path) -> dict[str, float]:
         """Evaluate one trajectory of a few videos, which all processes share."""

@@ -8,16 +8,37 @@ weights are neither, and where an optimizer has no state yet, its functions take
 gradients: a checkpoint after skipped steps would hold moments that no gradient has made.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def unsharded(network: nn.Module) -> Iterator[None]:
+    """Hold all weights of a network in full within the block, for what no forward pass gathers.
+
+    Collective. A rollout calls parts of a network, and some of them before their own forward pass.
+    """
+    shards = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -1,0 +1,87 @@
+"""Causal consistency distillation: few-step students of a causal teacher, without its samples.
+
+Every frame, under its real history, is noised to one of N levels. One Euler step of the teacher
+takes it to the next level; what the student predicts as its clean frame at the first must be what
+an average of the student predicts at the second (arXiv 2303.01469, algorithm 2; for causal video
+models, under the teacher-forcing mask, arXiv 2605.15141). At the last level the target is the
+teacher's own clean frame, from which the equality spreads to all others.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from scd.distill.teacher import clean_frames, guided_velocity
+from scd.flow.noise import FlowDraws, draw_noise
+from scd.flow.objective import drop_conditions
+from scd.flow.sampler import noise_levels
+from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel
+from scd.options import Options
+from scd.utils.seeding import uniform_per_sample
+
+
+class ConsistencyObjective(nn.Module):
+    """The consistency loss of a batch, for the training loop.
+
+    Args:
+        model: the student.
+        teacher: frozen; the student's initial weights are best the teacher's.
+    """
+
+    def __init__(self, model: CausalWorldModel, teacher: CausalWorldModel, options: Options):
+        super().__init__()
+        self.model = model
+        self.teacher = teacher
+        self.target = deepcopy(model).requires_grad_(False)  # see `set_target`
+        self.options = options
+        d = options.distill
+        self.levels = noise_levels(d.levels, "even", d.shift)
+
+    @torch.no_grad()
+    def set_target(self, average: dict[str, Tensor]) -> None:
+        """Copy the student's moving average into the network that makes the targets."""
+        for name, parameter in self.target.named_parameters():
+            parameter.copy_(average[name])
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the loss of clips; see `FlowObjective.forward`."""
+        latents, samples = batch["latents"], [int(number) for number in batch["sample"]]
+        flow, seed = self.options.flow, self.options.seed
+        draws = draw_noise(flow, seed, samples, latents, None)
+        shape = tuple(draws.level.shape[1:])
+        place = uniform_per_sample(shape, samples, latents.device, seed, "consistency")
+        conditions = self.model.frame_conditions(
+            latents.shape[:2], batch.get("actions"), batch.get("label")
+        )
+        return {"loss": self.loss(latents, conditions, draws, place)}
+
+    def loss(
+        self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws, place: Tensor
+    ) -> Tensor:
+        """Compute ‖x̂(x_t, t) − sg x̂⁻(x_t′, t′)‖², averaged over everything.
+
+        Args:
+            latents: (B, F, C, H, W), clean.
+            conditions: (B, F) or (B, F, V + 1).
+            draws: the noise and the dropped conditions.
+            place: (B, K, F), in [0, 1): which of the N levels.
+        """
+        first = self.model.first_predicted
+        levels = torch.tensor(self.levels, device=latents.device)
+        number = (place[:, :, first:] * (len(levels) - 1)).long()  # (B, K, F')
+        times, next_times = MAX_TIMESTEP * levels[number], MAX_TIMESTEP * levels[number + 1]
+        sigma, next_sigma = (levels[n][..., None, None, None] for n in (number, number + 1))
+        conditions = drop_conditions(self.model, conditions, draws.drop_condition)
+        noise, clean = draws.noise[:, :, first:], latents[:, None, first:]
+        noisy = sigma * noise + (1 - sigma) * clean  # (B, K, F', C, H, W)
+        with torch.no_grad():
+            scale = self.options.distill.guidance_scale
+            velocity = guided_velocity(self.teacher, latents, noisy, times, conditions, scale)
+            stepped = noisy - (sigma - next_sigma) * velocity  # (B, K, F', C, H, W)
+            ahead = self.target(latents, stepped, next_times, conditions)
+            target = clean_frames(stepped, ahead, next_times)  # (B, K, F', C, H, W)
+        # Before pytorch's #165068, autocast kept the weights that it had cast without gradients.
+        torch.clear_autocast_cache()
+        predicted = clean_frames(noisy, self.model(latents, noisy, times, conditions), times)
+        return (predicted - target).square().mean()

@@ -1,0 +1,209 @@
+"""Distribution matching distillation (DMD) on a student's own rollouts.
+
+The student generates clips, each frame after its own earlier ones, exactly as in use. A frozen
+bidirectional teacher (the real score) and a critic that is trained on those clips (the fake score)
+denoise them; the difference of their clean frames says how to change the clips so that the critic's
+distribution becomes the teacher's (arXiv 2405.14867; on self-generated video, arXiv 2506.08009).
+
+The rollout has no gradient. It records the noisy input of every frame at the denoising step where
+it stopped; one parallel pass of the student over the finished clip, which is its ordinary training
+forward, gives the same frames with a gradient, also through the generated history (arXiv
+2607.20368). In an SCD, writing the history and denoising have parameters of their own.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scd.distill.teacher import clean_frames, guided_velocity
+from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, WorldModel
+from scd.options import Options, RolloutOptions
+from scd.rollout import Rollout
+from scd.utils.precision import without_autocast
+from scd.utils.seeding import generator, normal_per_sample, uniform_per_sample
+from scd.utils.sharding import unsharded
+
+
+class SelfRollout(NamedTuple):
+    """What a student generated after its context, and the last noisy input of every frame."""
+
+    frames: Tensor  # (B, F', C, H, W)
+    noisy: Tensor  # (B, F', C, H, W)
+    timesteps: Tensor  # (B, F')
+
+
+class Score(NamedTuple):
+    """A noise level for each clip, and noise: what clips are scored at, or the critic learns at."""
+
+    sigma: Tensor  # (B,)
+    noise: Tensor  # (B, F', C, H, W)
+
+    def add_to(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise frames (B, F', C, H, W); return them and their timesteps, with one draw (K = 1)."""
+        sigma = self.sigma[:, None, None, None, None]
+        noisy = sigma * self.noise + (1 - sigma) * frames
+        times = (MAX_TIMESTEP * self.sigma)[:, None].expand(frames.shape[:2])
+        return noisy[:, None], times[:, None]
+
+
+@torch.no_grad()
+def roll_out(
+    model: CausalWorldModel,
+    settings: RolloutOptions,
+    context: Tensor,
+    new_frames: int,
+    exit_step: int,
+    actions: Tensor | None,
+    labels: Tensor | None,
+    generators: list[torch.Generator],
+) -> SelfRollout:
+    """Continue videos as in use, but leave every frame's denoising after step `exit_step`.
+
+    Args:
+        settings: of the student's rollouts, with the consistency solver.
+        context: (B, K, C, H, W).
+        actions: (B, K + new_frames) or (B, K + new_frames, V).
+        labels: (B,).
+        generators: one for each sample.
+    """
+    known = context.shape[1]
+    with without_autocast(context.device), unsharded(model):
+        rollout = Rollout(model, settings, known + new_frames)
+        rollout.reset(context, None if actions is None else actions[:, :known], labels, generators)
+        frames, noisy, levels = [], [], []
+        for frame in range(known, known + new_frames):
+            action = None if actions is None else actions[:, frame]
+            frames.append(rollout.step(action, exit_step=exit_step))
+            noisy.append(rollout.exit_input)
+            levels.append(rollout.exit_level)
+    timesteps = MAX_TIMESTEP * torch.tensor(levels, device=context.device)
+    batch = len(context)
+    return SelfRollout(
+        torch.stack(frames, dim=1), torch.stack(noisy, dim=1), timesteps.expand(batch, -1)
+    )
+
+
+def replay(
+    model: CausalWorldModel, context: Tensor, rollout: SelfRollout, conditions: Tensor | None
+) -> Tensor:
+    """Compute a rollout's frames (B, F', C, H, W) once more, in parallel and with gradient."""
+    history = torch.cat([context, rollout.frames], dim=1)  # (B, K + F', C, H, W)
+    noisy, times = rollout.noisy[:, None], rollout.timesteps[:, None]
+    velocity = model(history, noisy, times, conditions)  # (B, 1, F', C, H, W)
+    return clean_frames(noisy, velocity, times)[:, 0]  # (B, F', C, H, W)
+
+
+def matching_gradient(frames: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """Compute the gradient (x̂_fake − x̂_real) / mean|x − x̂_real| of the distribution's distance.
+
+    All are (B, F', C, H, W); the mean is over a sample. What is not finite counts as no gradient.
+    """
+    scale = (frames - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return ((fake - real) / scale).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def loss_with_gradient(frames: Tensor, gradient: Tensor) -> Tensor:
+    """Compute ½·mean‖x − sg(x − g)‖², whose gradient at x is g over the number of values."""
+    return 0.5 * (frames - (frames - gradient).detach()).square().mean()
+
+
+class DMDObjective(nn.Module):
+    """The losses of a student and of its critic on fresh rollouts, for the training loop.
+
+    The student's loss comes in every `distill.critic_updates`-th step, the critic's in all. They
+    share no parameter, so one backward pass serves both.
+    """
+
+    def __init__(
+        self, model: CausalWorldModel, teacher: WorldModel, critic: WorldModel, options: Options
+    ):
+        super().__init__()
+        self.model = model
+        self.teacher = teacher
+        self.critic = critic
+        self.options = options
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute both losses of clips as `with_scaled_latents` gives them.
+
+        Args:
+            batch: see `FlowObjective.forward`, and `step`, the number of the training step.
+        """
+        options, d = self.options, self.options.distill
+        samples, step = [int(number) for number in batch["sample"]], int(batch["step"])
+        latents, known = batch["latents"], d.context_frames
+        context = latents[:, :known]
+        actions, labels = batch.get("actions"), batch.get("label")
+        conditions = self.model.frame_conditions(latents.shape[:2], actions, labels)
+        rollout = roll_out(
+            self.model,
+            options.rollout,
+            context,
+            latents.shape[1] - known,
+            draw_exit(options, step),
+            actions,
+            labels,
+            [generator("cpu", options.seed, "rollout", sample) for sample in samples],
+        )
+        values: dict[str, Tensor] = {}
+        loss = self.critic_loss(context, rollout.frames, conditions, self._draw("critic", batch))
+        values["critic_loss"] = loss.detach()
+        if trains_student(options, step):
+            frames = replay(self.model, context, rollout, conditions)
+            score = self._draw("score", batch)
+            gradient = self.gradient(context, frames.detach(), conditions, score)
+            loss = loss + loss_with_gradient(frames, gradient)
+            values["dmd_gradient"] = gradient.abs().mean()
+            values["replay_error"] = (frames.detach() - rollout.frames).abs().max()
+        return {"loss": loss, **values}
+
+    @torch.no_grad()
+    def gradient(
+        self, context: Tensor, frames: Tensor, conditions: Tensor | None, score: Score
+    ) -> Tensor:
+        """Score generated frames (B, F', C, H, W) after their context; see `matching_gradient`."""
+        clip = torch.cat([context, frames], dim=1)
+        noisy, times = score.add_to(frames)
+        scale = self.options.distill.guidance_scale
+        v_real = guided_velocity(self.teacher, clip, noisy, times, conditions, scale)
+        v_fake = self.critic(clip, noisy, times, conditions)
+        real, fake = (clean_frames(noisy, v, times)[:, 0] for v in (v_real, v_fake))
+        torch.clear_autocast_cache()  # see `ConsistencyObjective.loss`
+        return matching_gradient(frames, real, fake)
+
+    def critic_loss(
+        self, context: Tensor, frames: Tensor, conditions: Tensor | None, score: Score
+    ) -> Tensor:
+        """Compute the critic's flow-matching loss on generated frames (B, F', C, H, W)."""
+        clip = torch.cat([context, frames], dim=1)
+        noisy, times = score.add_to(frames)
+        velocity = self.critic(clip, noisy, times, conditions)[:, 0]
+        config = self.critic.config
+        if config.prediction == "velocity":
+            target = score.noise - frames
+        else:  # with the same bound as the model divides by
+            sigma = score.sigma.clamp(min=config.sigma_min)[:, None, None, None, None]
+            target = (noisy[:, 0] - frames) / sigma
+        return (velocity - target).square().mean()
+
+    def _draw(self, stream: str, batch: dict[str, Tensor]) -> Score:
+        """Draw noise levels, uniform before their shift, and noise, sample by sample."""
+        d, seed, latents = self.options.distill, self.options.seed, batch["latents"]
+        samples = [int(number) for number in batch["sample"]]
+        uniform = uniform_per_sample((), samples, latents.device, seed, f"{stream} level")
+        sigma = d.shift * uniform / (1 + (d.shift - 1) * uniform)
+        shape = (latents.shape[1] - d.context_frames, *latents.shape[2:])
+        noise = normal_per_sample(shape, samples, latents.device, seed, f"{stream} noise")
+        return Score(sigma.clamp(*d.score_range), noise)
+
+
+def trains_student(options: Options, step: int) -> bool:
+    """Whether the student is updated in a step, from 1: in the last of every few of the critic."""
+    return step % options.distill.critic_updates == 0
+
+
+def draw_exit(options: Options, step: int) -> int:
+    """Draw the denoising step that all frames of all processes leave at, in a training step."""
+    draw = torch.rand((), generator=generator("cpu", options.seed, "exit", step))
+    return int(draw * options.rollout.steps)

@@ -1,0 +1,66 @@
+"""What all distillation needs: a teacher's velocities, and clean frames from velocities."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scd.errors import ScdError
+from scd.flow.sampler import guide
+from scd.models.load import load_checkpoint_for_use
+from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, WorldModel
+from scd.options import Options
+
+SAME = ("channels", "patch_size", "condition", "num_conditions")  # of teacher and student
+
+
+def load_teacher(options: Options, student: WorldModel, device: torch.device) -> WorldModel:
+    """Load the frozen teacher at `distill.teacher`, which must fit the student.
+
+    Raises:
+        ScdError: it is missing or damaged, of other latents or conditions, or of the wrong kind:
+            consistency distillation needs a causal one, distribution matching a bidirectional one.
+    """
+    path = Path(str(options.distill.teacher))
+    loaded = load_checkpoint_for_use(path)
+    teacher = loaded.model
+    differences = [
+        f"{name} is {teacher.config[name]} in the teacher, {student.config[name]} in the student"
+        for name in SAME
+        if teacher.config[name] != student.config[name]
+    ]
+    if differences:
+        raise ScdError(f"distill.teacher={path}: does not fit: {'; '.join(differences)}")
+    causal = isinstance(teacher, CausalWorldModel)
+    if causal != (options.distill.method == "consistency"):
+        raise ScdError(
+            f"distill.teacher={path}: a {loaded.options.model.type}, but distill.method="
+            f"{options.distill.method} needs a "
+            + ("bidirectional_dit" if causal else "causal model, scd or causal_dit")
+        )
+    return teacher.to(device).requires_grad_(False)
+
+
+def guided_velocity(
+    model: WorldModel,
+    latents: Tensor,
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditions: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Predict velocities v⁻ + w·(v⁺ − v⁻), where v⁻ is under the null condition; 1: v⁺ alone.
+
+    Args and returns as `WorldModel.forward`.
+    """
+    if scale == 1 or conditions is None:
+        return model(latents, noisy, timesteps, conditions)
+    null = model.null_conditions(conditions.shape[:2]).type_as(conditions)
+    both = (torch.cat([x, x]) for x in (latents, noisy, timesteps))
+    positive, negative = model(*both, torch.cat([conditions, null])).chunk(2)
+    return guide(positive, negative, scale)
+
+
+def clean_frames(noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:
+    """Compute x̂ = x − σ·v of frames (..., C, H, W) at timesteps (...)."""
+    return noisy - (timesteps / MAX_TIMESTEP)[..., None, None, None] * velocity

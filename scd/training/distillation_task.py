@@ -1,0 +1,47 @@
+"""Distil a world model: consistency distillation, or distribution matching on its own rollouts."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scd.distill.consistency import ConsistencyObjective
+from scd.distill.dmd import DMDObjective, trains_student
+from scd.distill.teacher import load_teacher
+from scd.models.world_model import CausalWorldModel
+from scd.options import Options
+from scd.training.world_model_task import WorldModelTask
+
+
+class DistillationTask(WorldModelTask):
+    """The task of post-training a student that starts from `init_from`; see `Task`."""
+
+    network: CausalWorldModel
+
+    def __init__(self, options: Options, device: torch.device):
+        super().__init__(options, device)
+        teacher = load_teacher(options, self.network, device)
+        if options.distill.method == "consistency":
+            self.objective = ConsistencyObjective(self.network, teacher, options)
+        else:
+            # One family, one data domain: a critic of another kind tells student and teacher apart
+            # by what has nothing to do with the student.
+            critic = deepcopy(teacher).requires_grad_(True)
+            critic.set_gradient_checkpointing(options.train.gradient_checkpointing)
+            self.critic = critic
+            self.objective = DMDObjective(self.network, teacher, critic, options)
+
+    def critic_groups(self) -> list[dict[str, Any]]:
+        assert self.critic is not None
+        return [{"params": list(self.critic.parameters()), "lr": self.options.distill.critic_lr}]
+
+    def trains_network(self, step: int) -> bool:
+        return self.critic is None or trains_student(self.options, step)
+
+    def averaged(self, average: dict[str, Tensor]) -> None:
+        if isinstance(self.objective, ConsistencyObjective):
+            self.objective.set_target(average)
+
+    def clip_cost(self) -> None:  # type: ignore[override]
+        return None

@@ -1,0 +1,193 @@
+"""Causal consistency distillation: its loss against the formula, its target, its training."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from scd.distill.consistency import ConsistencyObjective
+from scd.distill.teacher import guided_velocity, load_teacher
+from scd.errors import ScdError
+from scd.flow.noise import draw_noise
+from scd.models import SCD, CausalDiT, CausalWorldModel
+from scd.models.autoencoder import PixelCodec
+from scd.models.load import build_world_model, load_checkpoint_for_use
+from scd.options import Options, load_options
+from scd.training.launch import run_experiment
+from scd.training.run_log import read_log
+from tests.test_training import assert_same_state
+
+FRAMES = 5
+SIZES = {"channels": 3, "patch_size": 2, "heads": 1, "condition": "action", "num_conditions": 4}
+
+
+def perturbed(model: CausalWorldModel, seed: int) -> CausalWorldModel:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def make_scd(seed: int, prediction: str = "data") -> SCD:
+    torch.manual_seed(0)
+    layers = {"encoder_layers": 1, "decoder_layers": 1}
+    model = perturbed(SCD(**SIZES, **layers, prediction=prediction), seed)
+    assert isinstance(model, SCD)
+    return model
+
+
+def options_of(**distill: object) -> Options:
+    options = Options(seed=3)
+    flow = replace(options.flow, noise_draws=2, condition_dropout=0.5)
+    return replace(options, flow=flow, distill=replace(options.distill, **distill))
+
+
+def make_clip() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, FRAMES, 3, 4, 4, generator=generator)
+    return latents, torch.randint(0, 4, (2, FRAMES), generator=generator)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize("prediction", ["data", "velocity"])
+def test_the_loss_is_that_of_the_formula(prediction: str, scale: float) -> None:
+    student, average = make_scd(1, prediction), make_scd(2, prediction)
+    torch.manual_seed(0)
+    teacher = perturbed(CausalDiT(**SIZES, layers=2, prediction=prediction), 3)
+    options = options_of(levels=4, shift=2.0, guidance_scale=scale)
+    objective = ConsistencyObjective(student, teacher, options)
+    objective.set_target(dict(average.named_parameters()))
+    latents, actions = make_clip()
+    draws = draw_noise(options.flow, 0, [0, 1], latents, None)
+    draws = draws._replace(drop_condition=torch.tensor([False, True]))
+    place = torch.rand(2, 2, FRAMES, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        found = objective.loss(latents, actions, draws, place)
+    conditions = torch.stack([actions[0], torch.full_like(actions[1], 4)])
+    levels = [1.0, 6 / 7, 2 / 3, 0.4, 0.0]  # 1, 3/4, 1/2, 1/4, 0 shifted by 2
+    errors = []
+    for k in range(2):
+        number = (place[:, k, 1:] * 4).long()
+        sigma = torch.tensor(levels)[number]
+        following = torch.tensor(levels)[number + 1]
+        s, f = (level[..., None, None, None] for level in (sigma, following))
+        noisy = s * draws.noise[:, k, 1:] + (1 - s) * latents[:, 1:]
+        with torch.no_grad():
+            v = guided_velocity(
+                teacher, latents, noisy[:, None], 1000 * sigma[:, None], conditions, scale
+            )[:, 0]
+            if scale != 1:
+                times = 1000 * sigma[:, None]
+                null = torch.full_like(conditions, 4)
+                positive = teacher(latents, noisy[:, None], times, conditions)[:, 0]
+                negative = teacher(latents, noisy[:, None], times, null)[:, 0]
+                torch.testing.assert_close(v, negative + scale * (positive - negative))
+            stepped = noisy - (s - f) * v
+            ahead = average(latents, stepped[:, None], 1000 * following[:, None], conditions)[:, 0]
+            own = student(latents, noisy[:, None], 1000 * sigma[:, None], conditions)[:, 0]
+        target = stepped - f * ahead
+        # At the last level, the target is the teacher's own clean frame.
+        last = following == 0
+        assert last.any()
+        torch.testing.assert_close(target[last], (noisy - s * v)[last])
+        errors.append((noisy - s * own - target).square())
+    torch.testing.assert_close(found, torch.stack(errors).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_student_learns() -> None:
+    student, teacher = make_scd(1), make_scd(2)
+    objective = ConsistencyObjective(student, teacher.requires_grad_(False), options_of(levels=4))
+    latents, actions = make_clip()
+    objective({"latents": latents, "actions": actions, "sample": [0, 1]})["loss"].backward()
+    learns = {name for name, p in objective.named_parameters() if p.grad is not None}
+    assert learns == {f"model.{name}" for name, _ in student.named_parameters()}
+
+
+def test_a_batch_is_the_mean_of_its_clips() -> None:
+    student, teacher = make_scd(1), make_scd(2)
+    objective = ConsistencyObjective(student, teacher, options_of(levels=4))
+    latents, actions = make_clip()
+    losses = [
+        objective({"latents": latents[i], "actions": actions[i], "sample": samples})["loss"]
+        for i, samples in ((slice(0, 2), [5, 9]), (slice(0, 1), [5]), (slice(1, 2), [9]))
+    ]
+    torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2, rtol=1e-5, atol=1e-6)
+
+
+# --- Training
+
+
+@pytest.fixture
+def options(doom_root: Path, tmp_path: Path):
+    small = [
+        *(f"data.root={doom_root}", f"output_root={tmp_path}"),
+        *("data.source=video", "data.frames=4", "autoencoder.path=null"),
+        *("model.patch_size=16", "model.heads=1"),
+        *("model.encoder_layers=1", "model.decoder_layers=1", "train.compile=false"),
+        *("train.batch_size=2", "train.save_every=2", "train.log_every=1", "train.workers=0"),
+        *("eval.context_frames=4", "eval.new_frames=2", "eval.videos=2", "eval.comparisons=[]"),
+    ]
+
+    def make(file: str, *overrides: str) -> Options:
+        return load_options(f"options/{file}.yml", [*small, *overrides])
+
+    base = make("scd_doom", "name=base", "train.steps=2")
+    run_experiment(base)
+    weights = base.output / "checkpoints/step-00000002/ema.safetensors"
+    return lambda *overrides: make(
+        "scd_doom_consistency", f"init_from={weights}", f"distill.teacher={weights}", *overrides
+    )
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    options, tmp_path: Path, fresh_accelerate: None
+) -> None:
+    whole = options("name=whole", "train.steps=4")
+    run_experiment(whole)
+    for steps in (2, 4):
+        run_experiment(options("name=halves", f"train.steps={steps}"))
+    assert_same_state(*(tmp_path / name / "checkpoints" for name in ("whole", "halves")))
+    losses = [entry["loss"] for entry in read_log(whole.output / "log.jsonl") if "loss" in entry]
+    assert len(losses) == 4 and all(loss > 0 for loss in losses)
+    exported = load_checkpoint_for_use(whole.output / "exported")
+    assert exported.options.rollout.solver == "consistency"
+
+
+def test_another_teacher_does_not_fit(options, tmp_path: Path, fresh_accelerate: None) -> None:
+    o = options("name=refused")
+    student = build_world_model(o, PixelCodec())
+    run_experiment(
+        options(
+            "name=other",
+            "train.steps=2",
+            "distill.method=none",
+            "distill.teacher=null",
+            "rollout.solver=euler",
+            "model.patch_size=8",
+            "init_from=null",
+        )
+    )
+    other = tmp_path / "other/checkpoints/step-00000002/ema.safetensors"
+    o = options("name=refused", f"distill.teacher={other}")
+    with pytest.raises(ScdError, match="patch_size is 8 in the teacher, 16 in the student"):
+        load_teacher(o, student, torch.device("cpu"))
+    with pytest.raises(ScdError, match="no-such"):
+        load_teacher(options("distill.teacher=no-such"), student, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.teacher=null", "every method has a teacher"),
+        ("init_from=null", "needs init_from"),
+        ("rollout.solver=euler", "is sampled with rollout.solver=consistency"),
+        ("distill.method=none", "and none has none"),
+        ("distill.score_range=[0.5,0.2]", "lowest and the highest"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ScdError, match=message):
+        load_options("options/scd_doom_consistency.yml", [override])
