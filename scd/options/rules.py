@@ -182,6 +182,11 @@ WORLD_MODEL: list[Rule] = [
         "to generate",
     ),
     (
+        lambda o: o.distill.method != "dmd" or not 0 < o.rollout.window < o.data.frames - 1,
+        "rollout.window={rollout.window} with distill.method=dmd: a frame of a rollout then sees "
+        "fewer past frames than the {data.frames} of data.frames, all of which its replay sees",
+    ),
+    (
         lambda o: o.distill.method != "dmd" or o.rollout.guidance_scale == 1,
         "rollout.guidance_scale={rollout.guidance_scale} with distill.method=dmd: the student is "
         "trained as it is sampled, without guidance",

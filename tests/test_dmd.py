@@ -1,0 +1,301 @@
+"""Distribution matching on own rollouts: replay, gradients, cadence, exits, resuming, processes."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from scd.distill.dmd import (
+    DMDObjective,
+    Score,
+    SelfRollout,
+    draw_exit,
+    loss_with_gradient,
+    matching_gradient,
+    replay,
+    roll_out,
+    trains_student,
+)
+from scd.errors import ScdError
+from scd.models import SCD, BidirectionalDiT, CausalDiT, CausalWorldModel
+from scd.options import Options, RolloutOptions, load_options
+from scd.rollout import continue_videos
+from scd.training.checkpoint import load_checkpoint
+from scd.training.launch import run_experiment
+from scd.training.run_log import read_log
+from tests.test_training import assert_same_state
+
+KNOWN, NEW = 3, 4
+SIZES = {"channels": 3, "patch_size": 2, "heads": 1, "condition": "action", "num_conditions": 4}
+SETTINGS = RolloutOptions(
+    steps=3, solver="consistency", spacing="even", shift=2.0, guidance="none", guidance_scale=1.0
+)
+
+
+def make(kind: str, prediction: str = "data", seed: int = 1) -> CausalWorldModel:
+    torch.manual_seed(seed)
+    if kind == "scd":
+        model = SCD(**SIZES, encoder_layers=2, decoder_layers=1, prediction=prediction)
+    else:
+        types = {"causal": CausalDiT, "bidirectional": BidirectionalDiT}
+        model = types[kind](**SIZES, layers=2, prediction=prediction)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_clip() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, KNOWN + NEW, 3, 4, 4, generator=generator)
+    return latents, torch.randint(0, 4, (2, KNOWN + NEW), generator=generator)
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in (7, 8)]
+
+
+def rolled_out(model: CausalWorldModel, exit_step: int) -> tuple[SelfRollout, Tensor, Tensor]:
+    latents, actions = make_clip()
+    context = latents[:, :KNOWN]
+    rollout = roll_out(model, SETTINGS, context, NEW, exit_step, actions, None, generators())
+    return rollout, context, actions
+
+
+# --- Rollout and replay
+
+
+@pytest.mark.parametrize("exit_step", range(SETTINGS.steps))
+@pytest.mark.parametrize("prediction", ["data", "velocity"])
+@pytest.mark.parametrize("kind", ["scd", "causal"])
+def test_a_replay_equals_its_rollout(kind: str, prediction: str, exit_step: int) -> None:
+    model = make(kind, prediction)
+    rollout, context, actions = rolled_out(model, exit_step)
+    assert rollout.frames.shape == rollout.noisy.shape == (2, NEW, 3, 4, 4)
+    levels = [1.0, 0.8, 0.5]  # 1, 2/3, 1/3 shifted by 2
+    assert rollout.timesteps.flatten().tolist() == pytest.approx([1000 * levels[exit_step]] * 8)
+    frames = replay(model, context, rollout, actions)
+    torch.testing.assert_close(frames, rollout.frames, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rollout_that_leaves_at_the_last_step_is_the_one_of_use() -> None:
+    model = make("scd")
+    rollout, context, actions = rolled_out(model, SETTINGS.steps - 1)
+    used = continue_videos(model, SETTINGS, context, NEW, actions, generator=generators())
+    torch.testing.assert_close(used, rollout.frames, rtol=0, atol=0)
+
+
+def test_the_last_frame_teaches_how_history_is_written() -> None:
+    model = make("scd")
+    rollout, context, actions = rolled_out(model, 1)
+    replay(model, context, rollout, actions)[:, -1].sum().backward()
+    written = model.encoder.blocks[0].attention.qkv.weight.grad
+    assert written is not None and written.abs().max() > 1e-4
+    assert not rollout.frames.requires_grad and not rollout.noisy.requires_grad
+
+
+# --- Gradients
+
+
+def test_the_gradient_is_that_of_the_formula() -> None:
+    generator = torch.Generator().manual_seed(1)
+    frames, real, fake = torch.randn(3, 2, NEW, 3, 4, 4, generator=generator)
+    frames.requires_grad_(True)
+    gradient = matching_gradient(frames.detach(), real, fake)
+    for sample in range(2):
+        scale = (frames[sample] - real[sample]).abs().mean()
+        expected = (fake[sample] - real[sample]) / scale
+        torch.testing.assert_close(gradient[sample], expected)
+    loss_with_gradient(frames, gradient).backward()
+    torch.testing.assert_close(frames.grad, gradient / gradient.numel(), rtol=1e-5, atol=1e-8)
+
+
+def test_what_is_not_finite_is_no_gradient() -> None:
+    same = torch.ones(1, NEW, 3, 4, 4)
+    assert matching_gradient(same, same, 2 * same).abs().max() == 0  # divided by zero
+    real = same.clone()
+    real[0, 0, 0, 0, 0] = math.nan
+    assert matching_gradient(2 * same, real, same).abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_clips_are_scored_by_teacher_and_critic_after_their_context(scale: float) -> None:
+    student, teacher, critic = make("scd"), make("bidirectional"), make("bidirectional", seed=2)
+    objective = DMDObjective(student, teacher, critic, options_of(guidance_scale=scale))
+    latents, actions = make_clip()
+    context, frames = latents[:, :KNOWN], latents[:, KNOWN:]
+    score = Score(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
+    gradient = objective.gradient(context, frames, actions, score)
+    sigma = score.sigma[:, None, None, None, None]
+    noisy = sigma * score.noise + (1 - sigma) * frames
+    given = torch.cat([context, noisy], dim=1)
+    times = (1000 * score.sigma)[:, None].repeat(1, KNOWN + NEW)
+    times[:, :KNOWN] = -1
+
+    def clean(model: CausalWorldModel, conditions: Tensor) -> Tensor:
+        with torch.no_grad():
+            velocity = model.velocity(latents, given, times, conditions)[:, KNOWN - 1 :]
+        return noisy - sigma * velocity
+
+    real, null = clean(teacher, actions), clean(teacher, torch.full_like(actions, 4))
+    real = null + scale * (real - null)
+    expected = matching_gradient(frames, real, clean(critic, actions))
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_with_equal_scores_the_student_is_left_alone() -> None:
+    teacher = make("bidirectional")
+    objective = DMDObjective(make("scd"), teacher, teacher, options_of())
+    latents, actions = make_clip()
+    score = Score(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
+    gradient = objective.gradient(latents[:, :KNOWN], latents[:, KNOWN:], actions, score)
+    assert gradient.abs().max() == 0
+
+
+@pytest.mark.parametrize("prediction", ["data", "velocity"])
+def test_the_critic_loses_nothing_by_the_true_velocity(prediction: str) -> None:
+    critic = make("bidirectional", prediction)
+    objective = DMDObjective(make("scd"), make("bidirectional"), critic, options_of())
+    latents, actions = make_clip()
+    context, frames = latents[:, :KNOWN], latents[:, KNOWN:]
+    score = Score(torch.tensor([0.02, 0.9]), torch.randn(2, NEW, 3, 4, 4))
+    noisy, times = score.add_to(frames)
+    clip = torch.cat([context, torch.zeros_like(frames)], dim=1)
+    loss = objective.critic_loss(context, frames, actions, score)
+    velocity = critic(clip, noisy, times, actions)[:, 0]
+    sigma = score.sigma[:, None, None, None, None]
+    wanted = score.noise - frames
+    if prediction == "data":  # the model divides by at least sigma_min
+        wanted = wanted * sigma / sigma.clamp(min=critic.config.sigma_min)
+    torch.testing.assert_close(loss, (velocity - wanted).square().mean(), rtol=1e-4, atol=1e-5)
+
+
+def options_of(steps: int = 3, critic_updates: int = 2, **distill: object) -> Options:
+    options = Options(seed=3)
+    settings = replace(SETTINGS, steps=steps)
+    distilled = replace(
+        options.distill,
+        method="dmd",
+        context_frames=KNOWN,
+        critic_updates=critic_updates,
+        **distill,
+    )
+    return replace(options, distill=distilled, rollout=settings)
+
+
+# --- One step of the objective
+
+
+def objective_of(critic_updates: int = 2) -> DMDObjective:
+    teacher = make("bidirectional").requires_grad_(False)
+    critic = make("bidirectional", seed=2)
+    return DMDObjective(make("scd"), teacher, critic, options_of(critic_updates=critic_updates))
+
+
+def test_student_and_critic_learn_by_turns_from_their_own_losses() -> None:
+    latents, actions = make_clip()
+    batch = {"latents": latents, "actions": actions, "sample": [0, 1]}
+    for step, learning in ((1, ("critic",)), (2, ("critic", "model"))):
+        objective = objective_of()
+        values = objective({**batch, "step": step})
+        values["loss"].backward()
+        learns = {n.split(".")[0] for n, p in objective.named_parameters() if p.grad is not None}
+        assert learns == set(learning)
+        assert ("dmd_gradient" in values) == (step == 2)
+    assert values["replay_error"] < 1e-4
+    # The critic's gradient is that of its own loss alone.
+    own = objective_of(critic_updates=100)
+    own({**batch, "step": 2})["loss"].backward()
+    for one, other in zip(objective.critic.parameters(), own.critic.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)
+
+
+def test_a_batch_is_the_mean_of_its_clips() -> None:
+    objective = objective_of()
+    latents, actions = make_clip()
+    losses = []
+    for which, samples in ((slice(0, 2), [5, 9]), (slice(0, 1), [5]), (slice(1, 2), [9])):
+        batch = {"latents": latents[which], "actions": actions[which], "sample": samples}
+        losses.append(objective({**batch, "step": 2})["loss"])
+    torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_exits_are_uniform_and_depend_on_the_step_alone() -> None:
+    options = options_of(steps=4)
+    exits = [draw_exit(options, step) for step in range(400)]
+    assert exits == [draw_exit(options, step) for step in range(400)]
+    assert {exits.count(step) for step in range(4)} <= set(range(70, 131))
+    assert [trains_student(options, step) for step in (1, 2, 3, 4)] == [False, True, False, True]
+
+
+# --- Training
+
+
+@pytest.fixture
+def options(doom_root: Path, tmp_path: Path, fresh_accelerate: None):
+    small = [
+        *(f"data.root={doom_root}", f"output_root={tmp_path}", "train.mixed_precision=fp32"),
+        *("data.source=video", "autoencoder.path=null", "model.patch_size=16", "model.heads=1"),
+        *("train.batch_size=2", "train.save_every=1", "train.log_every=1", "train.workers=0"),
+        *("eval.context_frames=4", "eval.new_frames=2", "eval.videos=2", "eval.comparisons=[]"),
+        *("train.compile=false", "data.frames=6", "train.keep_checkpoints=9"),
+    ]
+    student = ["model.encoder_layers=1", "model.decoder_layers=1"]
+
+    def load(file: str, *overrides: str) -> Options:
+        return load_options(f"options/{file}.yml", [*small, *overrides])
+
+    base = load("scd_doom", *student, "name=base", "train.steps=1")
+    run_experiment(base)
+    dense = ["init_from=null", "flow.prefix_frames=[2,4]", "model.layers=1"]
+    teacher = load("bidirectional_dit_doom", *dense, "name=teacher", "train.steps=1")
+    run_experiment(teacher)
+    weights = [o.output / "checkpoints/step-00000001/ema.safetensors" for o in (base, teacher)]
+    own = ["distill.context_frames=2", "distill.critic_updates=2", "optim.lr=1e-3"]
+    places = [f"init_from={weights[0]}", f"distill.teacher={weights[1]}"]
+    return lambda *o: load("scd_doom_distilled", *student, *own, *places, *o)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path: Path) -> None:
+    whole = options("name=whole", "train.steps=4")
+    run_experiment(whole)
+    for steps in (1, 3, 4):
+        run_experiment(options("name=parts", f"train.steps={steps}"))
+    assert_same_state(*(tmp_path / name / "checkpoints" for name in ("whole", "parts")))
+    # The critic moves in every step, the student and its average in every second one.
+    folder = whole.output / "checkpoints"
+    states = [load_checkpoint(folder / f"step-{step:08d}") for step in (1, 2, 3, 4)]
+    name = "decoder.unembed.weight"
+    moved = [not torch.equal(a.model[name], b.model[name]) for a, b in pairwise(states)]
+    assert moved == [True, False, True]
+    averaged = [not torch.equal(a.ema[name], b.ema[name]) for a, b in pairwise(states)]
+    assert averaged == [True, False, True]
+    critics = [state.critic["model"]["unembed.weight"] for state in states]
+    assert all(not torch.equal(a, b) for a, b in pairwise(critics))
+    log = read_log(whole.output / "log.jsonl")
+    assert all(entry["critic_loss"] > 0 for entry in log if "loss" in entry)
+    assert [entry["step"] for entry in log if "dmd_gradient" in entry] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.context_frames=6", "leaves none"),
+        ("rollout.guidance_scale=1.5", "without guidance"),
+        ("rollout.window=4", "sees fewer"),
+        ("model.type=bidirectional_dit", "contradicts"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(override: str, message: str, options) -> None:
+    with pytest.raises(ScdError, match=message):
+        options(override)
+
+
+def test_a_causal_teacher_is_refused(options, tmp_path: Path) -> None:
+    causal = tmp_path / "base/checkpoints/step-00000001/ema.safetensors"
+    with pytest.raises(ScdError, match="needs a bidirectional_dit"):
+        run_experiment(options(f"distill.teacher={causal}"))
