@@ -98,6 +98,34 @@ def test_the_last_frame_teaches_how_history_is_written() -> None:
     assert not rollout.frames.requires_grad and not rollout.noisy.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["scd", "causal"])
+def test_without_history_gradient_a_frame_teaches_only_its_own_passes(kind: str) -> None:
+    model = make(kind)
+    rollout, context, actions = rolled_out(model, 1)
+    frames = [replay(model, context, rollout, actions, on) for on in (True, False)]
+    torch.testing.assert_close(frames[1], frames[0], rtol=1e-5, atol=1e-5)
+    # The history as an input: which frames does the last one have a gradient to?
+    embedded = model.encoder.embed if kind == "scd" else model.embed
+    seen: list[Tensor] = []
+    embedded.register_forward_hook(lambda *call: (call[-1].retain_grad(), seen.append(call[-1])))
+    reached = []
+    for on in (True, False):
+        seen.clear()
+        replay(model, context, rollout, actions, on)[:, -1].sum().backward()
+        gradient = seen[0].grad
+        assert gradient is not None
+        reached.append((gradient.abs().amax(dim=(0, 2, 3)) > 0).tolist())
+    own = KNOWN + NEW - 1 - (kind == "scd")  # the pass over frame i - 1, or over i noisy
+    clean = KNOWN + NEW - 1
+    if kind == "scd":
+        assert reached[0] == [True] * clean
+        assert reached[1] == [False] * own + [True]
+    else:  # clean frames come first in one sequence with noisy ones
+        assert reached[0][:clean] == [True] * clean
+        assert not any(reached[1][:clean])
+        assert reached[1][clean:] == [False] * (NEW - 1) + [True]
+
+
 # --- Gradients
 
 

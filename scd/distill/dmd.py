@@ -85,12 +85,23 @@ def roll_out(
 
 
 def replay(
-    model: CausalWorldModel, context: Tensor, rollout: SelfRollout, conditions: Tensor | None
+    model: CausalWorldModel,
+    context: Tensor,
+    rollout: SelfRollout,
+    conditions: Tensor | None,
+    history_gradient: bool = True,
 ) -> Tensor:
-    """Compute a rollout's frames (B, F', C, H, W) once more, in parallel and with gradient."""
+    """Compute a rollout's frames (B, F', C, H, W) once more, in parallel and with gradient.
+
+    Args:
+        context, conditions: of the rollout.
+        history_gradient: see `WorldModel.forward`.
+    """
     history = torch.cat([context, rollout.frames], dim=1)  # (B, K + F', C, H, W)
     noisy, times = rollout.noisy[:, None], rollout.timesteps[:, None]
-    velocity = model(history, noisy, times, conditions)  # (B, 1, F', C, H, W)
+    velocity = model(
+        history, noisy, times, conditions, history_gradient=history_gradient
+    )  # (B, 1, F', C, H, W)
     return clean_frames(noisy, velocity, times)[:, 0]  # (B, F', C, H, W)
 
 
@@ -150,7 +161,7 @@ class DMDObjective(nn.Module):
         loss = self.critic_loss(context, rollout.frames, conditions, self._draw("critic", batch))
         values["critic_loss"] = loss.detach()
         if trains_student(options, step):
-            frames = replay(self.model, context, rollout, conditions)
+            frames = replay(self.model, context, rollout, conditions, d.history_gradient)
             score = self._draw("score", batch)
             gradient = self.gradient(context, frames.detach(), conditions, score)
             loss = loss + loss_with_gradient(frames, gradient)

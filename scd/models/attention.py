@@ -56,6 +56,20 @@ def block_causal_attention(
     return full_attention(q, k, v, mask)
 
 
+def own_frame_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
+    """Attend as `block_causal_attention`, without gradient to the keys and values of past frames.
+
+    Frame by frame: no kernel has a mask for gradients.
+    """
+    n, out = tokens_per_frame, []
+    for start in range(0, q.shape[2], n):
+        keys, values = (
+            torch.cat([x[:, :, :start].detach(), x[:, :, start : start + n]], dim=2) for x in (k, v)
+        )
+        out.append(full_attention(q[:, :, start : start + n], keys, values))
+    return torch.cat(out, dim=2)
+
+
 def clean_context_attention(
     q: Tensor,
     k: Tensor,
@@ -64,6 +78,7 @@ def clean_context_attention(
     clean_frames: int,
     first: int,
     block_mask: BlockMask | None = None,
+    history_gradient: bool = True,
 ) -> Tensor:
     """Attend in one sequence of clean frames 0..C-1, then K draws of noisy frames first..C.
 
@@ -75,8 +90,12 @@ def clean_context_attention(
         tokens_per_frame: N.
         clean_frames: C.
         block_mask: `clean_context_block_mask` for these sizes; a compiled model must pass it in.
+        history_gradient: False: no gradient to the clean frames' keys and values.
     """
     n, tokens = tokens_per_frame, q.shape[2]
+    if not history_gradient:
+        clean = clean_frames * n
+        k, v = (torch.cat([x[:, :, :clean].detach(), x[:, :, clean:]], dim=2) for x in (k, v))
     if q.device.type != "cuda":
         return cpu.clean_context_attention(q, k, v, n, clean_frames, first)
     if uses_flex(tokens, q.device):

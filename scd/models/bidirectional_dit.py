@@ -30,6 +30,7 @@ class BidirectionalDiT(DiT):
         timesteps: Tensor,
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
+        history_gradient: bool = True,
     ) -> Tensor:
         """Predict velocities of K draws of a clip, each a sequence of its own.
 

@@ -44,6 +44,7 @@ class CausalDiT(DiT, CausalWorldModel):
         timesteps: Tensor,
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
+        history_gradient: bool = True,
     ) -> Tensor:
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
         draws, first = noisy.shape[1], latents.shape[1] - noisy.shape[2]
@@ -68,6 +69,7 @@ class CausalDiT(DiT, CausalWorldModel):
             clean_frames=count,
             first=first,
             block_mask=block_mask,
+            history_gradient=history_gradient,
         )
         modulations = Modulations(self.conditioning(times, conditions), project)
         prediction = self._predict(frames, modulations, positions, [attend] * len(self.blocks))

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scd.models.attention import block_causal_attention, block_causal_block_mask, uses_flex
+from scd.models.attention import (
+    block_causal_attention,
+    block_causal_block_mask,
+    own_frame_attention,
+    uses_flex,
+)
 from scd.models.layers import (
     Attend,
     Block,
@@ -53,7 +58,11 @@ class CausalEncoder(nn.Module):
         self.start = nn.Parameter(0.02 * torch.randn(width)) if first_frame else None
 
     def forward(
-        self, latents: Tensor, conditions: Tensor | None, perturbation: Tensor | None = None
+        self,
+        latents: Tensor,
+        conditions: Tensor | None,
+        perturbation: Tensor | None = None,
+        history_gradient: bool = True,
     ) -> Tensor:
         """Encode the contexts of the frames after the given ones.
 
@@ -62,6 +71,8 @@ class CausalEncoder(nn.Module):
             conditions: (B, F) or (B, F, V + 1), entry j for frame j+1; None: the null condition.
                 Where the learned start comes first: (B, 1 + F, …), for frames 0..F.
             perturbation: shaped as the contexts, added to them once normed.
+            history_gradient: False: contexts have no gradient through the keys and values of
+                earlier frames.
 
         Returns:
             (B, F, N, D), or (B, 1 + F, N, D) where the learned start comes first.
@@ -72,7 +83,9 @@ class CausalEncoder(nn.Module):
         block_mask = None
         if uses_flex(frames * n, latents.device):
             block_mask = block_causal_block_mask(n, frames * n, frames * n, latents.device)
-        attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
+        attend: Attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
+        if not history_gradient:
+            attend = partial(own_frame_attention, tokens_per_frame=n)
         modulations = Modulations(self._embed_conditions((batch, frames), conditions), project)
         x = self._run_blocks(latents, 0, modulations, [attend] * len(self.blocks))  # (B, F, N, D)
         return self.norm_out(x, modulations, perturbation)  # (B, F, N, D)

@@ -86,13 +86,16 @@ class SCD(CausalWorldModel):
         timesteps: Tensor,
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
+        history_gradient: bool = True,
     ) -> Tensor:
         """Predict velocities from one encoder pass, which all K draws share."""
         draws, frames = noisy.shape[1:3]
         # The encoder needs the action that leads to the next frame, the decoder that of its own.
         if conditions is not None:
             conditions = conditions[:, self.first_predicted :]  # (B, F - first, ...)
-        context = self.encoder(latents[:, :-1], conditions, perturbation)  # (B, F - first, N, D)
+        context = self.encoder(
+            latents[:, :-1], conditions, perturbation, history_gradient
+        )  # (B, F - first, N, D)
         context = context[:, -frames:]  # (B, F', N, D)
         if conditions is not None:
             conditions = conditions[:, -frames:]  # (B, F', ...)

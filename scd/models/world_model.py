@@ -98,6 +98,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         timesteps: Tensor,
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
+        history_gradient: bool = True,
     ) -> Tensor:
         """Predict velocities under teacher forcing, of K draws of the last F' frames.
 
@@ -107,6 +108,8 @@ class WorldModel(ModelMixin, ConfigMixin):
             timesteps: (B, K, F') in [0, 1000]; of a bidirectional model -1 for given frames.
             conditions: (B, F) or (B, F, V + 1), of the frames.
             perturbation: (B, F', N, D), added to the normed context, where there is one.
+            history_gradient: False: no gradient through the keys and values of earlier frames, as
+                if they came from a rollout's cache.
 
         Returns:
             (B, K, F', C, H, W), in float32.

@@ -192,6 +192,9 @@ class DistillOptions:
     context_frames: int = positive(16)  # of dmd: given frames of a clip, the others are generated
     critic_updates: int = positive(5)  # of dmd: updates of the critic for each one of the student
     critic_lr: float = positive(1e-4)  # of dmd: learning rate of the critic
+    # Of dmd: whether the loss of a frame also teaches how earlier frames were written into the
+    # history (arXiv 2607.20368). false: the gradient stops at the KV cache, as in Self-Forcing.
+    history_gradient: bool = True
     score_range: list[float] = checked(  # of dmd: lowest and highest noise level to score clips at
         [0.02, 0.98],
         lambda bounds: len(bounds) == 2 and 0 < bounds[0] < bounds[1] <= 1,

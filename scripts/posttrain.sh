@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Post-train the shipped Doom model, stage by stage, beside a control, and compare: hours on two cores.
+# Every stage resumes; run it again after an interruption. key=value arguments go to the evaluations.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/common.sh
+scd=("$(find_python)" -m scd.cli)
+
+exported=()
+for name in bidirectional_dit_doom scd_doom_consistency scd_doom_distilled scd_doom_continued; do
+    printf '\n== train options/%s.yml\n' "$name"
+    [ -d "experiments/$name/exported" ] || bash scripts/train.sh "options/$name.yml"
+    [ "$name" = bidirectional_dit_doom ] || exported+=("experiments/$name/exported")
+done
+
+fetch_weights
+protocol=(eval.context_frames=36 eval.new_frames=64 eval.windows=4 eval.trajectories=2 'eval.seeds=[0,1]' "$@")
+for model in assets/pretrained/scd_doom "${exported[@]}"; do
+    printf '\n== evaluate %s\n' "$model"
+    bash scripts/inference.sh "$model" "${protocol[@]}"
+done
+"${scd[@]}" compare assets/pretrained/scd_doom "${exported[@]}" "${protocol[@]}" --out experiments/posttraining
