@@ -222,7 +222,7 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["rollout.window=2", "rollout.sink_frames=2"], "must lie below rollout.window=2"),
         (["flow.encoder_input=noisy", "flow.self_forcing_prob=1"], "flow.self_forcing_prob=1.0 n"),
         (["flow.encoder_input=noisy", "flow.history_noise_max=1"], "flow.history_noise_max=1.0 n"),
-        ([*DENSE, "rollout.guidance=none", "rollout.compile=true"], "see a growing past"),
+        ([*DENSE, "rollout.guidance=none", "rollout.compile=true"], "see a single frame"),
         (["eval.context_frames=0"], "eval.context_frames=0 needs model.first_frame=true"),
         ([*AUTOENCODER, "init_from=a"], "only task world_model starts from given weights"),
         ([*AUTOENCODER, "optim.muon_lr=1"], "only task world_model has blocks with matrices"),
