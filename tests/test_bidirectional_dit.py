@@ -1,7 +1,9 @@
 """The bidirectional model: which frames see which, its objective, joint denoising, its splits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from scd.evaluation.compare import compare_checkpoints
 from scd.evaluation.evaluate import evaluate_checkpoint
 from scd.flow.noise import draw_noise
 from scd.flow.objective import JointObjective, errors_by_level, make_objective
+from scd.flow.sampler import noise_levels
 from scd.models import BidirectionalDiT, CausalDiT
 from scd.models.autoencoder import PixelCodec
 from scd.models.load import build_world_model
@@ -127,31 +130,59 @@ def test_held_out_loss_leaves_the_prefix_out() -> None:
     assert not torch.allclose(errors_by_level(model, latents, actions, noise, prefix=4), errors)
 
 
-def test_joint_denoising_is_the_same_alone_and_in_a_batch() -> None:
+@pytest.mark.parametrize("solver", ["multistep", "consistency"])
+def test_joint_denoising_is_the_same_alone_and_in_a_batch(
+    solver: Literal["multistep", "consistency"],
+) -> None:
     model = make_model()
+    settings = replace(SETTINGS, solver=solver)
     latents, actions = make_clip()
     context = latents[:, :2]
 
     def generators(numbers: list[int]) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(number) for number in numbers]
 
-    both = continue_videos(model, SETTINGS, context, 4, actions, generator=generators([7, 8]))
+    both = continue_videos(model, settings, context, 4, actions, generator=generators([7, 8]))
     assert both.shape == (2, 4, 3, 4, 4)
-    alone = continue_videos(model, SETTINGS, context[1:], 4, actions[1:], generator=generators([8]))
+    alone = continue_videos(model, settings, context[1:], 4, actions[1:], generator=generators([8]))
     torch.testing.assert_close(alone[0], both[1], rtol=1e-4, atol=1e-4)
-    guided = RolloutOptions(steps=3, guidance="condition", guidance_scale=1.5, solver="multistep")
+    guided = replace(settings, guidance="condition", guidance_scale=1.5)
     other = continue_videos(model, guided, context, 4, actions, generator=generators([7, 8]))
     assert not torch.allclose(other, both)
     # At a scale of 1 the null condition has no say.
     none = continue_videos(
         model,
-        RolloutOptions(steps=3, guidance="condition", guidance_scale=1.0, solver="multistep"),
+        replace(guided, guidance_scale=1.0),
         context,
         4,
         actions,
         generator=generators([7, 8]),
     )
     torch.testing.assert_close(none, both, rtol=0, atol=0)
+
+
+def test_joint_consistency_written_out() -> None:
+    """Every frame draws its noise as in a rollout: the initial, then that of every later step."""
+    model = make_model()
+    latents, actions = make_clip()
+    settings = RolloutOptions(3, "consistency", "even", 5.0, guidance="none")
+    seed = torch.Generator().manual_seed(7)
+    new = continue_videos(model, settings, latents[:, :2], 4, actions, generator=seed)
+    seed, draws = torch.Generator().manual_seed(7), []
+    for _ in range(4):
+        initial = torch.randn(2, 3, 4, 4, generator=seed)[:, None]
+        draws.append(torch.cat([initial, torch.randn(2, 2, 3, 4, 4, generator=seed)], dim=1))
+    x, first, second = torch.stack(draws, dim=2).unbind(dim=1)  # (B, 4, C, H, W) each
+    levels = noise_levels(3, "even", 5.0)
+    for sigma, following, fresh in zip(levels, levels[1:], (first, second, None), strict=False):
+        times = torch.full((2, FRAMES), 1000 * sigma)
+        times[:, :2] = CLEAN_TIMESTEP
+        with torch.no_grad():
+            v = model.velocity(latents, torch.cat([latents[:, :2], x], dim=1), times, actions)
+        x = x - sigma * v[:, 1:]
+        if fresh is not None:
+            x = (1 - following) * x + following * fresh
+    torch.testing.assert_close(new, x, rtol=1e-4, atol=1e-4)
 
 
 def test_it_cannot_be_rolled_out_frame_by_frame() -> None:

@@ -94,8 +94,9 @@ def test_compiled_equals_eager_equals_cpu(kind, frames, side, checkpointing):
             assert (a - b).norm() <= 1e-2 * a.norm() + 1e-6
 
 
+@pytest.mark.parametrize("solver", ["euler", "consistency"])
 @pytest.mark.parametrize("guidance", ["none", "context"])
-def test_graph_equals_eager_equals_cpu(guidance):
+def test_graph_equals_eager_equals_cpu(guidance, solver):
     frames = {}
     g = torch.Generator().manual_seed(4)
     context, noise = torch.randn(2, 2, 6, 4, 4, 4, generator=g)
@@ -104,7 +105,9 @@ def test_graph_equals_eager_equals_cpu(guidance):
         ("eager", GPU, False),
         ("graph", GPU, True),
     ):
-        settings = RolloutOptions(4, guidance=guidance, guidance_noise=0.0, compile=compiled)
+        settings = RolloutOptions(
+            4, solver, guidance=guidance, guidance_noise=0.0, compile=compiled
+        )
         rollout = Rollout(make(SCD).to(device), settings, 12)
         rollout.reset(context, torch.zeros(2, 6, dtype=torch.long), generator=torch.Generator())
         made = [rollout.step(torch.tensor([1, 2]), noise[:, i]) for i in range(4)]

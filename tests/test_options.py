@@ -222,7 +222,7 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["rollout.window=2", "rollout.sink_frames=2"], "must lie below rollout.window=2"),
         (["flow.encoder_input=noisy", "flow.self_forcing_prob=1"], "flow.self_forcing_prob=1.0 n"),
         (["flow.encoder_input=noisy", "flow.history_noise_max=1"], "flow.history_noise_max=1.0 n"),
-        ([*DENSE, "rollout.guidance=none", "rollout.compile=true"], "see a growing past"),
+        ([*DENSE, "rollout.guidance=none", "rollout.compile=true"], "see a single frame"),
         (["eval.context_frames=0"], "eval.context_frames=0 needs model.first_frame=true"),
         ([*AUTOENCODER, "init_from=a"], "only task world_model starts from given weights"),
         ([*AUTOENCODER, "optim.muon_lr=1"], "only task world_model has blocks with matrices"),
@@ -320,8 +320,8 @@ def test_what_cannot_work_is_refused(file: Path, overrides: list[str], complaint
     [
         ("task", "world", "is 'world', not one of world_model, autoencoder; did you mean 'world_"),
         ("eval.fvd_precision", "fp16", "is 'fp16', not one of fp32, bf16; did you mean 'bf16'?"),
-        ("rollout.solver", "heun", "is 'heun', not one of euler, multistep"),
-        ("rollout.solver", "null", "is None, not one of euler, multistep"),
+        ("rollout.solver", "heun", "is 'heun', not one of euler, multistep, consistency"),
+        ("rollout.solver", "null", "is None, not one of euler, multistep, consistency"),
         ("train.trackers", "[wandb, wandbb]", "has 'wandbb', not one of tensorboard, wandb; did"),
         ("eval.comparisons", "[others]", "has 'others', not one of repeat, autoencoder, other;"),
         ("autoencoder.encoder_block_types", "[Resblock]", "not one of ResBlock, EfficientViTBl"),
@@ -668,7 +668,8 @@ def test_a_base_is_named_in_files_alone(file: Path) -> None:
     [
         (
             RolloutOptions(solver="eular"),  # type: ignore[arg-type]
-            "rollout.solver is 'eular', not one of euler, multistep; did you mean 'euler'?",
+            "rollout.solver is 'eular', not one of euler, multistep, consistency; did you mean "
+            "'euler'?",
         ),
         (RolloutOptions(steps=0), "rollout.steps must be above 0, but is 0"),
         (RolloutOptions(shift=float("nan")), "rollout.shift must be finite, but is nan"),

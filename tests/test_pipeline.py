@@ -1,5 +1,6 @@
 """`SCDPipeline` as a diffusers pipeline."""
 
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,10 @@ import torch
 from diffusers.utils import hub_utils as diffusers_hub
 
 from scd.errors import ScdError
-from scd.models.autoencoder import LatentCodec, load_codec
-from scd.options import load_options
+from scd.models.autoencoder import LatentCodec, PixelCodec, load_codec
+from scd.options import RolloutOptions, load_options
 from scd.pipeline import SCDPipeline
-from scd.rollout import generate
+from scd.rollout import continue_videos, generate
 from tests.test_model import make_model
 
 
@@ -73,6 +74,25 @@ def test_save_and_load(pipeline, tmp_path):
     assert torch.equal(one, other) and torch.equal(one, explicit)
     assert not torch.equal(one, fewer)
     assert loaded.transformer.config.num_conditions == 3
+
+
+def test_sampler_of_a_distilled_model_is_saved(tmp_path):
+    """What the pipeline makes after loading is what the engine makes with these settings."""
+    settings = RolloutOptions(3, "consistency", "even", 5.0, guidance="none")
+    pixel = SCDPipeline(make_model(channels=3, patch_size=16), None, asdict(settings))
+    pixel.save_pretrained(tmp_path)
+    loaded = SCDPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    video, given = arguments()
+    del given["num_inference_steps"]
+    seeds, same = ([torch.Generator().manual_seed(i) for i in (3, 4)] for _ in range(2))
+    frames = loaded(video, generator=seeds, **given).frames[:, 3:]
+    new = continue_videos(
+        pixel.transformer, settings, PixelCodec().encode(video), 2, given["actions"], generator=same
+    )
+    assert torch.equal(frames, PixelCodec().decode(new))
+    euler = loaded(video, generator=torch.Generator().manual_seed(3), solver="euler", **given)
+    assert (frames - euler.frames[:, 3:]).abs().max() > 0.01
 
 
 def test_pixel_space_and_numpy(tmp_path):

@@ -79,6 +79,34 @@ def test_cached_equals_uncached(model, inputs, guidance, scale):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+def test_consistency_written_out(model, inputs, scale):
+    """Every step but the last adds noise that is drawn after the frame's initial noise."""
+    context, _, actions = inputs
+    settings = RolloutOptions(
+        STEPS, "consistency", "even", 5.0, guidance="condition", guidance_scale=scale
+    )
+    seed = torch.Generator().manual_seed(7)
+    new = continue_videos(model, settings, context, NEW, actions, generator=seed)
+    seed, frames, levels = torch.Generator().manual_seed(7), context, noise_levels(STEPS, "even", 5)
+    for i in range(NEW):
+        conditions = actions[:, 1 : K + i + 1]
+        null = torch.full_like(conditions, model.null_condition)
+        positive, negative = (model.encoder(frames, c)[:, -1:] for c in (conditions, null))
+        x = torch.randn(B, C, H, W, generator=seed)[:, None]
+        fresh = torch.randn(B, STEPS - 1, C, H, W, generator=seed)
+        for step, sigma in enumerate(levels[:-1]):
+            t = torch.full((B, 1), sigma * 1000)
+            v = model.decode(x, t, negative, null[:, -1:])
+            v = v + scale * (model.decode(x, t, positive, conditions[:, -1:]) - v)
+            x = x - sigma * v
+            if step < STEPS - 1:
+                x = (1 - levels[step + 1]) * x + levels[step + 1] * fresh[:, step : step + 1]
+        frames = torch.cat([frames, x], dim=1)
+    assert (new - frames[:, K:]).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
 def test_context_guidance_written_out(model, inputs):
     """The negative branch is the same context with η·ζ added before the modulation."""
     context, noise, actions = inputs
@@ -119,22 +147,17 @@ def test_streaming_equals_batch(model, inputs):
             assert (frame - whole[one, i]).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("solver", ["euler", "consistency"])
 @pytest.mark.parametrize("guidance", ["none", "context", "condition"])
-def test_a_sample_does_not_depend_on_its_batch(model, inputs, guidance):
+def test_a_sample_does_not_depend_on_its_batch(model, inputs, guidance, solver):
     """Same seed, same video."""
     context, _, actions = inputs
+    settings = RolloutOptions(STEPS, solver, guidance=guidance, guidance_scale=1.5)
 
     def run(rows):
         generators = [torch.Generator().manual_seed(int(row)) for row in rows]
-        return generate(
-            model,
-            context[rows],
-            actions=actions[rows],
-            num_frames=NEW,
-            num_steps=STEPS,
-            guidance=guidance,
-            guidance_scale=1.5,
-            generator=generators,
+        return continue_videos(
+            model, settings, context[rows], NEW, actions[rows], generator=generators
         )
 
     both, swapped = run(torch.tensor([0, 1])), run(torch.tensor([1, 0]))
@@ -184,14 +207,15 @@ def test_prefill_in_chunks_equals_at_once(model, inputs):
     assert (at_once.keys - by_frame.keys).abs().max() < TOLERANCE
 
 
-def test_compiled_steps_change_nothing(model, inputs):
+@pytest.mark.parametrize("solver", ["euler", "consistency"])
+def test_compiled_steps_change_nothing(model, inputs, solver):
     """The path of tensors that CUDA captures; here the graph is the function itself."""
     context, noise, actions = inputs
     frames = []
     compiled = make_model()
     compiled.decoder.compile(backend="aot_eager")
     for candidate, wanted in ((model, False), (compiled, True)):
-        settings = RolloutOptions(STEPS, guidance_scale=1.5, compile=wanted)
+        settings = RolloutOptions(STEPS, solver, guidance_scale=1.5, compile=wanted)
         seed = torch.Generator().manual_seed(2)
         frames.append(
             continue_videos(candidate, settings, context, NEW, actions, noise=noise, generator=seed)

@@ -1,11 +1,12 @@
-"""From noise to a frame: noise levels, solvers of dx/dσ = v(x, σ), and guidance."""
+"""From noise to a frame: noise levels, noise, solvers of dx/dσ = v(x, σ), and guidance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -27,22 +28,57 @@ def noise_levels(num_steps: int, spacing: str = "diffusers", shift: float = 1.0)
     return [float(sigma) for sigma in scheduler.sigmas]
 
 
+def frame_noise(
+    shape: tuple[int, ...],
+    num_steps: int,
+    solver: str,
+    generator: Generators,
+    device: torch.device,
+    initial: Tensor | None = None,
+) -> Tensor:
+    """Draw all noise that the steps of a frame take, (B, 1 + fresh, C, H, W), the initial first.
+
+    Args:
+        shape: (B, C, H, W), of the frame.
+        solver: `consistency` takes fresh noise at every step but the last, the others none.
+        initial: (B, C, H, W), instead of drawing it.
+    """
+    if initial is None:
+        initial = randn_tensor(shape, generator, device)
+    noise = initial.to(device, torch.float32)[:, None]
+    if solver != "consistency":
+        return noise
+    fresh = randn_tensor((shape[0], num_steps - 1, *shape[1:]), generator, device)
+    return torch.cat([noise, fresh], dim=1)
+
+
 def integrate(
-    velocity: Callable[[Tensor, int], Tensor], noise: Tensor, levels: list[float], solver: str
+    velocity: Callable[[Tensor, int], Tensor],
+    noise: Tensor,
+    levels: list[float],
+    solver: str,
+    fresh: Sequence[Tensor] = (),
 ) -> Tensor:
     """Solve dx/dσ = v(x, σ) from σ = levels[0] to levels[-1]; `velocity` takes step numbers.
 
     Args:
-        solver: `euler`, of first order, or `multistep`, of second order (Adams and Bashforth's of
-            two steps: it extends the line through this velocity and the last). Either takes one
-            velocity a step.
+        solver: takes one velocity a step. `euler` is of first order, `multistep` of second (Adams
+            and Bashforth's of two steps: it extends the line through this velocity and the last).
+            `consistency` is for models that were distilled to few steps: it jumps to the end,
+            x̂ = x - σ·v, and back to the next level, (1 - σ')·x̂ + σ'·ε (arXiv 2303.01469,
+            algorithm 1).
+        fresh: ε of `consistency`, as `noise`, for every step that does not end at 0.
     """
     x = noise
     last: Tensor | None = None
     last_size = 0.0
     for step, (sigma, following) in enumerate(pairwise(levels)):
         v, size = velocity(x, step), following - sigma
-        if solver == "multistep" and last is not None:
+        if solver == "consistency":
+            x = x - sigma * v
+            if following > 0:
+                x = (1 - following) * x + following * fresh[step]
+        elif solver == "multistep" and last is not None:
             x = x + size * (v + size / (2 * last_size) * (v - last))
         else:
             x = x + size * v

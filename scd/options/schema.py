@@ -277,7 +277,8 @@ class RolloutOptions:
     """How frames are generated."""
 
     steps: int = positive(50)  # denoising steps per frame
-    # multistep: second order, with as many network passes.
+    # multistep: second order, with as many network passes. consistency: for models that were
+    # distilled to few steps: each step predicts the clean frame, to which fresh noise is added.
     solver: Literal["euler", "multistep", "consistency"] = "euler"
     # Spacing of the noise levels. diffusers: as FlowMatchEulerDiscreteScheduler has them, evenly
     # from 1 to 0.001 and then 0, so that the last step does next to nothing. even: equal steps

@@ -8,7 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.flow.sampler import Generators, guide, integrate, noise_levels
+from scd.flow.sampler import Generators, frame_noise, guide, integrate, noise_levels
 from scd.models.cpu import PackedWeights
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FrameDenoiser, WorldModel
 from scd.options import Guidance, RolloutOptions, check_rollout
@@ -143,19 +143,19 @@ class Rollout:
             self._newest_condition, condition, denoised=True
         )
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
-        if noise is None:
-            noise = self._randn(self._newest.shape[2:])
+        s, shape = self.settings, (self._batch, *self._newest.shape[2:])
+        noises = frame_noise(shape, s.steps, s.solver, self._generator, model.device, noise)
         perturbation = None
         if self.guidance == "context":
-            context_noise = self._randn((tokens, model.width))[:, None]
-            perturbation = self.settings.guidance_noise * context_noise
-        start = noise.to(model.device, torch.float32)[:, None]
+            of_tokens = (self._batch, tokens, model.width)
+            context_noise = randn_tensor(of_tokens, self._generator, model.device)
+            perturbation = s.guidance_noise * context_noise[:, None]
         with self._packed.in_use(), float32_products(self.precision):
             denoiser = model.begin_frame(
                 self._both(self._newest), ids, next_ids, self.cache, modulation, perturbation
             )
             self.on_encoded()
-            self._newest = self._denoise(denoiser, start)
+            self._newest = self._denoise(denoiser, noises)
         self._newest_condition = condition
         return self._newest[:, 0]
 
@@ -164,18 +164,18 @@ class Rollout:
         for action in actions:
             yield self.step(action)
 
-    def _denoise(self, denoiser: FrameDenoiser, noise: Tensor) -> Tensor:
-        """Take all steps of a frame: from noise (B, 1, C, H, W) to the frame, as the noise."""
+    def _denoise(self, denoiser: FrameDenoiser, noises: Tensor) -> Tensor:
+        """Take all steps of a frame, from `frame_noise` to the frame (B, 1, C, H, W)."""
         if not self.settings.compile or not denoiser.capturable:
-            return self._integrate(denoiser, noise)
+            return self._integrate(denoiser, noises)
         if self._graph is None:
             self._graph = graphed(
-                lambda noise, *inputs: self._integrate(denoiser._replace(inputs=inputs), noise),
-                (noise, *denoiser.inputs),
+                lambda noises, *inputs: self._integrate(denoiser._replace(inputs=inputs), noises),
+                (noises, *denoiser.inputs),
             )
-        return self._graph(noise, *denoiser.inputs)
+        return self._graph(noises, *denoiser.inputs)
 
-    def _integrate(self, denoiser: FrameDenoiser, noise: Tensor) -> Tensor:
+    def _integrate(self, denoiser: FrameDenoiser, noises: Tensor) -> Tensor:
         lowest, highest = self.settings.guidance_interval
 
         def velocity(x: Tensor, step: int) -> Tensor:
@@ -184,7 +184,8 @@ class Rollout:
             positive, negative = denoiser(x.repeat(2, 1, 1, 1, 1), step).chunk(2)
             return guide(positive, negative, self.settings.guidance_scale)
 
-        return integrate(velocity, noise, self.levels, self.settings.solver)
+        noise, *fresh = noises.split(1, dim=1)  # (B, 1, C, H, W) each
+        return integrate(velocity, noise, self.levels, self.settings.solver, fresh)
 
     def _prefill(self, context: Tensor, conditions: Tensor, first: int, last: int) -> None:
         """Encode frames first..last-1 of the context into the KV cache."""
@@ -199,9 +200,6 @@ class Rollout:
     def _both(self, latents: Tensor) -> Tensor:
         """Double frames for condition guidance, whose second history never sees a condition."""
         return torch.cat([latents, latents]) if self.guidance == "condition" else latents
-
-    def _randn(self, shape: tuple[int, ...]) -> Tensor:
-        return randn_tensor((self._batch, *shape), self._generator, self.model.device)
 
 
 def generate(

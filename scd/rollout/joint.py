@@ -1,11 +1,10 @@
 """Generate all new frames of a clip at once, with a bidirectional model."""
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.flow.sampler import Generators, guide, integrate, noise_levels
+from scd.flow.sampler import Generators, frame_noise, guide, integrate, noise_levels
 from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.options import RolloutOptions, check_rollout
 from scd.utils.precision import float32_products, resolve_precision, with_weights_in
@@ -48,15 +47,15 @@ def denoise_jointly(
         if conditions is None:
             raise ScdError("condition guidance needs a model with a condition")
         conditions = torch.cat([conditions, model.null_conditions(conditions.shape[:2])])
-    if noise is None:
-        shape = (batch, *context.shape[2:])
-        draws = [randn_tensor(shape, generator, model.device) for _ in range(num_frames)]
-        noise = torch.stack(draws, dim=1)
+    shape, steps, solver = (batch, *context.shape[2:]), settings.steps, settings.solver
+    noises = [
+        frame_noise(shape, steps, solver, generator, model.device, initial)
+        for initial in ([None] * num_frames if noise is None else noise.unbind(dim=1))
+    ]
+    start, *fresh = torch.stack(noises, dim=2).unbind(dim=1)  # (B, num_frames, C, H, W) each
     context = context.to(model.device)
-    clip = torch.cat(
-        [context, torch.zeros_like(noise, device=context.device)], dim=1
-    )  # (B, F, C, H, W)
-    levels = noise_levels(settings.steps, settings.spacing, settings.shift)
+    clip = torch.cat([context, torch.zeros_like(start).to(context)], dim=1)  # (B, F, C, H, W)
+    levels = noise_levels(steps, settings.spacing, settings.shift)
 
     def velocity(x: Tensor, step: int) -> Tensor:
         """Predict the velocities of the new frames (B, num_frames, C, H, W)."""
@@ -72,4 +71,4 @@ def denoise_jointly(
         return guide(positive, negative, settings.guidance_scale)
 
     with float32_products(precision):
-        return integrate(velocity, noise.to(model.device, torch.float32), levels, settings.solver)
+        return integrate(velocity, start, levels, solver, fresh)
