@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scd.distill.dmd import (
     DMDObjective,
@@ -107,7 +107,12 @@ def test_without_history_gradient_a_frame_teaches_only_its_own_passes(kind: str)
     # The history as an input: which frames does the last one have a gradient to?
     embedded = model.encoder.embed if kind == "scd" else model.embed
     seen: list[Tensor] = []
-    embedded.register_forward_hook(lambda *call: (call[-1].retain_grad(), seen.append(call[-1])))
+
+    def watch(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        output.retain_grad()
+        seen.append(output)
+
+    embedded.register_forward_hook(watch)
     reached = []
     for on in (True, False):
         seen.clear()
