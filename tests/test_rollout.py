@@ -1,5 +1,6 @@
 """The rollout engine against the plain network, and against itself in other forms."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT, WorldModel, encoder
 from scd.options import RolloutOptions
-from scd.rollout import Rollout, cache, continue_videos, generate
+from scd.rollout import Rollout, cache, continue_videos, engine, generate
 from scd.utils import precision
 from tests.test_model import make_model
 
@@ -224,6 +225,60 @@ def test_compiled_steps_change_nothing(model, inputs, solver):
     dense = CausalDiT(channels=C, heads=1, layers=1)
     with pytest.raises(ScdError, match="can be compiled"):
         Rollout(dense, RolloutOptions(STEPS, guidance="none", compile=True), 8)
+
+
+@pytest.mark.parametrize("solver", ["multistep", "consistency"])
+@pytest.mark.parametrize("kind", ["scd", "dense", "vectors"])
+def test_first_frame_has_steps_of_its_own(inputs, kind, solver):
+    """It is a rollout's of so many steps to the bit, and every later frame one's of the others."""
+    context, noise, actions = inputs
+    if kind == "dense":
+        shape = {"channels": C, "heads": 1, "layers": 2, "condition": "action"}
+        torch.manual_seed(0)
+        model = CausalDiT(**shape, num_conditions=3).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    else:
+        model = make_model(condition="action_vector") if kind == "vectors" else make_model()
+        actions = torch.nn.functional.one_hot(actions, 3) if kind == "vectors" else actions
+    settings = plain(2, solver=solver, spacing="even", shift=3.0)
+    rollouts = [
+        Rollout(model, replace(settings, **changes), K + NEW)
+        for changes in ({"first_frame_steps": 5}, {"steps": 5}, {})
+    ]
+    for _ in range(2):  # after another reset, it is the first frame again
+        for rollout in rollouts:
+            rollout.reset(context, actions[:, :K])
+        for i in range(NEW):
+            frames = []
+            for rollout in rollouts:
+                rollout._generator = torch.Generator().manual_seed(i)
+                frames.append(rollout.step(actions[:, K + i], noise[:, i]))
+            mixed, five, two = frames
+            assert torch.equal(mixed, five if i == 0 else two)
+            assert (five - two).abs().max() > 1e-3
+            for rollout in rollouts[1:]:  # the same history for all
+                rollout._newest = mixed[:, None]
+
+
+def test_steps_of_the_first_frame_are_not_captured(model, inputs, monkeypatch):
+    """The graph is that of the frames to come, and makes what they are without one."""
+    context, noise, actions = inputs
+    captured = []
+    monkeypatch.setattr(
+        engine, "graphed", lambda function, given: captured.append(given) or function
+    )
+    compiled = make_model()
+    compiled.decoder.compile(backend="aot_eager")
+    frames = []
+    for candidate, wanted in ((model, False), (compiled, True)):
+        settings = plain(2, solver="consistency", first_frame_steps=3, compile=wanted)
+        seed = torch.Generator().manual_seed(2)
+        frames.append(
+            continue_videos(candidate, settings, context, NEW, actions, noise=noise, generator=seed)
+        )
+    assert (frames[0] - frames[1]).abs().max() < TOLERANCE
+    assert [given[0].shape[1] for given in captured] == [2]  # noises of two steps, once
 
 
 def test_guidance_only_on_an_interval_of_noise_levels(model, inputs):

@@ -63,7 +63,7 @@ class Rollout:
         if s.compile:
             model.compile_steps()
         self.levels = noise_levels(s.steps, s.spacing, s.shift)
-        self._timesteps = MAX_TIMESTEP * torch.tensor(self.levels[:-1], device=model.device)
+        self.first_levels = noise_levels(s.first_frame_steps or s.steps, s.spacing, s.shift)
         if s.window:
             sink = s.sink_frames + model.start_slots if s.sink_frames else 0
             slots = s.window + model.start_slots + model.noisy_slots
@@ -99,9 +99,17 @@ class Rollout:
             )
         model = self.model
         guided = self.guidance == "condition"
-        conditions = RolloutConditions(model, batch, labels, self._timesteps, guided)
-        frame_conditions = conditions.frame_conditions(actions, frames)
-        self._conditions = conditions
+
+        def conditions_at(levels: list[float]) -> RolloutConditions:
+            timesteps = MAX_TIMESTEP * torch.tensor(levels[:-1], device=model.device)
+            return RolloutConditions(model, batch, labels, timesteps, guided)
+
+        self._conditions = conditions_at(self.levels)
+        # Where the first new frame has steps of its own, and until it is made.
+        self._first_conditions = (
+            conditions_at(self.first_levels) if self.settings.first_frame_steps else None
+        )
+        frame_conditions = self._conditions.frame_conditions(actions, frames)
         self._packed = PackedWeights(model)
         self._graph: Callable[..., Tensor] | None = None  # made for the shapes of this reset
         context = context.to(model.device)
@@ -137,14 +145,17 @@ class Rollout:
         if self._newest is None:
             raise ScdError("step before reset")
         model = self.model
+        levels, conditions = self.levels, self._conditions
+        if self._first_conditions is not None:
+            levels, conditions = self.first_levels, self._first_conditions
         action = None if action is None else action[:, None]
-        condition = self._conditions.frame_conditions(action, 1)
-        ids, next_ids, modulation = self._conditions.modulation(
+        condition = conditions.frame_conditions(action, 1)
+        ids, next_ids, modulation = conditions.modulation(
             self._newest_condition, condition, denoised=True
         )
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
-        s, shape = self.settings, (self._batch, *self._newest.shape[2:])
-        noises = frame_noise(shape, s.steps, s.solver, self._generator, model.device, noise)
+        s, shape, steps = self.settings, (self._batch, *self._newest.shape[2:]), len(levels) - 1
+        noises = frame_noise(shape, steps, s.solver, self._generator, model.device, noise)
         perturbation = None
         if self.guidance == "context":
             of_tokens = (self._batch, tokens, model.width)
@@ -155,8 +166,8 @@ class Rollout:
                 self._both(self._newest), ids, next_ids, self.cache, modulation, perturbation
             )
             self.on_encoded()
-            self._newest = self._denoise(denoiser, noises)
-        self._newest_condition = condition
+            self._newest = self._denoise(denoiser, noises, levels)
+        self._newest_condition, self._first_conditions = condition, None
         return self._newest[:, 0]
 
     def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
@@ -164,28 +175,30 @@ class Rollout:
         for action in actions:
             yield self.step(action)
 
-    def _denoise(self, denoiser: FrameDenoiser, noises: Tensor) -> Tensor:
+    def _denoise(self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float]) -> Tensor:
         """Take all steps of a frame, from `frame_noise` to the frame (B, 1, C, H, W)."""
-        if not self.settings.compile or not denoiser.capturable:
-            return self._integrate(denoiser, noises)
+        often = levels is self.levels  # the first frame's own steps are not worth a graph
+        if not (self.settings.compile and denoiser.capturable and often):
+            return self._integrate(denoiser, noises, levels)
         if self._graph is None:
-            self._graph = graphed(
-                lambda noises, *inputs: self._integrate(denoiser._replace(inputs=inputs), noises),
-                (noises, *denoiser.inputs),
-            )
+
+            def steps(noises: Tensor, *inputs: Tensor) -> Tensor:
+                return self._integrate(denoiser._replace(inputs=inputs), noises, levels)
+
+            self._graph = graphed(steps, (noises, *denoiser.inputs))
         return self._graph(noises, *denoiser.inputs)
 
-    def _integrate(self, denoiser: FrameDenoiser, noises: Tensor) -> Tensor:
+    def _integrate(self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float]) -> Tensor:
         lowest, highest = self.settings.guidance_interval
 
         def velocity(x: Tensor, step: int) -> Tensor:
-            if self.guidance == "none" or not lowest <= self.levels[step] <= highest:
+            if self.guidance == "none" or not lowest <= levels[step] <= highest:
                 return denoiser(x, step)
             positive, negative = denoiser(x.repeat(2, 1, 1, 1, 1), step).chunk(2)
             return guide(positive, negative, self.settings.guidance_scale)
 
         noise, *fresh = noises.split(1, dim=1)  # (B, 1, C, H, W) each
-        return integrate(velocity, noise, self.levels, self.settings.solver, fresh)
+        return integrate(velocity, noise, levels, self.settings.solver, fresh)
 
     def _prefill(self, context: Tensor, conditions: Tensor, first: int, last: int) -> None:
         """Encode frames first..last-1 of the context into the KV cache."""
