@@ -35,6 +35,10 @@ class Rollout:
         settings: how a frame is made, and how much of the past it sees.
         max_frames: of context and new frames together, where `settings.window` is 0.
 
+    Attributes:
+        exit_input: (B, C, H, W), the noisy frame that the last exit was predicted from; see `step`.
+        exit_level: the noise level σ of `exit_input`.
+
     Raises:
         ScdError: settings that the model cannot follow; see also `reset` and `step`.
     """
@@ -73,6 +77,8 @@ class Rollout:
         # Called between the two parts of a step, for whoever times the encoder and the denoising.
         self.on_encoded: Callable[[], object] = lambda: None
         self._newest: Tensor | None = None
+        self.exit_input: Tensor
+        self.exit_level: float
 
     @torch.no_grad()
     def reset(
@@ -129,18 +135,26 @@ class Rollout:
                 self._prefill(context, frame_conditions, first, last)
 
     @torch.no_grad()
-    def step(self, action: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        action: Tensor | None = None,
+        noise: Tensor | None = None,
+        exit_step: int | None = None,
+    ) -> Tensor:
         """Generate the next frame.
 
         Args:
             action: (B,) or (B, V), the action that leads to it; None: the null action.
             noise: (B, C, H, W), the frame's initial noise; None: from the generator.
+            exit_step: from 0, the step whose clean prediction is the frame, for training (solver
+                consistency only); no further step is taken. `exit_input` and `exit_level` are then
+                what it was predicted from. None: the last step.
 
         Returns:
             (B, C, H, W), float32.
 
         Raises:
-            ScdError: before `reset`, or beyond `max_frames`.
+            ScdError: before `reset`, or beyond `max_frames`; an exit that there is not.
         """
         if self._newest is None:
             raise ScdError("step before reset")
@@ -148,6 +162,8 @@ class Rollout:
         levels, conditions = self.levels, self._conditions
         if self._first_conditions is not None:
             levels, conditions = self.first_levels, self._first_conditions
+        if exit_step is not None:
+            self._check_exit(exit_step, len(levels) - 1)
         action = None if action is None else action[:, None]
         condition = conditions.frame_conditions(action, 1)
         ids, next_ids, modulation = conditions.modulation(
@@ -156,6 +172,7 @@ class Rollout:
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
         s, shape, steps = self.settings, (self._batch, *self._newest.shape[2:]), len(levels) - 1
         noises = frame_noise(shape, steps, s.solver, self._generator, model.device, noise)
+        noises = noises[:, :, None]  # (B, 1 + fresh, 1, C, H, W)
         perturbation = None
         if self.guidance == "context":
             of_tokens = (self._batch, tokens, model.width)
@@ -166,7 +183,10 @@ class Rollout:
                 self._both(self._newest), ids, next_ids, self.cache, modulation, perturbation
             )
             self.on_encoded()
-            self._newest = self._denoise(denoiser, noises, levels)
+            if exit_step is None:
+                self._newest = self._denoise(denoiser, noises, levels)
+            else:
+                self._newest = self._exit(denoiser, noises, levels, exit_step)
         self._newest_condition, self._first_conditions = condition, None
         return self._newest[:, 0]
 
@@ -176,7 +196,7 @@ class Rollout:
             yield self.step(action)
 
     def _denoise(self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float]) -> Tensor:
-        """Take all steps of a frame, from `frame_noise` to the frame (B, 1, C, H, W)."""
+        """Take all steps of a frame: from noises (B, 1 + fresh, 1, C, H, W) to (B, 1, C, H, W)."""
         often = levels is self.levels  # the first frame's own steps are not worth a graph
         if not (self.settings.compile and denoiser.capturable and often):
             return self._integrate(denoiser, noises, levels)
@@ -189,6 +209,34 @@ class Rollout:
         return self._graph(noises, *denoiser.inputs)
 
     def _integrate(self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float]) -> Tensor:
+        """Integrate from levels[0] to levels[-1], also to one in between."""
+        noise, *fresh = noises.unbind(dim=1)  # (B, 1, C, H, W) each
+        velocity = self._guided(denoiser, levels)
+        return integrate(velocity, noise, levels, self.settings.solver, fresh)
+
+    def _exit(
+        self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float], step: int
+    ) -> Tensor:
+        """Take the steps before one, and return that one's clean prediction (B, 1, C, H, W)."""
+        noisy = self._integrate(denoiser, noises, levels[: step + 1])
+        self.exit_input, self.exit_level = noisy[:, 0], levels[step]
+        return noisy - levels[step] * self._guided(denoiser, levels)(noisy, step)
+
+    def _check_exit(self, step: int, steps: int) -> None:
+        if self.settings.solver != "consistency":
+            raise ScdError(
+                f"exit_step needs rollout.solver=consistency, not {self.settings.solver}: only its "
+                f"steps each predict the clean frame"
+            )
+        if self.settings.compile:
+            raise ScdError("exit_step cannot be used with rollout.compile, whose graph has no exit")
+        if not 0 <= step < steps:
+            raise ScdError(f"exit_step={step} is not one of the frame's steps 0..{steps - 1}")
+
+    def _guided(
+        self, denoiser: FrameDenoiser, levels: list[float]
+    ) -> Callable[[Tensor, int], Tensor]:
+        """Return the function (noisy, step) -> velocity, with guidance where it applies."""
         lowest, highest = self.settings.guidance_interval
 
         def velocity(x: Tensor, step: int) -> Tensor:
@@ -197,8 +245,7 @@ class Rollout:
             positive, negative = denoiser(x.repeat(2, 1, 1, 1, 1), step).chunk(2)
             return guide(positive, negative, self.settings.guidance_scale)
 
-        noise, *fresh = noises.split(1, dim=1)  # (B, 1, C, H, W) each
-        return integrate(velocity, noise, levels, self.settings.solver, fresh)
+        return velocity
 
     def _prefill(self, context: Tensor, conditions: Tensor, first: int, last: int) -> None:
         """Encode frames first..last-1 of the context into the KV cache."""
