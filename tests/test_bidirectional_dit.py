@@ -188,6 +188,9 @@ def test_joint_consistency_written_out() -> None:
 def test_it_cannot_be_rolled_out_frame_by_frame() -> None:
     with pytest.raises(ScdError, match="all frames of a clip at once"):
         Rollout(make_model(), SETTINGS, 8)
+    with pytest.raises(ScdError, match="first_frame_steps is 0"):
+        settings = replace(SETTINGS, first_frame_steps=4)
+        continue_videos(make_model(), settings, torch.zeros(1, 2, 3, 4, 4), 4)
     with pytest.raises(ScdError, match="at least one context frame"):
         continue_videos(make_model(), SETTINGS, torch.zeros(1, 0, 3, 4, 4), 4)
 
@@ -206,6 +209,7 @@ def doom_options(*overrides: str) -> Options:
         ("flow.history_noise_max=0.1", "has no history"),
         ("flow.encoder_input=noisy", "has no encoder"),
         ("rollout.guidance=context", "no separate context"),
+        ("rollout.first_frame_steps=4", "all new frames at once"),
         ("model.type=causal_dit", "the others have none"),
     ],
 )

@@ -100,7 +100,7 @@ def test_every_fusion(fusion):
         ({"guidance": "none"}, 5, 2),
         ({"guidance": "condition"}, 5, 2),
         ({"guidance": "context"}, 5, 2),
-        ({"guidance": "none", "solver": "consistency"}, 5, 2),
+        ({"guidance": "none", "solver": "consistency", "first_frame_steps": 4}, 5, 2),
         ({"guidance": "none", "window": 4}, 9, 2),
         ({"guidance": "none", "window": 4, "sink_frames": 2}, 9, 2),
         ({"guidance": "none"}, 40, 6),

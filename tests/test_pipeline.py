@@ -78,7 +78,7 @@ def test_save_and_load(pipeline, tmp_path):
 
 def test_sampler_of_a_distilled_model_is_saved(tmp_path):
     """What the pipeline makes after loading is what the engine makes with these settings."""
-    settings = RolloutOptions(3, "consistency", "even", 5.0, guidance="none")
+    settings = RolloutOptions(2, "consistency", "even", 5.0, 3, guidance="none")
     pixel = SCDPipeline(make_model(channels=3, patch_size=16), None, asdict(settings))
     pixel.save_pretrained(tmp_path)
     loaded = SCDPipeline.from_pretrained(tmp_path)

@@ -51,10 +51,10 @@ from scd.evaluation.protocol import (
     swap_new_actions,
 )
 from scd.evaluation.samples import EVALUATIONS, SampleFolder
-from scd.evaluation.summary import make_row, tables
+from scd.evaluation.summary import make_row, rollout_text, tables
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import LoadedModel, build_world_model
-from scd.options import load_options, options_from_json, options_to_dict
+from scd.options import RolloutOptions, load_options, options_from_json, options_to_dict
 from scd.utils import precision as arithmetic
 
 ROOT = Path(__file__).parent.parent
@@ -457,6 +457,15 @@ def test_a_metric_is_one_entry(
     first, second = tables(found).values()
     assert {f"MSE {better}", f"MSE +1…+4 {better}", "shift ↓ (n=3)"} < set(first.heads)
     assert "brightness →1" in second.heads and "MSE" not in " ".join(second.heads)
+
+
+def test_rollouts_in_words():
+    few = RolloutOptions(2, "consistency", "even", first_frame_steps=4, guidance="none", window=8)
+    assert rollout_text(few) == (
+        "2 steps (4 for the first new frame), consistency, spacing even, no guidance, window of 8 "
+        "frames, fp32"
+    )
+    assert rollout_text(RolloutOptions(8)).startswith("8 steps, euler, ")
 
 
 def test_sharpness_and_motion_of_known_clips(whole):

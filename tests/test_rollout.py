@@ -1,5 +1,6 @@
 """The rollout engine against the plain network, and against itself in other forms."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT, WorldModel, encoder
 from scd.options import RolloutOptions
-from scd.rollout import Rollout, cache, continue_videos, generate
+from scd.rollout import Rollout, cache, continue_videos, engine, generate
 from scd.utils import precision
 from tests.test_model import make_model
 
@@ -224,6 +225,134 @@ def test_compiled_steps_change_nothing(model, inputs, solver):
     dense = CausalDiT(channels=C, heads=1, layers=1)
     with pytest.raises(ScdError, match="can be compiled"):
         Rollout(dense, RolloutOptions(STEPS, guidance="none", compile=True), 8)
+
+
+def make_dense():
+    torch.manual_seed(0)
+    model = CausalDiT(C, heads=1, layers=2, condition="action", num_conditions=3)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("exit_step", range(STEPS))
+@pytest.mark.parametrize("make", [make_model, make_dense])
+def test_an_exit_is_what_teacher_forcing_predicts(inputs, make, exit_step):
+    """On the same history, from the same noisy frame; it becomes the history of the next frame."""
+    context, noise, actions = inputs
+    model, levels = make(), noise_levels(STEPS, "even", 5.0)
+    rollout = Rollout(model, plain(STEPS, solver="consistency", spacing="even", shift=5.0), K + NEW)
+    rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(3))
+    history, seed = context, torch.Generator().manual_seed(3)
+    for i in range(NEW):
+        frame = rollout.step(actions[:, K + i], noise[:, i], exit_step=exit_step)
+        noisy, sigma = rollout.exit_input, rollout.exit_level
+        assert noisy.shape == frame.shape == (B, C, H, W) and sigma == levels[exit_step]
+        # The same noise is drawn whatever the exit, and the noisy frame holds that of its level.
+        fresh = torch.randn(B, STEPS - 1, C, H, W, generator=seed)
+        clips = torch.cat([history, noisy[:, None]], dim=1)
+        if exit_step == 0:
+            assert torch.equal(noisy, noise[:, i])
+        times = torch.full((B, 1, K + i), 1000 * sigma)
+        velocity = model(clips, clips[:, None, 1:], times, actions[:, : K + i + 1])[:, 0, -1]
+        assert (frame - (noisy - sigma * velocity)).abs().max() < 1e-4
+        if exit_step:
+            before = (noisy - sigma * fresh[:, exit_step - 1]) / (1 - sigma)
+            x = noise[:, i]
+            for step, (level, following) in enumerate(pairwise(levels[: exit_step + 1])):
+                clips[:, -1] = x
+                times = torch.full((B, 1, K + i), 1000 * level)
+                v = model(clips, clips[:, None, 1:], times, actions[:, : K + i + 1])[:, 0, -1]
+                clean = x - level * v
+                x = (1 - following) * clean + following * fresh[:, step]
+            assert (before - clean).abs().max() < 1e-3
+        history = torch.cat([history, frame[:, None]], dim=1)
+
+
+@pytest.mark.parametrize("guidance", ["none", "condition", "context"])
+def test_the_last_exit_is_the_frame(model, inputs, guidance):
+    """To the bit, also where the first frame has more steps; then an exit is one of its steps."""
+    context, _, actions = inputs
+    settings = RolloutOptions(2, "consistency", first_frame_steps=3, guidance=guidance)
+    frames = []
+    for last in ((None, None), (2, 1)):
+        rollout = Rollout(model, settings, K + NEW)
+        rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(3))
+        made = [rollout.step(actions[:, K + i], exit_step=last[i]) for i in range(2)]
+        frames.append(torch.stack(made))
+    assert torch.equal(*frames)
+    assert rollout.exit_level == rollout.levels[1]
+
+
+def test_exits_that_are_refused(model, inputs):
+    context, _, actions = inputs
+
+    def exit_at(step, **settings):
+        rollout = Rollout(model, plain(2, **settings), K + NEW)
+        rollout.reset(context, actions[:, :K])
+        rollout.step(actions[:, K], exit_step=step)
+
+    with pytest.raises(ScdError, match=r"needs rollout\.solver=consistency, not euler"):
+        exit_at(0)
+    for step in (-1, 2):
+        with pytest.raises(ScdError, match=rf"exit_step={step} is not one .* steps 0\.\.1"):
+            exit_at(step, solver="consistency")
+    compiled = make_model()
+    compiled.decoder.compile(backend="aot_eager")
+    rollout = Rollout(compiled, plain(2, solver="consistency", compile=True), K + NEW)
+    rollout.reset(context, actions[:, :K])
+    with pytest.raises(ScdError, match=r"cannot be used with rollout\.compile"):
+        rollout.step(actions[:, K], exit_step=0)
+
+
+@pytest.mark.parametrize("solver", ["multistep", "consistency"])
+@pytest.mark.parametrize("kind", ["scd", "dense", "vectors"])
+def test_first_frame_has_steps_of_its_own(inputs, kind, solver):
+    """It is a rollout's of so many steps to the bit, and every later frame one's of the others."""
+    context, noise, actions = inputs
+    model = make_dense() if kind == "dense" else make_model()
+    if kind == "vectors":
+        model = make_model(condition="action_vector")
+        actions = torch.nn.functional.one_hot(actions, 3)
+    settings = plain(2, solver=solver, spacing="even", shift=3.0)
+    rollouts = [
+        Rollout(model, replace(settings, **changes), K + NEW)
+        for changes in ({"first_frame_steps": 5}, {"steps": 5}, {})
+    ]
+    for _ in range(2):  # after another reset, it is the first frame again
+        for rollout in rollouts:
+            rollout.reset(context, actions[:, :K])
+        for i in range(NEW):
+            frames = []
+            for rollout in rollouts:
+                rollout._generator = torch.Generator().manual_seed(i)
+                frames.append(rollout.step(actions[:, K + i], noise[:, i]))
+            mixed, five, two = frames
+            assert torch.equal(mixed, five if i == 0 else two)
+            assert (five - two).abs().max() > 1e-3
+            for rollout in rollouts[1:]:  # the same history for all
+                rollout._newest = mixed[:, None]
+
+
+def test_steps_of_the_first_frame_are_not_captured(model, inputs, monkeypatch):
+    """The graph is that of the frames to come, and makes what they are without one."""
+    context, noise, actions = inputs
+    captured = []
+    monkeypatch.setattr(
+        engine, "graphed", lambda function, given: captured.append(given) or function
+    )
+    compiled = make_model()
+    compiled.decoder.compile(backend="aot_eager")
+    frames = []
+    for candidate, wanted in ((model, False), (compiled, True)):
+        settings = plain(2, solver="consistency", first_frame_steps=3, compile=wanted)
+        seed = torch.Generator().manual_seed(2)
+        frames.append(
+            continue_videos(candidate, settings, context, NEW, actions, noise=noise, generator=seed)
+        )
+    assert (frames[0] - frames[1]).abs().max() < TOLERANCE
+    assert [given[0].shape[1] for given in captured] == [2]  # noises of two steps, once
 
 
 def test_guidance_only_on_an_interval_of_noise_levels(model, inputs):

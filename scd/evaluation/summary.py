@@ -257,9 +257,10 @@ def markdown(tables: dict[str, Table]) -> str:
 def rollout_text(r: RolloutOptions) -> str:
     """Describe in words how frames are generated."""
     guided = r.guidance != "none" and r.guidance_scale != 1
+    first = f" ({r.first_frame_steps} for the first new frame)" if r.first_frame_steps else ""
     return ", ".join(
         [
-            f"{r.steps} steps",
+            f"{r.steps} steps" + first,
             r.solver,
             f"spacing {r.spacing}",
             f"{r.guidance} guidance {r.guidance_scale}" if guided else "no guidance",

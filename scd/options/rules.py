@@ -123,6 +123,11 @@ WORLD_MODEL: list[Rule] = [
         "frames, below data.frames={data.frames}",
     ),
     (
+        lambda o: o.model.type != "bidirectional_dit" or o.rollout.first_frame_steps == 0,
+        "rollout.first_frame_steps={rollout.first_frame_steps}: bidirectional_dit denoises all new "
+        "frames at once, and needs 0",
+    ),
+    (
         lambda o: o.model.type != "bidirectional_dit" or o.flow.encoder_input == "clean",
         "flow.encoder_input={flow.encoder_input}: bidirectional_dit has no encoder",
     ),

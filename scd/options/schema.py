@@ -285,6 +285,9 @@ class RolloutOptions:
     # from 1 to 0.
     spacing: Literal["diffusers", "even"] = "diffusers"
     shift: float = positive(1.0)  # timestep shift: above 1, smaller steps at high noise
+    # Denoising steps of a rollout's first new frame, which later frames build on. 0: as many as
+    # `steps`.
+    first_frame_steps: int = not_negative(0)
     # The negative branch: a perturbed context (scd only), or the null condition.
     guidance: Guidance = "context"
     guidance_scale: float = not_negative(1.5)  # 1: no guidance

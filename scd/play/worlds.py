@@ -131,6 +131,8 @@ class ModelWorld:
             return
         self._settings, self._newest = s, past[-1]
         guided = self.pretrained.guidance if s.guidance_scale != 1.0 else "none"
+        # Every frame can be the first of a rollout, after a rewind, and stays what it was.
+        options = replace(options, first_frame_steps=0)
         self._rollout = Rollout(
             model,
             replace(options, steps=s.steps, guidance=guided, guidance_scale=s.guidance_scale),

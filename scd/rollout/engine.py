@@ -11,10 +11,9 @@ from scd.errors import ScdError
 from scd.flow.sampler import Generators, frame_noise, guide, integrate, noise_levels
 from scd.models.cpu import PackedWeights
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FrameDenoiser, WorldModel
-from scd.options import Guidance, RolloutOptions, check_rollout
+from scd.options import RolloutOptions, check_rollout
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.conditions import RolloutConditions
-from scd.rollout.joint import denoise_jointly
 from scd.utils.precision import float32_products, resolve_precision, with_weights_in
 
 SLIDING_FRAMES = 64  # that slide in at once; bounds their memory
@@ -34,6 +33,10 @@ class Rollout:
     Args:
         settings: how a frame is made, and how much of the past it sees.
         max_frames: of context and new frames together, where `settings.window` is 0.
+
+    Attributes:
+        exit_input: (B, C, H, W), the noisy frame that the last exit was predicted from; see `step`.
+        exit_level: the noise level σ of `exit_input`.
 
     Raises:
         ScdError: settings that the model cannot follow; see also `reset` and `step`.
@@ -63,7 +66,7 @@ class Rollout:
         if s.compile:
             model.compile_steps()
         self.levels = noise_levels(s.steps, s.spacing, s.shift)
-        self._timesteps = MAX_TIMESTEP * torch.tensor(self.levels[:-1], device=model.device)
+        self.first_levels = noise_levels(s.first_frame_steps or s.steps, s.spacing, s.shift)
         if s.window:
             sink = s.sink_frames + model.start_slots if s.sink_frames else 0
             slots = s.window + model.start_slots + model.noisy_slots
@@ -73,6 +76,8 @@ class Rollout:
         # Called between the two parts of a step, for whoever times the encoder and the denoising.
         self.on_encoded: Callable[[], object] = lambda: None
         self._newest: Tensor | None = None
+        self.exit_input: Tensor
+        self.exit_level: float
 
     @torch.no_grad()
     def reset(
@@ -99,9 +104,17 @@ class Rollout:
             )
         model = self.model
         guided = self.guidance == "condition"
-        conditions = RolloutConditions(model, batch, labels, self._timesteps, guided)
-        frame_conditions = conditions.frame_conditions(actions, frames)
-        self._conditions = conditions
+
+        def conditions_at(levels: list[float]) -> RolloutConditions:
+            timesteps = MAX_TIMESTEP * torch.tensor(levels[:-1], device=model.device)
+            return RolloutConditions(model, batch, labels, timesteps, guided)
+
+        self._conditions = conditions_at(self.levels)
+        # Where the first new frame has steps of its own, and until it is made.
+        self._first_conditions = (
+            conditions_at(self.first_levels) if self.settings.first_frame_steps else None
+        )
+        frame_conditions = self._conditions.frame_conditions(actions, frames)
         self._packed = PackedWeights(model)
         self._graph: Callable[..., Tensor] | None = None  # made for the shapes of this reset
         context = context.to(model.device)
@@ -121,30 +134,44 @@ class Rollout:
                 self._prefill(context, frame_conditions, first, last)
 
     @torch.no_grad()
-    def step(self, action: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+    def step(
+        self,
+        action: Tensor | None = None,
+        noise: Tensor | None = None,
+        exit_step: int | None = None,
+    ) -> Tensor:
         """Generate the next frame.
 
         Args:
             action: (B,) or (B, V), the action that leads to it; None: the null action.
             noise: (B, C, H, W), the frame's initial noise; None: from the generator.
+            exit_step: from 0, the step whose clean prediction is the frame, for training (solver
+                consistency only); no further step is taken. `exit_input` and `exit_level` are then
+                what it was predicted from. None: the last step.
 
         Returns:
             (B, C, H, W), float32.
 
         Raises:
-            ScdError: before `reset`, or beyond `max_frames`.
+            ScdError: before `reset`, or beyond `max_frames`; an exit that there is not.
         """
         if self._newest is None:
             raise ScdError("step before reset")
         model = self.model
+        levels, conditions = self.levels, self._conditions
+        if self._first_conditions is not None:
+            levels, conditions = self.first_levels, self._first_conditions
+        if exit_step is not None:
+            self._check_exit(exit_step, len(levels) - 1)
         action = None if action is None else action[:, None]
-        condition = self._conditions.frame_conditions(action, 1)
-        ids, next_ids, modulation = self._conditions.modulation(
+        condition = conditions.frame_conditions(action, 1)
+        ids, next_ids, modulation = conditions.modulation(
             self._newest_condition, condition, denoised=True
         )
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
-        s, shape = self.settings, (self._batch, *self._newest.shape[2:])
-        noises = frame_noise(shape, s.steps, s.solver, self._generator, model.device, noise)
+        s, shape, steps = self.settings, (self._batch, *self._newest.shape[2:]), len(levels) - 1
+        noises = frame_noise(shape, steps, s.solver, self._generator, model.device, noise)
+        noises = noises[:, :, None]  # (B, 1 + fresh, 1, C, H, W)
         perturbation = None
         if self.guidance == "context":
             of_tokens = (self._batch, tokens, model.width)
@@ -155,8 +182,11 @@ class Rollout:
                 self._both(self._newest), ids, next_ids, self.cache, modulation, perturbation
             )
             self.on_encoded()
-            self._newest = self._denoise(denoiser, noises)
-        self._newest_condition = condition
+            if exit_step is None:
+                self._newest = self._denoise(denoiser, noises, levels)
+            else:
+                self._newest = self._exit(denoiser, noises, levels, exit_step)
+        self._newest_condition, self._first_conditions = condition, None
         return self._newest[:, 0]
 
     def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
@@ -164,28 +194,57 @@ class Rollout:
         for action in actions:
             yield self.step(action)
 
-    def _denoise(self, denoiser: FrameDenoiser, noises: Tensor) -> Tensor:
-        """Take all steps of a frame, from `frame_noise` to the frame (B, 1, C, H, W)."""
-        if not self.settings.compile or not denoiser.capturable:
-            return self._integrate(denoiser, noises)
+    def _denoise(self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float]) -> Tensor:
+        """Take all steps of a frame: from noises (B, 1 + fresh, 1, C, H, W) to (B, 1, C, H, W)."""
+        often = levels is self.levels  # the first frame's own steps are not worth a graph
+        if not (self.settings.compile and denoiser.capturable and often):
+            return self._integrate(denoiser, noises, levels)
         if self._graph is None:
-            self._graph = graphed(
-                lambda noises, *inputs: self._integrate(denoiser._replace(inputs=inputs), noises),
-                (noises, *denoiser.inputs),
-            )
+
+            def steps(noises: Tensor, *inputs: Tensor) -> Tensor:
+                return self._integrate(denoiser._replace(inputs=inputs), noises, levels)
+
+            self._graph = graphed(steps, (noises, *denoiser.inputs))
         return self._graph(noises, *denoiser.inputs)
 
-    def _integrate(self, denoiser: FrameDenoiser, noises: Tensor) -> Tensor:
+    def _integrate(self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float]) -> Tensor:
+        """Integrate from levels[0] to levels[-1], also to one in between."""
+        noise, *fresh = noises.unbind(dim=1)  # (B, 1, C, H, W) each
+        velocity = self._guided(denoiser, levels)
+        return integrate(velocity, noise, levels, self.settings.solver, fresh)
+
+    def _exit(
+        self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float], step: int
+    ) -> Tensor:
+        """Take the steps before one, and return that one's clean prediction (B, 1, C, H, W)."""
+        noisy = self._integrate(denoiser, noises, levels[: step + 1])
+        self.exit_input, self.exit_level = noisy[:, 0], levels[step]
+        return noisy - levels[step] * self._guided(denoiser, levels)(noisy, step)
+
+    def _check_exit(self, step: int, steps: int) -> None:
+        if self.settings.solver != "consistency":
+            raise ScdError(
+                f"exit_step needs rollout.solver=consistency, not {self.settings.solver}: only its "
+                f"steps each predict the clean frame"
+            )
+        if self.settings.compile:
+            raise ScdError("exit_step cannot be used with rollout.compile, whose graph has no exit")
+        if not 0 <= step < steps:
+            raise ScdError(f"exit_step={step} is not one of the frame's steps 0..{steps - 1}")
+
+    def _guided(
+        self, denoiser: FrameDenoiser, levels: list[float]
+    ) -> Callable[[Tensor, int], Tensor]:
+        """Return the function (noisy, step) -> velocity, with guidance where it applies."""
         lowest, highest = self.settings.guidance_interval
 
         def velocity(x: Tensor, step: int) -> Tensor:
-            if self.guidance == "none" or not lowest <= self.levels[step] <= highest:
+            if self.guidance == "none" or not lowest <= levels[step] <= highest:
                 return denoiser(x, step)
             positive, negative = denoiser(x.repeat(2, 1, 1, 1, 1), step).chunk(2)
             return guide(positive, negative, self.settings.guidance_scale)
 
-        noise, *fresh = noises.split(1, dim=1)  # (B, 1, C, H, W) each
-        return integrate(velocity, noise, self.levels, self.settings.solver, fresh)
+        return velocity
 
     def _prefill(self, context: Tensor, conditions: Tensor, first: int, last: int) -> None:
         """Encode frames first..last-1 of the context into the KV cache."""
@@ -200,79 +259,6 @@ class Rollout:
     def _both(self, latents: Tensor) -> Tensor:
         """Double frames for condition guidance, whose second history never sees a condition."""
         return torch.cat([latents, latents]) if self.guidance == "condition" else latents
-
-
-def generate(
-    model: WorldModel,
-    context: Tensor,
-    *,
-    actions: Tensor | None = None,
-    labels: Tensor | None = None,
-    num_frames: int,
-    num_steps: int,
-    guidance_scale: float = 1.0,
-    guidance: Guidance = "context",
-    noise: Tensor | None = None,
-    generator: Generators = None,
-) -> Tensor:
-    """Continue videos with the usual settings.
-
-    See `continue_videos`, which takes all settings of `scd.options.RolloutOptions`.
-    """
-    settings = RolloutOptions(num_steps, guidance=guidance, guidance_scale=guidance_scale)
-    return continue_videos(
-        model, settings, context, num_frames, actions, labels, noise=noise, generator=generator
-    )
-
-
-def continue_videos(
-    model: WorldModel,
-    settings: RolloutOptions,
-    context: Tensor,
-    num_frames: int,
-    actions: Tensor | None = None,
-    labels: Tensor | None = None,
-    *,
-    noise: Tensor | None = None,
-    generator: Generators = None,
-) -> Tensor:
-    """Continue videos by `num_frames` frames: one after another, or jointly, as the model does.
-
-    Args:
-        context: latents (B, K, C, H, W) of the context frames; see `Rollout.reset` for K = 0.
-        actions: (B, K + num_frames) or (B, K + num_frames, V), of the context and the new frames.
-        labels: (B,).
-        noise: (B, num_frames, C, H, W), initial noise of the new frames.
-
-    Returns:
-        The new frames, (B, num_frames, C, H, W).
-
-    Raises:
-        ScdError: shapes that do not fit together.
-    """
-    known = context.shape[1]
-    expected = model.actions_shape(context.shape[0], known + num_frames)
-    if actions is not None and tuple(actions.shape) != expected:
-        raise ScdError(
-            f"actions are {tuple(actions.shape)}, expected {expected}: one a context frame and one "
-            f"a new frame"
-        )
-    if noise is not None and noise.shape[:2] != (context.shape[0], num_frames):
-        raise ScdError(f"noise is {tuple(noise.shape)}, expected (batch, {num_frames}, C, H, W)")
-    if not isinstance(model, CausalWorldModel):
-        return denoise_jointly(
-            model, settings, context, num_frames, actions, labels, noise=noise, generator=generator
-        )
-    rollout = Rollout(model, settings, known + num_frames)
-    rollout.reset(context, None if actions is None else actions[:, :known], labels, generator)
-    frames = [
-        rollout.step(
-            None if actions is None else actions[:, known + i],
-            None if noise is None else noise[:, i],
-        )
-        for i in range(num_frames)
-    ]
-    return torch.stack(frames, dim=1)
 
 
 def graphed(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:

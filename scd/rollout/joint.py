@@ -33,6 +33,8 @@ def denoise_jointly(
     check_rollout(settings)
     if settings.guidance == "context" and settings.guidance_scale != 1.0:
         raise ScdError("a bidirectional model has no separate context to perturb")
+    if settings.first_frame_steps:
+        raise ScdError("a bidirectional model denoises all frames at once: first_frame_steps is 0")
     batch, known = context.shape[:2]
     first = model.first_predicted
     if known < first:
