@@ -58,13 +58,13 @@ def overrides(doom_root, tmp_path):
     ]
 
 
-def on_two(kind: str, overrides: list[str]) -> None:
-    on_several(2, kind, overrides)
+def on_two(kind: str, overrides: list[str], options: Path = OPTIONS) -> None:
+    on_several(2, kind, overrides, options)
 
 
-def on_several(count: int, kind: str, overrides: list[str]) -> None:
+def on_several(count: int, kind: str, overrides: list[str], options: Path = OPTIONS) -> None:
     with TemporaryDirectory() as folder:
-        started = launch(Path(folder), count, [kind, str(OPTIONS), *overrides])
+        started = launch(Path(folder), count, [kind, str(options), *overrides])
         running = {process.sentinel: process for process in started}
         while running and not any(process.exitcode for process in started):
             ended = wait(running, timeout=300)
@@ -204,6 +204,52 @@ def test_sharded_with_an_autoencoder_trains_as_data_parallel(
     assert all(torch.equal(again.model[name], tensor) for name, tensor in whole.model.items())
     validations = [entry["step"] for entry in read_log(log) if "validation" in entry]
     assert validations == [2, 4]
+
+
+@pytest.mark.parametrize("kind", ["plain", "sharded"])
+@pytest.mark.parametrize("method", ["consistency", "distilled"])
+def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_path):
+    """With teacher, target or critic beside the student; all processes leave at the same step."""
+    overrides = [*overrides, "data.frames=6", "optim.muon_lr=null", "train.keep_checkpoints=9"]
+    base = load_options(OPTIONS, [*overrides, "name=base", "train.steps=1"])
+    teacher = load_options(
+        ROOT / "options/bidirectional_dit_doom.yml",
+        [
+            *overrides,
+            "name=teacher",
+            "init_from=null",
+            "model.encoder_layers=0",
+            "train.steps=1",
+            "model.decoder_layers=0",
+            "model.layers=1",
+            "flow.prefix_frames=[2,4]",
+            "train.compile=false",
+            "train.batch_size=2",
+        ],
+    )
+    for options in (base, teacher) if method == "distilled" else (base,):
+        run_experiment(options)
+    weights = [tmp_path / name / "checkpoints/step-00000001" for name in ("base", "teacher")]
+    scored_by = weights[1] if method == "distilled" else weights[0]
+    overrides += [
+        *(f"init_from={weights[0]}/ema.safetensors", "train.compile=false"),
+        *(f"distill.teacher={scored_by}/ema.safetensors", "distill.context_frames=2"),
+        "distill.critic_updates=2",
+    ]
+    file = ROOT / f"options/scd_doom_{method}.yml"
+    on_two(kind, [*overrides, "name=two", "train.batch_size=1"], file)
+    run_experiment(load_options(file, [*overrides, "name=one", "train.batch_size=2"]))
+    two, one = (state_of(tmp_path / name) for name in ("two", "one"))
+    assert_close(two, one)
+    first = load_checkpoint(weights[0])
+    assert any(not torch.equal(t, first.ema[name]) for name, t in one.model.items())
+    if method == "distilled":
+        assert one.critic is not None and two.critic is not None
+        before = load_checkpoint(weights[1])
+        for name, tensor in one.critic["model"].items():
+            difference = (tensor - two.critic["model"][name]).abs().max()
+            assert difference < TOLERANCE, name
+        assert any(not torch.equal(t, before.ema[n]) for n, t in one.critic["model"].items())
 
 
 def test_a_lost_process_ends_the_run_and_is_named(overrides, tmp_path):

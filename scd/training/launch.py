@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    ProjectConfiguration,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from scd.errors import ScdError
@@ -77,8 +81,14 @@ def make_accelerator(options: Options) -> Accelerator:
             f"note: {', '.join(contradict)}: ignored, the options file decides",
             file=sys.stderr,
         )
+    # A step that updates the critic alone leaves the student without gradients.
+    unused = DistributedDataParallelKwargs(
+        find_unused_parameters=options.distill.method == "dmd"
+        and options.distill.critic_updates > 1
+    )
     return Accelerator(
         mixed_precision=mixed_precision,
+        kwargs_handlers=[unused],
         fsdp_plugin=sharding_plugin(precision),
         log_with=trackers_of(options, "train") or None,
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
