@@ -137,6 +137,8 @@ def _training(options: Options, weights: Path, step: str | int | None) -> str:
     text = f"step {at} of {options.train.steps}, batch size {options.train.batch_size}"
     if options.init_from is not None:
         text += f", initialized from {options.init_from}"
+    if options.distill.method != "none":
+        text += f", distilled ({options.distill.method}) from {options.distill.teacher}"
     log = _experiment(weights) / "log.jsonl"
     if step is None or not log.is_file():
         return text

@@ -1,0 +1,72 @@
+"""The whole post-training by its commands, in miniature: every stage starts from the one before."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from scd.cli import main
+from scd.models.load import load_checkpoint_for_use
+from scd.training.run_log import read_log
+
+
+@pytest.fixture
+def train(doom_root: Path, tmp_path: Path, fresh_accelerate: None, one_thread: None):
+    small = [
+        *(f"data.root={doom_root}", f"output_root={tmp_path}", "train.mixed_precision=fp32"),
+        *("data.source=video", "autoencoder.path=null", "model.patch_size=16", "model.heads=1"),
+        *("train.batch_size=2", "train.log_every=1", "train.workers=0", "train.compile=false"),
+        *("eval.context_frames=4", "eval.new_frames=4", "eval.videos=2", "data.frames=8"),
+        *("eval.comparisons=[]", "optim.warmup_steps=0", "distill.context_frames=4"),
+    ]
+
+    def run(file: str | Path, name: str, steps: int, *overrides: str) -> Path:
+        """Train, and return the exported folder."""
+        given = [*small, f"name={name}", f"train.steps={steps}", *overrides]
+        assert main(["train", "--opt", str(file), *given]) == 0
+        losses = [e["loss"] for e in read_log(tmp_path / name / "log.jsonl") if "loss" in e]
+        assert len(losses) == steps and torch.tensor(losses).isfinite().all()
+        return tmp_path / name / "exported"
+
+    return run
+
+
+def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    teacher = train(
+        *("options/bidirectional_dit_doom.yml", "teacher", 6),
+        *("init_from=null", "model.layers=3", "flow.prefix_frames=[2,6]"),
+    )
+    split = tmp_path / "student"
+    layers = ["--encoder-layers", "2", "--decoder-layers", "2", "--decoder-from", "first-and-last"]
+    assert main(["split", str(teacher), *layers, "--out", str(split)]) == 0
+    student = train(split / "options.yml", "student", 4, f"init_from={split}/model.safetensors")
+    sizes = ["model.encoder_layers=2", "model.decoder_layers=2"]
+    consistent = train(
+        *("options/scd_doom_consistency.yml", "consistency", 4, *sizes, "distill.levels=6"),
+        *(f"init_from={student}/{weights}", f"distill.teacher={student}"),
+    )
+    distilled = train(
+        *("options/scd_doom_distilled.yml", "distilled", 4, *sizes, "distill.critic_updates=2"),
+        *(f"init_from={consistent}/{weights}", f"distill.teacher={teacher}"),
+    )
+    # Each stage has moved the weights of the one before.
+    kept = [load_checkpoint_for_use(folder) for folder in (student, consistent, distilled)]
+    name = "encoder.blocks.0.mlp.up.weight"
+    tensors = [loaded.model.state_dict()[name] for loaded in kept]
+    assert not torch.equal(tensors[0], tensors[1]) and not torch.equal(tensors[1], tensors[2])
+    assert kept[2].options.rollout.solver == "consistency" and kept[2].options.rollout.steps == 2
+
+    folders = [str(teacher), str(student), str(distilled)]
+    for folder in folders:
+        assert main(["evaluate", folder]) == 0
+    for steps in ("1", "2"):  # a few-step student works with either
+        assert main(["evaluate", str(distilled), f"rollout.steps={steps}"]) == 0
+    out = tmp_path / "table"
+    assert main(["compare", *folders, "--out", str(out)]) == 0
+    entries = json.loads((out / "compare.json").read_text())["models"]
+    assert [entry["name"] for entry in entries] == ["teacher", "student", "distilled"]
+    card = tmp_path / "card"
+    assert main(["export", str(distilled), "--out", str(card)]) == 0
+    assert f"distilled (dmd) from {teacher}" in (card / "README.md").read_text()
