@@ -63,9 +63,12 @@ def test_every_options_file_runs_dry(file, monkeypatch, capsys):
     options = load_options(file)
     overrides = list(SMALL[options.task])
     if options.task == "world_model":
-        layers = ["layers"] if options.model.type == "causal_dit" else ["encoder_", "decoder_"]
+        layers = ["encoder_", "decoder_"] if options.model.type == "scd" else ["layers"]
         overrides += [f"model.{side.removesuffix('layers')}layers=1" for side in layers]
         overrides += ["eval.context_frames=0"] if not options.eval.context_frames else []
+        overrides += ["distill.context_frames=1"] if options.distill.method == "dmd" else []
+        if options.model.type == "bidirectional_dit":
+            overrides += ["flow.prefix_frames=[1,2]", "eval.context_frames=1", "eval.new_frames=2"]
     elif options.discriminator.weight:
         overrides += ["discriminator.channels=8"]
     else:

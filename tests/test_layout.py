@@ -16,6 +16,7 @@ ROWS = [
     ("models",),
     ("flow",),
     ("rollout",),
+    ("distill",),
     ("pipeline",),
     ("evaluation",),
     ("training",),

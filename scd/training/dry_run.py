@@ -1,9 +1,11 @@
 """Try an experiment before its data exist: run one step, rollout and evaluation on noise.
 
-All sizes are the true ones. The costs of a step are printed first, so that they are seen even on a
-machine that is too small to run it.
+Weights that it starts from, or that teach it, need not exist either: random ones stand for them, of
+a teacher as deep as the student. All sizes are the true ones. The costs of a step are printed
+first, so that they are seen even on a machine that is too small to run it.
 """
 
+import json
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -11,13 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
 from scd.errors import ScdError
 from scd.evaluation.i3d import SHORTEST
 from scd.models.autoencoder import build_autoencoder, load_codec
-from scd.options import AutoencoderOptions, Options, load_options
+from scd.models.load import build_world_model
+from scd.options import (
+    AutoencoderOptions,
+    DistillOptions,
+    EvalOptions,
+    Options,
+    load_options,
+    options_to_dict,
+)
 from scd.training.encode import encoding_name, latent_shape
 from scd.training.launch import run_experiment
 from scd.training.performance import estimate_step
@@ -85,6 +96,8 @@ def _on_noise(options: Options, folder: Path) -> Options:
             architecture = _architecture(str(options.autoencoder.path))
             build_autoencoder(architecture).half().save_pretrained(path)
         options = replace(options, autoencoder=replace(options.autoencoder, path=path))
+    if options.task == "world_model" and options.init_from is not None:
+        options = _with_random_weights(options, folder)
     new_frames = max(2, SHORTEST - evaluation.context_frames)
     options = replace(
         options,
@@ -96,6 +109,36 @@ def _on_noise(options: Options, folder: Path) -> Options:
     )
     _write_clips(options, evaluation.context_frames + new_frames)
     return options
+
+
+def _with_random_weights(options: Options, folder: Path) -> Options:
+    """Write random weights for `init_from` and `distill.teacher`, and name them in the options."""
+    codec = load_codec(options.autoencoder.path)
+    start = folder / "start.safetensors"
+    save_file(build_world_model(options, codec).state_dict(), start)
+    options = replace(options, init_from=str(start))
+    d, m = options.distill, options.model
+    if d.method == "none":
+        return options
+    teacher, kind, flow = folder / "teacher.safetensors", m, options.flow
+    if d.method == "dmd":
+        layers = m.encoder_layers + m.decoder_layers + m.layers
+        kind = replace(
+            m, type="bidirectional_dit", layers=layers, encoder_layers=0, decoder_layers=0
+        )
+        flow = replace(flow, prefix_frames=[1, 1])
+    plain = replace(
+        options,
+        init_from=None,
+        distill=DistillOptions(),
+        model=kind,
+        flow=flow,
+        eval=EvalOptions(1, 1),
+    )
+    about = {"options": json.dumps(options_to_dict(plain)), "step": "0"}
+    save_file(build_world_model(plain, codec).state_dict(), teacher, about)
+    # The only step updates the student too.
+    return replace(options, distill=replace(d, teacher=str(teacher), critic_updates=1))
 
 
 def _write_clips(options: Options, evaluation_frames: int) -> None:
