@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scd.distill.critic import Critic
 from scd.distill.dmd import (
     DMDObjective,
     Score,
@@ -62,7 +63,8 @@ def generators() -> list[torch.Generator]:
 def rolled_out(model: CausalWorldModel, exit_step: int) -> tuple[SelfRollout, Tensor, Tensor]:
     latents, actions = make_clip()
     context = latents[:, :KNOWN]
-    rollout = roll_out(model, SETTINGS, context, NEW, exit_step, actions, None, generators())
+    exit_at = (exit_step + 0.5) / SETTINGS.steps
+    rollout = roll_out(model, SETTINGS, context, NEW, exit_at, actions, None, generators())
     return rollout, context, actions
 
 
@@ -87,6 +89,16 @@ def test_a_rollout_that_leaves_at_the_last_step_is_the_one_of_use() -> None:
     rollout, context, actions = rolled_out(model, SETTINGS.steps - 1)
     used = continue_videos(model, SETTINGS, context, NEW, actions, generator=generators())
     torch.testing.assert_close(used, rollout.frames, rtol=0, atol=0)
+
+
+def test_a_first_frame_with_more_steps_is_replayed_from_its_own_exit() -> None:
+    model, (latents, actions) = make("scd"), make_clip()
+    settings, context = replace(SETTINGS, first_frame_steps=6), latents[:, :KNOWN]
+    rollout = roll_out(model, settings, context, NEW, 0.9, actions, None, generators())
+    levels = [2 / 7, 0.5, 0.5, 0.5]  # 1/6 and 1/3, shifted by 2: the last step of either list
+    assert rollout.timesteps[0].tolist() == pytest.approx([1000 * level for level in levels])
+    frames = replay(model, context, rollout, actions)
+    torch.testing.assert_close(frames, rollout.frames, rtol=1e-4, atol=1e-4)
 
 
 def test_the_last_frame_teaches_how_history_is_written() -> None:
@@ -158,7 +170,9 @@ def test_what_is_not_finite_is_no_gradient() -> None:
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_clips_are_scored_by_teacher_and_critic_after_their_context(scale: float) -> None:
     student, teacher, critic = make("scd"), make("bidirectional"), make("bidirectional", seed=2)
-    objective = DMDObjective(student, teacher, critic, options_of(guidance_scale=scale))
+    objective = DMDObjective(
+        student, teacher, Critic(critic, False), options_of(guidance_scale=scale)
+    )
     latents, actions = make_clip()
     context, frames = latents[:, :KNOWN], latents[:, KNOWN:]
     score = Score(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
@@ -182,7 +196,7 @@ def test_clips_are_scored_by_teacher_and_critic_after_their_context(scale: float
 
 def test_with_equal_scores_the_student_is_left_alone() -> None:
     teacher = make("bidirectional")
-    objective = DMDObjective(make("scd"), teacher, teacher, options_of())
+    objective = DMDObjective(make("scd"), teacher, Critic(teacher, False), options_of())
     latents, actions = make_clip()
     score = Score(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
     gradient = objective.gradient(latents[:, :KNOWN], latents[:, KNOWN:], actions, score)
@@ -192,13 +206,15 @@ def test_with_equal_scores_the_student_is_left_alone() -> None:
 @pytest.mark.parametrize("prediction", ["data", "velocity"])
 def test_the_critic_loses_nothing_by_the_true_velocity(prediction: str) -> None:
     critic = make("bidirectional", prediction)
-    objective = DMDObjective(make("scd"), make("bidirectional"), critic, options_of())
+    objective = DMDObjective(
+        make("scd"), make("bidirectional"), Critic(critic, False), options_of()
+    )
     latents, actions = make_clip()
     context, frames = latents[:, :KNOWN], latents[:, KNOWN:]
     score = Score(torch.tensor([0.02, 0.9]), torch.randn(2, NEW, 3, 4, 4))
     noisy, times = score.add_to(frames)
     clip = torch.cat([context, torch.zeros_like(frames)], dim=1)
-    loss = objective.critic_loss(context, frames, actions, score)
+    loss, _ = objective.critic_loss(context, frames, actions, score)
     velocity = critic(clip, noisy, times, actions)[:, 0]
     sigma = score.sigma[:, None, None, None, None]
     wanted = score.noise - frames
@@ -223,10 +239,12 @@ def options_of(steps: int = 3, critic_updates: int = 2, **distill: object) -> Op
 # --- One step of the objective
 
 
-def objective_of(critic_updates: int = 2) -> DMDObjective:
+def objective_of(critic_updates: int = 2, adversarial_weight: float = 0.0) -> DMDObjective:
     teacher = make("bidirectional").requires_grad_(False)
-    critic = make("bidirectional", seed=2)
-    return DMDObjective(make("scd"), teacher, critic, options_of(critic_updates=critic_updates))
+    options = options_of(critic_updates=critic_updates, adversarial_weight=adversarial_weight)
+    torch.manual_seed(0)
+    critic = Critic(make("bidirectional", seed=2), adversarial_weight > 0)
+    return DMDObjective(make("scd"), teacher, critic, options)
 
 
 def test_student_and_critic_learn_by_turns_from_their_own_losses() -> None:
@@ -257,11 +275,50 @@ def test_a_batch_is_the_mean_of_its_clips() -> None:
     torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_only_the_head_learns_to_tell_generated_from_real_clips() -> None:
+    latents, actions = make_clip()
+    batch = {"latents": latents, "actions": actions, "sample": [0, 1]}
+    gradients = []
+    for weight in (0.0, 0.5):
+        objective = objective_of(adversarial_weight=weight)
+        values = objective({**batch, "step": 2})
+        values["loss"].backward()
+        gradients.append({n: p.grad for n, p in objective.named_parameters() if p.grad is not None})
+    plain, adversarial = gradients
+    heads = {name for name in adversarial if name.startswith("critic.head.")}
+    assert len(heads) == 6 and adversarial.keys() - heads == plain.keys()
+    assert 0.5 < values["discriminator_loss"] < 3  # 2 log 2 for a head that knows nothing
+    for name in plain:
+        same = torch.equal(plain[name], adversarial[name])
+        assert same == name.startswith("critic.score."), name
+
+
+def test_the_adversarial_gradient_is_that_of_the_generators_loss() -> None:
+    objective = objective_of(adversarial_weight=0.5).double()
+    latents, actions = make_clip()
+    context, frames = latents[:, :KNOWN].double(), latents[:, KNOWN:].double()
+    score = Score(torch.tensor([0.3, 0.9]).double(), torch.randn(2, NEW, 3, 4, 4).double())
+    gradient = objective.adversarial_gradient(context, frames.clone(), actions, score)
+
+    def loss(moved: Tensor) -> Tensor:
+        clip = torch.cat([context, moved], dim=1)
+        _, features = objective.critic(clip, *score.add_to(moved), actions)
+        return torch.nn.functional.softplus(-objective.critic.judge(features)).mean()
+
+    direction = torch.randn_like(frames)
+    step = 1e-3
+    with torch.no_grad():
+        slope = (loss(frames + step * direction) - loss(frames - step * direction)) / (2 * step)
+    expected = (gradient * direction).sum() / frames.numel()
+    torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-6)
+    assert all(p.grad is None for p in objective.parameters())
+
+
 def test_exits_are_uniform_and_depend_on_the_step_alone() -> None:
-    options = options_of(steps=4)
-    exits = [draw_exit(options, step) for step in range(400)]
-    assert exits == [draw_exit(options, step) for step in range(400)]
+    exits = [int(4 * draw_exit(3, step)) for step in range(400)]
+    assert exits == [int(4 * draw_exit(3, step)) for step in range(400)]
     assert {exits.count(step) for step in range(4)} <= set(range(70, 131))
+    options = options_of()
     assert [trains_student(options, step) for step in (1, 2, 3, 4)] == [False, True, False, True]
 
 
@@ -293,11 +350,13 @@ def options(doom_root: Path, tmp_path: Path, fresh_accelerate: None):
     return lambda *o: load("scd_doom_distilled", *student, *own, *places, *o)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path: Path) -> None:
-    whole = options("name=whole", "train.steps=4")
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_a_resumed_run_equals_an_uninterrupted_one(options, weight: float, tmp_path: Path) -> None:
+    adversarial = f"distill.adversarial_weight={weight}"
+    whole = options("name=whole", "train.steps=4", adversarial)
     run_experiment(whole)
     for steps in (1, 3, 4):
-        run_experiment(options("name=parts", f"train.steps={steps}"))
+        run_experiment(options("name=parts", f"train.steps={steps}", adversarial))
     assert_same_state(*(tmp_path / name / "checkpoints" for name in ("whole", "parts")))
     # The critic moves in every step, the student and its average in every second one.
     folder = whole.output / "checkpoints"
@@ -307,7 +366,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, tmp_path: Path) -> N
     assert moved == [True, False, True]
     averaged = [not torch.equal(a.ema[name], b.ema[name]) for a, b in pairwise(states)]
     assert averaged == [True, False, True]
-    critics = [state.critic["model"]["unembed.weight"] for state in states]
+    critics = [state.critic["model"]["score.unembed.weight"] for state in states]
     assert all(not torch.equal(a, b) for a, b in pairwise(critics))
     log = read_log(whole.output / "log.jsonl")
     assert all(entry["critic_loss"] > 0 for entry in log if "loss" in entry)

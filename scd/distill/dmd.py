@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scd.distill.critic import Critic, discriminator_loss, generator_loss, input_gradient
 from scd.distill.teacher import clean_frames, guided_velocity
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, WorldModel
 from scd.options import Options, RolloutOptions
@@ -53,16 +54,18 @@ def roll_out(
     settings: RolloutOptions,
     context: Tensor,
     new_frames: int,
-    exit_step: int,
+    exit_at: float,
     actions: Tensor | None,
     labels: Tensor | None,
     generators: list[torch.Generator],
 ) -> SelfRollout:
-    """Continue videos as in use, but leave every frame's denoising after step `exit_step`.
+    """Continue videos as in use, but leave every frame's denoising after one of its steps.
 
     Args:
         settings: of the student's rollouts, with the consistency solver.
         context: (B, K, C, H, W).
+        exit_at: the step, as a share of the frame's steps in [0, 1): the first new frame may have
+            more steps than the others.
         actions: (B, K + new_frames) or (B, K + new_frames, V).
         labels: (B,).
         generators: one for each sample.
@@ -74,7 +77,10 @@ def roll_out(
         frames, noisy, levels = [], [], []
         for frame in range(known, known + new_frames):
             action = None if actions is None else actions[:, frame]
-            frames.append(rollout.step(action, exit_step=exit_step))
+            steps = settings.steps
+            if frame == known and settings.first_frame_steps:
+                steps = settings.first_frame_steps
+            frames.append(rollout.step(action, exit_step=int(exit_at * steps)))
             noisy.append(rollout.exit_input)
             levels.append(rollout.exit_level)
     timesteps = MAX_TIMESTEP * torch.tensor(levels, device=context.device)
@@ -127,7 +133,7 @@ class DMDObjective(nn.Module):
     """
 
     def __init__(
-        self, model: CausalWorldModel, teacher: WorldModel, critic: WorldModel, options: Options
+        self, model: CausalWorldModel, teacher: WorldModel, critic: Critic, options: Options
     ):
         super().__init__()
         self.model = model
@@ -152,20 +158,24 @@ class DMDObjective(nn.Module):
             options.rollout,
             context,
             latents.shape[1] - known,
-            draw_exit(options, step),
+            draw_exit(options.seed, step),
             actions,
             labels,
             [generator("cpu", options.seed, "rollout", sample) for sample in samples],
         )
-        values: dict[str, Tensor] = {}
-        loss = self.critic_loss(context, rollout.frames, conditions, self._draw("critic", batch))
-        values["critic_loss"] = loss.detach()
+        real = latents[:, known:] if d.adversarial_weight else None
+        score = self._draw("critic", batch)
+        loss, values = self.critic_loss(context, rollout.frames, conditions, score, real)
         if trains_student(options, step):
             frames = replay(self.model, context, rollout, conditions, d.history_gradient)
             score = self._draw("score", batch)
             gradient = self.gradient(context, frames.detach(), conditions, score)
-            loss = loss + loss_with_gradient(frames, gradient)
             values["dmd_gradient"] = gradient.abs().mean()
+            if d.adversarial_weight:
+                adversarial = self.adversarial_gradient(context, frames.detach(), conditions, score)
+                values["adversarial_gradient"] = adversarial.abs().mean()
+                gradient = gradient + d.adversarial_weight * adversarial
+            loss = loss + loss_with_gradient(frames, gradient)
             values["replay_error"] = (frames.detach() - rollout.frames).abs().max()
         return {"loss": loss, **values}
 
@@ -178,25 +188,59 @@ class DMDObjective(nn.Module):
         noisy, times = score.add_to(frames)
         scale = self.options.distill.guidance_scale
         v_real = guided_velocity(self.teacher, clip, noisy, times, conditions, scale)
-        v_fake = self.critic(clip, noisy, times, conditions)
+        v_fake, _ = self.critic(clip, noisy, times, conditions)
         real, fake = (clean_frames(noisy, v, times)[:, 0] for v in (v_real, v_fake))
         torch.clear_autocast_cache()  # see `ConsistencyObjective.loss`
         return matching_gradient(frames, real, fake)
 
-    def critic_loss(
+    def adversarial_gradient(
         self, context: Tensor, frames: Tensor, conditions: Tensor | None, score: Score
     ) -> Tensor:
-        """Compute the critic's flow-matching loss on generated frames (B, F', C, H, W)."""
+        """Compute the gradient of the generator's loss at generated frames (B, F', C, H, W)."""
+        frames = frames.requires_grad_(True)
+        noisy, times = score.add_to(frames)
+        clip = torch.cat([context, frames.detach()], dim=1)
+        _, features = self.critic(clip, noisy, times, conditions)
+        return input_gradient(generator_loss(self.critic.judge(features)), frames)
+
+    def critic_loss(
+        self,
+        context: Tensor,
+        frames: Tensor,
+        conditions: Tensor | None,
+        score: Score,
+        real: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the critic's flow-matching loss on generated frames (B, F', C, H, W).
+
+        Args:
+            real: as the frames, for the discriminator's loss, which is then added.
+
+        Returns:
+            The loss, and its parts to log.
+        """
         clip = torch.cat([context, frames], dim=1)
         noisy, times = score.add_to(frames)
-        velocity = self.critic(clip, noisy, times, conditions)[:, 0]
-        config = self.critic.config
+        predicted, fake_features = self.critic(clip, noisy, times, conditions)
+        velocity = predicted[:, 0]
+        config = self.critic.score.config
         if config.prediction == "velocity":
             target = score.noise - frames
         else:  # with the same bound as the model divides by
             sigma = score.sigma.clamp(min=config.sigma_min)[:, None, None, None, None]
             target = (noisy[:, 0] - frames) / sigma
-        return (velocity - target).square().mean()
+        loss = (velocity - target).square().mean()
+        values = {"critic_loss": loss.detach()}
+        if real is not None:
+            with torch.no_grad():
+                clip = torch.cat([context, real], dim=1)
+                _, real_features = self.critic(clip, *score.add_to(real), conditions)
+            torch.clear_autocast_cache()
+            both = torch.cat([real_features, fake_features.detach()])
+            discriminator = discriminator_loss(*self.critic.judge(both).chunk(2))
+            values["discriminator_loss"] = discriminator.detach()
+            loss = loss + discriminator
+        return loss, values
 
     def _draw(self, stream: str, batch: dict[str, Tensor]) -> Score:
         """Draw noise levels, uniform before their shift, and noise, sample by sample."""
@@ -214,7 +258,6 @@ def trains_student(options: Options, step: int) -> bool:
     return step % options.distill.critic_updates == 0
 
 
-def draw_exit(options: Options, step: int) -> int:
-    """Draw the denoising step that all frames of all processes leave at, in a training step."""
-    draw = torch.rand((), generator=generator("cpu", options.seed, "exit", step))
-    return int(draw * options.rollout.steps)
+def draw_exit(seed: int, step: int) -> float:
+    """Draw where all frames on all processes leave their denoising, see `roll_out`."""
+    return float(torch.rand((), generator=generator("cpu", seed, "exit", step)))

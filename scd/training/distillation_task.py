@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scd.distill.consistency import ConsistencyObjective
+from scd.distill.critic import Critic
 from scd.distill.dmd import DMDObjective, trains_student
 from scd.distill.teacher import load_teacher
 from scd.models.world_model import CausalWorldModel
@@ -27,8 +28,9 @@ class DistillationTask(WorldModelTask):
         else:
             # One family, one data domain: a critic of another kind tells student and teacher apart
             # by what has nothing to do with the student.
-            critic = deepcopy(teacher).requires_grad_(True)
-            critic.set_gradient_checkpointing(options.train.gradient_checkpointing)
+            score = deepcopy(teacher).requires_grad_(True)
+            score.set_gradient_checkpointing(options.train.gradient_checkpointing)
+            critic = Critic(score, options.distill.adversarial_weight > 0).to(device)
             self.critic = critic
             self.objective = DMDObjective(self.network, teacher, critic, options)
 
