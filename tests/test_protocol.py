@@ -27,6 +27,7 @@ from scd.evaluation.evaluate import (
     measure_folder,
     sweep_combinations,
 )
+from scd.evaluation.evaluate import measure as measure_saved
 from scd.evaluation.frame_metrics import psnr
 from scd.evaluation.metric_weights import MetricUnavailable
 from scd.evaluation.metrics import (
@@ -37,6 +38,7 @@ from scd.evaluation.metrics import (
     FrameMetric,
     SetMetric,
     Setting,
+    TrajectoryMetric,
 )
 from scd.evaluation.protocol import (
     AUTOENCODED,
@@ -172,7 +174,7 @@ def rows_of(file: Path) -> dict:
 def test_rows_and_missing_metrics(whole):
     _, found = whole
     assert list(found.rows) == [MODEL, SWAPPED, REPEAT, OTHER]
-    assert set(found.missing) == {"lpips", "fvd", "kvd"}
+    assert set(found.missing) == {"lpips", "fvd", "kvd", "diversity"}
     assert "scd fetch-weights" in found.missing["lpips"]
     assert "9 frames" in found.missing["fvd"]
     assert all("lpips" not in row and "fvd" not in row for row in found.rows.values())
@@ -432,6 +434,7 @@ def test_a_metric_is_one_entry(
             features="color",
             function=lambda a, b: float((a.mean(dim=0) - b.mean(dim=0)).norm()),
         ),
+        "spread": TrajectoryMetric(title="spread", better="↑", decimals=4, function=mse),
         "large": FrameMetric(title="large", better="↑", decimals=1, smallest=999, function=mse),
     }
     registry.update(entries)
@@ -453,10 +456,41 @@ def test_a_metric_is_one_entry(
     assert row["brightness_by_quarter"][3] == pytest.approx(last, rel=1e-5)
     shifts = [float((real - m).mean(dim=(0, 1, 3, 4)).norm()) for m in made]
     assert row["shift"] == pytest.approx(np.mean(shifts), rel=1e-4)
+    between = mse(made[0][:, 3:], made[1][:, 3:])
+    assert row["spread"] == pytest.approx(float(between.mean()), rel=1e-5)
+    assert row["spread_by_quarter"] == pytest.approx(between.mean(dim=0).tolist(), rel=1e-5)
+    assert all("spread" not in found.rows[name] for name in (SWAPPED, REPEAT, OTHER))
     assert found.missing["large"] == "large needs frames of 999 pixels a side or more"
     first, second = tables(found).values()
     assert {f"MSE {better}", f"MSE +1…+4 {better}", "shift ↓ (n=3)"} < set(first.heads)
-    assert "brightness →1" in second.heads and "MSE" not in " ".join(second.heads)
+    assert {"brightness →1", "spread ↑", "spread by quarter"} < set(second.heads)
+    assert "MSE" not in " ".join(second.heads)
+
+
+def test_trajectories_are_compared_with_the_next_seed(tmp_path, registry, no_weights):
+    """Three seeds are two pairs, whatever their number; one seed twice is no pair at all."""
+    registry["spread"] = TrajectoryMetric(
+        title="spread", better="↑", decimals=3, function=lambda a, b: (a - b).abs().mean((2, 3, 4))
+    )
+    gray = {"model-seed-0": 0.0, "model-seed-5": 51 / 255, "model-seed-7": 204 / 255}
+    identity = {"format": 1, "options": {"data": {"frame_size": 32}}}
+    protocol_ = {"videos": 2, "context_frames": 1, "new_frames": 4, "fvd_precision": "fp32"}
+
+    def spread(names):
+        folder = tmp_path / str(names)
+        row = [f"model-seed-{name}" for name in names]
+        SampleFolder.describe(folder, identity, {MODEL: row}, protocol_, UNSAVED)
+        for set_ in (REAL_SET, *row):
+            for number in range(2):
+                clip = torch.full((5, 3, 32, 32), gray.get(set_, 0.5))
+                SampleFolder(folder).write_clip(set_, number, clip)
+        found = measure_saved(SampleFolder(folder))
+        return found.rows[MODEL].get("spread"), found.missing.get("spread")
+
+    assert spread([0, 5]) == (pytest.approx(0.2), None)
+    assert spread([0, 5, 7]) == (pytest.approx((0.2 + 0.6) / 2), None)
+    needs = "spread needs two different seeds: eval.trajectories=2 or more"
+    assert spread([5]) == spread([5, 5]) == (None, needs)
 
 
 def test_rollouts_in_words():
@@ -561,7 +595,7 @@ def test_features_of_other_weights_are_computed_again(
 ):
     """Also those of windows, which were saved under other weights than the whole clips' since."""
     calls = fake_features(monkeypatch)
-    del registry["lpips"]
+    del registry["lpips"], registry["diversity"]
     options.eval.new_frames = 20
     lengths = []
     for weights, windows in (("one", 2), ("one", 0), ("other", 0), ("other", 2)):
@@ -844,7 +878,7 @@ def test_all_metrics_and_their_recomputation(options, checkpoint, tmp_path, caps
         pytest.skip("the metrics' weights are not in the cache: scd fetch-weights")
     evaluate_checkpoint(checkpoint, None, [*FEW, "eval.videos=2", "eval.new_frames=6"])
     report = json.loads((options.output / "metrics.json").read_text())
-    assert not report["missing"]
+    assert set(report["missing"]) == {"diversity"}  # of one seed
     assert set(report["weights"]) == {"lpips", "i3d"}
     rows = report["rows"]
     for name in (MODEL, REPEAT, OTHER):

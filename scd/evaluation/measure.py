@@ -20,6 +20,7 @@ from scd.evaluation.metrics import (
     ClipStatistic,
     FrameMetric,
     SetMetric,
+    TrajectoryMetric,
     by_window,
 )
 from scd.evaluation.protocol import AUTOENCODED_SET, OTHER_SET, REAL_SET, REPEAT_SET
@@ -32,12 +33,14 @@ class Quantity:
     """Something to store of every clip of a set.
 
     Attributes:
-        compute: clips and the real clips of the same numbers, (n, F, 3, H, W) each -> (n, …).
+        compute: clips and others of the same numbers, (n, F, 3, H, W) each -> (n, …).
         weights: SHA-256 of the weights that it needs; None: none.
+        against: the set that the others are of.
     """
 
     compute: Callable[[Tensor, Tensor], Tensor]
     weights: str | None
+    against: str = REAL_SET
 
 
 def quantities(
@@ -45,7 +48,7 @@ def quantities(
 ) -> dict[str, Quantity]:
     """List the quantities of a set's clips by name."""
     known = samples.setting.context_frames
-    compared = set_ not in (REAL_SET, OTHER_SET)
+    compared, other = set_ not in (REAL_SET, OTHER_SET), samples.next_trajectory(set_)
     wanted: dict[str, Quantity] = {}
     for key, metric in available.metrics.items():
         weights = None if metric.weights is None else available.hashes[metric.weights]
@@ -53,6 +56,8 @@ def quantities(
             wanted[key] = Quantity(partial(_compare_new_frames, metric, known), weights)
         elif isinstance(metric, ClipStatistic):
             wanted[key] = Quantity(partial(_describe_new_frames, metric, known), weights)
+        elif isinstance(metric, TrajectoryMetric) and other is not None:
+            wanted[key] = Quantity(partial(_compare_new_frames, metric, known), weights, other)
         elif isinstance(metric, SetMetric):
             extract = partial(EXTRACTORS[metric.features], precision=samples.fvd_precision)
             wanted[metric.features] = Quantity(partial(_extract, extract), weights)
@@ -105,7 +110,12 @@ def measure_samples(
         ) as bar:
             for set_, numbers, names in mine:
                 clips, real = _read(samples, set_, numbers)
-                values = {name: wanted[set_][name].compute(clips, real).cpu() for name in names}
+                others, values = {REAL_SET: real}, {}
+                for name in names:
+                    quantity = wanted[set_][name]
+                    if quantity.against not in others:
+                        others[quantity.against], _ = _read(samples, quantity.against, numbers)
+                    values[name] = quantity.compute(clips, others[quantity.against]).cpu()
                 for position, number in enumerate(numbers):
                     of_clip = {name: value[position].clone() for name, value in values.items()}
                     samples.write_measurement(set_, number, of_clip, _weights(wanted[set_]))
@@ -174,8 +184,10 @@ def _read(samples: SampleFolder, set_: str, numbers: list[int]) -> tuple[Tensor,
     return clips, real
 
 
-def _compare_new_frames(metric: FrameMetric, known: int, clips: Tensor, real: Tensor) -> Tensor:
-    return metric.function(clips[:, known:], real[:, known:])
+def _compare_new_frames(
+    metric: FrameMetric | TrajectoryMetric, known: int, clips: Tensor, others: Tensor
+) -> Tensor:
+    return metric.function(clips[:, known:], others[:, known:])
 
 
 def _describe_new_frames(metric: ClipStatistic, known: int, clips: Tensor, real: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The metrics of generated videos: each is one entry of `METRICS`, which all of evaluation reads.
 
-Three kinds: a frame metric compares each new frame with the real one, a clip statistic is a number
-of a clip alone that is held against that of the real clips, and a set metric is a distance between
-the features of two sets of clips. What becomes of each kind is in `scd.evaluation.measure` (what is
-stored of a clip) and `scd.evaluation.summary` (what is reported of a row).
+Four kinds: a frame metric compares each new frame with the real one, a clip statistic is a number
+of a clip alone that is held against that of the real clips, a trajectory metric compares the
+predictions of a clip under two seeds, and a set metric is a distance between the features of two
+sets of clips. What becomes of each kind is in `scd.evaluation.measure` (what is stored of a clip)
+and `scd.evaluation.summary` (what is reported of a row).
 """
 
 from collections.abc import Callable
@@ -87,6 +88,19 @@ class ClipStatistic(Metric):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrajectoryMetric(Metric):
+    """A comparison of the new frames of a clip under two seeds.
+
+    Reported as its mean over the clips, and over the pairs of neighbours among the seeds.
+
+    Attributes:
+        function: videos and other videos, (n, F, 3, H, W) in [0, 1] each -> (n, F).
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SetMetric(Metric):
     """A distance between two sets of clips.
 
@@ -142,6 +156,14 @@ METRICS: dict[str, Metric] = {
         title="sharpness", decimals=2, smallest=SMALLEST_SHARPNESS, function=sharpness
     ),
     "motion": ClipStatistic(title="motion", decimals=2, fewest_frames=2, function=motion),
+    "diversity": TrajectoryMetric(
+        title="diversity",
+        better="↑",
+        decimals=3,
+        smallest=SMALLEST_LPIPS,
+        weights="lpips",
+        function=lpips_distance,
+    ),
 }
 
 
@@ -154,6 +176,7 @@ class Setting:
     new_frames: int
     frame_size: int
     windows: int = 0  # of the new frames, each with set metrics of its own
+    trajectories: int = 1  # predictions of a clip, under different seeds
 
     @property
     def window_frames(self) -> int:
@@ -222,6 +245,8 @@ def _reason(metric: Metric, setting: Setting) -> str | None:
     """Say why a metric cannot be computed at these sizes, if so."""
     if isinstance(metric, FrameMetric) and not setting.context_frames:
         return "videos made from nothing have no real counterpart"
+    if isinstance(metric, TrajectoryMetric) and setting.trajectories < 2:
+        return f"{metric.title} needs two different seeds: eval.trajectories=2 or more"
     if setting.frame_size < metric.smallest:
         return f"{metric.title} needs frames of {metric.smallest} pixels a side or more"
     if isinstance(metric, SetMetric):

@@ -16,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -115,7 +116,18 @@ class SampleFolder:
     def setting(self) -> Setting:
         """The sizes that decide what can be measured."""
         new = self.frames - self.context_frames
-        return Setting(self.videos, self.context_frames, new, self.frame_size, self.windows)
+        trajectories = max(map(len, map(set, self.rows.values())), default=1)
+        return Setting(
+            self.videos, self.context_frames, new, self.frame_size, self.windows, trajectories
+        )
+
+    def next_trajectory(self, set_: str) -> str | None:
+        """Name the set of the same row's next seed; None after the last one."""
+        for sets in self.rows.values():
+            following = dict(pairwise(dict.fromkeys(sets)))
+            if set_ in following:
+                return following[set_]
+        return None
 
     @property
     def clips(self) -> tuple:

@@ -2,7 +2,8 @@
 
 Frame metrics: mean over the new frames, best of a video's trajectories, mean over the videos.
 Clip statistics: mean over everything, divided by that of the real clips; also by quarter of the new
-frames. Set metrics: over whole clips, for each trajectory, then the mean; also by window.
+frames. Trajectory metrics: mean over everything, also by quarter. Set metrics: over whole clips,
+for each trajectory, then the mean; also by window.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from scd.evaluation.metrics import (
     FrameMetric,
     Metric,
     SetMetric,
+    TrajectoryMetric,
     by_window,
 )
 from scd.evaluation.protocol import REAL_SET
@@ -91,6 +93,8 @@ def make_row(trajectories: list[Measured], real: Measured, windows: int = 0) -> 
             row |= _frame_metric(key, metric, torch.stack([m[key] for m in trajectories]))
         elif isinstance(metric, ClipStatistic) and key in measured:
             row |= _clip_statistic(key, torch.stack([m[key] for m in trajectories]), real[key])
+        elif isinstance(metric, TrajectoryMetric) and key in measured:
+            row |= _trajectory_metric(key, [m[key] for m in trajectories if key in m])
         elif isinstance(metric, SetMetric) and metric.features in measured:
             row |= _set_metric(key, metric, trajectories, real, windows)
     return row
@@ -114,15 +118,26 @@ def _best(metric: Metric, values: Tensor) -> float:
 
 def _clip_statistic(key: str, values: Tensor, real: Tensor) -> Row:
     """Summarize values (trajectories, videos, frames) against real ones (videos, frames)."""
-    parts = min(PARTS, values.shape[-1])
-    pairs = zip(values.tensor_split(parts, dim=-1), real.tensor_split(parts, dim=-1), strict=True)
+    pairs = zip(_quarters(values), _quarters(real), strict=True)
     return {key: _ratio(values, real), f"{key}_by_quarter": [_ratio(*pair) for pair in pairs]}
+
+
+def _quarters(values: Tensor) -> tuple[Tensor, ...]:
+    """Split values (..., frames) into quarters of the frames; of fewer than four, into frames."""
+    return values.tensor_split(min(PARTS, values.shape[-1]), dim=-1)
 
 
 def _ratio(values: Tensor, real: Tensor) -> float | None:
     """Divide means; None where the real one is 0."""
     whole = float(real.double().mean())
     return float(values.double().mean()) / whole if whole else None
+
+
+def _trajectory_metric(key: str, pairs: list[Tensor]) -> Row:
+    """Average the values (videos, frames) of pairs of trajectories."""
+    values = torch.stack(pairs).double()
+    quarters = [float(part.mean()) for part in _quarters(values)]
+    return {key: float(values.mean()), f"{key}_by_quarter": quarters}
 
 
 def _set_metric(
@@ -177,7 +192,7 @@ def columns_over_time(rows: list[Row], protocols: list[dict[str, Any]]) -> list[
     """List the columns of the second table, as far as any row has them."""
     known = []
     for key, m in METRICS.items():
-        if isinstance(m, ClipStatistic):
+        if isinstance(m, ClipStatistic | TrajectoryMetric):
             known.append(Column(key, m, m.head))
             known.append(Column(f"{key}_by_quarter", m, f"{m.title} by quarter"))
     conditions = _conditions(protocols)
