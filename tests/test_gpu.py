@@ -123,7 +123,9 @@ def test_a_step_of_distribution_matching_equals_the_cpus():
     batch = {"latents": torch.randn(2, 8, 4, 8, 8, generator=torch.Generator().manual_seed(1))}
     batch["actions"] = torch.randint(3, (2, 8), generator=torch.Generator().manual_seed(2))
     distill = DistillOptions("dmd", context_frames=4, critic_updates=1, adversarial_weight=0.1)
-    rollout = RolloutOptions(2, "consistency", "even", 2.7, "none", 1.0)
+    rollout = RolloutOptions(
+        steps=2, solver="consistency", spacing="even", guidance="none", guidance_scale=1.0
+    )
     options = Options(seed=3, distill=distill, rollout=rollout)
     losses, gradients = [], []
     for device in (CPU, GPU):
@@ -135,7 +137,7 @@ def test_a_step_of_distribution_matching_equals_the_cpus():
         on_device = {key: value.to(device) for key, value in batch.items()}
         values = objective({**on_device, "sample": [0, 1], "step": 1})
         values["loss"].backward()
-        losses.append({name: float(value) for name, value in values.items()})
+        losses.append({name: float(value.detach()) for name, value in values.items()})
         named = objective.named_parameters()
         gradients.append({name: p.grad.cpu() for name, p in named if p.grad is not None})
     print(f"\ndistribution matching, CPU and GPU: {losses}")
