@@ -169,8 +169,11 @@ class DMDObjective(nn.Module):
         if trains_student(options, step):
             frames = replay(self.model, context, rollout, conditions, d.history_gradient)
             score = self._draw("score", batch)
-            gradient = self.gradient(context, frames.detach(), conditions, score)
-            values["dmd_gradient"] = gradient.abs().mean()
+            gradient = torch.zeros_like(frames)
+            if d.matching_weight:
+                matching = self.gradient(context, frames.detach(), conditions, score)
+                values["dmd_gradient"] = matching.abs().mean()
+                gradient = gradient + d.matching_weight * matching
             if d.adversarial_weight:
                 adversarial = self.adversarial_gradient(context, frames.detach(), conditions, score)
                 values["adversarial_gradient"] = adversarial.abs().mean()
