@@ -17,6 +17,7 @@ ROWS = [
     ("flow",),
     ("rollout",),
     ("pipeline",),
+    ("wan",),
     ("evaluation",),
     ("training",),
     ("analysis", "benchmark", "play", "export"),
