@@ -163,13 +163,14 @@ class Rollout:
 
         Args:
             action: (B,) or (B, V), the action that leads to it; None: the null action.
-            noise: (B, C, H, W), the frame's initial noise; None: from the generator.
+            noise: (B, C, H, W), the frame's initial noise, unless frames come in chunks; None: from
+                the generator.
 
         Returns:
             (B, C, H, W), float32.
 
         Raises:
-            ScdError: before `reset`, or beyond `max_frames`.
+            ScdError: before `reset`, beyond `max_frames`, or noise of a frame of a chunk.
         """
         if self._newest is None:
             raise ScdError("step before reset")

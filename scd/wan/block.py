@@ -36,6 +36,14 @@ def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
     return nn.functional.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
+def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """Norm queries or keys (..., D) over all heads together, as Wan does, in the type of x.
+
+    Under autocast the weight has another type, for which torch has no fused kernel.
+    """
+    return nn.functional.rms_norm(x, tuple(norm.normalized_shape), norm.weight.type_as(x), norm.eps)
+
+
 def gated_sum(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
     """Compute x + gate·h in float32 or better, in the type of x."""
     return torch.addcmul(at_least_float32(x), gate, at_least_float32(h)).type_as(x)
@@ -125,7 +133,7 @@ class WanBlock(WanTransformerBlock):
     def text_keys(self, text: Tensor) -> KeysValues:
         """Compute keys and values of embedded text tokens (B, T, D)."""
         attention = self.attn2
-        keys = attention.norm_k(attention.to_k(text)).type_as(text)
+        keys = rms_norm(attention.norm_k, attention.to_k(text))
         return self._by_head(keys), self._by_head(attention.to_v(text))
 
     def forward(
@@ -158,9 +166,10 @@ class WanBlock(WanTransformerBlock):
         self, h: Tensor, rotary: Rotary, attend: Attend, keep: int | None
     ) -> Tensor:
         attention, asking = self.attn1, h if keep is None else h[:, :, -keep:]
-        q = attention.norm_q(attention.to_q(asking))  # (B, F, keep, D)
-        k, v = attention.norm_k(attention.to_k(h)), attention.to_v(h)  # (B, F, N, D)
-        q, k = (rotary.rotate(self._by_head(x)).type_as(v).flatten(2, 3) for x in (q, k))
+        q = rms_norm(attention.norm_q, attention.to_q(asking))  # (B, F, keep, D)
+        k = rms_norm(attention.norm_k, attention.to_k(h))  # (B, F, N, D)
+        v = attention.to_v(h)  # (B, F, N, D)
+        q, k = (rotary.rotate(self._by_head(x)).flatten(2, 3) for x in (q, k))
         out = attend(q, k, self._by_head(v).flatten(2, 3))  # (B, heads, F·keep, d)
         out = rearrange(out, "b h (f n) d -> b f n (h d)", f=h.shape[1])  # (B, F, keep, D)
         return attention.to_out[1](attention.to_out[0](out))  # (B, F, keep, D)
@@ -168,7 +177,7 @@ class WanBlock(WanTransformerBlock):
     def _attend_to_text(self, h: Tensor, text: Tensor | KeysValues) -> Tensor:
         keys, values = self.text_keys(text) if isinstance(text, Tensor) else text
         attention, frames = self.attn2, h.shape[1]
-        q = attention.norm_q(attention.to_q(h)).type_as(keys)  # (B, F, N, D)
+        q = rms_norm(attention.norm_q, attention.to_q(h)).type_as(keys)  # (B, F, N, D)
         # Tokens behind the end of the text are zeros, and attended to: Wan was trained so.
         out = full_attention(self._by_head(q).flatten(2, 3), keys, values)  # (B, heads, F·N, d)
         out = rearrange(out, "b h (f n) d -> b f n (h d)", f=frames)  # (B, F, N, D)
