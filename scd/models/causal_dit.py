@@ -106,6 +106,7 @@ class CausalDiT(DiT, CausalWorldModel):
         cache: Cache,
         modulation: PrecomputedModulation,
         perturbation: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> FrameDenoiser:
         """Prefill the newest frame; all layers then run at every denoising step of the next.
 

@@ -173,6 +173,7 @@ class SCD(CausalWorldModel):
         cache: Cache,
         modulation: PrecomputedModulation,
         perturbation: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> FrameDenoiser:
         """Encode the newest frame; only the decoder then runs at the steps of the next."""
         clean = modulation.clean[next_condition_ids]  # (B, 1, 6·L + 2, D)
