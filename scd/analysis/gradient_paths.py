@@ -40,6 +40,7 @@ from scd.utils.precision import autocast, float32_products
 
 OUTSIDE = "outside"  # of the layers: embeddings, output norm, output layer
 ALL = "all"
+PATHS = ("writing", "denoising")
 PAIRS = ("writing – denoising", "writing – writing", "denoising – denoising")
 
 
@@ -53,7 +54,7 @@ class PathGradients:
 
     groups: list[str]
     parameters: Tensor  # (groups, 3), numbers of them used in writing only, in both, in denoising
-    squares: Tensor  # (n, 2, levels, groups), |g_write|² and |g_denoise|², shared or not
+    squares: Tensor  # (n, PATHS, levels, groups), |g|² over all parameters, shared or not
     cosine: Tensor  # (n, levels, groups), of g_write and g_denoise of the same clip
     between: Tensor  # (n, PAIRS, levels, groups), of two different clips
 
@@ -100,7 +101,7 @@ def measure_gradients(
     used = torch.stack([writes & ~denoises, writes & denoises, ~writes & denoises])
     return PathGradients(
         [*groups, ALL],
-        torch.stack([_by_group(of_path, sizes) for of_path in used]).T.long(),
+        torch.stack([_with_total([x.sum() for x in kind.split(sizes)]) for kind in used]).T.long(),
         *(
             torch.stack(values).unflatten(0, (len(LEVELS), -1)).movedim(0, -2)
             for values in (squares, cosine, between)
@@ -159,14 +160,15 @@ def _gradients(
     return vector.float(), found[len(parameters) :]
 
 
-def _by_group(values: Tensor, sizes: list[int]) -> Tensor:
-    """Sum the entries of a vector for each group of parameters, and for all: (groups,)."""
-    by_group = torch.stack([part.sum(dtype=torch.double) for part in values.split(sizes)]).cpu()
-    return torch.cat([by_group, by_group.sum(dim=0, keepdim=True)])
+def _with_total(by_group: Sequence[Tensor]) -> Tensor:
+    """Append the sum of all groups: (groups,)."""
+    values = torch.stack([*by_group]).double().cpu()
+    return torch.cat([values, values.sum(dim=0, keepdim=True)])
 
 
 def _dots(one: Tensor, other: Tensor, sizes: list[int]) -> Tensor:
-    return _by_group(one * other, sizes)
+    """Multiply two vectors for each group of parameters, and for all: (groups,)."""
+    return _with_total([*map(torch.dot, one.split(sizes), other.split(sizes))])
 
 
 def _cosines(one: Tensor, other: Tensor, sizes: list[int]) -> Tensor:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from scd.analysis.figures import COLORS
-from scd.analysis.gradient_paths import PAIRS, PathGradients, measure_gradients
+from scd.analysis.gradient_paths import PAIRS, PATHS, PathGradients, measure_gradients
 from scd.analysis.html_report import Section
 from scd.analysis.measurements import Estimate, bootstrap
 from scd.analysis.probed_model import ProbedModel
@@ -30,8 +30,9 @@ def probe_gradients(probed: ProbedModel) -> Section:
         "levels": LEVELS,
         "groups": result.groups,
         "parameters": result.parameters,
-        "norm_ratio": ratio._asdict(),
-        "norm_ratio_mean": ratio_mean._asdict(),
+        "norms": dict(zip(PATHS, result.squares.mean(dim=0).sqrt(), strict=True)),
+        "norm_ratio": {name: values[:, -1] for name, values in ratio._asdict().items()},
+        "norm_ratio_mean": {name: values[-1] for name, values in ratio_mean._asdict().items()},
     }
     if result.shares:
         numbers |= {
@@ -46,8 +47,8 @@ def probe_gradients(probed: ProbedModel) -> Section:
         f"Gradients of the loss of teacher forcing on whole clips, separately through what is "
         f"computed at clean tokens (writing: keys and values, or the context) and at noisy ones "
         f"(denoising); together they are the gradient of training. Cosines are on the entries of "
-        f"parameters that both use, and ratios of norms on all; the same noise at all levels; "
-        f"means over σ give every level the same weight. Two clips: neighbors in the list. "
+        f"parameters that both use, ratios of root mean square norms on all. The noise is the same "
+        f"at all levels; means over σ weigh them alike. Two clips: neighbors in the list. "
         f"Intervals: 95 %, bootstrap over {n} clips.",
         {"gradients": gradient_figure(result, cosine, cosine_mean, between, ratio)},
         gradient_table(result, cosine, cosine_mean, ratio_mean) if result.shares else None,
