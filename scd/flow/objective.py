@@ -3,6 +3,7 @@
 With σ = t/1000: x_t = σ·ε + (1−σ)·x, and the loss is the mean squared error of the velocity ε − x.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -193,13 +194,13 @@ def drop_conditions(model: WorldModel, conditions: Tensor | None, dropped: Tenso
     return torch.where(dropped[(..., *[None] * (conditions.ndim - 1))], null, conditions)
 
 
-@torch.no_grad()
 def errors_by_level(
     model: WorldModel,
     latents: Tensor,
     conditions: Tensor | None,
     noise: Tensor,
     prefix: int = 0,
+    levels: Sequence[float] = LEVELS,
 ) -> Tensor:
     """Measure the squared error of the velocity ε − x, (B, levels, frames).
 
@@ -210,13 +211,14 @@ def errors_by_level(
         conditions: (B, F).
         noise: (B, 1, F', C, H, W), ε of the frames that can be predicted, the same at all levels.
         prefix: first frames that are given and not measured, if the model must have any.
+        levels: noise levels σ.
     """
-    levels = torch.tensor(LEVELS, device=latents.device).clamp(min=model.config.sigma_min)
+    sigmas = torch.tensor(levels, device=latents.device).clamp(min=model.config.sigma_min)
     clean = latents[:, None, model.first_predicted :]
     # The levels are draws of one clip, which share a pass over its clean frames.
-    sigma = levels[None, :, None, None, None, None]
+    sigma = sigmas[None, :, None, None, None, None]
     noisy = sigma * noise + (1 - sigma) * clean
-    times = (MAX_TIMESTEP * levels)[None, :, None].repeat(len(noisy), 1, noisy.shape[2])
+    times = (MAX_TIMESTEP * sigmas)[None, :, None].repeat(len(noisy), 1, noisy.shape[2])
     given = max(prefix - model.first_predicted, 0)
     times[:, :, :given] = CLEAN_TIMESTEP
     velocity = model(latents, noisy, times, conditions)

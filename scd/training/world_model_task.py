@@ -158,6 +158,7 @@ class HeldOutLoss:
         at_levels = {f"loss_at_{s:g}": float(v) for s, v in zip(LEVELS, means, strict=True)}
         return {"loss": float(means.mean()), **at_levels}
 
+    @torch.no_grad()
     def _errors(
         self, network: WorldModel, number: int, clip: dict[str, Tensor], precision: str
     ) -> list[float]:
