@@ -278,8 +278,11 @@ class CausalWorldModel(WorldModel):
         """Compute keys and values of the text encoder's output (B, T, text_dim).
 
         They are put into the KV cache, where `prefill` and `begin_frame` find them.
+
+        Raises:
+            ScdError: the model takes no text.
         """
-        raise NotImplementedError
+        raise ScdError(f"{type(self).__name__} takes no text")
 
     @abstractmethod
     def prefill(
