@@ -102,6 +102,43 @@ def test_one_frame_is_diffusers_own_output(inputs, config):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fusion", ["token_concat", "middle"])
+def test_an_scd_by_diffusers_own_blocks(inputs, fusion):
+    """The second of two frames: encoder and decoder put together from another implementation."""
+    latents, noisy, times, text = singles(*inputs)
+    wan = tiny_wan()
+    scd = SCDWan.from_wan(wan, 3, 1, 2, fusion=fusion)
+    embedder = wan.condition_embedder
+    past, present = latents[:, :1].transpose(1, 2), noisy[:, 1:2].transpose(1, 2)
+    rotary = wan.rope(past)
+
+    def embed(frame: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        e, vectors, tokens, _ = embedder(t, text)
+        return wan.patch_embedding(frame).flatten(2).transpose(1, 2), e, vectors, tokens
+
+    x, _, vectors, tokens = embed(past, torch.zeros(B))
+    for block in wan.blocks[:3]:
+        x = block(x, tokens, vectors.unflatten(1, (6, -1)), rotary)
+    context = x
+    x, e, vectors, tokens = embed(present, times[:, 1])
+    vectors, n = vectors.unflatten(1, (6, -1)), x.shape[1]
+    if fusion == "token_concat":
+        x, twice = torch.cat([context, x], dim=1), [table.repeat(1, 2, 1, 1) for table in rotary]
+        for block in (wan.blocks[0], *wan.blocks[2:]):
+            x = block(x, tokens, vectors, twice)
+    else:
+        torch.nn.init.normal_(scd.decoder.fuse.weight, std=0.1)
+        x = context + scd.decoder.fuse(wan.blocks[0](x, tokens, vectors, rotary))
+        for block in wan.blocks[2:]:
+            x = block(x, tokens, vectors, rotary)
+    shift, scale = (wan.scale_shift_table + e[:, None]).chunk(2, dim=1)
+    x = wan.proj_out(wan.norm_out(x[:, -n:]) * (1 + scale) + shift)
+    x = x.reshape(B, H // 2, W // 2, 2, 2, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+    found = scd.velocity(latents[:, :2], noisy[:, :2], times[:, :2], text)
+    assert (found[:, 0] - x).abs().max() < 1e-5 < x.std()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("config", KINDS, ids=name)
 def test_frames_depend_on_earlier_ones_alone(inputs, config):
     """A later frame, clean or noisy, moves nothing before it; an earlier one moves what follows."""
@@ -300,26 +337,26 @@ def test_the_middle_fusion_starts_as_wan_itself(inputs, monkeypatch):
 
 
 @torch.no_grad()
-def test_context_guidance_perturbs_in_units_of_the_context(inputs):
-    """The second half of the batch is denoised under the perturbed context."""
-    latents, noisy, times, text = inputs
-    model = make(SHIFT | MIDDLE).double()
-    zeta = torch.randn(B, F - 1, model.tokens_per_frame(H, W), model.width, dtype=torch.float64)
-    parts = latents, noisy[:, None, 1:], times[:, None, 1:], None
-    plain, perturbed = model(*parts, text=text), model(*parts, 0.1 * zeta, text=text)
-    assert 0 < (plain - perturbed).abs().max() < 1
-    model = model.float()
-    latents, noise, text = singles(latents[:, :2], noisy[:, 0], text)
+@pytest.mark.parametrize("config", [SHIFT | CONCAT, NOISE | MIDDLE], ids=name)
+def test_context_guidance_perturbs_in_units_of_the_context(inputs, config):
+    """One step of a rollout against `forward` with and without the perturbation."""
+    latents, noisy, _, text = singles(*inputs)
+    model, actions = make(config, num_actions=3), torch.tensor([[0, 1, 2]] * B)
+    settings = RolloutOptions(1, guidance_scale=1.5, guidance_noise=0.1)
+    rollout = Rollout(model, settings, 3)
+    generator = torch.Generator().manual_seed(4)
+    rollout.reset(latents[:, :2], actions[:, :2], generator=generator, text=text)
+    found = rollout.step(actions[:, 2], noise=noisy[:, 2])
 
-    def frame(scale: float, eta: float) -> Tensor:
-        settings = RolloutOptions(1, guidance_scale=scale, guidance_noise=eta)
-        rollout = Rollout(model, settings, 3)
-        rollout.reset(latents, generator=torch.Generator().manual_seed(4), text=text)
-        return rollout.step(noise=noise)
-
-    # Without noise there is nothing to guide.
-    assert (frame(1.5, 0.0) - frame(1.0, 0.0)).abs().max() < TOLERANCE
-    assert (frame(1.5, 0.1) - frame(1.0, 0.0)).abs().max() > 1e-3
+    zeta = torch.randn(
+        B, model.tokens_per_frame(H, W), model.width, generator=generator.manual_seed(4)
+    )
+    zeta = 0.1 * zeta[:, None].expand(-1, 2, -1, -1)
+    parts = latents[:, :3], noisy[:, None, 1:3], torch.full((B, 1, 2), 1000.0), actions
+    positive, negative = (model(*parts, p, text=text)[:, 0, 1] for p in (None, zeta))
+    expected = noisy[:, 2] - (negative + 1.5 * (positive - negative))
+    assert (found - expected).abs().max() < TOLERANCE
+    assert 0.01 < (positive - negative).abs().max() < 1
 
 
 @torch.no_grad()
