@@ -37,6 +37,8 @@ class Rollout:
     Attributes:
         exit_input: (B, C, H, W), the noisy frame that the last exit was predicted from; see `step`.
         exit_level: the noise level σ of `exit_input`.
+        first_look: (B, C, H, W), the noise that the encoder saw in place of the newest frame, of a
+            model that `encodes_noise`.
 
     Raises:
         ScdError: settings that the model cannot follow; see also `reset` and `step`.
@@ -78,6 +80,7 @@ class Rollout:
         self._newest: Tensor | None = None
         self.exit_input: Tensor
         self.exit_level: float
+        self.first_look: Tensor
 
     @torch.no_grad()
     def reset(
@@ -172,6 +175,10 @@ class Rollout:
         s, shape, steps = self.settings, (self._batch, *self._newest.shape[2:]), len(levels) - 1
         noises = frame_noise(shape, steps, s.solver, self._generator, model.device, noise)
         noises = noises[:, :, None]  # (B, 1 + fresh, 1, C, H, W)
+        look = None
+        if model.encodes_noise:
+            self.first_look = randn_tensor(shape, self._generator, model.device)
+            look = self._both(self.first_look[:, None])  # (B, 1, C, H, W)
         perturbation = None
         if self.guidance == "context":
             of_tokens = (self._batch, tokens, model.width)
@@ -179,7 +186,7 @@ class Rollout:
             perturbation = s.guidance_noise * context_noise[:, None]
         with self._packed.in_use(), float32_products(self.precision):
             denoiser = model.begin_frame(
-                self._both(self._newest), ids, next_ids, self.cache, modulation, perturbation
+                self._both(self._newest), ids, next_ids, self.cache, modulation, perturbation, look
             )
             self.on_encoded()
             if exit_step is None:
