@@ -23,6 +23,7 @@ from scd.distill.dmd import (
 )
 from scd.errors import ScdError
 from scd.models import SCD, BidirectionalDiT, CausalDiT, CausalWorldModel
+from scd.models.world_model import FirstLook
 from scd.options import Options, RolloutOptions, load_options
 from scd.rollout import continue_videos
 from scd.training.checkpoint import load_checkpoint
@@ -39,8 +40,10 @@ SETTINGS = RolloutOptions(
 
 def make(kind: str, prediction: str = "data", seed: int = 1) -> CausalWorldModel:
     torch.manual_seed(seed)
-    if kind == "scd":
-        model = SCD(**SIZES, encoder_layers=2, decoder_layers=1, prediction=prediction)
+    frames = {"scd": "shift", "scd noise": "noise", "scd joint": "joint"}
+    if kind in frames:
+        layers = {"encoder_layers": 2, "decoder_layers": 1, "encoder_frame": frames[kind]}
+        model = SCD(**SIZES, **layers, prediction=prediction)
     else:
         types = {"causal": CausalDiT, "bidirectional": BidirectionalDiT}
         model = types[kind](**SIZES, layers=2, prediction=prediction)
@@ -73,7 +76,7 @@ def rolled_out(model: CausalWorldModel, exit_step: int) -> tuple[SelfRollout, Te
 
 @pytest.mark.parametrize("exit_step", range(SETTINGS.steps))
 @pytest.mark.parametrize("prediction", ["data", "velocity"])
-@pytest.mark.parametrize("kind", ["scd", "causal"])
+@pytest.mark.parametrize("kind", ["scd", "scd noise", "scd joint", "causal"])
 def test_a_replay_equals_its_rollout(kind: str, prediction: str, exit_step: int) -> None:
     model = make(kind, prediction)
     rollout, context, actions = rolled_out(model, exit_step)
@@ -101,8 +104,44 @@ def test_a_first_frame_with_more_steps_is_replayed_from_its_own_exit() -> None:
     torch.testing.assert_close(frames, rollout.frames, rtol=1e-4, atol=1e-4)
 
 
-def test_the_last_frame_teaches_how_history_is_written() -> None:
-    model = make("scd")
+@pytest.mark.parametrize("kind", ["scd", "scd noise", "scd joint"])
+def test_a_window_that_shows_every_frame_changes_nothing(kind: str) -> None:
+    """The smallest that the options allow."""
+    model, (latents, actions) = make(kind), make_clip()
+    context, rollouts = latents[:, :KNOWN], []
+    for window in (0, KNOWN + NEW - 1):
+        settings = replace(SETTINGS, window=window)
+        rollouts.append(roll_out(model, settings, context, NEW, 0.5, actions, None, generators()))
+    torch.testing.assert_close(rollouts[0].frames, rollouts[1].frames, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        replay(model, context, rollouts[1], actions), rollouts[1].frames, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_rollout_records_what_the_encoder_saw() -> None:
+    """Pure noise, drawn after that of each frame's steps; under other noise the replay is other."""
+    model = make("scd noise")
+    rollout, context, actions = rolled_out(model, 1)
+    drawn = []
+    for each in generators():
+        looks = []
+        for _ in range(NEW):
+            torch.randn(3, 4, 4, generator=each)
+            torch.randn(SETTINGS.steps - 1, 3, 4, 4, generator=each)
+            looks.append(torch.randn(3, 4, 4, generator=each))
+        drawn.append(torch.stack(looks))
+    assert rollout.first_look is not None
+    assert torch.equal(rollout.first_look.noisy, torch.stack(drawn))
+    assert rollout.first_look.timesteps.unique().tolist() == [1000]
+    other = rollout._replace(first_look=FirstLook.pure(rollout.first_look.noisy.flip(1)))
+    moved = replay(model, context, other, actions) - rollout.frames
+    assert (moved.abs().amax(dim=(2, 3, 4)) > 1e-2).all()
+    assert rolled_out(make("scd"), 1)[0].first_look is None
+
+
+@pytest.mark.parametrize("kind", ["scd", "scd noise"])
+def test_the_last_frame_teaches_how_history_is_written(kind: str) -> None:
+    model = make(kind)
     rollout, context, actions = rolled_out(model, 1)
     replay(model, context, rollout, actions)[:, -1].sum().backward()
     written = model.encoder.blocks[0].attention.qkv.weight.grad
@@ -110,14 +149,14 @@ def test_the_last_frame_teaches_how_history_is_written() -> None:
     assert not rollout.frames.requires_grad and not rollout.noisy.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["scd", "causal"])
+@pytest.mark.parametrize("kind", ["scd", "scd noise", "causal"])
 def test_without_history_gradient_a_frame_teaches_only_its_own_passes(kind: str) -> None:
     model = make(kind)
     rollout, context, actions = rolled_out(model, 1)
     frames = [replay(model, context, rollout, actions, on) for on in (True, False)]
     torch.testing.assert_close(frames[1], frames[0], rtol=1e-5, atol=1e-5)
     # The history as an input: which frames does the last one have a gradient to?
-    embedded = model.encoder.embed if kind == "scd" else model.embed
+    embedded = model.embed if kind == "causal" else model.encoder.embed
     seen: list[Tensor] = []
 
     def watch(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -132,11 +171,10 @@ def test_without_history_gradient_a_frame_teaches_only_its_own_passes(kind: str)
         gradient = seen[0].grad
         assert gradient is not None
         reached.append((gradient.abs().amax(dim=(0, 2, 3)) > 0).tolist())
-    own = KNOWN + NEW - 1 - (kind == "scd")  # the pass over frame i - 1, or over i noisy
     clean = KNOWN + NEW - 1
-    if kind == "scd":
+    if kind == "scd":  # the own pass is that over frame i - 1, else over i noisy
         assert reached[0] == [True] * clean
-        assert reached[1] == [False] * own + [True]
+        assert reached[1] == [False] * (clean - 1) + [True]
     else:  # clean frames come first in one sequence with noisy ones
         assert reached[0][:clean] == [True] * clean
         assert not any(reached[1][:clean])
@@ -239,19 +277,20 @@ def options_of(steps: int = 3, critic_updates: int = 2, **distill: object) -> Op
 # --- One step of the objective
 
 
-def objective_of(**distill: float) -> DMDObjective:
+def objective_of(student: str = "scd", **distill: float) -> DMDObjective:
     teacher = make("bidirectional").requires_grad_(False)
     options = options_of(**distill)
     torch.manual_seed(0)
     critic = Critic(make("bidirectional", seed=2), options.distill.adversarial_weight > 0)
-    return DMDObjective(make("scd"), teacher, critic, options)
+    return DMDObjective(make(student), teacher, critic, options)
 
 
-def test_student_and_critic_learn_by_turns_from_their_own_losses() -> None:
+@pytest.mark.parametrize("student", ["scd", "scd joint"])
+def test_student_and_critic_learn_by_turns_from_their_own_losses(student: str) -> None:
     latents, actions = make_clip()
     batch = {"latents": latents, "actions": actions, "sample": [0, 1]}
     for step, learning in ((1, ("critic",)), (2, ("critic", "model"))):
-        objective = objective_of()
+        objective = objective_of(student=student)
         values = objective({**batch, "step": step})
         values["loss"].backward()
         learns = {n.split(".")[0] for n, p in objective.named_parameters() if p.grad is not None}
@@ -259,7 +298,7 @@ def test_student_and_critic_learn_by_turns_from_their_own_losses() -> None:
         assert ("dmd_gradient" in values) == (step == 2)
     assert values["replay_error"] < 1e-4
     # The critic's gradient is that of its own loss alone.
-    own = objective_of(critic_updates=100)
+    own = objective_of(critic_updates=100, student=student)
     own({**batch, "step": 2})["loss"].backward()
     for one, other in zip(objective.critic.parameters(), own.critic.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)

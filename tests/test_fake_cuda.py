@@ -71,11 +71,14 @@ def make(kind: type, **config) -> WorldModel:
         ({}, {"self_forcing_prob": 0.5}),
         ({"first_frame": True}, {}),
         ({"prediction": "data"}, {}),
+        ({"encoder_frame": "noise"}, {"self_forcing_prob": 0.5}),
     ],
 )
 @pytest.mark.parametrize(("frames", "side"), [(4, 2), (40, 6)])  # with masks; by FlexAttention
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_forward(kind, config, flow, frames, side, checkpointing):
+    if kind is CausalDiT and "encoder_frame" in config:
+        pytest.skip("the dense baseline has no encoder")
     model = make(kind, **config)
     model.set_gradient_checkpointing(checkpointing)
     batch = {
@@ -92,7 +95,15 @@ def test_every_fusion(fusion):
     test_a_training_forward(SCD, {"fusion": fusion}, {}, 4, 2, False)
 
 
-@pytest.mark.parametrize("kind", [SCD, CausalDiT])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (SCD, {}),
+        (SCD, {"encoder_frame": "noise"}),
+        (SCD, {"encoder_frame": "joint"}),
+        (CausalDiT, {}),
+    ],
+)
 @pytest.mark.parametrize("inputs_on", ["cpu", "cuda:0"])
 @pytest.mark.parametrize(
     ("settings", "known", "side"),
@@ -107,10 +118,10 @@ def test_every_fusion(fusion):
         ({"guidance": "none"}, 0, 2),
     ],
 )
-def test_a_rollout(kind, inputs_on, settings, known, side):
+def test_a_rollout(kind, config, inputs_on, settings, known, side):
     if kind is CausalDiT and settings["guidance"] == "context":
         pytest.skip("the dense baseline has no context to perturb")
-    model = make(kind, first_frame=not known).eval()
+    model = make(kind, first_frame=not known, **config).eval()
     rollout = Rollout(model, RolloutOptions(3, **settings), known + 2)
     rollout.reset(
         torch.empty(B, known, CHANNELS, side, side, device=inputs_on),

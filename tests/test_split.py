@@ -13,6 +13,7 @@ from scd.cli import main
 from scd.errors import ScdError
 from scd.models.autoencoder import PixelCodec
 from scd.models.load import build_world_model, load_checkpoint_for_use
+from scd.models.world_model import FirstLook
 from scd.options import Options, load_options
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +87,28 @@ def test_without_attention_the_split_computes_what_the_dense_model_does(options,
     assert (model.velocity(latents, noisy, times, actions) - expected).abs().max() < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("frame", ["noise", "joint"])
+def test_a_first_look_sees_what_the_dense_model_does(options, dense, frame):
+    """The same tensors as of `shift`; and the contexts of so many layers, up to the norm."""
+    wanted = Split(3, 1, encoder_frame=frame)
+    model = split_model(dense, PixelCodec(), split_options(options(), wanted), wanted)
+    assert model.config.encoder_frame == frame
+    plain = Split(3, 1)
+    shifted = split_model(dense, PixelCodec(), split_options(options(), plain), plain)
+    for name, tensor in shifted.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    latents, noisy = torch.randn(2, 2, 5, 3, 64, 64)
+    times, actions = 1000 * torch.rand(2, 4), torch.randint(0, 4, (2, 5))
+    seen = []
+    dense.blocks[2].register_forward_hook(lambda module, args, out: seen.append(out[:, 4:]))
+    dense(latents, noisy[:, None, 1:], times[:, None], actions)
+    look = FirstLook(noisy[:, 1:], times)
+    contexts = model.encoder(latents[:, :-1], actions, first_look=look)
+    expected = torch.nn.functional.layer_norm(seen[0], (model.width,), eps=1e-6)
+    assert (contexts - expected).abs().max() < 1e-4
+
+
 def test_refused_splits(options, dense):
     for split, message in (
         (Split(0, 1), "--encoder-layers 0: choose 1 to 4, the dense model's layers"),
@@ -133,6 +156,9 @@ def test_split_then_train(options, tmp_path, capsys):
     assert made.options.output == out
     assert main([*command, "--out", str(out)]) == 1
     assert f"--out {out}: already exists" in capsys.readouterr().err
+    noise = tmp_path / "noise"
+    assert main([*command, "--encoder-frame", "noise", "--out", str(noise)]) == 0
+    assert load_checkpoint_for_use(noise / "model.safetensors").model.encodes_noise
     # A step too small to move: training began from those weights.
     arguments = ["train", "--opt", str(out / "options.yml"), "train.save_every=1"]
     assert main([*arguments, "optim.lr=1e-12"]) == 0

@@ -59,6 +59,11 @@ def probe_checkpoint(
     options, step = loaded.options, loaded.source["step"]
     if not isinstance(loaded.model, CausalWorldModel):
         raise ScdError(f"{path}: a {options.model.type} has no rollout to probe")
+    if loaded.model.encodes_noise:
+        raise ScdError(
+            f"{path}: model.encoder_frame={options.model.encoder_frame} cannot be probed: the "
+            f"probes know encoders that see clean frames only (shift)"
+        )
     if isinstance(loaded.model, CausalDiT) and len(loaded.model.blocks) < 2:
         raise ScdError(f"{path}: a dense model with one layer cannot be split")
     read = read_probe_clips(loaded, numbers, NEW_FRAMES)

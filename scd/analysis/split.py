@@ -7,14 +7,21 @@ output layers are copied wherever they have a counterpart.
 Some things stay as in the dense model: the encoder's layers see clean frames at timestep −1 and
 their past; the decoder's rotary positions differ inside a frame as before; the same layers read out
 the velocity. The rest has to be learned: history now comes as normalized tokens of the same frame,
-to which the decoder never attended; the encoder's frame j is conditioned on the action of frame
-j + 1 (the dense model's clean frame on its own); with `last`, noisy tokens enter in the middle of
-the stack. The encoder's output norm starts without modulation.
+to which the decoder never attended; with `last`, noisy tokens enter in the middle of the stack. The
+encoder's output norm starts without modulation.
+
+How the encoder meets the frame to come (`model.encoder_frame`) is a matter of wiring: the same
+weights are taken for all three ways. With `shift`, the encoder's frame j is conditioned on the
+action of frame j + 1, and its output stands for a frame that it has not seen: both new to a dense
+model. With `noise` and `joint` nothing about the encoder has to be relearned: clean frames carry
+their own action, and its output at a noisy frame is, up to the norm, what a causal dense model has
+there after the same layers.
 """
 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -39,16 +46,19 @@ class Split:
     encoder_layers: int
     decoder_layers: int
     decoder_from: str = "last"
+    encoder_frame: Literal["shift", "noise", "joint"] = "shift"
 
     @property
     def name(self) -> str:
-        return f"{self.encoder_layers}+{self.decoder_layers} {self.decoder_from}"
+        frame = "" if self.encoder_frame == "shift" else f" {self.encoder_frame}"
+        return f"{self.encoder_layers}+{self.decoder_layers} {self.decoder_from}{frame}"
 
     @property
     def arguments(self) -> list[str]:
         """Write the split as arguments of `scd split`."""
         numbers = ("--encoder-layers", self.encoder_layers, "--decoder-layers", self.decoder_layers)
-        return [*map(str, numbers), "--decoder-from", self.decoder_from]
+        frame = () if self.encoder_frame == "shift" else ("--encoder-frame", self.encoder_frame)
+        return [*map(str, numbers), "--decoder-from", self.decoder_from, *frame]
 
     def decoder_sources(self, layers: int) -> list[int]:
         """List the dense model's layers, from 0, that the decoder is made of.
@@ -84,6 +94,7 @@ def split_options(options: Options, split: Split) -> Options:
         layers=0,
         encoder_layers=split.encoder_layers,
         decoder_layers=split.decoder_layers,
+        encoder_frame=split.encoder_frame,
     )
     flow = replace(options.flow, prefix_frames=[])
     return replace(options, model=model, flow=flow)

@@ -23,7 +23,7 @@ def train(a: argparse.Namespace) -> None:
 def split(a: argparse.Namespace) -> None:
     from scd.analysis.split import Split, split_checkpoint
 
-    wanted = Split(a.encoder_layers, a.decoder_layers, a.decoder_from)
+    wanted = Split(a.encoder_layers, a.decoder_layers, a.decoder_from, a.encoder_frame)
     split_checkpoint(a.checkpoint, wanted, a.out, a.opt, a.overrides)
 
 
@@ -50,6 +50,12 @@ def add_commands(commands: Commands) -> None:
         choices=["last", "first-and-last"],
         default="last",
         help="its last layers, or half of them from either end (default: %(default)s)",
+    )
+    p.add_argument(
+        "--encoder-frame",
+        choices=["shift", "noise", "joint"],
+        default="shift",
+        help="how the encoder meets the frame to come, model.encoder_frame (default: %(default)s)",
     )
     p.add_argument(
         "--out", type=from_user, required=True, help="folder for model.safetensors and options.yml"

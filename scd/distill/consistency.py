@@ -48,7 +48,8 @@ class ConsistencyObjective(nn.Module):
         """Compute the loss of clips; see `FlowObjective.forward`."""
         latents, samples = batch["latents"], [int(number) for number in batch["sample"]]
         flow, seed = self.options.flow, self.options.seed
-        draws = draw_noise(flow, seed, samples, latents, None)
+        looks = self.model.encodes_noise or self.teacher.encodes_noise
+        draws = draw_noise(flow, seed, samples, latents, None, looks)
         shape = tuple(draws.level.shape[1:])
         place = uniform_per_sample(shape, samples, latents.device, seed, "consistency")
         conditions = self.model.frame_conditions(
@@ -75,13 +76,15 @@ class ConsistencyObjective(nn.Module):
         conditions = drop_conditions(self.model, conditions, draws.drop_condition)
         noise, clean = draws.noise[:, :, first:], latents[:, None, first:]
         noisy = sigma * noise + (1 - sigma) * clean  # (B, K, F', C, H, W)
+        look = draws.pure_look(first)  # the encoder learns for rollouts
         with torch.no_grad():
             scale = self.options.distill.guidance_scale
-            velocity = guided_velocity(self.teacher, latents, noisy, times, conditions, scale)
+            velocity = guided_velocity(self.teacher, latents, noisy, times, conditions, scale, look)
             stepped = noisy - (sigma - next_sigma) * velocity  # (B, K, F', C, H, W)
-            ahead = self.target(latents, stepped, next_times, conditions)
+            ahead = self.target(latents, stepped, next_times, conditions, first_look=look)
             target = clean_frames(stepped, ahead, next_times)  # (B, K, F', C, H, W)
         # Before pytorch's #165068, autocast kept the weights that it had cast without gradients.
         torch.clear_autocast_cache()
-        predicted = clean_frames(noisy, self.model(latents, noisy, times, conditions), times)
+        velocity = self.model(latents, noisy, times, conditions, first_look=look)
+        predicted = clean_frames(noisy, velocity, times)
         return (predicted - target).square().mean()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from scd.distill.critic import Critic, discriminator_loss, generator_loss, input_gradient
 from scd.distill.teacher import clean_frames, guided_velocity
-from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, WorldModel
+from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FirstLook, WorldModel
 from scd.options import Options, RolloutOptions
 from scd.rollout import Rollout
 from scd.utils.precision import without_autocast
@@ -32,6 +32,7 @@ class SelfRollout(NamedTuple):
     frames: Tensor  # (B, F', C, H, W)
     noisy: Tensor  # (B, F', C, H, W)
     timesteps: Tensor  # (B, F')
+    first_look: FirstLook | None = None  # what the student's encoder saw of them, if it does
 
 
 class Score(NamedTuple):
@@ -74,7 +75,7 @@ def roll_out(
     with without_autocast(context.device), unsharded(model):
         rollout = Rollout(model, settings, known + new_frames)
         rollout.reset(context, None if actions is None else actions[:, :known], labels, generators)
-        frames, noisy, levels = [], [], []
+        frames, noisy, levels, looks = [], [], [], []
         for frame in range(known, known + new_frames):
             action = None if actions is None else actions[:, frame]
             steps = settings.steps
@@ -83,10 +84,14 @@ def roll_out(
             frames.append(rollout.step(action, exit_step=int(exit_at * steps)))
             noisy.append(rollout.exit_input)
             levels.append(rollout.exit_level)
+            if model.encodes_noise:
+                looks.append(rollout.first_look)
     timesteps = MAX_TIMESTEP * torch.tensor(levels, device=context.device)
-    batch = len(context)
     return SelfRollout(
-        torch.stack(frames, dim=1), torch.stack(noisy, dim=1), timesteps.expand(batch, -1)
+        torch.stack(frames, dim=1),
+        torch.stack(noisy, dim=1),
+        timesteps.expand(len(context), -1),
+        FirstLook.pure(torch.stack(looks, dim=1)) if looks else None,
     )
 
 
@@ -106,7 +111,12 @@ def replay(
     history = torch.cat([context, rollout.frames], dim=1)  # (B, K + F', C, H, W)
     noisy, times = rollout.noisy[:, None], rollout.timesteps[:, None]
     velocity = model(
-        history, noisy, times, conditions, history_gradient=history_gradient
+        history,
+        noisy,
+        times,
+        conditions,
+        history_gradient=history_gradient,
+        first_look=rollout.first_look,
     )  # (B, 1, F', C, H, W)
     return clean_frames(noisy, velocity, times)[:, 0]  # (B, F', C, H, W)
 

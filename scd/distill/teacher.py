@@ -8,7 +8,7 @@ from torch import Tensor
 from scd.errors import ScdError
 from scd.flow.sampler import guide
 from scd.models.load import load_checkpoint_for_use
-from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, WorldModel
+from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FirstLook, WorldModel
 from scd.options import Options
 
 SAME = ("channels", "patch_size", "condition", "num_conditions")  # of teacher and student
@@ -48,16 +48,20 @@ def guided_velocity(
     timesteps: Tensor,
     conditions: Tensor | None,
     scale: float,
+    first_look: FirstLook | None = None,
 ) -> Tensor:
     """Predict velocities v⁻ + w·(v⁺ − v⁻), where v⁻ is under the null condition; 1: v⁺ alone.
 
     Args and returns as `WorldModel.forward`.
     """
     if scale == 1 or conditions is None:
-        return model(latents, noisy, timesteps, conditions)
+        return model(latents, noisy, timesteps, conditions, first_look=first_look)
     null = model.null_conditions(conditions.shape[:2]).type_as(conditions)
     both = (torch.cat([x, x]) for x in (latents, noisy, timesteps))
-    positive, negative = model(*both, torch.cat([conditions, null])).chunk(2)
+    if first_look is not None:
+        first_look = FirstLook(*(torch.cat([x, x]) for x in first_look))
+    velocity = model(*both, torch.cat([conditions, null]), first_look=first_look)
+    positive, negative = velocity.chunk(2)
     return guide(positive, negative, scale)
 
 

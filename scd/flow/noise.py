@@ -4,8 +4,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from scd.models.world_model import MAX_TIMESTEP, FirstLook
 from scd.options import FlowOptions
 from scd.utils.seeding import normal_per_sample, uniform_per_sample
+
+LOOK_RANGE = 0.2  # a first look has a noise level in the highest part of 0..1 (arXiv 2602.10095)
 
 
 class FlowDraws(NamedTuple):
@@ -19,6 +22,23 @@ class FlowDraws(NamedTuple):
     history_noise: Tensor  # (B,), σ of the noise in the history
     self_forced: Tensor  # (B,), bool: clips whose history is of the model's own frames
     prefix: Tensor  # (B, K), in [0, 1): where in its range the number of given frames lies
+    look_level: Tensor  # (B, F), σ of the first looks, above 0.8 and at most 1
+    look_noise: Tensor | None  # (B, F, C, H, W), in the first looks
+
+    def first_look(self, latents: Tensor, first: int) -> FirstLook | None:
+        """Noise the frames from `first` on, (B, F, C, H, W), as an encoder sees them in training.
+
+        None where nothing was drawn for it.
+        """
+        if self.look_noise is None:
+            return None
+        sigma = self.look_level[:, first:, None, None, None]
+        noisy = sigma * self.look_noise[:, first:] + (1 - sigma) * latents[:, first:]
+        return FirstLook(noisy, MAX_TIMESTEP * self.look_level[:, first:])
+
+    def pure_look(self, first: int) -> FirstLook | None:
+        """Look at the frames from `first` on as in a rollout; None where nothing was drawn."""
+        return None if self.look_noise is None else FirstLook.pure(self.look_noise[:, first:])
 
 
 def draw_noise(
@@ -27,12 +47,14 @@ def draw_noise(
     samples: list[int],
     latents: Tensor,
     context_shape: tuple[int, int] | None,
+    looks: bool = False,
 ) -> FlowDraws:
     """Draw the random numbers of clips (B, F, C, H, W) with the given sample numbers.
 
     Args:
         context_shape: tokens in a frame and width, (N, D); None: no context is perturbed. Its
             noise is by far the largest draw.
+        looks: whether an encoder sees the frames to predict.
     """
     frames, picture = latents.shape[1], tuple(latents.shape[2:])
     k = options.noise_draws
@@ -53,4 +75,6 @@ def draw_noise(
         history_noise=options.history_noise_max * uniform("history", 1)[:, 0],
         self_forced=uniform("own", 1)[:, 0] < options.self_forcing_prob,
         prefix=uniform("prefix", k),
+        look_level=1 - LOOK_RANGE * uniform("look level", frames),
+        look_noise=normal("look", frames, *picture) if looks else None,
     )

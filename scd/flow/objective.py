@@ -13,7 +13,13 @@ from scd.data.clips import with_float_pixels
 from scd.flow.noise import FlowDraws, draw_noise
 from scd.flow.sampler import integrate, noise_levels
 from scd.models.autoencoder import Codec
-from scd.models.world_model import CLEAN_TIMESTEP, MAX_TIMESTEP, CausalWorldModel, WorldModel
+from scd.models.world_model import (
+    CLEAN_TIMESTEP,
+    MAX_TIMESTEP,
+    CausalWorldModel,
+    FirstLook,
+    WorldModel,
+)
 from scd.options import FlowOptions
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ that models are measured at
@@ -70,6 +76,7 @@ class FlowObjective(nn.Module):
             [int(number) for number in batch["sample"]],
             latents,
             (tokens, self.model.width) if self._perturbs else None,
+            self.model.encodes_noise,
         )
         conditions = self.model.frame_conditions(
             latents.shape[:2], batch.get("actions"), batch.get("label")
@@ -100,6 +107,7 @@ class FlowObjective(nn.Module):
             frames.sigmas[:, :, first:] * MAX_TIMESTEP,  # (B, K, F')
             conditions,
             perturbation,  # (B, F', N, D)
+            first_look=draws.first_look(latents, first),
         )  # (B, K, F', C, H, W)
         return (velocity - frames.target[:, :, first:]).square().mean()
 
@@ -141,11 +149,12 @@ class FlowObjective(nn.Module):
     ) -> Tensor:
         """Generate every frame after the true ones before it, all frames at once: self-forcing."""
         first = self.model.first_predicted
-        levels = noise_levels(SELF_FORCING_STEPS, "even")
+        levels, look = noise_levels(SELF_FORCING_STEPS, "even"), draws.pure_look(first)
 
         def velocity(x: Tensor, step: int) -> Tensor:
             timesteps = torch.full(x.shape[:2], levels[step] * MAX_TIMESTEP, device=x.device)
-            return self.model(latents, x[:, None], timesteps[:, None], conditions)[:, 0]
+            drawn = x[:, None], timesteps[:, None]
+            return self.model(latents, *drawn, conditions, first_look=look)[:, 0]
 
         generated = integrate(velocity, draws.noise[:, 0, first:], levels, "multistep")
         # Before pytorch's #165068, autocast kept the weights that it had cast without gradients
@@ -201,6 +210,7 @@ def errors_by_level(
     noise: Tensor,
     prefix: int = 0,
     levels: Sequence[float] = LEVELS,
+    first_look: FirstLook | None = None,
 ) -> Tensor:
     """Measure the squared error of the velocity ε − x, (B, levels, frames).
 
@@ -212,6 +222,7 @@ def errors_by_level(
         noise: (B, 1, F', C, H, W), ε of the frames that can be predicted, the same at all levels.
         prefix: first frames that are given and not measured, if the model must have any.
         levels: noise levels σ.
+        first_look: at the frames F', of a model that `encodes_noise`; best pure, as in a rollout.
     """
     sigmas = torch.tensor(levels, device=latents.device).clamp(min=model.config.sigma_min)
     clean = latents[:, None, model.first_predicted :]
@@ -221,7 +232,7 @@ def errors_by_level(
     times = (MAX_TIMESTEP * sigmas)[None, :, None].repeat(len(noisy), 1, noisy.shape[2])
     given = max(prefix - model.first_predicted, 0)
     times[:, :, :given] = CLEAN_TIMESTEP
-    velocity = model(latents, noisy, times, conditions)
+    velocity = model(latents, noisy, times, conditions, first_look=first_look)
     return (velocity - (noise - clean)).square().mean(dim=(3, 4, 5))[:, :, given:]
 
 

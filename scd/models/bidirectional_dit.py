@@ -11,7 +11,7 @@ from torch import Tensor
 from scd.models.attention import full_attention
 from scd.models.dit import DiT
 from scd.models.layers import Modulations, project
-from scd.models.world_model import CLEAN_TIMESTEP
+from scd.models.world_model import CLEAN_TIMESTEP, FirstLook
 
 
 class BidirectionalDiT(DiT):
@@ -31,6 +31,7 @@ class BidirectionalDiT(DiT):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
+        first_look: FirstLook | None = None,
     ) -> Tensor:
         """Predict velocities of K draws of a clip, each a sequence of its own.
 

@@ -14,6 +14,7 @@ from scd.models.world_model import (
     CLEAN_TIMESTEP,
     Cache,
     CausalWorldModel,
+    FirstLook,
     FrameDenoiser,
     PrecomputedModulation,
     repeat_steps,
@@ -45,6 +46,7 @@ class CausalDiT(DiT, CausalWorldModel):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
+        first_look: FirstLook | None = None,
     ) -> Tensor:
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
         draws, first = noisy.shape[1], latents.shape[1] - noisy.shape[2]

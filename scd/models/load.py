@@ -63,6 +63,7 @@ def build_world_model(options: Options, codec: Codec) -> WorldModel:
         decoder_layers=m.decoder_layers,
         fusion=m.fusion,
         modulate_context=m.modulate_context,
+        encoder_frame=m.encoder_frame,
         **shared,
     )
 
@@ -245,7 +246,8 @@ def _refuse_other_model(own: Options, options: Options, path: Path) -> None:
     for key in FIXED:
         section, _, name = key.partition(".")
         was, is_ = (getattr(getattr(o, section), name) for o in (own, options))
-        if was != is_:
+        # These two are one network, in one pass or in two.
+        if was != is_ and {was, is_} != {"noise", "joint"}:
             differences.append(f"{key} is {was} in the checkpoint, {is_} in the options")
     if differences:
         raise ScdError(f"{path}: does not fit the options: {'; '.join(differences)}")

@@ -8,12 +8,15 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange, repeat
 from torch import Tensor
 
+from scd.errors import ScdError
 from scd.models.decoder import FrameDecoder
 from scd.models.encoder import CausalEncoder
 from scd.models.layers import HEAD_DIM, Modulations, look_up, project
 from scd.models.world_model import (
+    MAX_TIMESTEP,
     Cache,
     CausalWorldModel,
+    FirstLook,
     FrameDenoiser,
     PrecomputedModulation,
     check_condition,
@@ -32,11 +35,18 @@ class SCD(CausalWorldModel):
         condition: `none`, `action` (one of several a frame), `action_vector` (several numbers a
             frame: keys that are held, a mouse's way) or `label` (one a clip).
         num_conditions: number of actions, of a vector's components (V) or of classes.
-        first_frame: also predict frame 0, from a learned start before it (not in the paper).
+        first_frame: also predict frame 0 (not in the paper): with `shift` from a learned start
+            before it, otherwise from the first look at it alone.
         modulate_context, modulate_output: whether the output norms of encoder and decoder are
             modulated by the conditioning vector.
         prediction: `velocity`, or `data`: the decoder predicts the clean frame.
         sigma_min: with `data`, lower bound of the noise level that velocities are divided by.
+        encoder_frame: what the context of frame i is the encoder's output at. `shift`: the clean
+            frame i-1, under the condition of frame i; one pass a frame, which is also the one that
+            goes into the KV cache. `noise` (the paper's choice for a pretrained model, which
+            expects a noisy frame): a first look at frame i, under its own condition; the clean
+            frames are encoded under theirs, in a pass of their own. `joint`: the same network,
+            but in a rollout one pass over clean frame i-1 and the first look at frame i.
 
     Raises:
         ScdError: the arguments contradict each other.
@@ -60,20 +70,30 @@ class SCD(CausalWorldModel):
         modulate_output: bool = True,
         prediction: str = "velocity",
         sigma_min: float = 0.05,
+        encoder_frame: str = "shift",
     ):
         super().__init__()
         check_condition(condition, num_conditions)
         shared = (channels, patch_size, heads * HEAD_DIM)
+        start = first_frame and encoder_frame == "shift"
         self.encoder = CausalEncoder(
-            *shared, encoder_layers, num_conditions, modulate_context, first_frame
+            *shared, encoder_layers, num_conditions, modulate_context, start
         )
         self.decoder = FrameDecoder(
             *shared, decoder_layers, num_conditions, modulate_output, fusion, prediction == "data"
         )
 
     @property
+    def encodes_noise(self) -> bool:  # type: ignore[override]
+        return self.config.encoder_frame != "shift"
+
+    @property
     def start_slots(self) -> int:  # type: ignore[override]
-        return 1 - self.first_predicted
+        return int(self.encoder.start is not None)
+
+    @property
+    def noisy_slots(self) -> int:  # type: ignore[override]
+        return int(self.encodes_noise)
 
     @property
     def cached_layers(self) -> int:
@@ -87,15 +107,20 @@ class SCD(CausalWorldModel):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
+        first_look: FirstLook | None = None,
     ) -> Tensor:
         """Predict velocities from one encoder pass, which all K draws share."""
         draws, frames = noisy.shape[1:3]
-        # The encoder needs the action that leads to the next frame, the decoder that of its own.
-        if conditions is not None:
-            conditions = conditions[:, self.first_predicted :]  # (B, F - first, ...)
+        if not self.encodes_noise:
+            first_look = None
+            # The encoder needs the action that leads to the next frame, the decoder its own.
+            if conditions is not None:
+                conditions = conditions[:, self.first_predicted :]  # (B, F - first, ...)
+        elif first_look is None:
+            raise ScdError(f"encoder_frame={self.config.encoder_frame} needs a first look")
         context = self.encoder(
-            latents[:, :-1], conditions, perturbation, history_gradient
-        )  # (B, F - first, N, D)
+            latents[:, :-1], conditions, perturbation, history_gradient, first_look
+        )  # (B, F - first, N, D), or (B, F', N, D)
         context = context[:, -frames:]  # (B, F', N, D)
         if conditions is not None:
             conditions = conditions[:, -frames:]  # (B, F', ...)
@@ -120,7 +145,15 @@ class SCD(CausalWorldModel):
 
         Returns:
             (B, F, N, D).
+
+        Raises:
+            ScdError: a context needs a first look at its frame.
         """
+        if self.encodes_noise:
+            raise ScdError(
+                f"encode: with encoder_frame={self.config.encoder_frame} there is no context "
+                f"without a first look at its frame; call forward or velocity"
+            )
         conditions = self.frame_conditions(latents.shape[:2], actions, labels)
         self.check_conditions(conditions)
         if conditions is not None:
@@ -148,11 +181,13 @@ class SCD(CausalWorldModel):
         return self._as_velocity(prediction, noisy, timesteps)  # (B, F, C, H, W)
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
-        """Modulate the encoder for clean frames, and the decoder for every denoising step."""
+        """Modulate the encoder for clean frames and noise, the decoder for every denoising step."""
         times = timesteps.expand(len(conditions), -1)  # (R, T)
         noisy = self.decoder.precompute_modulation(times, repeat_steps(conditions, len(timesteps)))
-        clean = self.encoder.precompute_modulation(conditions)
-        return PrecomputedModulation(clean, noisy, timesteps)
+        clean, look = self.encoder.precompute_modulation(conditions), None
+        if self.encodes_noise:
+            look = self.encoder.precompute_modulation(conditions, MAX_TIMESTEP)
+        return PrecomputedModulation(clean, noisy, timesteps, look)
 
     def prefill(
         self,
@@ -162,8 +197,11 @@ class SCD(CausalWorldModel):
         cache: Cache,
         modulation: PrecomputedModulation,
     ) -> None:
-        """Encode clean frames into the cache, each under the condition of the next."""
-        self.encoder.prefill(latents, modulation.clean[next_condition_ids], cache)
+        """Encode clean frames into the cache, with `shift` each under the condition of the next."""
+        if not self.encodes_noise:
+            self.encoder.prefill(latents, modulation.clean[next_condition_ids], cache)
+        elif latents.shape[1]:
+            self.encoder.prefill(latents, modulation.clean[condition_ids], cache)
 
     def begin_frame(
         self,
@@ -176,14 +214,36 @@ class SCD(CausalWorldModel):
         noise: Tensor | None = None,
     ) -> FrameDenoiser:
         """Encode the newest frame; only the decoder then runs at the steps of the next."""
-        clean = modulation.clean[next_condition_ids]  # (B, 1, 6·L + 2, D)
-        x = self.encoder.prefill(newest, clean, cache)  # (B, 1, N, D)
-        context, ids = self.encoder.context(x, clean), next_condition_ids[:, 0]  # (B, 1, N, D)
+        if self.encodes_noise:
+            assert noise is not None and modulation.look is not None
+            own = modulation.look[next_condition_ids]  # (B, 1, 6·L + 2, D)
+            clean = modulation.clean[condition_ids]  # (B, 1, 6·L + 2, D), or (B, 0, …)
+            x = self._look(newest, clean, noise, own, cache)  # (B, 1, N, D)
+        else:
+            own = modulation.clean[next_condition_ids]  # (B, 1, 6·L + 2, D)
+            x = self.encoder.prefill(newest, own, cache)  # (B, 1, N, D)
+        context, ids = self.encoder.context(x, own), next_condition_ids[:, 0]  # (B, 1, N, D)
         if perturbation is not None:
-            perturbed = self.encoder.context(x, clean, perturbation.type_as(context))
+            perturbed = self.encoder.context(x, own, perturbation.type_as(context))
             context, ids = torch.cat([context, perturbed]), ids.repeat(2)  # (2·B, 1, N, D)
         inputs = context, modulation.noisy[ids]  # (B, 1, N, D), (B, T, 6·L + 2, D)
         return FrameDenoiser(partial(self._step_velocity, modulation.timesteps), inputs, True)
+
+    def _look(
+        self, newest: Tensor, clean: Tensor, noise: Tensor, own: Tensor, cache: Cache
+    ) -> Tensor:
+        """Encode the newest frame into the cache, and look at the next, after it: (B, 1, N, D).
+
+        The noise's keys and values lie where the clean frame's will be written.
+        """
+        frames = newest.shape[1]
+        if self.config.encoder_frame == "joint":
+            both = torch.cat([newest, noise], dim=1)  # (B, 1 or 2, C, H, W)
+            modulation = torch.cat([clean, own], dim=1)  # (B, 1 or 2, 6·L + 2, D)
+            return self.encoder.prefill(both, modulation, cache, kept=frames)[:, frames:]
+        if frames:
+            self.encoder.prefill(newest, clean, cache)
+        return self.encoder.prefill(noise, own, cache, kept=0)
 
     def _step_velocity(
         self, timesteps: Tensor, noisy: Tensor, step: int, context: Tensor, modulation: Tensor

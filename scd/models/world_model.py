@@ -24,6 +24,23 @@ class PrecomputedModulation(NamedTuple):
     clean: Tensor  # (R, 6·L + 2, D), of clean frames, which go into the KV cache
     noisy: Tensor  # (R, T, 6·L + 2, D), of noisy frames at T denoising steps
     timesteps: Tensor  # (T,)
+    look: Tensor | None = None  # (R, 6·L + 2, D), of first looks at pure noise
+
+
+class FirstLook(NamedTuple):
+    """What an encoder sees of the frames to predict, at their own place: noisy frames.
+
+    In training they are of high noise, in a rollout pure noise (arXiv 2602.10095).
+    """
+
+    noisy: Tensor  # (B, F', C, H, W)
+    timesteps: Tensor  # (B, F')
+
+    @classmethod
+    def pure(cls, noise: Tensor) -> "FirstLook":
+        """Take noise (B, F', C, H, W) as it is, as a rollout does."""
+        timesteps = torch.full(noise.shape[:2], MAX_TIMESTEP, device=noise.device)
+        return cls(noise, timesteps)
 
 
 class TextKeys(NamedTuple):
@@ -80,6 +97,7 @@ class WorldModel(ModelMixin, ConfigMixin):
     _no_split_modules = ["Block"]
     has_context = False  # whether a separate context can be perturbed (context guidance)
     has_text = False  # whether a text conditions the whole video
+    encodes_noise = False  # whether an encoder needs a first look at the frames to predict
 
     @property
     def heads(self) -> int:
@@ -125,6 +143,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
+        first_look: FirstLook | None = None,
     ) -> Tensor:
         """Predict velocities under teacher forcing, of K draws of the last F' frames.
 
@@ -136,9 +155,14 @@ class WorldModel(ModelMixin, ConfigMixin):
             perturbation: (B, F', N, D), added to the normed context, where there is one.
             history_gradient: False: no gradient through the keys and values of earlier frames, as
                 if they came from a rollout's cache.
+            first_look: what a model that `encodes_noise` sees of the last F' frames, whatever the
+                draw; others do not use it.
 
         Returns:
             (B, K, F', C, H, W), in float32.
+
+        Raises:
+            ScdError: a first look is missing.
         """
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
@@ -157,6 +181,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         timesteps: Tensor,
         actions: Tensor | None = None,
         labels: Tensor | None = None,
+        first_look: FirstLook | None = None,
     ) -> Tensor:
         """Predict velocities under teacher forcing, of every frame F' to predict (mostly F - 1).
 
@@ -166,6 +191,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             timesteps: (B, F) in [0, 1000], the noise levels of `noisy`.
             actions: (B, F) or (B, F, V) as recorded (action i leads to frame i).
             labels: (B,).
+            first_look: at the frames F'; see `forward`.
 
         Returns:
             (B, F', C, H, W).
@@ -173,7 +199,8 @@ class WorldModel(ModelMixin, ConfigMixin):
         first = self.first_predicted
         conditions = self.frame_conditions(latents.shape[:2], actions, labels)
         self.check_conditions(conditions)
-        return self(latents, noisy[:, None, first:], timesteps[:, None, first:], conditions)[:, 0]
+        drawn = noisy[:, None, first:], timesteps[:, None, first:]
+        return self(latents, *drawn, conditions, first_look=first_look)[:, 0]
 
     def frame_conditions(
         self, shape: tuple[int, ...], actions: Tensor | None, labels: Tensor | None
@@ -246,7 +273,7 @@ class CausalWorldModel(WorldModel):
     """A world model whose frames depend on earlier ones only, so that it can be rolled out."""
 
     # Slots of a KV cache beside those of past frames: of a learned start before frame 0, and of the
-    # frame that is being denoised.
+    # frame that is being denoised or looked at.
     start_slots = 0
     noisy_slots = 0
     chunk_frames = 1  # frames that are denoised together, and see each other
@@ -321,7 +348,8 @@ class CausalWorldModel(WorldModel):
             next_condition_ids: (B, 1), of the frame to come.
             perturbation: (B, 1, N, D): the denoiser is then one of 2B frames, the second half under
                 the perturbed context.
-            noise: as `newest`, what the next frame starts from, for models that encode it as well.
+            noise: as `newest`, what a model that `encodes_noise` sees of the frame to come; to
+                others, what the frame starts from.
         """
 
     def compile_steps(self) -> None:

@@ -86,6 +86,11 @@ WORLD_MODEL: list[Rule] = [
         "bidirectional_dit need it above 0, scd has encoder_layers and decoder_layers",
     ),
     (
+        lambda o: o.model.type == "scd" or o.model.encoder_frame == "shift",
+        "model.encoder_frame={model.encoder_frame} contradicts model.type={model.type}: only an "
+        "scd has an encoder",
+    ),
+    (
         lambda o: o.model.type == "scd" or o.rollout.guidance != "context",
         "rollout.guidance=context contradicts model.type={model.type}: it has no separate context",
     ),

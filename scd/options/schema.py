@@ -139,6 +139,11 @@ class ModelOptions:
     condition: Literal["none", "action", "action_vector", "label"] = "none"
     num_conditions: int = not_negative(0)  # the null condition does not count
     first_frame: bool = False  # also learn to generate frame 0, without any context
+    # Of scd: what the context of frame i is the encoder's output at. shift: the clean frame i-1,
+    # one pass a frame. noise (the paper's, for pretrained weights): frame i, of high noise in
+    # training and pure noise in a rollout; the clean frames go into the KV cache in a pass of their
+    # own. joint: the same network, whose rollouts make these two passes at once.
+    encoder_frame: Literal["shift", "noise", "joint"] = "shift"
     modulate_context: bool = True  # whether the norm at the encoder's output is modulated
     modulate_output: bool = True  # whether the norm at the decoder's output is modulated
 

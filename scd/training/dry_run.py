@@ -124,7 +124,12 @@ def _with_random_weights(options: Options, folder: Path) -> Options:
     if d.method == "dmd":
         layers = m.encoder_layers + m.decoder_layers + m.layers
         kind = replace(
-            m, type="bidirectional_dit", layers=layers, encoder_layers=0, decoder_layers=0
+            m,
+            type="bidirectional_dit",
+            layers=layers,
+            encoder_layers=0,
+            decoder_layers=0,
+            encoder_frame="shift",
         )
         flow = replace(flow, prefix_frames=[1, 1])
     plain = replace(

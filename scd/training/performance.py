@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scd.models.autoencoder import Codec
 from scd.models.load import build_world_model
-from scd.models.world_model import WorldModel
+from scd.models.world_model import FirstLook, WorldModel
 from scd.options import Options
 from scd.utils.files import write_atomically
 from scd.utils.precision import DTYPES, resolve_precision
@@ -110,7 +110,7 @@ def clip_cost(options: Options, codec: Codec) -> ClipCost:
     return ClipCost(one.tokens, flops)
 
 
-def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Tensor | None]:
+def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Any]:
     b, f, k = options.train.batch_size, options.data.frames, options.flow.noise_draws
     size = options.data.frame_size // codec.downsampling
     predicted = f - model.first_predicted
@@ -127,6 +127,7 @@ def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Tens
         "timesteps": timesteps,
         "conditions": conditions if options.model.condition != "none" else None,
         "perturbation": perturbation if model.has_context else None,
+        "first_look": FirstLook(noisy[:, 0], timesteps[:, 0]) if model.encodes_noise else None,
     }
 
 

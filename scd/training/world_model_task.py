@@ -17,7 +17,7 @@ from scd.flow.objective import LEVELS, errors_by_level, make_objective, with_sca
 from scd.models.autoencoder import Codec, load_codec
 from scd.models.load import build_world_model
 from scd.models.weights import load_matching, read_weights
-from scd.models.world_model import WorldModel
+from scd.models.world_model import FirstLook, WorldModel
 from scd.options import OptimOptions, Options
 from scd.pipeline import pipeline_of
 from scd.training.encode import check_training_latents
@@ -170,10 +170,15 @@ class HeldOutLoss:
         assert latents is not None
         conditions = network.frame_conditions(latents.shape[:2], actions, label)
         shape = latents[:, None, network.first_predicted :].shape
-        noise = torch.randn(shape, generator=generator("cpu", "held-out loss", self.seed, number))
+        of_clip = generator("cpu", "held-out loss", self.seed, number)
+        noise = torch.randn(shape, generator=of_clip).to(self.device)
+        look = None
+        if network.encodes_noise:
+            other = torch.randn(noise[:, 0].shape, generator=of_clip)
+            look = FirstLook.pure(other.to(self.device))
         with autocast(self.device, precision):
             errors = errors_by_level(
-                network, latents, conditions, noise.to(self.device), self.prefix
+                network, latents, conditions, noise, self.prefix, first_look=look
             )
         return errors.double().mean(dim=(0, 2)).tolist()
 

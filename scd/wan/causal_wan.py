@@ -12,6 +12,7 @@ from scd.errors import ScdError
 from scd.models.attention import clean_context_attention, clean_context_block_mask, uses_flex
 from scd.models.world_model import (
     Cache,
+    FirstLook,
     FrameDenoiser,
     PrecomputedModulation,
     TextKeys,
@@ -116,6 +117,7 @@ class CausalWan(WanStack, WanWorldModel):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
+        first_look: FirstLook | None = None,
         text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K].

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +13,9 @@ from scd.models.attention import (
     clean_context_block_mask,
     uses_flex,
 )
-from scd.models.world_model import Cache
+from scd.models.world_model import Cache, FirstLook
 from scd.wan.block import KeysValues, within_frames
 from scd.wan.stack import CLEAN_TIMESTEP, WanSizes, WanStack
-
-
-class FirstLook(NamedTuple):
-    """What the encoder sees of the frames to predict, where it sees them (`encoder_frame=noise`).
-
-    The paper's are of high noise in training and pure noise in a rollout.
-    """
-
-    noisy: Tensor  # (B, F', C, H, W)
-    timesteps: Tensor  # (B, F')
 
 
 class WanEncoder(WanStack):

@@ -18,13 +18,14 @@ from scd.errors import ScdError
 from scd.models.world_model import (
     MAX_TIMESTEP,
     Cache,
+    FirstLook,
     FrameDenoiser,
     PrecomputedModulation,
     TextKeys,
     repeat_steps,
 )
 from scd.wan.block import at_least_float32
-from scd.wan.halves import FirstLook, WanDecoder, WanEncoder
+from scd.wan.halves import WanDecoder, WanEncoder
 from scd.wan.network import WanWorldModel, config_of, filled
 from scd.wan.stack import CLEAN_TIMESTEP, WanSizes, text_in
 
@@ -144,7 +145,7 @@ class SCDWan(WanWorldModel):
         return 0 if self.config.first_frame else 1
 
     @property
-    def encodes_noise(self) -> bool:
+    def _encodes_noise(self) -> bool:
         """Whether the encoder is given the frame to predict, as noise."""
         return self.config.encoder_frame == "noise"
 
@@ -154,7 +155,7 @@ class SCDWan(WanWorldModel):
 
     @property
     def noisy_slots(self) -> int:  # type: ignore[override]
-        return int(self.encodes_noise)
+        return int(self._encodes_noise)
 
     @property
     def cached_layers(self) -> int:
@@ -168,8 +169,8 @@ class SCDWan(WanWorldModel):
         conditions: Tensor | None,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
-        text: Tensor | None = None,
         first_look: FirstLook | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities from one encoder pass, which all K draws share.
 
@@ -184,7 +185,7 @@ class SCDWan(WanWorldModel):
             raise ScdError("SCDWan: history_gradient=false is not offered")
         text = self.check_text(text, len(latents))
         history, first = latents[:, :-1], self.first_predicted
-        if self.encodes_noise:
+        if self._encodes_noise:
             look = first_look or FirstLook(noisy[:, 0], timesteps[:, 0])
             context = self.encoder.look(history, look, conditions, text)  # (B, F', N, D)
         else:
@@ -204,7 +205,7 @@ class SCDWan(WanWorldModel):
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
         """Modulate the encoder for clean frames and for noise, the decoder for every step."""
-        levels = [CLEAN_TIMESTEP, MAX_TIMESTEP][: 1 + self.encodes_noise]
+        levels = [CLEAN_TIMESTEP, MAX_TIMESTEP][: 1 + self._encodes_noise]
         clean = torch.tensor(levels, device=conditions.device).expand(len(conditions), -1)
         times = timesteps.expand(len(conditions), -1)  # (R, T)
         return PrecomputedModulation(
@@ -228,7 +229,7 @@ class SCDWan(WanWorldModel):
         modulation: PrecomputedModulation,
     ) -> None:
         """Encode clean frames into the cache: each under the condition of the next (`shift`)."""
-        ids = condition_ids if self.encodes_noise else next_condition_ids
+        ids = condition_ids if self._encodes_noise else next_condition_ids
         self.encoder.prefill(latents, modulation.clean[ids, 0], cache)
 
     def begin_frame(
@@ -242,7 +243,7 @@ class SCDWan(WanWorldModel):
         noise: Tensor | None = None,
     ) -> FrameDenoiser:
         """Encode the newest frame, and the next as noise; only the decoder runs at its steps."""
-        if self.encodes_noise:
+        if self._encodes_noise:
             assert noise is not None
             clean = modulation.clean[condition_ids, 0]  # (B, 0 or 1, 7, D)
             vectors = torch.cat([clean, modulation.clean[next_condition_ids, 1]], dim=1)
