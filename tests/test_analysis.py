@@ -323,6 +323,8 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
             history_noise=torch.zeros(B),
             self_forced=torch.zeros(B, dtype=torch.bool),
             prefix=torch.zeros(B, 1),
+            look_level=torch.ones(B, K + NEW),
+            look_noise=None,
         )
         with torch.no_grad():
             expected = objective.loss(clips.latents, clips.conditions(model), draws)
