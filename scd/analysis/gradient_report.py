@@ -79,7 +79,7 @@ def gradient_figure(
     )
     _plot_parameters(axes[0, 0], result)
     last = axes[-1, 1]
-    _plot_levels(last, Estimate(*(values[:, -1] for values in ratio)), COLORS[0], "all parameters")
+    _plot_levels(last, Estimate(*(values[:, -1] for values in ratio)), COLORS[0])
     last.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     last.set(ylabel="|g| writing ÷ |g| denoising", title="norms of the two gradients")
     last.set_ylim(bottom=0)
@@ -93,7 +93,7 @@ def gradient_figure(
             _plot_levels(axis, of_pair, COLORS[pair], f"{name}, two clips")
         axis.axhline(0, color="grey", linewidth=0.8, linestyle=":")
         axis.set(ylabel="cosine", title="all shared parameters, by noise level")
-        axis.legend(frameon=False, fontsize=8)
+        _legend_above(axis, 2)
     figure.suptitle(
         f"Gradients of writing context and of denoising "
         f"(n = {len(result.cosine)} clips; bars: 95 % intervals)"
@@ -112,8 +112,7 @@ def _plot_parameters(axis: Axes, result: PathGradients) -> None:
         bottom += millions
     axis.set_xticks(groups, result.groups[:-1], rotation=35, ha="right")
     axis.set(ylabel="parameters, millions", title="which path uses them")
-    axis.set_ylim(top=1.35 * bottom.max())
-    axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center")
+    _legend_above(axis, 3)
 
 
 def _plot_cosines(axis: Axes, groups: list[str], cosine: Estimate, cosine_mean: Estimate) -> None:
@@ -131,16 +130,25 @@ def _plot_cosines(axis: Axes, groups: list[str], cosine: Estimate, cosine_mean: 
     axis.axhline(0, color="grey", linewidth=0.8, linestyle=":")
     axis.set_xticks(positions, groups, rotation=35, ha="right")
     axis.set(ylabel="cosine", title="shared parameters, same clip")
-    axis.legend(frameon=False, fontsize=7, ncols=4)
+    _legend_above(axis, 4)
 
 
-def _plot_levels(axis: Axes, estimate: Estimate, color: str, name: str, style: str = "o-") -> None:
+def _plot_levels(
+    axis: Axes, estimate: Estimate, color: str, name: str = "", style: str = "o-"
+) -> None:
     """Plot an estimate (levels,) over the noise level."""
     axis.errorbar(
         LEVELS, estimate.mean, _bars(estimate), fmt=style, color=color, capsize=2, label=name
     )
     axis.set(xlabel="noise level σ", xticks=LEVELS)
     axis.grid(alpha=0.25)
+
+
+def _legend_above(axis: Axes, columns: int) -> None:
+    """Place the legend above what is plotted."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.25 * (high - low))
+    axis.legend(frameon=False, fontsize=8, ncols=columns, loc="upper center")
 
 
 def _bars(estimate: Estimate) -> Tensor:
