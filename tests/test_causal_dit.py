@@ -142,7 +142,7 @@ def test_a_sliding_window_shows_so_many_past_frames(monkeypatch, kept, first_fra
         rollout.reset(video[:, :known], actions[:, :known])
         found[known] = rollout.step(actions[:, known], noise[:, known])
 
-    def masked(q, k, v, tokens_per_frame, clean_frames, first, block_mask=None):
+    def masked(q, k, v, tokens_per_frame, clean_frames, first, **_):
         frame = torch.tensor([*range(clean_frames), *range(first, clean_frames + 1)])
         frame = frame.repeat_interleave(n)
         token = torch.arange(len(frame))
