@@ -21,7 +21,7 @@ def objective(model=None, **options) -> FlowObjective:
 
 def draws_of(made: FlowObjective, latents, samples=(0, 1, 2)):
     shape = (TOKENS, made.model.width)
-    return draw_noise(made.options, made.seed, list(samples), latents, shape)
+    return draw_noise(made.options, made.seed, list(samples), latents, shape, looks=True)
 
 
 @pytest.fixture(scope="module")

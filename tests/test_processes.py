@@ -123,6 +123,7 @@ def assert_close(one: TrainingState, other: TrainingState) -> None:
         ("sharded", ["train.snapshot_every=2"]),
         ("plain", ["optim.muon_lr=null", "train.val_loss_every=2"]),
         ("sharded", ["optim.muon_lr=null", "train.sample_every=4", "train.val_loss_every=2"]),
+        ("sharded", ["model.encoder_frame=noise", "train.val_loss_every=2"]),
     ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, tmp_path):
