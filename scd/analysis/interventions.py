@@ -1,4 +1,4 @@
-"""Intervene in a running model: skip its layers, mask their attention, or bypass them, by hooks."""
+"""Intervene in a running model by hooks: skip, mask or bypass its layers, or cut its graph."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
