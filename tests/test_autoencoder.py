@@ -299,14 +299,12 @@ def test_the_adversarial_stage_resumes_to_the_bit_and_leaves_the_encoder(options
     assert_same_state(straight, resumed)
     a, b = (load_checkpoint(latest_checkpoint(folder)) for folder in (straight, resumed))
     early = load_checkpoint(straight / "step-00000002")
-    for name, tensor in a.discriminator["model"].items():
-        assert torch.equal(tensor, b.discriminator["model"][name])
+    for name, tensor in a.critic["model"].items():
+        assert torch.equal(tensor, b.critic["model"][name])
         if name.endswith("weight"):
-            assert not torch.equal(tensor, early.discriminator["model"][name])
-    moments = [state.discriminator["optimizer"]["state"] for state in (a, b)]
-    assert moments[0].keys() == moments[1].keys() and len(moments[0]) == len(
-        a.discriminator["model"]
-    )
+            assert not torch.equal(tensor, early.critic["model"][name])
+    moments = [state.critic["optimizer"]["state"] for state in (a, b)]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) == len(a.critic["model"])
     for number, values in moments[0].items():
         for key, value in values.items():
             assert torch.equal(value, moments[1][number][key])
@@ -319,7 +317,7 @@ def test_the_adversarial_stage_resumes_to_the_bit_and_leaves_the_encoder(options
             assert torch.equal(a.ema[name], tensor)
     log = read_log(o.output / "log.jsonl")[1:]  # after what it was trained on
     assert {"l1", "generator", "discriminator", "adaptive_weight"} <= log[0].keys()
-    assert log[0]["discriminator_grad_norm"] > 0 and log[0]["grad_norm"] > 0
+    assert log[0]["critic_grad_norm"] > 0 and log[0]["grad_norm"] > 0
     assert set(log[-1]["validation"]) >= {"psnr", "ssim"}
     assert (o.output / "samples/step-00000004/reconstructions.png").exists()
     exported, start = (load_codec(str(p)) for p in (o.output / "exported", o.autoencoder.path))
