@@ -322,6 +322,7 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
             clean_frame=torch.zeros(B, K + NEW, dtype=torch.bool),
             history_noise=torch.zeros(B),
             self_forced=torch.zeros(B, dtype=torch.bool),
+            prefix=torch.zeros(B, 1),
         )
         with torch.no_grad():
             expected = objective.loss(clips.latents, clips.conditions(model), draws)
@@ -475,7 +476,7 @@ def test_probe_writes_a_report(trained, kind, capsys):
     pictures = {path.name for path in folder.glob("*.png")}
     assert all(f'<img src="{name}"' in page for name in pictures)
     expected = {"similarity", "similarity_to_last", "features", "attention", "frame_diagonal"}
-    expected |= {"skipped", "left_out", *(["split"] if kind == "causal_dit" else [])}
+    expected |= {"skipped", "left_out", "gradients", *(["split"] if kind == "causal_dit" else [])}
     expected |= {"context", "attention_context"} if kind == "scd" else set()
     assert pictures == {f"{name}.png" for name in expected}
     assert numbers["checkpoint"]["step"] == 1
@@ -484,6 +485,9 @@ def test_probe_writes_a_report(trained, kind, capsys):
     assert all(len(variant["loss_by_level"]) == len(LEVELS) for variant in variants)
     assert numbers["frame_diagonal"]["fine_tuned"]
     assert numbers["clips"] == [0, 1]
+    gradients = numbers["gradients"]
+    assert len(gradients["norm_ratio"]["mean"]) == len(gradients["levels"]) == len(LEVELS)
+    assert gradients["groups"][-1] == "all" and len(gradients["parameters"]) == 4
     assert "Unfinished" not in page
     if kind == "causal_dit":
         rows = numbers["suggestion"]["rows"]
@@ -535,7 +539,7 @@ def test_what_was_measured_stays_when_a_later_probe_fails(trained, monkeypatch, 
     folder = trained.root / "scd/probe/step-00000001"
     numbers = json.loads((folder / "probe.json").read_text())
     assert numbers["clips"] == [1, 0] and "attention" in numbers and "skipped" not in numbers
-    assert "Unfinished: 2 of 6 sections" in (folder / "index.html").read_text()
+    assert "Unfinished: 2 of 7 sections" in (folder / "index.html").read_text()
 
 
 def test_chosen_clips():

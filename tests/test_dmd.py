@@ -277,13 +277,11 @@ def options_of(steps: int = 3, critic_updates: int = 2, **distill: object) -> Op
 # --- One step of the objective
 
 
-def objective_of(
-    critic_updates: int = 2, adversarial_weight: float = 0.0, student: str = "scd"
-) -> DMDObjective:
+def objective_of(student: str = "scd", **distill: float) -> DMDObjective:
     teacher = make("bidirectional").requires_grad_(False)
-    options = options_of(critic_updates=critic_updates, adversarial_weight=adversarial_weight)
+    options = options_of(**distill)
     torch.manual_seed(0)
-    critic = Critic(make("bidirectional", seed=2), adversarial_weight > 0)
+    critic = Critic(make("bidirectional", seed=2), options.distill.adversarial_weight > 0)
     return DMDObjective(make(student), teacher, critic, options)
 
 
@@ -320,8 +318,8 @@ def test_only_the_head_learns_to_tell_generated_from_real_clips() -> None:
     latents, actions = make_clip()
     batch = {"latents": latents, "actions": actions, "sample": [0, 1]}
     gradients = []
-    for weight in (0.0, 0.5):
-        objective = objective_of(adversarial_weight=weight)
+    for weights in ({}, {"adversarial_weight": 0.5}):
+        objective = objective_of(**weights)
         values = objective({**batch, "step": 2})
         values["loss"].backward()
         gradients.append({n: p.grad for n, p in objective.named_parameters() if p.grad is not None})
@@ -332,6 +330,18 @@ def test_only_the_head_learns_to_tell_generated_from_real_clips() -> None:
     for name in plain:
         same = torch.equal(plain[name], adversarial[name])
         assert same == name.startswith("critic.score."), name
+
+
+def test_the_students_gradient_is_the_weighted_sum_of_both() -> None:
+    latents, actions = make_clip()
+    batch = {"latents": latents, "actions": actions, "sample": [0, 1], "step": 2}
+    found = []
+    for matching, adversarial in ((1, 0), (0, 1), (0.25, 0.5)):
+        objective = objective_of(matching_weight=matching, adversarial_weight=adversarial)
+        objective(batch)["loss"].backward()
+        found.append([p.grad for p in objective.model.parameters()])
+    for alone, judged, both in zip(*found, strict=True):
+        torch.testing.assert_close(both, 0.25 * alone + 0.5 * judged, rtol=1e-3, atol=1e-6)
 
 
 def test_the_adversarial_gradient_is_that_of_the_generators_loss() -> None:
@@ -419,6 +429,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, weight: float, tmp_p
     [
         ("distill.context_frames=6", "leaves none"),
         ("rollout.guidance_scale=1.5", "without guidance"),
+        ("distill.matching_weight=0", "learn nothing"),
         ("rollout.window=4", "sees fewer"),
         ("model.type=bidirectional_dit", "contradicts"),
     ],

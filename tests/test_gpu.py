@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from scd.benchmark.runner import benchmark
+from scd.distill.critic import Critic
+from scd.distill.dmd import DMDObjective
 from scd.evaluation.evaluate import evaluate_checkpoint
-from scd.models import SCD, CausalDiT, attention
+from scd.models import SCD, BidirectionalDiT, CausalDiT, attention
 from scd.models.layers import HEAD_DIM
-from scd.options import RolloutOptions
+from scd.options import DistillOptions, Options, RolloutOptions
 from scd.rollout import Rollout
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.run_log import read_log
@@ -38,7 +40,7 @@ def true_float32():
 
 
 def make(kind: type):
-    layers = {"layers": 2} if kind is CausalDiT else {"encoder_layers": 2, "decoder_layers": 2}
+    layers = {"encoder_layers": 2, "decoder_layers": 2} if kind is SCD else {"layers": 2}
     torch.manual_seed(0)
     model = kind(**{"channels": 4, "heads": 2, "condition": "action", "num_conditions": 3} | layers)
     for parameter in model.parameters():  # nothing starts at zero, so everything has a say
@@ -114,6 +116,35 @@ def test_graph_equals_eager_equals_cpu(guidance, solver):
         frames[name] = torch.stack(made).cpu()
     assert (frames["eager"] - frames["cpu"]).abs().max() < 1e-3
     assert (frames["graph"] - frames["eager"]).abs().max() < 1e-3
+
+
+def test_a_step_of_distribution_matching_equals_the_cpus():
+    """Rollout, replay, scores and both backward passes, in fp32."""
+    batch = {"latents": torch.randn(2, 8, 4, 8, 8, generator=torch.Generator().manual_seed(1))}
+    batch["actions"] = torch.randint(3, (2, 8), generator=torch.Generator().manual_seed(2))
+    distill = DistillOptions("dmd", context_frames=4, critic_updates=1, adversarial_weight=0.1)
+    rollout = RolloutOptions(
+        steps=2, solver="consistency", spacing="even", guidance="none", guidance_scale=1.0
+    )
+    options = Options(seed=3, distill=distill, rollout=rollout)
+    losses, gradients = [], []
+    for device in (CPU, GPU):
+        teacher, critic = (make(BidirectionalDiT) for _ in range(2))
+        torch.manual_seed(1)
+        critic = Critic(critic, adversarial=True)
+        objective = DMDObjective(make(SCD), teacher.requires_grad_(False), critic, options)
+        objective = objective.to(device)
+        on_device = {key: value.to(device) for key, value in batch.items()}
+        values = objective({**on_device, "sample": [0, 1], "step": 1})
+        values["loss"].backward()
+        losses.append({name: float(value.detach()) for name, value in values.items()})
+        named = objective.named_parameters()
+        gradients.append({name: p.grad.cpu() for name, p in named if p.grad is not None})
+    print(f"\ndistribution matching, CPU and GPU: {losses}")
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-3)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() < 1e-2 * gradient.norm() + 1e-6, name
 
 
 def small(root: Path, out: Path, *more: str) -> list[str]:

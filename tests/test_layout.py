@@ -18,6 +18,7 @@ ROWS = [
     ("rollout",),
     ("distill",),
     ("pipeline",),
+    ("wan",),
     ("evaluation",),
     ("training",),
     ("analysis", "benchmark", "play", "export"),

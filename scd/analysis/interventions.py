@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -128,6 +129,49 @@ def _removed_after(handle: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def cut_context(
+    model: CausalWorldModel, clean_tokens: int
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Cut the graph of a teacher-forced forward where noisy tokens read what clean ones wrote.
+
+    A dense model is cut at the keys and values of its clean tokens in every layer, where noisy
+    tokens read them; clean tokens go on reading each other's. An SCD is cut at the context.
+
+    Args:
+        clean_tokens: of the sequence [clean ‖ noisy] of a dense model.
+
+    Yields:
+        A list that the forward fills: what was written, and the leaf that is read in its place.
+    """
+    cuts: list[tuple[Tensor, Tensor]] = []
+
+    def cut(written: Tensor) -> Tensor:
+        read = written.detach().requires_grad_()
+        cuts.append((written, read))
+        return read
+
+    def cut_keys(number: int, attend: Attend) -> Attend:
+        def attend_cut(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k_read, v_read = (
+                torch.cat([cut(x[:, :, :clean_tokens]), x[:, :, clean_tokens:]], dim=2)
+                for x in (k, v)
+            )
+            clean = attend(q, k, v)[:, :, :clean_tokens]
+            noisy = attend(q, k_read, v_read)[:, :, clean_tokens:]
+            return torch.cat([clean, noisy], dim=2)
+
+        return attend_cut
+
+    if isinstance(model, SCD):
+        hook = model.encoder.register_forward_hook(lambda module, args, context: cut(context))
+        with _removed_after(hook):
+            yield cuts
+    else:
+        with replace_attention(causal_blocks(model), cut_keys):
+            yield cuts
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Clips, noise and noise levels are always the same, so that two models are compar
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from scd.utils.precision import Precision, autocast, float32_products, resolve_p
 from scd.utils.seeding import generator
 
 CLIPS_AT_ONCE = 16  # in one forward pass; bounds the memory
+RESAMPLES = 2000  # of a bootstrap
 FVD_CLIPS = 64  # with fewer, FVD can hardly tell a bad model from real video
 
 
@@ -158,6 +160,13 @@ def roll_out(model: CausalWorldModel, clips: ProbeClips, steps: int, seed: int) 
         )
 
 
+def loss_noise(model: CausalWorldModel, clip: ProbeClips, seed: int) -> Tensor:
+    """Draw the noise of one clip's losses, (1, 1, F', C, h, w), the same at all levels."""
+    shape = clip.latents[:, None, model.first_predicted :].shape
+    of_clip = generator("cpu", "probe loss", seed, clip.numbers[0])
+    return torch.randn(shape, generator=of_clip).to(model.device)
+
+
 @torch.no_grad()
 def loss_by_level(
     model: CausalWorldModel,
@@ -173,9 +182,7 @@ def loss_by_level(
     """
     losses = []
     for clip in clips.parts(1):
-        shape = clip.latents[:, None, model.first_predicted :].shape
-        of_clip = generator("cpu", "probe loss", seed, clip.numbers[0])
-        noise = torch.randn(shape, generator=of_clip).to(model.device)
+        noise = loss_noise(model, clip, seed)
         computing = autocast(model.device, clip.precision)
         with intervention(clip), computing, float32_products(clip.precision):
             errors = errors_by_level(model, clip.latents, clip.conditions(model), noise)[0]
@@ -225,6 +232,33 @@ def paired_difference(values: Tensor, others: Tensor) -> tuple[float, float]:
     """Average the clips' differences, (n, …) each; returns the mean and its standard error."""
     difference = (values - others).flatten(1).double().mean(dim=1)
     return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
+
+
+class Estimate(NamedTuple):
+    """A mean over clips and its 95 % interval, three tensors of one shape."""
+
+    mean: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def bootstrap(
+    values: Tensor, seed: int, statistic: Callable[[Tensor], Tensor] = torch.Tensor.clone
+) -> Estimate:
+    """Estimate a statistic of the clips' mean, with the percentiles of clips drawn again.
+
+    Args:
+        values: (n, …), of n clips.
+        statistic: of means (…, *rest), as (…, *result); by default the means themselves.
+    """
+    n = len(values)
+    drawn = torch.randint(n, (RESAMPLES, n), generator=generator("cpu", "bootstrap", seed))
+    times_drawn = torch.zeros(RESAMPLES, n, dtype=torch.double)
+    times_drawn.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
+    values = values.double()
+    again = statistic(torch.einsum("rn,n...->r...", times_drawn / n, values))
+    low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.double), dim=0)
+    return Estimate(statistic(values.mean(dim=0)), low, high)
 
 
 def relative_increase(loss: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from scd.analysis.ablations import (
 )
 from scd.analysis.attention_mass import probe_attention
 from scd.analysis.context_ablation import count_context, probe_context
+from scd.analysis.gradient_report import count_gradients, probe_gradients
 from scd.analysis.html_report import Report, Section
 from scd.analysis.interventions import named_blocks
 from scd.analysis.measurements import clip_numbers, read_probe_clips
@@ -29,7 +30,7 @@ from scd.options import options_to_dict
 from scd.utils.environment import environment
 
 NEW_FRAMES = 4  # generated per clip in every measurement
-SECTIONS = 6
+SECTIONS = 7
 
 
 def probe_checkpoint(
@@ -58,7 +59,7 @@ def probe_checkpoint(
     options, step = loaded.options, loaded.source["step"]
     if not isinstance(loaded.model, CausalWorldModel):
         raise ScdError(f"{path}: a {options.model.type} has no rollout to probe")
-    if loaded.model.encodes_noise:
+    if loaded.model.takes_first_look:
         raise ScdError(
             f"{path}: model.encoder_frame={options.model.encoder_frame} cannot be probed: the "
             f"probes know encoders that see clean frames only (shift)"
@@ -115,10 +116,12 @@ def _run_probes(probed: ProbedModel, report: Report, arguments: list[str]) -> No
     steady = sections["redundancy"].numbers["steady_layers"]
     last = count_context(probed.clips.known) if is_scd else count_suggestion(probed, steady)
     removed = len(named_blocks(probed.model))
-    counts = [1, count_skipping(probed), count_masking(probed), removed, last]
+    gradients = count_gradients(len(probed.clips))
+    counts = [1, count_skipping(probed), count_masking(probed), removed, gradients, last]
     probed.progress.reset(total=sum(counts))  # what comes before is short
     run(lambda: probe_attention(probed))
     run(lambda: probe_layer_skipping(probed))
     run(lambda: probe_attention_mask(probed))
     run(lambda: probe_layer_removal(probed))
+    run(lambda: probe_gradients(probed))
     run((lambda: probe_context(probed)) if is_scd else suggest)

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from scd.cli import data, evaluation, models, training
+from scd.cli import data, evaluation, models, training, wan
 from scd.errors import ScdError, Stopped
 from scd.utils.startup import prepare_environment, prepare_process
 
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="scd", description="Separable Causal Diffusion: train, evaluate and play world models."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (data, training, evaluation, models):
+    for module in (data, training, evaluation, models, wan):
         module.add_commands(commands)
     return parser
 

@@ -84,7 +84,7 @@ def roll_out(
             frames.append(rollout.step(action, exit_step=int(exit_at * steps)))
             noisy.append(rollout.exit_input)
             levels.append(rollout.exit_level)
-            if model.encodes_noise:
+            if model.takes_first_look:
                 looks.append(rollout.first_look)
     timesteps = MAX_TIMESTEP * torch.tensor(levels, device=context.device)
     return SelfRollout(
@@ -179,8 +179,11 @@ class DMDObjective(nn.Module):
         if trains_student(options, step):
             frames = replay(self.model, context, rollout, conditions, d.history_gradient)
             score = self._draw("score", batch)
-            gradient = self.gradient(context, frames.detach(), conditions, score)
-            values["dmd_gradient"] = gradient.abs().mean()
+            gradient = torch.zeros_like(frames)
+            if d.matching_weight:
+                matching = self.gradient(context, frames.detach(), conditions, score)
+                values["dmd_gradient"] = matching.abs().mean()
+                gradient = gradient + d.matching_weight * matching
             if d.adversarial_weight:
                 adversarial = self.adversarial_gradient(context, frames.detach(), conditions, score)
                 values["adversarial_gradient"] = adversarial.abs().mean()

@@ -3,6 +3,7 @@
 With σ = t/1000: x_t = σ·ε + (1−σ)·x, and the loss is the mean squared error of the velocity ε − x.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,7 +76,7 @@ class FlowObjective(nn.Module):
             [int(number) for number in batch["sample"]],
             latents,
             (tokens, self.model.width) if self._perturbs else None,
-            self.model.encodes_noise,
+            self.model.takes_first_look,
         )
         conditions = self.model.frame_conditions(
             latents.shape[:2], batch.get("actions"), batch.get("label")
@@ -202,13 +203,13 @@ def drop_conditions(model: WorldModel, conditions: Tensor | None, dropped: Tenso
     return torch.where(dropped[(..., *[None] * (conditions.ndim - 1))], null, conditions)
 
 
-@torch.no_grad()
 def errors_by_level(
     model: WorldModel,
     latents: Tensor,
     conditions: Tensor | None,
     noise: Tensor,
     prefix: int = 0,
+    levels: Sequence[float] = LEVELS,
     first_look: FirstLook | None = None,
 ) -> Tensor:
     """Measure the squared error of the velocity ε − x, (B, levels, frames).
@@ -220,14 +221,16 @@ def errors_by_level(
         conditions: (B, F).
         noise: (B, 1, F', C, H, W), ε of the frames that can be predicted, the same at all levels.
         prefix: first frames that are given and not measured, if the model must have any.
-        first_look: at the frames F', of a model that `encodes_noise`; best pure, as in a rollout.
+        levels: noise levels σ.
+        first_look: at the frames F', for a model that `takes_first_look`; best pure, as in a
+            rollout.
     """
-    levels = torch.tensor(LEVELS, device=latents.device).clamp(min=model.config.sigma_min)
+    sigmas = torch.tensor(levels, device=latents.device).clamp(min=model.config.sigma_min)
     clean = latents[:, None, model.first_predicted :]
     # The levels are draws of one clip, which share a pass over its clean frames.
-    sigma = levels[None, :, None, None, None, None]
+    sigma = sigmas[None, :, None, None, None, None]
     noisy = sigma * noise + (1 - sigma) * clean
-    times = (MAX_TIMESTEP * levels)[None, :, None].repeat(len(noisy), 1, noisy.shape[2])
+    times = (MAX_TIMESTEP * sigmas)[None, :, None].repeat(len(noisy), 1, noisy.shape[2])
     given = max(prefix - model.first_predicted, 0)
     times[:, :, :given] = CLEAN_TIMESTEP
     velocity = model(latents, noisy, times, conditions, first_look=first_look)

@@ -43,6 +43,13 @@ class FirstLook(NamedTuple):
         return cls(noise, timesteps)
 
 
+class TextKeys(NamedTuple):
+    """Keys and values of a text in all layers that attend to it, computed once per text."""
+
+    keys: Tensor  # (L, B, heads, T, head_dim)
+    values: Tensor  # as the keys
+
+
 class FrameDenoiser(NamedTuple):
     """The denoiser of one frame of each sample, with all that the frame's steps share.
 
@@ -67,6 +74,7 @@ class Cache(Protocol):
     """A key-value cache, as far as a model uses it (`scd.rollout.cache.KVCache`)."""
 
     frames: int
+    text: TextKeys | None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
@@ -78,7 +86,7 @@ class WorldModel(ModelMixin, ConfigMixin):
 
     Every config has `channels`, `patch_size`, `heads`, `condition` (`none`, `action`,
     `action_vector` or `label`), `num_conditions`, `first_frame`, `prediction` and `sigma_min`; see
-    `SCD`.
+    `SCD`. A model of others, whose config has other names, overrides what is read from them here.
 
     The condition of a frame is an index from 0 to `num_conditions`, the null condition; or, where
     an action is a vector, its V = `num_conditions` components and one more that is 1 for the null
@@ -88,20 +96,39 @@ class WorldModel(ModelMixin, ConfigMixin):
     _repeated_blocks = ["Block"]
     _no_split_modules = ["Block"]
     has_context = False  # whether a separate context can be perturbed (context guidance)
-    encodes_noise = False  # whether an encoder needs a first look at the frames to predict
+    has_text = False  # whether a text conditions the whole video
+    # Whether an encoder takes a first look at the frames to predict, with noise of its own.
+    takes_first_look = False
+
+    @property
+    def heads(self) -> int:
+        return self.config.heads
+
+    @property
+    def head_dim(self) -> int:
+        return HEAD_DIM
 
     @property
     def width(self) -> int:
-        return self.config.heads * HEAD_DIM
+        return self.heads * self.head_dim
+
+    @property
+    def condition(self) -> str:
+        """The kind of condition that a frame has, beside the text."""
+        return self.config.condition
+
+    @property
+    def num_conditions(self) -> int:
+        return self.config.num_conditions
 
     @property
     def null_condition(self) -> int:
-        return self.config.num_conditions
+        return self.num_conditions
 
     @property
     def has_vectors(self) -> bool:
         """Whether an action is a vector: several keys at once, or how far a mouse has moved."""
-        return self.config.condition == "action_vector"
+        return self.condition == "action_vector"
 
     @property
     def first_predicted(self) -> int:
@@ -129,7 +156,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             perturbation: (B, F', N, D), added to the normed context, where there is one.
             history_gradient: False: no gradient through the keys and values of earlier frames, as
                 if they came from a rollout's cache.
-            first_look: what a model that `encodes_noise` sees of the last F' frames, whatever the
+            first_look: what a model that `takes_first_look` sees of the last F' frames, under every
                 draw; others do not use it.
 
         Returns:
@@ -186,7 +213,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         Raises:
             ScdError: a kind of condition that the model does not have, or of another shape.
         """
-        kind = self.config.condition
+        kind = self.condition
         under_actions = kind in ("action", "action_vector")
         if (actions is not None and not under_actions) or (labels is not None and kind != "label"):
             given = "actions" if actions is not None else "labels"
@@ -217,7 +244,7 @@ class WorldModel(ModelMixin, ConfigMixin):
 
     def actions_shape(self, batch: int, frames: int) -> tuple[int, ...]:
         """Give the shape of actions: (B, F) for integers, (B, F, V) for vectors."""
-        return (batch, frames, self.config.num_conditions)[: 3 if self.has_vectors else 2]
+        return (batch, frames, self.num_conditions)[: 3 if self.has_vectors else 2]
 
     def check_conditions(self, conditions: Tensor | None) -> None:
         """Refuse actions, labels or conditions, of any shape, that the model does not have.
@@ -250,6 +277,7 @@ class CausalWorldModel(WorldModel):
     # frame that is being denoised or looked at.
     start_slots = 0
     noisy_slots = 0
+    chunk_frames = 1  # frames that are denoised together, and see each other
 
     @property
     @abstractmethod
@@ -265,6 +293,24 @@ class CausalWorldModel(WorldModel):
                 take their ids 0..R-1.
             timesteps: (T,) in [0, 1000], of the denoising steps; `prefill` needs none.
         """
+
+    def check_text(self, text: Tensor | None, batch: int) -> Tensor:
+        """Return a text (B, T, text_dim) that fits the model and a batch.
+
+        Raises:
+            ScdError: there is none, it has another shape, or the model takes none.
+        """
+        raise ScdError(f"{type(self).__name__} takes no text")
+
+    def precompute_text(self, text: Tensor) -> TextKeys:
+        """Compute keys and values of the text encoder's output (B, T, text_dim).
+
+        They are put into the KV cache, where `prefill` and `begin_frame` find them.
+
+        Raises:
+            ScdError: the model takes no text.
+        """
+        raise ScdError(f"{type(self).__name__} takes no text")
 
     @abstractmethod
     def prefill(
@@ -298,12 +344,13 @@ class CausalWorldModel(WorldModel):
         """Encode the newest clean frame into the KV cache, and make the next frame's denoiser.
 
         Args:
-            newest: (B, 1, C, H, W); (B, 0, C, H, W) before the first frame of a video.
+            newest: (B, 1, C, H, W), or a chunk; (B, 0, C, H, W) before the first frame of a video.
             condition_ids: (B, 1) or (B, 0), of the newest frame.
             next_condition_ids: (B, 1), of the frame to come.
             perturbation: (B, 1, N, D): the denoiser is then one of 2B frames, the second half under
                 the perturbed context.
-            noise: (B, 1, C, H, W), what a model that `encodes_noise` sees of the frame to come.
+            noise: as `newest`, what a model that encodes the frame to come sees of it: where it
+                `takes_first_look` noise of its own, else what the frame starts from.
         """
 
     def compile_steps(self) -> None:

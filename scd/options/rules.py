@@ -197,6 +197,11 @@ WORLD_MODEL: list[Rule] = [
         "fewer past frames than the {data.frames} of data.frames, all of which its replay sees",
     ),
     (
+        lambda o: o.distill.method != "dmd" or any(_student_weights(o)),
+        "distill.matching_weight and distill.adversarial_weight are both 0: the student would "
+        "learn nothing",
+    ),
+    (
         lambda o: o.distill.method != "dmd" or o.rollout.guidance_scale == 1,
         "rollout.guidance_scale={rollout.guidance_scale} with distill.method=dmd: the student is "
         "trained as it is sampled, without guidance",
@@ -389,6 +394,10 @@ def _raise_first(problems: Iterator[str], source: str | None = None) -> None:
 
 def _are_steps(profiled: list[int], steps: int) -> bool:
     return len(profiled) == 2 and 0 < profiled[0] <= profiled[1] <= steps
+
+
+def _student_weights(o: Options) -> tuple[float, float]:
+    return o.distill.matching_weight, o.distill.adversarial_weight
 
 
 def _are_prefixes(numbers: list[int], frames: int) -> bool:

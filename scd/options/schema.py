@@ -200,6 +200,9 @@ class DistillOptions:
     # Of dmd: whether the loss of a frame also teaches how earlier frames were written into the
     # history (arXiv 2607.20368). false: the gradient stops at the KV cache, as in Self-Forcing.
     history_gradient: bool = True
+    # Of dmd: weight of the difference of the scores; 0, with an adversarial weight, leaves the
+    # student to the discriminator alone.
+    matching_weight: float = not_negative(1.0)
     # Of dmd: weight of an adversarial loss, of a head on the critic's features that tells generated
     # from real clips. 0: no head. Published: 0.003, beside a teacher of 1.3 B parameters.
     adversarial_weight: float = not_negative(0.0)

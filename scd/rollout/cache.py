@@ -7,8 +7,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.models.attention import block_causal_attention
-from scd.models.layers import HEAD_DIM
-from scd.models.world_model import CausalWorldModel
+from scd.models.world_model import CausalWorldModel, TextKeys
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,9 @@ class Window:
 class KVCache:
     """Keys and values of encoded frames, as far as the window reaches.
 
+    `text` holds those of the text, for models that have one. For a model that denoises chunks of
+    frames, a frame is here a chunk.
+
     Args:
         tokens_per_frame: N.
 
@@ -57,12 +59,13 @@ class KVCache:
 
     def __init__(self, model: CausalWorldModel, batch: int, window: Window, tokens_per_frame: int):
         slots = window.frames * tokens_per_frame
-        shape = (model.cached_layers, batch, model.config.heads, slots, HEAD_DIM)
+        shape = (model.cached_layers, batch, model.heads, slots, model.head_dim)
         self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
         self.values = torch.empty_like(self.keys)
         self.tokens_per_frame = tokens_per_frame
         self.window = window
         self.frames = 0
+        self.text: TextKeys | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write a layer's keys and values of the newest frames, attend over all that are held.

@@ -23,7 +23,10 @@ class Rollout:
     """Generates frames one after another, like an environment: `reset`, then `step` by `step`.
 
     Guidance `context`: the negative branch has a perturbed context (one encoder pass; SCD only);
-    `condition`: it has the null action or label everywhere.
+    `condition`: it has the null action or label everywhere, and the negative text.
+
+    Where a model denoises chunks of frames, each frame of a chunk is given out by a step of its
+    own; contexts, window and sink frames must be whole chunks.
 
     A model in bf16 computes in bf16 unless `settings.precision` says more than the default: as
     diffusers' `torch_dtype` promises, but in float32 where bf16 is slow. A model whose weights are
@@ -38,7 +41,7 @@ class Rollout:
         exit_input: (B, C, H, W), the noisy frame that the last exit was predicted from; see `step`.
         exit_level: the noise level σ of `exit_input`.
         first_look: (B, C, H, W), the noise that the encoder saw in place of the newest frame, of a
-            model that `encodes_noise`.
+            model that `takes_first_look`.
 
     Raises:
         ScdError: settings that the model cannot follow; see also `reset` and `step`.
@@ -48,7 +51,7 @@ class Rollout:
         s = settings
         check_rollout(s)
         self.guidance = s.guidance if s.guidance_scale != 1.0 else "none"
-        if self.guidance == "condition" and model.config.condition == "none":
+        if self.guidance == "condition" and model.condition == "none" and not model.has_text:
             raise ScdError("condition guidance needs a model with a condition")
         if self.guidance == "context" and not model.has_context:
             raise ScdError(
@@ -69,15 +72,18 @@ class Rollout:
             model.compile_steps()
         self.levels = noise_levels(s.steps, s.spacing, s.shift)
         self.first_levels = noise_levels(s.first_frame_steps or s.steps, s.spacing, s.shift)
+        self._chunk = model.chunk_frames
         if s.window:
-            sink = s.sink_frames + model.start_slots if s.sink_frames else 0
-            slots = s.window + model.start_slots + model.noisy_slots
+            window, sink = self._chunks(s.window, "window"), self._chunks(s.sink_frames, "sink")
+            sink = sink + model.start_slots if sink else 0
+            slots = window + model.start_slots + model.noisy_slots
             self.window = Window(slots, "slide", sink)
         else:
-            self.window = Window(max_frames, "error")
+            self.window = Window(-(-max_frames // self._chunk), "error")
         # Called between the two parts of a step, for whoever times the encoder and the denoising.
         self.on_encoded: Callable[[], object] = lambda: None
         self._newest: Tensor | None = None
+        self._waiting: list[Tensor] = []  # the rest of the newest chunk
         self.exit_input: Tensor
         self.exit_level: float
         self.first_look: Tensor
@@ -89,6 +95,8 @@ class Rollout:
         actions: Tensor | None = None,
         labels: Tensor | None = None,
         generator: Generators = None,
+        text: Tensor | None = None,
+        negative_text: Tensor | None = None,
     ) -> None:
         """Start from given frames.
 
@@ -98,6 +106,7 @@ class Rollout:
             labels: (B,).
             generator: one for the batch, or one a sample: then a sample's frames do not depend
                 on the batch it is in.
+            text, negative_text: see `set_text`.
         """
         batch, frames, _, height, width = context.shape
         if frames < self.model.first_predicted:
@@ -105,6 +114,7 @@ class Rollout:
                 "a rollout needs at least one context frame: this model was not trained to predict "
                 "first frames (model.first_frame)"
             )
+        known = (self._chunks(frames, "context") - 1) * self._chunk
         model = self.model
         guided = self.guidance == "condition"
 
@@ -124,17 +134,44 @@ class Rollout:
         self._generator = generator
         self._batch = batch
         tokens = model.tokens_per_frame(height, width)
-        self.cache = KVCache(model, (1 + guided) * batch, self.window, tokens)
-        self._newest, self._newest_condition = context[:, -1:], frame_conditions[:, -1:]
+        self.cache = KVCache(model, (1 + guided) * batch, self.window, tokens * self._chunk)
+        self._newest, self._newest_condition = context[:, -self._chunk :], frame_conditions[:, -1:]
+        self._waiting = []
+        if model.has_text or text is not None:
+            self.set_text(text, negative_text)
         # All but the newest frame, which may need the action that is yet to come. What the window
         # holds goes in at once, the rest slides in.
-        known, fits = frames - 1, self.window.frames - model.start_slots
+        fits = (self.window.frames - model.start_slots) * self._chunk
+        at_once = SLIDING_FRAMES // self._chunk * self._chunk
         with self._packed.in_use(), float32_products(self.precision):
             if frames > model.first_predicted:
                 self._prefill(context, frame_conditions, 0, min(known, fits))
-            for first in range(fits, known, SLIDING_FRAMES):
-                last = min(first + SLIDING_FRAMES, known)
+            for first in range(fits, known, at_once):
+                last = min(first + at_once, known)
                 self._prefill(context, frame_conditions, first, last)
+
+    @torch.no_grad()
+    def set_text(self, text: Tensor | None, negative_text: Tensor | None = None) -> None:
+        """Give the frames to come another text; those in the KV cache keep theirs.
+
+        Args:
+            text: (B, T, text_dim), the text encoder's output.
+            negative_text: as `text`, what condition guidance leads away from.
+
+        Raises:
+            ScdError: a text is missing, or has another shape; the model takes none; or before
+                `reset`.
+        """
+        if self._newest is None:
+            raise ScdError("set_text before reset")
+        model, given = self.model, [text]
+        if self.guidance == "condition":
+            given.append(negative_text)
+        texts = [model.check_text(one, self._batch).to(model.device) for one in given]
+        if len({one.shape for one in texts}) > 1:
+            raise ScdError("text and negative_text differ in length: pad them")
+        with float32_products(self.precision):
+            self.cache.text = model.precompute_text(torch.cat(texts))
 
     @torch.no_grad()
     def step(
@@ -147,7 +184,8 @@ class Rollout:
 
         Args:
             action: (B,) or (B, V), the action that leads to it; None: the null action.
-            noise: (B, C, H, W), the frame's initial noise; None: from the generator.
+            noise: (B, C, H, W), the frame's initial noise, unless frames come in chunks; None: from
+                the generator.
             exit_step: from 0, the step whose clean prediction is the frame, for training (solver
                 consistency only); no further step is taken. `exit_input` and `exit_level` are then
                 what it was predicted from. None: the last step.
@@ -156,10 +194,15 @@ class Rollout:
             (B, C, H, W), float32.
 
         Raises:
-            ScdError: before `reset`, or beyond `max_frames`; an exit that there is not.
+            ScdError: before `reset`, or beyond `max_frames`; an exit that there is not; noise of a
+                frame of a chunk.
         """
         if self._newest is None:
             raise ScdError("step before reset")
+        if noise is not None and self._chunk > 1:
+            raise ScdError(f"frames come in chunks of {self._chunk}: give a generator, not noise")
+        if self._waiting:
+            return self._waiting.pop(0)
         model = self.model
         levels, conditions = self.levels, self._conditions
         if self._first_conditions is not None:
@@ -173,12 +216,15 @@ class Rollout:
         )
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
         s, shape, steps = self.settings, (self._batch, *self._newest.shape[2:]), len(levels) - 1
-        noises = frame_noise(shape, steps, s.solver, self._generator, model.device, noise)
-        noises = noises[:, :, None]  # (B, 1 + fresh, 1, C, H, W)
-        look = None
-        if model.encodes_noise:
+        each = [
+            frame_noise(shape, steps, s.solver, self._generator, model.device, noise)
+            for _ in range(self._chunk)
+        ]
+        noises = torch.stack(each, dim=2)  # (B, 1 + fresh, 1 or a chunk, C, H, W)
+        look = noises[:, 0]  # (B, 1 or a chunk, C, H, W)
+        if model.takes_first_look:
             self.first_look = randn_tensor(shape, self._generator, model.device)
-            look = self._both(self.first_look[:, None])  # (B, 1, C, H, W)
+            look = self.first_look[:, None]  # (B, 1, C, H, W)
         perturbation = None
         if self.guidance == "context":
             of_tokens = (self._batch, tokens, model.width)
@@ -186,7 +232,13 @@ class Rollout:
             perturbation = s.guidance_noise * context_noise[:, None]
         with self._packed.in_use(), float32_products(self.precision):
             denoiser = model.begin_frame(
-                self._both(self._newest), ids, next_ids, self.cache, modulation, perturbation, look
+                self._both(self._newest),
+                ids,
+                next_ids,
+                self.cache,
+                modulation,
+                perturbation,
+                self._both(look),
             )
             self.on_encoded()
             if exit_step is None:
@@ -194,12 +246,20 @@ class Rollout:
             else:
                 self._newest = self._exit(denoiser, noises, levels, exit_step)
         self._newest_condition, self._first_conditions = condition, None
-        return self._newest[:, 0]
+        frame, *self._waiting = self._newest.unbind(dim=1)
+        return frame
 
     def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
         """Yield a frame (B, C, H, W) for every action (B,) or (B, V), as soon as it is done."""
         for action in actions:
             yield self.step(action)
+
+    def _chunks(self, frames: int, what: str) -> int:
+        """Count the chunks of some frames, which must be whole."""
+        chunks, rest = divmod(frames, self._chunk)
+        if rest:
+            raise ScdError(f"{what} of {frames} frames: this model needs chunks of {self._chunk}")
+        return chunks
 
     def _denoise(self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float]) -> Tensor:
         """Take all steps of a frame: from noises (B, 1 + fresh, 1, C, H, W) to (B, 1, C, H, W)."""
@@ -229,6 +289,8 @@ class Rollout:
         return noisy - levels[step] * self._guided(denoiser, levels)(noisy, step)
 
     def _check_exit(self, step: int, steps: int) -> None:
+        if self._chunk > 1:
+            raise ScdError(f"exit_step cannot be used with frames in chunks of {self._chunk}")
         if self.settings.solver != "consistency":
             raise ScdError(
                 f"exit_step needs rollout.solver=consistency, not {self.settings.solver}: only its "

@@ -14,6 +14,8 @@ from scd.models.world_model import CausalWorldModel
 from scd.options import Options
 from scd.training.world_model_task import WorldModelTask
 
+HEAD_LR_SCALE = 10  # the head is fresh, the features that it reads are trained
+
 
 class DistillationTask(WorldModelTask):
     """The task of post-training a student that starts from `init_from`; see `Task`."""
@@ -35,8 +37,12 @@ class DistillationTask(WorldModelTask):
             self.objective = DMDObjective(self.network, teacher, critic, options)
 
     def critic_groups(self) -> list[dict[str, Any]]:
-        assert self.critic is not None
-        return [{"params": list(self.critic.parameters()), "lr": self.options.distill.critic_lr}]
+        assert isinstance(self.critic, Critic)
+        lr = self.options.distill.critic_lr
+        groups = [{"params": list(self.critic.score.parameters()), "lr": lr}]
+        if self.critic.head is not None:
+            groups.append({"params": list(self.critic.head.parameters()), "lr": HEAD_LR_SCALE * lr})
+        return groups
 
     def trains_network(self, step: int) -> bool:
         return self.critic is None or trains_student(self.options, step)

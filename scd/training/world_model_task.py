@@ -158,6 +158,7 @@ class HeldOutLoss:
         at_levels = {f"loss_at_{s:g}": float(v) for s, v in zip(LEVELS, means, strict=True)}
         return {"loss": float(means.mean()), **at_levels}
 
+    @torch.no_grad()
     def _errors(
         self, network: WorldModel, number: int, clip: dict[str, Tensor], precision: str
     ) -> list[float]:
@@ -172,11 +173,13 @@ class HeldOutLoss:
         of_clip = generator("cpu", "held-out loss", self.seed, number)
         noise = torch.randn(shape, generator=of_clip).to(self.device)
         look = None
-        if network.encodes_noise:
+        if network.takes_first_look:
             other = torch.randn(noise[:, 0].shape, generator=of_clip)
             look = FirstLook.pure(other.to(self.device))
         with autocast(self.device, precision):
-            errors = errors_by_level(network, latents, conditions, noise, self.prefix, look)
+            errors = errors_by_level(
+                network, latents, conditions, noise, self.prefix, first_look=look
+            )
         return errors.double().mean(dim=(0, 2)).tolist()
 
 

@@ -91,11 +91,19 @@ def float32_products(precision: str) -> Iterator[None]:
 
 
 def with_weights_in(module: Module, precision: str) -> Module:
-    """Return the module, or a copy of it whose weights have the type of a resolved precision."""
-    weight = next(module.parameters())
-    if weight.dtype == DTYPES[precision]:
+    """Return a diffusers model, or a copy of it, whose weights have a resolved precision's type.
+
+    What diffusers keeps in float32 when it reads the model stays as it is.
+    """
+    dtype = DTYPES[precision]
+    if module.dtype == dtype:
         return module
-    return deepcopy(module).to(DTYPES[precision])
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    copy = deepcopy(module)
+    for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return copy
 
 
 @cache

@@ -1,0 +1,185 @@
+"""The two halves of an `SCDWan`: the causal encoder and the frame decoder."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from scd.models.attention import (
+    block_causal_attention,
+    block_causal_block_mask,
+    clean_context_attention,
+    clean_context_block_mask,
+    uses_flex,
+)
+from scd.models.world_model import Cache, FirstLook
+from scd.wan.block import KeysValues, within_frames
+from scd.wan.stack import CLEAN_TIMESTEP, WanSizes, WanStack
+
+
+class WanEncoder(WanStack):
+    """The first blocks of Wan, run once per frame over clean frames.
+
+    Args:
+        start: a learned frame stands before frame 0, at position -1, and gives its context.
+    """
+
+    def __init__(self, sizes: WanSizes, layers: int, num_actions: int, start: bool):
+        super().__init__(sizes, layers, num_actions, predicts=False)
+        bias = self.patch_embedding.bias
+        assert bias is not None
+        self.start = nn.Parameter(bias.detach().clone()) if start else None
+
+    def forward(self, latents: Tensor, conditions: Tensor | None, text: Tensor) -> Tensor:
+        """Encode the contexts of the frames after the given ones.
+
+        Args:
+            latents: (B, F, C, H, W), clean.
+            conditions: (B, F), entry j for frame j+1; (B, 1 + F) where the learned start is first.
+            text: (B, T, text_dim).
+
+        Returns:
+            (B, F, N, D), or (B, 1 + F, N, D) where the learned start is first.
+        """
+        x = self._with_start(latents, 0)  # (B, F, N, D)
+        frames, n = x.shape[1:3]
+        block_mask = None
+        if uses_flex(frames * n, x.device):
+            block_mask = block_causal_block_mask(n, frames * n, frames * n, x.device)
+        attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
+        times = torch.full(x.shape[:2], CLEAN_TIMESTEP, device=x.device)
+        modulation = self.modulation(times, conditions)  # (B, F, 7, D)
+        rotary = self.rotary(self._positions(frames, 0, x), latents)
+        texts = [self.embed_text(text)] * len(self.blocks)
+        return self.run(x, modulation, rotary, [attend] * len(self.blocks), texts)  # (B, F, N, D)
+
+    def look(
+        self, history: Tensor, look: FirstLook, conditions: Tensor | None, text: Tensor
+    ) -> Tensor:
+        """Encode the contexts of frames from noisy ones, each with the clean frames before it.
+
+        Args:
+            history: (B, F - 1, C, H, W), clean: all but the last frame.
+            conditions: (B, F), of the frames themselves.
+            text: (B, T, text_dim).
+
+        Returns:
+            (B, F', N, D), from one pass over [clean ‖ noisy].
+        """
+        count = history.shape[1]
+        first = count + 1 - look.noisy.shape[1]
+        frames = torch.cat([history, look.noisy.to(history)], dim=1)  # (B, F - 1 + F', C, H, W)
+        clean_times = torch.full_like(look.timesteps[:, :1], CLEAN_TIMESTEP).expand(-1, count)
+        times = torch.cat([clean_times, look.timesteps], dim=1)  # (B, F - 1 + F')
+        if conditions is not None:
+            conditions = torch.cat([conditions[:, :-1], conditions[:, first:]], dim=1)
+        positions = torch.arange(count + 1, device=frames.device)
+        rotary = self.rotary(torch.cat([positions[:-1], positions[first:]]), frames)
+        x = self.embed(frames)  # (B, F - 1 + F', N, D)
+        n, tokens = x.shape[2], x.shape[1] * x.shape[2]
+        block_mask = None
+        if uses_flex(tokens, x.device):
+            block_mask = clean_context_block_mask(n, count, first, tokens, x.device)
+        attend = partial(
+            clean_context_attention,
+            tokens_per_frame=n,
+            clean_frames=count,
+            first=first,
+            block_mask=block_mask,
+        )
+        texts = [self.embed_text(text)] * len(self.blocks)
+        modulation = self.modulation(times, conditions)  # (B, F - 1 + F', 7, D)
+        x = self.run(x, modulation, rotary, [attend] * len(self.blocks), texts)
+        return x[:, count:]  # (B, F', N, D)
+
+    def prefill(
+        self, latents: Tensor, modulation: Tensor, cache: Cache, kept: int | None = None
+    ) -> Tensor:
+        """Encode frames (B, F, C, H, W) into the KV cache, behind those that it holds.
+
+        Args:
+            modulation: (B, F, 7, D); frames count as in `forward`.
+            kept: how many of the frames stay in the cache; None: all.
+
+        Returns:
+            (B, F, N, D).
+        """
+        x = self._with_start(latents, cache.frames)  # (B, F, N, D)
+        frames = x.shape[1]
+        if frames:
+            rotary = self.rotary(self._positions(frames, cache.frames, x), latents)
+            x = self.run_cached(x, modulation, rotary, cache)  # (B, F, N, D)
+            cache.advance(frames if kept is None else kept)
+        return x
+
+    def _with_start(self, latents: Tensor, past: int) -> Tensor:
+        """Embed frames as (B, F, N, D), with the learned start before a video's first."""
+        x = self.embed(latents)
+        if self.start is None or past:
+            return x
+        start = self.start.to(x).expand(len(x), 1, x.shape[2], -1)  # (B, 1, N, D)
+        return torch.cat([start, x], dim=1)  # (B, 1 + F, N, D)
+
+    def _positions(self, frames: int, past: int, like: Tensor) -> Tensor:
+        first = past if self.start is None else past - 1
+        return torch.arange(first, first + frames, device=like.device)
+
+
+class WanDecoder(WanStack):
+    """The first and the last blocks of Wan, inside one frame, under the encoder's context.
+
+    Args:
+        first, last: how many blocks are from Wan's beginning, and from its end.
+        fusion: `token_concat`: all blocks run over context and noisy tokens side by side, at the
+            same rows and columns. `middle`: the first blocks run over the noisy tokens alone; a
+            Linear of their output, which starts at zero, is added to the context, and the last
+            blocks run over the sum: half the tokens. With `encoder_frame=noise`, and the blocks
+            that the encoder has not, the start is Wan itself at the noise level of the first look,
+            but that the last blocks see one frame.
+    """
+
+    def __init__(self, sizes: WanSizes, first: int, last: int, num_actions: int, fusion: str):
+        super().__init__(sizes, first + last, num_actions, predicts=True)
+        self.first = first
+        self.fuse = nn.Linear(sizes.width, sizes.width) if fusion == "middle" else None
+        if self.fuse is not None:
+            nn.init.zeros_(self.fuse.weight)
+            nn.init.zeros_(self.fuse.bias)
+
+    def block_texts(self, text: Tensor) -> list[Tensor]:
+        """List what every block takes of the text encoder's output (B, T, text_dim)."""
+        return [self.embed_text(text)] * len(self.blocks)
+
+    def forward(
+        self,
+        noisy: Tensor,
+        context: Tensor,
+        modulation: Tensor,
+        texts: Sequence[Tensor | KeysValues],
+    ) -> Tensor:
+        """Predict the velocities of noisy frames, each independent of the others.
+
+        Args:
+            noisy: (B, F, C, H, W).
+            context: (B, F, N, D), of these frames.
+            modulation: (B, F, 7, D), of their noise levels and actions.
+            texts: one for each block, of samples (B).
+
+        Returns:
+            (B, F, C, H, W).
+        """
+        x = self.embed(noisy)  # (B, F, N, D)
+        context, n = context.type_as(x), x.shape[2]
+        # Only the row and the column matter inside a frame.
+        rotary = self.rotary(torch.zeros(1, device=noisy.device), noisy)
+        attends = [partial(within_frames, frames=noisy.shape[1])] * len(self.blocks)
+        if self.fuse is None:
+            x = torch.cat([context, x], dim=2)  # (B, F, 2·N, D)
+            x = self.run(x, modulation, rotary.twice(), attends, texts, keep=n)  # (B, F, N, D)
+        else:
+            early, late = slice(self.first), slice(self.first, None)
+            x = self.run(x, modulation, rotary, attends, texts, early)  # (B, F, N, D)
+            x = context + self.fuse(x)  # (B, F, N, D)
+            x = self.run(x, modulation, rotary, attends, texts, late)  # (B, F, N, D)
+        return self.read_out(x, modulation, noisy)  # (B, F, C, H, W)

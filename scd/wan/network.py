@@ -1,0 +1,144 @@
+"""What the causal and the separable Wan share: the model's facts, its inputs, where weights go."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from scd.errors import ScdError
+from scd.models.world_model import CausalWorldModel
+from scd.wan.stack import WanSizes
+
+IMAGE_FACTS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")  # of image-to-video models
+Model = TypeVar("Model", bound="WanWorldModel")
+
+
+class WanWorldModel(CausalWorldModel):
+    """A causal world model of Wan's blocks: conditioned on a text, and on actions if it has any.
+
+    Its config is Wan's own, under diffusers' names, and more.
+    """
+
+    _repeated_blocks = ["WanBlock"]
+    _no_split_modules = ["WanBlock"]
+    _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]
+    has_text = True
+
+    @property
+    def heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.attention_head_dim
+
+    @property
+    def condition(self) -> str:
+        return "action" if self.config.num_actions else "none"
+
+    @property
+    def num_conditions(self) -> int:
+        return self.config.num_actions
+
+    @property
+    @abstractmethod
+    def first_predicted(self) -> int:
+        """The first frame of a clip that the model can predict."""
+
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        _, rows, columns = self.config.patch_size
+        return (height // rows) * (width // columns)
+
+    # A Wan is nothing without a text, so it comes first.
+    def velocity(  # type: ignore[override]
+        self,
+        latents: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        text: Tensor,
+        actions: Tensor | None = None,
+    ) -> Tensor:
+        """Predict velocities under teacher forcing, of every frame F' that can be predicted.
+
+        Args:
+            latents: (B, F, C, H, W), the clean frames, normalized as Wan's latents are.
+            noisy: (B, F, C, H, W).
+            timesteps: (B, F) in [0, 1000], the noise levels of `noisy`.
+            text: (B, T, text_dim), the text encoder's output.
+            actions: (B, F) integers (action i leads to frame i).
+
+        Returns:
+            (B, F', C, H, W), from frame `first_predicted` on.
+
+        Raises:
+            ScdError: shapes that do not fit together, or actions that the model does not have.
+        """
+        self._check_clip(latents, noisy, timesteps, text)
+        first = self.first_predicted
+        conditions = self.frame_conditions(latents.shape[:2], actions, None)
+        self.check_conditions(conditions)
+        noisy, timesteps = noisy[:, None, first:], timesteps[:, None, first:]
+        return self(latents, noisy, timesteps, conditions, text=text)[:, 0]
+
+    def _check_clip(self, latents: Tensor, noisy: Tensor, timesteps: Tensor, text: Tensor) -> None:
+        config = self.config
+        shape, (_, rows, columns) = tuple(latents.shape), config.patch_size
+        if len(shape) != 5 or shape[2] != config.in_channels:
+            raise ScdError(f"latents are {shape}, expected (B, F, {config.in_channels}, H, W)")
+        if tuple(noisy.shape) != shape or tuple(timesteps.shape) != shape[:2]:
+            raise ScdError(
+                f"noisy frames are {tuple(noisy.shape)} and timesteps {tuple(timesteps.shape)}, "
+                f"expected {shape} and {shape[:2]} as the latents"
+            )
+        if shape[3] % rows or shape[4] % columns:
+            raise ScdError(f"frames of {shape[3]}x{shape[4]} do not divide by {rows}x{columns}")
+        if shape[1] <= self.first_predicted or shape[1] % self.chunk_frames:
+            raise ScdError(
+                f"{shape[1]} frames: expected at least {1 + self.first_predicted}, in chunks of "
+                f"{self.chunk_frames}"
+            )
+        self.check_text(text, shape[0])
+
+    def check_text(self, text: Tensor | None, batch: int) -> Tensor:
+        if text is None:
+            raise ScdError(f"{type(self).__name__} needs a text")
+        if text.ndim != 3 or len(text) != batch or text.shape[2] != self.config.text_dim:
+            raise ScdError(
+                f"the text is {tuple(text.shape)}, expected ({batch}, T, {self.config.text_dim})"
+            )
+        return text
+
+
+def own_config(model: Any) -> dict[str, Any]:
+    """Take the arguments of a diffusers model from its config."""
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
+def config_of(transformer: WanTransformer3DModel) -> dict[str, Any]:
+    """Take the config of a text-to-video Wan, without what belongs to image-to-video models.
+
+    Raises:
+        ScdError: it is an image-to-video model.
+    """
+    config = own_config(transformer)
+    images = [key for key in IMAGE_FACTS if config.pop(key, None) is not None]
+    if images:
+        raise ScdError(f"an image-to-video Wan ({', '.join(images)}): give a text-to-video one")
+    WanSizes.of(config)
+    return config
+
+
+def filled(build: Callable[[], Model], tensors: dict[str, Tensor]) -> Model:
+    """Build a network out of copies of tensors, in their types and on their device.
+
+    Raises:
+        RuntimeError: names or shapes are others than the network's.
+    """
+    with torch.device("meta"):  # no time and memory for values that are replaced
+        model = build()
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    model.load_state_dict(copies, assign=True)
+    return model.eval()
