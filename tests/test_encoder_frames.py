@@ -70,7 +70,7 @@ def rolled(
     for number in range(known, known + new):
         frames.append(rollout.step(actions[:, number]))
         looks.append(getattr(rollout, "first_look", None))
-    seen = torch.stack(looks, dim=1) if model.encodes_noise else None
+    seen = torch.stack(looks, dim=1) if model.takes_first_look else None
     return torch.stack(frames, dim=1), seen
 
 
@@ -504,7 +504,7 @@ def test_a_model_from_before_the_option_shifts(tmp_path):
     model = make("shift", first_frame=True)
     config = {key: value for key, value in model.config.items() if key != "encoder_frame"}
     old = SCD.from_config(config)
-    assert old.config.encoder_frame == "shift" and not old.encodes_noise
+    assert old.config.encoder_frame == "shift" and not old.takes_first_look
     assert old.state_dict().keys() == model.state_dict().keys()
     assert (old.start_slots, old.noisy_slots) == (1, 0)
     assert load_options("options/scd_doom.yml").model.encoder_frame == "shift"

@@ -158,7 +158,7 @@ def test_split_then_train(options, tmp_path, capsys):
     assert f"--out {out}: already exists" in capsys.readouterr().err
     noise = tmp_path / "noise"
     assert main([*command, "--encoder-frame", "noise", "--out", str(noise)]) == 0
-    assert load_checkpoint_for_use(noise / "model.safetensors").model.encodes_noise
+    assert load_checkpoint_for_use(noise / "model.safetensors").model.takes_first_look
     # A step too small to move: training began from those weights.
     arguments = ["train", "--opt", str(out / "options.yml"), "train.save_every=1"]
     assert main([*arguments, "optim.lr=1e-12"]) == 0

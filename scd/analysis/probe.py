@@ -59,7 +59,7 @@ def probe_checkpoint(
     options, step = loaded.options, loaded.source["step"]
     if not isinstance(loaded.model, CausalWorldModel):
         raise ScdError(f"{path}: a {options.model.type} has no rollout to probe")
-    if loaded.model.encodes_noise:
+    if loaded.model.takes_first_look:
         raise ScdError(
             f"{path}: model.encoder_frame={options.model.encoder_frame} cannot be probed: the "
             f"probes know encoders that see clean frames only (shift)"

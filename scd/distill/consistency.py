@@ -48,7 +48,7 @@ class ConsistencyObjective(nn.Module):
         """Compute the loss of clips; see `FlowObjective.forward`."""
         latents, samples = batch["latents"], [int(number) for number in batch["sample"]]
         flow, seed = self.options.flow, self.options.seed
-        looks = self.model.encodes_noise or self.teacher.encodes_noise
+        looks = self.model.takes_first_look or self.teacher.takes_first_look
         draws = draw_noise(flow, seed, samples, latents, None, looks)
         shape = tuple(draws.level.shape[1:])
         place = uniform_per_sample(shape, samples, latents.device, seed, "consistency")

@@ -84,7 +84,7 @@ def roll_out(
             frames.append(rollout.step(action, exit_step=int(exit_at * steps)))
             noisy.append(rollout.exit_input)
             levels.append(rollout.exit_level)
-            if model.encodes_noise:
+            if model.takes_first_look:
                 looks.append(rollout.first_look)
     timesteps = MAX_TIMESTEP * torch.tensor(levels, device=context.device)
     return SelfRollout(

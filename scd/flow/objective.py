@@ -76,7 +76,7 @@ class FlowObjective(nn.Module):
             [int(number) for number in batch["sample"]],
             latents,
             (tokens, self.model.width) if self._perturbs else None,
-            self.model.encodes_noise,
+            self.model.takes_first_look,
         )
         conditions = self.model.frame_conditions(
             latents.shape[:2], batch.get("actions"), batch.get("label")
@@ -222,7 +222,8 @@ def errors_by_level(
         noise: (B, 1, F', C, H, W), ε of the frames that can be predicted, the same at all levels.
         prefix: first frames that are given and not measured, if the model must have any.
         levels: noise levels σ.
-        first_look: at the frames F', of a model that `encodes_noise`; best pure, as in a rollout.
+        first_look: at the frames F', for a model that `takes_first_look`; best pure, as in a
+            rollout.
     """
     sigmas = torch.tensor(levels, device=latents.device).clamp(min=model.config.sigma_min)
     clean = latents[:, None, model.first_predicted :]

@@ -84,7 +84,7 @@ class SCD(CausalWorldModel):
         )
 
     @property
-    def encodes_noise(self) -> bool:  # type: ignore[override]
+    def takes_first_look(self) -> bool:  # type: ignore[override]
         return self.config.encoder_frame != "shift"
 
     @property
@@ -93,7 +93,7 @@ class SCD(CausalWorldModel):
 
     @property
     def noisy_slots(self) -> int:  # type: ignore[override]
-        return int(self.encodes_noise)
+        return int(self.takes_first_look)
 
     @property
     def cached_layers(self) -> int:
@@ -111,7 +111,7 @@ class SCD(CausalWorldModel):
     ) -> Tensor:
         """Predict velocities from one encoder pass, which all K draws share."""
         draws, frames = noisy.shape[1:3]
-        if not self.encodes_noise:
+        if not self.takes_first_look:
             first_look = None
             # The encoder needs the action that leads to the next frame, the decoder its own.
             if conditions is not None:
@@ -149,7 +149,7 @@ class SCD(CausalWorldModel):
         Raises:
             ScdError: a context needs a first look at its frame.
         """
-        if self.encodes_noise:
+        if self.takes_first_look:
             raise ScdError(
                 f"encode: with encoder_frame={self.config.encoder_frame} there is no context "
                 f"without a first look at its frame; call forward or velocity"
@@ -185,7 +185,7 @@ class SCD(CausalWorldModel):
         times = timesteps.expand(len(conditions), -1)  # (R, T)
         noisy = self.decoder.precompute_modulation(times, repeat_steps(conditions, len(timesteps)))
         clean, look = self.encoder.precompute_modulation(conditions), None
-        if self.encodes_noise:
+        if self.takes_first_look:
             look = self.encoder.precompute_modulation(conditions, MAX_TIMESTEP)
         return PrecomputedModulation(clean, noisy, timesteps, look)
 
@@ -198,7 +198,7 @@ class SCD(CausalWorldModel):
         modulation: PrecomputedModulation,
     ) -> None:
         """Encode clean frames into the cache, with `shift` each under the condition of the next."""
-        if not self.encodes_noise:
+        if not self.takes_first_look:
             self.encoder.prefill(latents, modulation.clean[next_condition_ids], cache)
         elif latents.shape[1]:
             self.encoder.prefill(latents, modulation.clean[condition_ids], cache)
@@ -214,7 +214,7 @@ class SCD(CausalWorldModel):
         noise: Tensor | None = None,
     ) -> FrameDenoiser:
         """Encode the newest frame; only the decoder then runs at the steps of the next."""
-        if self.encodes_noise:
+        if self.takes_first_look:
             assert noise is not None and modulation.look is not None
             own = modulation.look[next_condition_ids]  # (B, 1, 6·L + 2, D)
             clean = modulation.clean[condition_ids]  # (B, 1, 6·L + 2, D), or (B, 0, …)

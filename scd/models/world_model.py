@@ -97,7 +97,8 @@ class WorldModel(ModelMixin, ConfigMixin):
     _no_split_modules = ["Block"]
     has_context = False  # whether a separate context can be perturbed (context guidance)
     has_text = False  # whether a text conditions the whole video
-    encodes_noise = False  # whether an encoder needs a first look at the frames to predict
+    # Whether an encoder takes a first look at the frames to predict, with noise of its own.
+    takes_first_look = False
 
     @property
     def heads(self) -> int:
@@ -155,7 +156,7 @@ class WorldModel(ModelMixin, ConfigMixin):
             perturbation: (B, F', N, D), added to the normed context, where there is one.
             history_gradient: False: no gradient through the keys and values of earlier frames, as
                 if they came from a rollout's cache.
-            first_look: what a model that `encodes_noise` sees of the last F' frames, whatever the
+            first_look: what a model that `takes_first_look` sees of the last F' frames, under every
                 draw; others do not use it.
 
         Returns:
@@ -348,8 +349,8 @@ class CausalWorldModel(WorldModel):
             next_condition_ids: (B, 1), of the frame to come.
             perturbation: (B, 1, N, D): the denoiser is then one of 2B frames, the second half under
                 the perturbed context.
-            noise: as `newest`, what a model that `encodes_noise` sees of the frame to come; to
-                others, what the frame starts from.
+            noise: as `newest`, what a model that encodes the frame to come sees of it: where it
+                `takes_first_look` noise of its own, else what the frame starts from.
         """
 
     def compile_steps(self) -> None:

@@ -41,7 +41,7 @@ class Rollout:
         exit_input: (B, C, H, W), the noisy frame that the last exit was predicted from; see `step`.
         exit_level: the noise level σ of `exit_input`.
         first_look: (B, C, H, W), the noise that the encoder saw in place of the newest frame, of a
-            model that `encodes_noise`.
+            model that `takes_first_look`.
 
     Raises:
         ScdError: settings that the model cannot follow; see also `reset` and `step`.
@@ -221,10 +221,10 @@ class Rollout:
             for _ in range(self._chunk)
         ]
         noises = torch.stack(each, dim=2)  # (B, 1 + fresh, 1 or a chunk, C, H, W)
-        seen = noises[:, 0]  # (B, 1 or a chunk, C, H, W)
-        if model.encodes_noise:
+        look = noises[:, 0]  # (B, 1 or a chunk, C, H, W)
+        if model.takes_first_look:
             self.first_look = randn_tensor(shape, self._generator, model.device)
-            seen = self.first_look[:, None]  # (B, 1, C, H, W)
+            look = self.first_look[:, None]  # (B, 1, C, H, W)
         perturbation = None
         if self.guidance == "context":
             of_tokens = (self._batch, tokens, model.width)
@@ -238,7 +238,7 @@ class Rollout:
                 self.cache,
                 modulation,
                 perturbation,
-                self._both(seen),
+                self._both(look),
             )
             self.on_encoded()
             if exit_step is None:

@@ -127,7 +127,7 @@ def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Any]
         "timesteps": timesteps,
         "conditions": conditions if options.model.condition != "none" else None,
         "perturbation": perturbation if model.has_context else None,
-        "first_look": FirstLook(noisy[:, 0], timesteps[:, 0]) if model.encodes_noise else None,
+        "first_look": FirstLook(noisy[:, 0], timesteps[:, 0]) if model.takes_first_look else None,
     }
 
 

@@ -173,7 +173,7 @@ class HeldOutLoss:
         of_clip = generator("cpu", "held-out loss", self.seed, number)
         noise = torch.randn(shape, generator=of_clip).to(self.device)
         look = None
-        if network.encodes_noise:
+        if network.takes_first_look:
             other = torch.randn(noise[:, 0].shape, generator=of_clip)
             look = FirstLook.pure(other.to(self.device))
         with autocast(self.device, precision):

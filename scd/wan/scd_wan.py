@@ -177,9 +177,9 @@ class SCDWan(WanWorldModel):
         Args: as `WorldModel.forward`, and
             perturbation: (B, F', N, D), added to the context in units of each token's standard
                 deviation.
-            text: (B, T, text_dim).
             first_look: with `encoder_frame=noise`, what the encoder sees of the frames to predict;
                 None: the first draw.
+            text: (B, T, text_dim).
         """
         if not history_gradient:
             raise ScdError("SCDWan: history_gradient=false is not offered")
