@@ -24,18 +24,20 @@ license: mit
 tags: [scd, world-model, video-prediction, flow-matching]
 ---
 """
+CAUSAL = "A causal video diffusion model that generates video frame by frame"
+KINDS = {
+    "scd": CAUSAL,
+    "causal_dit": CAUSAL,
+    "bidirectional_dit": "A video diffusion model that sees all frames of a clip at once",
+}
 PAPER = (
-    "A causal video diffusion model that generates video frame by frame, trained with `scd`, the "
-    "open-source project for Separable Causal Diffusion ([Bai et al., CVPR "
-    "2026](https://arxiv.org/abs/2602.10095))."
+    ", trained with `scd`, the open-source project for Separable Causal Diffusion ([Bai et al., "
+    "CVPR 2026](https://arxiv.org/abs/2602.10095))."
 )
 ABOUT = {
     "scd": "Its causal encoder runs once per frame, and only its light decoder denoises.",
     "causal_dit": "It is the paper's dense baseline: every layer runs in every denoising step.",
-    "bidirectional_dit": (
-        "It denoises all frames of a clip at once and cannot be streamed: a teacher to distil "
-        "causal models from."
-    ),
+    "bidirectional_dit": "It cannot be streamed: it is a teacher to distil causal models from.",
 }
 LEGEND = (
     "Arrows say whether higher or lower is better. +1…+4 are the first four new frames; n is the "
@@ -92,7 +94,10 @@ def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
         "checkpoint": f"SHA-256 {source['sha256']}",
         "sampling, by default": rollout_text(options.rollout),
     }
-    parts = [f"{CARD_HEAD}\n# {name}", f"{PAPER} {ABOUT[options.model.type]}"]
+    parts = [
+        f"{CARD_HEAD}\n# {name}",
+        f"{KINDS[options.model.type]}{PAPER} {ABOUT[options.model.type]}",
+    ]
     parts.append("| | |\n| --- | --- |\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items()))
     parts += ["## Use", _usage(options, name), "## Evaluation"]
     parts += _evaluations(weights, str(source["sha256"])) or [
@@ -151,6 +156,12 @@ def _training(options: Options, weights: Path, step: str | int | None) -> str:
 
 
 def _usage(options: Options, name: str) -> str:
+    if options.model.type == "bidirectional_dit":  # which the pipeline cannot roll out
+        return (
+            f"`./scripts/train.sh options/scd_doom_distilled.yml distill.teacher={name}` distils a "
+            f"causal model from this folder, `scd evaluate {name}` measures it. All options of the "
+            f"experiment are in `options.yml`."
+        )
     conditions = {
         "none": ("", ""),
         "label": ("labels=labels, ", ", labels (B,)"),

@@ -67,6 +67,10 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
     assert main(["compare", *folders, "--out", str(out)]) == 0
     entries = json.loads((out / "compare.json").read_text())["models"]
     assert [entry["name"] for entry in entries] == ["teacher", "student", "distilled"]
+    card = tmp_path / "teacher_card"
+    assert main(["export", str(teacher), "--out", str(card)]) == 0
+    text = (card / "README.md").read_text()
+    assert "frame by frame" not in text and "distill.teacher=teacher_card" in text
     card = tmp_path / "card"
     assert main(["export", str(distilled), "--out", str(card)]) == 0
     assert f"distilled (dmd) from {teacher}" in (card / "README.md").read_text()
