@@ -300,6 +300,8 @@ def records_of(folder: Path) -> Iterator:
 
 
 def written_records(folder: Path) -> Iterator:
+    """The records that are whole in the file so far; wandb may be in the middle of the next."""
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = folder.glob("*.wandb")
@@ -312,7 +314,10 @@ def written_records(folder: Path) -> Iterator:
         whole += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(whole)
+            try:
+                yield Record.FromString(whole)
+            except DecodeError:  # its bytes are not all there yet
+                return
             whole = b""
 
 
