@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from scd.distill.critic import Critic
 from scd.distill.dmd import (
     DMDObjective,
+    Generated,
     Score,
-    SelfRollout,
     draw_exit,
     loss_with_gradient,
     matching_gradient,
     replay,
     roll_out,
+    teacher_forced,
     trains_student,
 )
 from scd.errors import ScdError
@@ -63,15 +64,37 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(number) for number in (7, 8)]
 
 
-def rolled_out(model: CausalWorldModel, exit_step: int) -> tuple[SelfRollout, Tensor, Tensor]:
+def rolled_out(model: CausalWorldModel, exit_step: int) -> tuple[Generated, Tensor]:
     latents, actions = make_clip()
     context = latents[:, :KNOWN]
     exit_at = (exit_step + 0.5) / SETTINGS.steps
     rollout = roll_out(model, SETTINGS, context, NEW, exit_at, actions, None, generators())
-    return rollout, context, actions
+    return rollout, actions
 
 
 # --- Rollout and replay
+
+
+@pytest.mark.parametrize("kind", ["scd", "scd noise", "causal"])
+def test_teacher_forced_clips_come_from_real_frames(kind: str) -> None:
+    """Each is the model's clean frame of the real one under noise, after the real ones before."""
+    model, (clip, actions) = make(kind), make_clip()
+    settings = replace(SETTINGS, steps=2)
+    made = teacher_forced(model, settings, clip, KNOWN, 0.5, actions, generators())
+    level = 2 / 3  # 1/2, shifted by 2
+    assert made.timesteps.unique().tolist() == pytest.approx([1000 * level])
+    noise = torch.stack([torch.randn(NEW, 3, 4, 4, generator=g) for g in generators()])
+    torch.testing.assert_close(made.noisy, level * noise + (1 - level) * clip[:, KNOWN:])
+    changed = clip.clone()
+    changed[:, KNOWN] += 1  # the first new frame: seen by those after it, and by itself as noise
+    other = teacher_forced(model, settings, changed, KNOWN, 0.5, actions, generators())
+    moved = (other.frames - made.frames).abs().amax(dim=(0, 2, 3, 4))
+    assert (moved > 1e-3).all()
+    last = clip.clone()
+    last[:, -1] += 1
+    other = teacher_forced(model, settings, last, KNOWN, 0.5, actions, generators())
+    torch.testing.assert_close(other.frames[:, :-1], made.frames[:, :-1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(replay(model, made, actions), made.frames, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("exit_step", range(SETTINGS.steps))
@@ -79,17 +102,18 @@ def rolled_out(model: CausalWorldModel, exit_step: int) -> tuple[SelfRollout, Te
 @pytest.mark.parametrize("kind", ["scd", "scd noise", "scd joint", "causal"])
 def test_a_replay_equals_its_rollout(kind: str, prediction: str, exit_step: int) -> None:
     model = make(kind, prediction)
-    rollout, context, actions = rolled_out(model, exit_step)
+    rollout, actions = rolled_out(model, exit_step)
     assert rollout.frames.shape == rollout.noisy.shape == (2, NEW, 3, 4, 4)
     levels = [1.0, 0.8, 0.5]  # 1, 2/3, 1/3 shifted by 2
     assert rollout.timesteps.flatten().tolist() == pytest.approx([1000 * levels[exit_step]] * 8)
-    frames = replay(model, context, rollout, actions)
+    frames = replay(model, rollout, actions)
     torch.testing.assert_close(frames, rollout.frames, rtol=1e-4, atol=1e-4)
 
 
 def test_a_rollout_that_leaves_at_the_last_step_is_the_one_of_use() -> None:
     model = make("scd")
-    rollout, context, actions = rolled_out(model, SETTINGS.steps - 1)
+    rollout, actions = rolled_out(model, SETTINGS.steps - 1)
+    context = rollout.history[:, :KNOWN]
     used = continue_videos(model, SETTINGS, context, NEW, actions, generator=generators())
     torch.testing.assert_close(used, rollout.frames, rtol=0, atol=0)
 
@@ -100,7 +124,7 @@ def test_a_first_frame_with_more_steps_is_replayed_from_its_own_exit() -> None:
     rollout = roll_out(model, settings, context, NEW, 0.9, actions, None, generators())
     levels = [2 / 7, 0.5, 0.5, 0.5]  # 1/6 and 1/3, shifted by 2: the last step of either list
     assert rollout.timesteps[0].tolist() == pytest.approx([1000 * level for level in levels])
-    frames = replay(model, context, rollout, actions)
+    frames = replay(model, rollout, actions)
     torch.testing.assert_close(frames, rollout.frames, rtol=1e-4, atol=1e-4)
 
 
@@ -114,14 +138,14 @@ def test_a_window_that_shows_every_frame_changes_nothing(kind: str) -> None:
         rollouts.append(roll_out(model, settings, context, NEW, 0.5, actions, None, generators()))
     torch.testing.assert_close(rollouts[0].frames, rollouts[1].frames, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        replay(model, context, rollouts[1], actions), rollouts[1].frames, rtol=1e-4, atol=1e-4
+        replay(model, rollouts[1], actions), rollouts[1].frames, rtol=1e-4, atol=1e-4
     )
 
 
 def test_a_rollout_records_what_the_encoder_saw() -> None:
     """Pure noise, drawn after that of each frame's steps; under other noise the replay is other."""
     model = make("scd noise")
-    rollout, context, actions = rolled_out(model, 1)
+    rollout, actions = rolled_out(model, 1)
     drawn = []
     for each in generators():
         looks = []
@@ -134,7 +158,7 @@ def test_a_rollout_records_what_the_encoder_saw() -> None:
     assert torch.equal(rollout.first_look.noisy, torch.stack(drawn))
     assert rollout.first_look.timesteps.unique().tolist() == [1000]
     other = rollout._replace(first_look=FirstLook.pure(rollout.first_look.noisy.flip(1)))
-    moved = replay(model, context, other, actions) - rollout.frames
+    moved = replay(model, other, actions) - rollout.frames
     assert (moved.abs().amax(dim=(2, 3, 4)) > 1e-2).all()
     assert rolled_out(make("scd"), 1)[0].first_look is None
 
@@ -142,8 +166,8 @@ def test_a_rollout_records_what_the_encoder_saw() -> None:
 @pytest.mark.parametrize("kind", ["scd", "scd noise"])
 def test_the_last_frame_teaches_how_history_is_written(kind: str) -> None:
     model = make(kind)
-    rollout, context, actions = rolled_out(model, 1)
-    replay(model, context, rollout, actions)[:, -1].sum().backward()
+    rollout, actions = rolled_out(model, 1)
+    replay(model, rollout, actions)[:, -1].sum().backward()
     written = model.encoder.blocks[0].attention.qkv.weight.grad
     assert written is not None and written.abs().max() > 1e-4
     assert not rollout.frames.requires_grad and not rollout.noisy.requires_grad
@@ -152,8 +176,8 @@ def test_the_last_frame_teaches_how_history_is_written(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["scd", "scd noise", "causal"])
 def test_without_history_gradient_a_frame_teaches_only_its_own_passes(kind: str) -> None:
     model = make(kind)
-    rollout, context, actions = rolled_out(model, 1)
-    frames = [replay(model, context, rollout, actions, on) for on in (True, False)]
+    rollout, actions = rolled_out(model, 1)
+    frames = [replay(model, rollout, actions, on) for on in (True, False)]
     torch.testing.assert_close(frames[1], frames[0], rtol=1e-5, atol=1e-5)
     # The history as an input: which frames does the last one have a gradient to?
     embedded = model.embed if kind == "causal" else model.encoder.embed
@@ -167,7 +191,7 @@ def test_without_history_gradient_a_frame_teaches_only_its_own_passes(kind: str)
     reached = []
     for on in (True, False):
         seen.clear()
-        replay(model, context, rollout, actions, on)[:, -1].sum().backward()
+        replay(model, rollout, actions, on)[:, -1].sum().backward()
         gradient = seen[0].grad
         assert gradient is not None
         reached.append((gradient.abs().amax(dim=(0, 2, 3)) > 0).tolist())

@@ -197,6 +197,9 @@ class DistillOptions:
     context_frames: int = positive(16)  # of dmd: given frames of a clip, the others are generated
     critic_updates: int = positive(5)  # of dmd: updates of the critic for each one of the student
     critic_lr: float = positive(1e-4)  # of dmd: learning rate of the critic
+    # Of dmd: whether the student generates its clips as in use. false: from real frames, by teacher
+    # forcing, as a control.
+    self_rollout: bool = True
     # Of dmd: whether the loss of a frame also teaches how earlier frames were written into the
     # history (arXiv 2607.20368). false: the gradient stops at the KV cache, as in Self-Forcing.
     history_gradient: bool = True
