@@ -1,6 +1,7 @@
 """Text to video: streamed decoding, the pipeline, and `scd wan generate`, on tiny random Wans."""
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from scd.data.prompts import write_embedding, write_prompt_list
 from scd.data.video import VideoFile, VideoWriter, write_video
 from scd.errors import ScdError
 from scd.options import RolloutOptions
+from scd.rollout import Rollout
+from scd.utils.seeding import generator
 from scd.wan import CausalWan, SCDWan, SCDWanPipeline
 from scd.wan.convert import convert
 from scd.wan.video_decoder import VideoDecoder
@@ -22,7 +25,7 @@ from tests.test_wan import TEXT, disturbed, make, name, tiny_wan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HEIGHT, WIDTH, LENGTH = 32, 48, 5
+HEIGHT, WIDTH, LENGTH = 32, 64, 5
 SIZE = {"height": HEIGHT, "width": WIDTH}
 FAST = {"steps": 2, "guidance": "none"}
 SPLIT = {"encoder_frame": "shift", "fusion": "token_concat", "first_frame": True}
@@ -111,8 +114,6 @@ def test_a_call_is_a_rollout_and_the_autoencoder(config, vae):
     frames = pipeline(**given, generator=seeds, **guided).frames
     assert frames.shape == (2, 10, 3, HEIGHT, WIDTH)
     settings = RolloutOptions(steps=2, guidance="condition", guidance_scale=3.0)
-    from scd.rollout import Rollout
-
     rollout = Rollout(pipeline.transformer, settings, max_frames=4)
     rollout.reset(
         torch.zeros(2, 0, 16, HEIGHT // 8, WIDTH // 8),
@@ -128,11 +129,9 @@ def test_a_call_is_a_rollout_and_the_autoencoder(config, vae):
     with torch.no_grad():
         whole = (vae.decode(latents * std + mean).sample.transpose(1, 2) + 1) / 2
     assert torch.equal(frames, whole[:, :10])
-    # A video does not depend on those beside it.
-    alone = pipeline(
-        **{**given, "prompt_embeds": texts(2)}, generator=[seeded(4)], **guided
-    ).frames
-    assert (alone[0] - frames[1]).abs().max() < 1e-4 < frames.std()
+    # A video does not depend on those beside it; random networks enlarge what rounding does.
+    alone = pipeline(**{**given, "prompt_embeds": texts(2)}, generator=[seeded(4)], **guided).frames
+    assert (alone[0] - frames[1]).abs().max() < 1e-3 < frames.std() / 50
     # One text for all, and channels last.
     array = pipeline(**given, **guided, output_type="np").frames
     assert isinstance(array, np.ndarray) and array.shape == (2, 10, HEIGHT, WIDTH, 3)
@@ -272,7 +271,7 @@ def test_mistakes_are_explained(vae):
         ({"prompt": "a cat", "prompt_embeds": None}, "has no text encoder"),
         (guided, "has no text encoder"),
         ({**guided, "negative_prompt_embeds": texts(1, 2)}, "2 of negative_prompt for 1 videos"),
-        ({"height": 40}, "pictures of 40x48 .height x width.: 16 must divide"),
+        ({"height": 40}, "pictures of 40x64 .height x width.: 16 must divide"),
         ({"num_frames": 0}, "num_frames is 0"),
         ({"steps": 2, "stride": 3}, "unknown setting 'stride'"),
         ({"generator": [seeded(1), seeded(2)]}, "2 generators for 1 videos"),
@@ -288,13 +287,25 @@ def test_mistakes_are_explained(vae):
 # --- Files
 
 
+def frames_in(path: Path) -> int:
+    try:
+        return len(VideoFile(path))
+    except ScdError:
+        return 0
+
+
 def test_a_video_in_pieces(tmp_path):
     """As at once; while it is written, and after an interruption, it can be watched."""
     ramp = np.linspace(0, 255, 30 * 64 * 80 * 3).reshape(30, 64, 80, 3).astype(np.uint8)
     write_video(tmp_path / "whole.mp4", ramp, 8)
     path, unfinished = tmp_path / "pieces.mp4", tmp_path / "pieces.part.mp4"
     with VideoWriter(path, 64, 80, 8) as writer:
-        for start in range(0, 30, 4):
+        writer.write(ramp[:5])
+        until = time.monotonic() + 60
+        while frames_in(unfinished) < 4:  # ffmpeg works beside
+            assert time.monotonic() < until, "the first pictures are not written at once"
+            time.sleep(0.1)
+        for start in range(5, 30, 4):
             writer.write(ramp[start : start + 4])
     assert not unfinished.exists()
     whole, pieces = VideoFile(tmp_path / "whole.mp4"), VideoFile(path)
@@ -359,8 +370,6 @@ def test_generate(kind, folder, embeds, tmp_path, capsys):
     # Its pictures are the pipeline's, as far as the video's coding lets one see.
     pipeline = SCDWanPipeline.from_pretrained(folder / kind, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
-    from scd.utils.seeding import generator
-
     text = torch.cat([texts(0), torch.zeros(1, 3, TEXT)], dim=1)
     negative = torch.cat([texts(3), torch.zeros(1, 3, TEXT)], dim=1)
     expected = pipeline(
@@ -388,6 +397,18 @@ def test_several_seeds_and_a_later_prompt(folder, embeds, tmp_path):
     changed = VideoFile(tmp_path / "video.mp4").frames(np.arange(9))
     difference = np.abs(changed.astype(int) - first).mean(axis=(1, 2, 3))
     assert difference[:5].max() < 1 < difference[5:].min()
+
+
+def test_generate_with_the_text_encoder(folder, tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra: pip install -e .[wan]")
+    pytest.importorskip("ftfy", reason="needs the extra: pip install -e .[wan]")
+    from tests.test_wan_text import make_text_encoder
+
+    source, out = make_text_encoder(tmp_path / "text"), tmp_path / "video.mp4"
+    size = ["--height", str(HEIGHT), "--width", str(WIDTH), "--frames", "5"]
+    arguments = [*size, "--prompt", "a cat", "--text-encoder", str(source), "--out", str(out)]
+    assert main(["wan", "generate", str(folder / "scd"), *arguments, "rollout.steps=1"]) == 0
+    assert len(VideoFile(out)) == 5
 
 
 def test_vbench(folder, embeds, tmp_path, capfd):
@@ -454,8 +475,8 @@ def test_measure(tmp_path, capsys):
     fading = noise.copy()
     fading[8:] = 128 + (fading[8:] - 128) / 4
     fading[8:, ..., 0] += 40
-    for name, video in (("steady", noise), ("fading", fading)):
-        write_video(tmp_path / f"{name}.mp4", video.astype(np.uint8), 16, crf=0)
+    for stem, video in (("steady", noise), ("fading", fading)):
+        write_video(tmp_path / f"{stem}.mp4", video.astype(np.uint8), 16, crf=0)
     (tmp_path / "x.part.mp4").write_bytes(b"unfinished")
     assert main(["wan", "measure", str(tmp_path), "--windows", "2"]) == 0
     found = json.loads((tmp_path / "streams.json").read_text())

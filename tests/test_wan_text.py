@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="needs the extra: pip install -e .[wa
 pytest.importorskip("ftfy", reason="needs the extra: pip install -e .[wan]")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORDS = ["<pad>", "</s>", "<unk>", *"a cat dog runs on the grass & é stands still".split()]
+WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "runs", "on", "the", "grass", "&", "still"]
 LENGTH = 512
 
 
@@ -54,7 +54,14 @@ def tokenizer_and_encoder(source):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["a cat", "  a\n\tcat  runs ", "a &amp;amp; cat", "Ã© stands", "&lt;b&gt; \u00a0 a\u200acat", ""],
+    [
+        "a cat",
+        "  a\n\tcat  runs ",
+        "a &amp;amp; cat",
+        "Ã© stands",
+        "&lt;b&gt; \u00a0 a\u200acat",
+        "",
+    ],
 )
 def test_prompts_are_cleaned_as_by_diffusers(prompt):
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -156,7 +163,7 @@ def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):
     with pytest.raises(ScdError, match="has no prompt 'a dog'"):
         folder.embedding("a dog")
     next(Path("other/embeddings").iterdir()).write_bytes(b"damaged")
-    with pytest.raises(ScdError, match="not a readable embedding|not encoded"):
+    with pytest.raises(ScdError, match="not a readable embedding"):
         folder.embeddings([*folder.prompts, ""])
     Path("other/prompts.json").write_text("[]")
     with pytest.raises(ScdError, match="not a list of"):
@@ -188,5 +195,5 @@ def test_an_encoder_must_fit_its_weights(source, tmp_path):
     tensors = load_file(weights)
     tensors.pop("encoder.final_layer_norm.weight")
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(ScdError, match="no UMT5 encoder .1 missing keys, such as encoder.final"):
+    with pytest.raises(ScdError, match=r"no UMT5 encoder \(1 missing keys, such as encoder\.final"):
         load_text_encoder(str(tmp_path), torch.device("cpu"))

@@ -161,16 +161,15 @@ def add_commands(commands: Commands) -> None:
         help="take the prompts' embeddings from here (`scd wan encode-prompts`)",
     )
     _add_text_encoder(p)
-    for name, kind, default, what_for in (
-        ("frames", int, 81, "pictures of a video"),
-        ("height", int, 480, "pixels"),
-        ("width", int, 832, "pixels"),
-        ("fps", float, 16.0, "pictures a second"),
-        ("seed", int, 0, "of the first video; the next ones count on"),
+    for name, default, what in (
+        ("frames", 81, "pictures of a video"),
+        ("height", 480, "pixels"),
+        ("width", 832, "pixels"),
+        ("seed", 0, "of the first video; the next ones count on"),
     ):
-        p.add_argument(
-            f"--{name}", type=kind, default=default, help=f"{what_for} (default: %(default)s)"
-        )
+        help = f"{what} (default: %(default)s)"
+        p.add_argument(f"--{name}", type=int, default=default, help=help)
+    p.add_argument("--fps", type=float, default=16.0, help="(default: %(default)s)")
     p.add_argument("--videos", type=int, help="videos of a prompt (default: 1; with --vbench, 5)")
     add_overrides(p)
     p.set_defaults(run=generate)

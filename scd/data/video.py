@@ -46,10 +46,9 @@ def write_video(
         ScdError: the file cannot be written, or ffmpeg fails.
     """
     if frames.dtype != np.uint8 or not len(frames):
-        raise ValueError(
-            f"expected at least one frame of uint8, not {frames.dtype} {frames.shape}"
-        )
-    arguments = _coding(*frames.shape[1:3], fps, crf, enlarge)
+        raise ValueError(f"expected at least one frame of uint8, not {frames.dtype} {frames.shape}")
+    _, height, width, _ = frames.shape
+    arguments = _coding(height, width, fps, crf, enlarge)
 
     def write(aside: Path) -> None:
         command = [ffmpeg(path), "-y", "-v", "error", *arguments, str(aside)]
@@ -79,8 +78,8 @@ def _check_done(path: Path, status: int, errors: bytes) -> None:
 class VideoWriter:
     """Writes an H.264 mp4 in pieces, as `write_video` does at once; memory stays the same.
 
-    Until it is complete the video stands in `<name>.part.mp4`, which players can show up to the
-    newest frame. After an interruption that file stays.
+    Until it is complete the video stands in `<name>.part.mp4`, which players can show: all frames
+    but the newest, whose length is not known yet. After an interruption that file stays.
 
     Args:
         height, width: of the frames.
@@ -118,11 +117,10 @@ class VideoWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._errors, suppress(*() if kind is None else (ScdError,)):
+            self._end()
         if kind is not None:
-            with suppress(ScdError):
-                self._end()
             return
-        self._end()
 
         def write(aside: Path) -> None:  # with an index, which seeking needs
             command = [self._ffmpeg, "-y", "-v", "error", "-i", str(self.unfinished)]

@@ -4,6 +4,7 @@ Nothing real is needed to compare with: every part of a video is held against it
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,7 @@ def _measure(path: Path, windows: int) -> dict[str, list[float]]:
     if len(video) < 2 * windows:
         raise ScdError(f"{path}: {len(video)} frames, too few for {windows} windows: give fewer")
     edges = [number * len(video) // windows for number in range(windows + 1)]
-    parts = [
-        _of_frames(video, first, last) for first, last in zip(edges, edges[1:], strict=False)
-    ]
+    parts = [_of_frames(video, first, last) for first, last in pairwise(edges)]
     sharp, moving, colors = zip(*parts, strict=True)
     if not sharp[0] or not moving[0]:
         raise ScdError(f"{path}: its beginning is without detail or stands still: no measure")

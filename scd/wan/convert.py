@@ -33,7 +33,9 @@ WANTED = {  # of a repository on the hub, by whether it is in diffusers' format
 }
 SPACE_FACTOR = 3  # of the download: itself, and what is written, with the layers that exist twice
 # As Wan is sampled, at the shift of all recipes that distil it.
-ROLLOUT = RolloutOptions(steps=50, shift=5.0, guidance="condition", guidance_scale=5.0)
+ROLLOUT = RolloutOptions(
+    steps=50, shift=5.0, guidance="condition", guidance_scale=5.0, precision="auto"
+)
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 

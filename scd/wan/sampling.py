@@ -154,7 +154,10 @@ def generate_benchmark(
     for name in names:
         longest = f"{name}-{videos}.part.mp4"
         if "/" in name or "\0" in name or len(longest.encode()) > MAX_NAME_BYTES:
-            raise ScdError(f"{prompts}: {name[:80]!r} cannot be a file's name; --extended gives the model longer prompts")
+            raise ScdError(
+                f"{prompts}: {name[:80]!r} cannot be a file's name: put longer prompts into a file "
+                f"for --extended"
+            )
     common = {
         "model": [sha256(path) for path in sorted(model.glob("transformer/*.safetensors"))],
         "rollout": dict(pipeline.config.rollout),

@@ -98,11 +98,12 @@ def load_text_encoder(source: str, device: torch.device) -> TextEncoder:
     dtype = DTYPES[resolve_precision("auto", device)]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, subfolder=PARTS[0])
-        encoder, found = UMT5EncoderModel.from_pretrained(
+        loaded: Any = UMT5EncoderModel.from_pretrained(
             name, subfolder=PARTS[1], dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # of the hub, of damaged files, of other models: many kinds
         raise ScdError(f"{source}: no readable text encoder ({reason(error)})") from error
+    encoder, found = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, found[kind])):  # transformers would leave them random, or out
             what = kind.replace("_", " ")

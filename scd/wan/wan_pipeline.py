@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 
 from scd.errors import ScdError
 from scd.flow.sampler import Generators
@@ -16,9 +16,6 @@ from scd.rollout import Rollout
 from scd.wan.network import WanWorldModel
 from scd.wan.text import clean_prompt, encode_prompts
 from scd.wan.video_decoder import VideoDecoder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 Prompts = str | list[str]
 
@@ -32,8 +29,8 @@ class SCDWanPipeline(RolloutPipeline):
     Args:
         transformer: the causal model.
         vae: Wan's autoencoder.
-        text_encoder, tokenizer: None: calls take `prompt_embeds`, as `encode_prompt` or `scd wan
-            encode-prompts` makes them, in place of prompts.
+        text_encoder, tokenizer: as `scd.wan.text.load_text_encoder` finds them. None: calls take
+            `prompt_embeds` in place of prompts, such as `scd wan encode-prompts` makes.
         rollout: fields of `RolloutOptions`: the defaults for generating, saved with the pipeline.
         options: where the model comes from; saved as `options.yml`.
     """
@@ -44,8 +41,8 @@ class SCDWanPipeline(RolloutPipeline):
         self,
         transformer: WanWorldModel,
         vae: AutoencoderKLWan,
-        text_encoder: "UMT5EncoderModel | None" = None,
-        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        text_encoder: nn.Module | None = None,
+        tokenizer: object | None = None,
         rollout: dict[str, Any] | None = None,
         options: dict[str, Any] | None = None,
     ):
@@ -238,7 +235,9 @@ class VideoStream(Iterator[Tensor]):
         self._negative = negative
         self._left = num_frames
 
-    def set_prompt(self, prompt: Prompts | None = None, prompt_embeds: Tensor | None = None) -> None:
+    def set_prompt(
+        self, prompt: Prompts | None = None, prompt_embeds: Tensor | None = None
+    ) -> None:
         """Give the frames to come another prompt, one for all videos or one for each.
 
         The frames before keep theirs in the KV cache; the negative prompt stays.
