@@ -227,6 +227,11 @@ def test_save_and_load(config, vae, tmp_path):
         one.set_progress_bar_config(disable=True)
     before, after = (p(**given, generator=seeded(2)).frames for p in (pipeline, loaded))
     assert torch.equal(before, after)
+    half = SCDWanPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, use_safetensors=True)
+    half.set_progress_bar_config(disable=True)
+    rounded = half(**given, generator=seeded(2)).frames
+    assert half.vae.dtype == torch.bfloat16 and rounded.dtype == torch.float32
+    assert 0 < (rounded - before).abs().mean() < 0.05 < before.std()
     loaded.transformer = pipeline.transformer  # set again, and saved again
     loaded.save_pretrained(tmp_path / "again")
     SCDWanPipeline.from_pretrained(tmp_path / "again", use_safetensors=True)
