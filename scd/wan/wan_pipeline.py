@@ -151,8 +151,8 @@ class SCDWanPipeline(RolloutPipeline):
         """Begin videos whose pictures come as soon as they are there.
 
         Args: as of a call, and
-            prompt: one for all, or one for each video.
-            negative_prompt: what guidance leads away from; without guidance not used.
+            prompt: one for each video; a string is one video.
+            negative_prompt: what guidance leads away from, for all or for each; else not used.
             prompt_embeds, negative_prompt_embeds: (B, T, text_dim), in place of prompts.
             num_frames: None: without end, which needs a `window`; memory then stays the same.
 
