@@ -40,7 +40,58 @@ class SCDPipelineOutput(BaseOutput):
     frames: Tensor | np.ndarray
 
 
-class SCDPipeline(DiffusionPipeline):
+class RolloutPipeline(DiffusionPipeline):
+    """Pipeline that generates by rollouts: settings that are saved with it, and no offloading.
+
+    A subclass calls `register_settings` when it is made.
+    """
+
+    def register_settings(
+        self, rollout: dict[str, Any] | None, options: dict[str, Any] | None
+    ) -> None:
+        """Keep the defaults for generating frames, and the options that the model comes from.
+
+        Args:
+            rollout: fields of `RolloutOptions`, under their present or former names.
+            options: of the model's experiment, as nested dictionaries.
+        """
+        settings = with_present_names({"rollout": rollout or {}}, "rollout")["rollout"]
+        if options is not None:
+            options = with_present_names(options, "options")
+        self.register_to_config(rollout=asdict(RolloutOptions(**settings)), options=options)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save the pipeline, see diffusers; with `options.yml`, if the experiment is known."""
+        if self.config.options is not None:
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)  # push_to_hub uploads the whole folder
+            text = yaml.safe_dump(dict(self.config.options), sort_keys=False, allow_unicode=True)
+            (folder / OPTIONS_FILE).write_text(text, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse to offload: the KV cache stays on its device between frames, so must the model."""
+        name = type(self).__name__
+        raise ScdError(f"{name} cannot offload its model to the CPU: use pipeline.to(device)")
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+
+    def settings(self, steps: int | None, changes: dict[str, Any]) -> RolloutOptions:
+        """Change the saved defaults for generating frames.
+
+        Raises:
+            ScdError: a setting is unknown.
+        """
+        if steps is not None:
+            changes = {**changes, "steps": steps}
+        known = [field.name for field in fields(RolloutOptions)]
+        for name in changes:
+            if name not in known:
+                raise ScdError(f"unknown setting {name!r}; known: {', '.join(known)}")
+        return replace(RolloutOptions(**self.config.rollout), **changes)
+
+
+class SCDPipeline(RolloutPipeline):
     """Pipeline that continues videos frame by frame, given actions, a class label, or neither.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` work as in every diffusers pipeline. The
@@ -65,26 +116,7 @@ class SCDPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
-        # Pipelines on disk can have options under their former names.
-        settings = with_present_names({"rollout": rollout or {}}, "rollout")["rollout"]
-        if options is not None:
-            options = with_present_names(options, "options")
-        self.register_to_config(rollout=asdict(RolloutOptions(**settings)), options=options)
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline, see diffusers; with `options.yml`, if the experiment is known."""
-        if self.config.options is not None:
-            folder = Path(save_directory)
-            folder.mkdir(parents=True, exist_ok=True)  # push_to_hub uploads the whole folder
-            text = yaml.safe_dump(dict(self.config.options), sort_keys=False, allow_unicode=True)
-            (folder / OPTIONS_FILE).write_text(text, encoding="utf-8")
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse to offload: the KV cache stays on its device between frames, so must the model."""
-        raise ScdError("SCDPipeline cannot offload its model to the CPU: use pipeline.to(device)")
-
-    enable_sequential_cpu_offload = enable_model_cpu_offload
+        self.register_settings(rollout, options)
 
     @torch.no_grad()
     def __call__(
@@ -127,7 +159,7 @@ class SCDPipeline(DiffusionPipeline):
         labels = _numbers("labels", labels, (len(video),))
         device = self.transformer.device
         video = video.to(device)
-        settings = self._settings(num_inference_steps, rollout)
+        settings = self.settings(num_inference_steps, rollout)
         engine = Rollout(self.transformer, settings, known + num_frames)
         codec: Codec = PixelCodec()
         if self.vae is not None:
@@ -179,15 +211,6 @@ class SCDPipeline(DiffusionPipeline):
                 f"uint8 for 0..255"
             )
         return video
-
-    def _settings(self, steps: int | None, changes: dict[str, Any]) -> RolloutOptions:
-        if steps is not None:
-            changes = {**changes, "steps": steps}
-        known = [field.name for field in fields(RolloutOptions)]
-        for name in changes:
-            if name not in known:
-                raise ScdError(f"unknown setting {name!r}; known: {', '.join(known)}")
-        return replace(RolloutOptions(**self.config.rollout), **changes)
 
 
 def pipeline_of(

@@ -1,11 +1,11 @@
-"""Commands for pretrained text-to-video models: wan convert."""
+"""Commands for pretrained text-to-video models: wan convert, encode-prompts, generate, measure."""
 
 import argparse
 from functools import partial
 
-from scd.cli.arguments import Commands
+from scd.cli.arguments import Commands, add_overrides
 from scd.errors import ScdError
-from scd.utils.paths import from_user
+from scd.utils.paths import from_user, to_read
 
 BELONGS_TO = {  # options of `scd wan convert`, by the types of model that have them
     "encoder_layers": ("scd",),
@@ -31,6 +31,50 @@ def convert(a: argparse.Namespace) -> None:
     else:  # a prompt alone has no frame to begin with, so the first one is learned too
         make = partial(SCDWan.from_wan, first_frame=True, **given)
         convert_wan(a.source, a.out, make, a.weights)
+
+
+def encode_prompts(a: argparse.Namespace) -> None:
+    from scd.wan.encode_prompts import encode_prompt_file
+
+    encode_prompt_file(a.prompts, a.out, a.text_encoder, a.negative_prompt, a.batch_size)
+
+
+def generate(a: argparse.Namespace) -> None:
+    if a.extended is not None and a.vbench is None:
+        raise ScdError("--extended belongs to --vbench")
+    later = []
+    for picture, prompt in a.then:
+        if not picture.isdecimal() or a.vbench is not None:
+            raise ScdError(f"--then {picture}: give the number of a picture, not with --vbench")
+        later.append((int(picture), prompt))
+    import torch
+
+    from scd.wan import sampling
+
+    pipeline = sampling.load_pipeline(a.model, a.overrides)
+    device: torch.device = pipeline.transformer.device
+    texts = sampling.Texts(a.prompt_embeds, a.text_encoder, device)
+    request = sampling.VideoRequest(
+        frames=a.frames,
+        height=a.height,
+        width=a.width,
+        fps=a.fps,
+        seed=a.seed,
+        negative_prompt=a.negative_prompt,
+        later_prompts=later,
+    )
+    if a.vbench is None:
+        sampling.generate_videos(pipeline, texts, a.prompt, request, a.out, a.videos or 1)
+    else:
+        sampling.generate_benchmark(
+            pipeline, texts, a.model, a.vbench, request, a.out, a.videos or 5, a.extended
+        )
+
+
+def measure(a: argparse.Namespace) -> None:
+    from scd.evaluation.streams import measure_streams
+
+    measure_streams(a.folder, a.windows)
 
 
 def add_commands(commands: Commands) -> None:
@@ -75,3 +119,74 @@ def add_commands(commands: Commands) -> None:
         help="how the decoder joins context and noisy tokens (default: token_concat)",
     )
     p.set_defaults(run=convert)
+
+    p = wan_commands.add_parser("encode-prompts", help="write the embeddings of prompts, once")
+    p.add_argument("prompts", type=to_read, help="text file with a prompt in every line")
+    p.add_argument("--out", type=from_user, required=True, help="folder to write to")
+    p.add_argument("--negative-prompt", default="", metavar="TEXT", help="(default: empty)")
+    p.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    _add_text_encoder(p)
+    p.set_defaults(run=encode_prompts)
+
+    p = wan_commands.add_parser("generate", help="make videos of prompts, picture by picture")
+    p.add_argument("model", type=to_read, help="folder, as `scd wan convert` writes it")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT")
+    what.add_argument(
+        "--vbench",
+        type=to_read,
+        metavar="FILE",
+        help="make videos of every line, named as VBench's own tool wants them",
+    )
+    p.add_argument("--out", type=from_user, required=True, help="mp4 file; with --vbench, a folder")
+    p.add_argument(
+        "--extended",
+        type=to_read,
+        metavar="FILE",
+        help="with --vbench: what the model is given in place of each line",
+    )
+    p.add_argument(
+        "--then",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("PICTURE", "TEXT"),
+        help="another prompt from this picture on; may be repeated",
+    )
+    p.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    p.add_argument(
+        "--prompt-embeds",
+        type=to_read,
+        metavar="FOLDER",
+        help="take the prompts' embeddings from here (`scd wan encode-prompts`)",
+    )
+    _add_text_encoder(p)
+    for name, default, what in (
+        ("frames", 81, "pictures of a video"),
+        ("height", 480, "pixels"),
+        ("width", 832, "pixels"),
+        ("seed", 0, "of the first video; the next ones count on"),
+    ):
+        help = f"{what} (default: %(default)s)"
+        p.add_argument(f"--{name}", type=int, default=default, help=help)
+    p.add_argument("--fps", type=float, default=16.0, help="(default: %(default)s)")
+    p.add_argument("--videos", type=int, help="videos of a prompt (default: 1; with --vbench, 5)")
+    add_overrides(p)
+    p.set_defaults(run=generate)
+
+    p = wan_commands.add_parser("measure", help="sharpness, motion and drift of long videos")
+    p.add_argument("folder", type=to_read, help="folder of mp4 files")
+    p.add_argument(
+        "--windows", type=int, default=4, help="parts of each video (default: %(default)s)"
+    )
+    p.set_defaults(run=measure)
+
+
+def _add_text_encoder(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--text-encoder",
+        default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        metavar="SOURCE",
+        help="folder or repository on the hub with text_encoder/ and tokenizer/ (default: "
+        "%(default)s, 11 GB)",
+    )

@@ -3,9 +3,11 @@
 import os
 import re
 import subprocess
+import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +45,99 @@ def write_video(
     Raises:
         ScdError: the file cannot be written, or ffmpeg fails.
     """
-    count, height, width, _ = frames.shape
-    if frames.dtype != np.uint8 or not count:
+    if frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"expected at least one frame of uint8, not {frames.dtype} {frames.shape}")
+    _, height, width, _ = frames.shape
+    arguments = _coding(height, width, fps, crf, enlarge)
+
+    def write(aside: Path) -> None:
+        command = [ffmpeg(path), "-y", "-v", "error", *arguments, str(aside)]
+        done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
+        _check_done(path, done.returncode, done.stderr)
+
+    write_atomically(path, write)
+
+
+def _coding(height: int, width: int, fps: float, crf: int, enlarge: int = 1) -> list[str]:
+    """List ffmpeg's arguments for coding raw frames from its input; see `write_video`."""
     sides = (height * enlarge, width * enlarge)
     full_chroma = max(sides) < 256 or any(side % 2 for side in sides)
     raw = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
     coder = f"libx264 -pix_fmt {'yuv444p' if full_chroma else 'yuv420p'}" if crf else "libx264rgb"
     scaled = f"-vf scale={sides[1]}:{sides[0]}:flags=neighbor " if enlarge > 1 else ""
     coded = f"{scaled}-c:v {coder} -crf {crf} -g {KEYFRAME_EVERY} -threads 1"
+    return [*raw.split(), *coded.split()]
 
-    def write(aside: Path) -> None:
-        command = [ffmpeg(path), "-y", "-v", "error", *raw.split(), *coded.split(), str(aside)]
-        done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
-        if done.returncode:
-            message = done.stderr.decode(errors="replace").strip() or f"status {done.returncode}"
-            raise ScdError(f"{path}: ffmpeg cannot write it ({message.splitlines()[-1]})")
 
-    write_atomically(path, write)
+def _check_done(path: Path, status: int, errors: bytes) -> None:
+    if status:
+        message = errors.decode(errors="replace").strip() or f"status {status}"
+        raise ScdError(f"{path}: ffmpeg cannot write it ({message.splitlines()[-1]})")
+
+
+class VideoWriter:
+    """Writes an H.264 mp4 in pieces, as `write_video` does at once; memory stays the same.
+
+    Until it is complete the video stands in `<name>.part.mp4`, which players can show: all frames
+    but the newest, whose length is not known yet. After an interruption that file stays.
+
+    Args:
+        height, width: of the frames.
+
+    Raises:
+        ScdError: the file cannot be written, or ffmpeg fails.
+    """
+
+    def __init__(self, path: Path, height: int, width: int, fps: float, crf: int = 12):
+        self.path = path
+        self.unfinished = path.with_suffix(".part.mp4")
+        self._ffmpeg = ffmpeg(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Every frame is a fragment of its own, and is coded at once.
+        live = "-tune zerolatency -flush_packets 1 -movflags empty_moov+frag_every_frame"
+        arguments = [*_coding(height, width, fps, crf), *live.split()]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe would fill up
+        self._process = subprocess.Popen(
+            [self._ffmpeg, "-y", "-v", "error", *arguments, str(self.unfinished)],
+            stdin=subprocess.PIPE,
+            stderr=self._errors,
+        )
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append frames (F, H, W, 3) uint8."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(frames.tobytes())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._end()
+            raise
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._errors, suppress(*() if kind is None else (ScdError,)):
+            self._end()
+        if kind is not None:
+            return
+
+        def write(aside: Path) -> None:  # with an index, which seeking needs
+            command = [self._ffmpeg, "-y", "-v", "error", "-i", str(self.unfinished)]
+            done = subprocess.run([*command, "-c", "copy", str(aside)], capture_output=True)
+            _check_done(self.path, done.returncode, done.stderr)
+
+        write_atomically(self.path, write)
+        self.unfinished.unlink()
+
+    def _end(self) -> None:
+        """Wait until ffmpeg has written all frames."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        status = self._process.wait()
+        self._errors.seek(0)
+        _check_done(self.path, status, self._errors.read())
 
 
 def ffmpeg(path: Path) -> str:

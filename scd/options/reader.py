@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from scd.errors import ScdError, reason
-from scd.options.rules import check, wrong_choice
-from scd.options.schema import Options, known_keys
+from scd.options.rules import check, check_rollout, wrong_choice
+from scd.options.schema import Options, RolloutOptions, known_keys
 from scd.utils.paths import expand, from_user, to_read, why_missing
 
 OPTIONS_FILE = "options.yml"  # beside a model: the options it was trained with
@@ -68,6 +68,28 @@ def load_options(path: str | Path, overrides: list[str] | None = None) -> Option
             raise ScdError(f"{path}: base {file} has a base itself; only one level is supported")
         below.append((f"{path}: base {file}", under))
     return _resolve([*below, (str(path), written)], str(path), overrides or [])
+
+
+def change_rollout(rollout: RolloutOptions, overrides: list[str]) -> RolloutOptions:
+    """Apply overrides `rollout.key=value` where a model comes without an options file.
+
+    Raises:
+        ScdError: an override is not of this form, or its key or value is wrong.
+    """
+    merged = OmegaConf.structured(rollout)
+    for text in overrides:
+        where, part = f"override {text!r}", _parse_override(text)
+        if list(part) != ["rollout"] or not isinstance(part["rollout"], dict):
+            raise ScdError(f"{where}: here only options of rollout can be changed")
+        try:
+            values = _plain(part["rollout"], RolloutOptions, where, "rollout.")
+            merged = OmegaConf.unsafe_merge(merged, values)
+        except OmegaConfBaseException as error:
+            raise ScdError(f"{where}: {_one_line(error)}") from error
+    changed = OmegaConf.to_object(merged)
+    assert isinstance(changed, RolloutOptions)
+    check_rollout(changed)
+    return changed
 
 
 def options_from_json(text: str, source: str, overrides: list[str] | None = None) -> Options:

@@ -2,5 +2,6 @@
 
 from scd.wan.causal_wan import CausalWan
 from scd.wan.scd_wan import SCDWan
+from scd.wan.wan_pipeline import SCDWanPipeline
 
-__all__ = ["CausalWan", "SCDWan"]
+__all__ = ["CausalWan", "SCDWan", "SCDWanPipeline"]

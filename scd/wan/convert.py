@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
@@ -22,6 +21,8 @@ from scd.utils.files import read_json, write_folder_atomically
 from scd.utils.paths import why_missing
 from scd.wan.names import read_any_names, with_diffusers_names
 from scd.wan.network import WanWorldModel
+from scd.wan.text import ON_HUB
+from scd.wan.wan_pipeline import SCDWanPipeline
 
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
 WAN_VAE = "Wan2.1_VAE.pth"
@@ -32,7 +33,9 @@ WANTED = {  # of a repository on the hub, by whether it is in diffusers' format
 }
 SPACE_FACTOR = 3  # of the download: itself, and what is written, with the layers that exist twice
 # As Wan is sampled, at the shift of all recipes that distil it.
-ROLLOUT = RolloutOptions(steps=50, shift=5.0, guidance="condition", guidance_scale=5.0)
+ROLLOUT = RolloutOptions(
+    steps=50, shift=5.0, guidance="condition", guidance_scale=5.0, precision="auto"
+)
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
@@ -44,7 +47,7 @@ def convert(
     weights: Path | None = None,
     endpoint: str | None = None,
 ) -> None:
-    """Write a folder with `transformer`, `vae` and `options.yml`, all weights in float32.
+    """Write the folder of an `SCDWanPipeline` without text encoder, all weights in float32.
 
     Args:
         source: a folder or a repository on the hub, in diffusers' format or in Wan's own.
@@ -62,7 +65,7 @@ def convert(
     folder = Path(source).expanduser()
     if folder.is_dir():
         return _convert_folder(folder, out, make, weights, source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not re.fullmatch(ON_HUB, source):
         raise ScdError(f"{source}: {why_missing(folder, 'folder')}, and no OWNER/NAME of the hub")
     with exclusive_use(out.parent) as state:
         repo = Repository(source, "model", state / source.replace("/", "--"), endpoint)
@@ -97,14 +100,8 @@ def _convert_folder(
         "weights": None if weights is None else str(weights),
         "rollout": asdict(ROLLOUT),
     }
-
-    def write(aside: Path) -> None:
-        model.save_pretrained(aside / "transformer")
-        vae.save_pretrained(aside / "vae")
-        text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
-        (aside / OPTIONS_FILE).write_text(text, encoding="utf-8")
-
-    write_folder_atomically(out, write)
+    pipeline = SCDWanPipeline(model, vae, rollout=asdict(ROLLOUT), options=options)
+    write_folder_atomically(out, pipeline.save_pretrained)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {type(model).__name__}, {count / 1e6:.1f} million parameters, from {source}")
 
