@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.functional import avg_pool2d, interpolate
 
 from scd.errors import ScdError
 from scd.models.autoencoder import (
@@ -20,7 +21,7 @@ from scd.models.autoencoder import (
     encoder_hash,
     load_codec,
 )
-from scd.models.discriminator import PatchDiscriminator
+from scd.models.discriminator import DETAIL_GAIN, PatchDiscriminator, haar_bands
 from scd.options import AutoencoderOptions, Options, load_options
 from scd.pipeline import SCDPipeline
 from scd.training.autoencoder_task import (
@@ -223,16 +224,47 @@ def test_the_decoders_norm_is_an_option():
 
 def test_receptive_fields():
     """A logit's gradient reaches as many pixels as promised."""
-    for layers, wanted in ((1, 16), (2, 34), (3, 70)):
+    for layers, wanted in ((1, 18), (2, 36), (3, 72)):
         images = torch.rand(1, 3, 128, 128, requires_grad=True)
-        net = PatchDiscriminator(8, layers).net
-        plain = nn.Sequential(*(m for m in net if not isinstance(m, nn.GroupNorm)))  # it sees all
-        logits = plain(images)
+        discriminator = PatchDiscriminator(8, layers)
+        plain = (m for m in discriminator.net if not isinstance(m, nn.GroupNorm))  # it sees all
+        discriminator.net = nn.Sequential(*plain)
+        logits = discriminator(images)
         assert logits.shape[-1] == 128 // 2**layers - 2
         middle = logits.shape[-1] // 2
         (gradient,) = torch.autograd.grad(logits[0, 0, middle, middle], images)
         rows = gradient[0].abs().sum(dim=(0, 2)).nonzero().flatten()
         assert int(rows[-1] - rows[0]) + 1 == wanted
+
+
+def test_wavelet_bands():
+    """They hold all of an image; what is smooth is in the coarse one, stripes are in a detail."""
+    images = torch.randn(2, 3, 6, 8)
+    bands = haar_bands(images)
+    assert bands.shape == (2, 12, 3, 4)
+    coarse, across, down, diagonal = bands.chunk(4, dim=1)
+    torch.testing.assert_close(coarse, avg_pool2d(images, 2))
+    details = (across, down, diagonal)
+    first = coarse + sum(detail / DETAIL_GAIN for detail in details)
+    torch.testing.assert_close(first, images[..., ::2, ::2])
+    stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 3, 6, 8)
+    strength = [float(band.abs().sum()) for band in haar_bands(stripes).chunk(4, dim=1)]
+    assert strength == [0, DETAIL_GAIN * 3 * 3 * 4, 0, 0]
+
+
+def test_the_discriminator_soon_sees_blur():
+    """Faint grain is seen within some steps; without the gain, the loss stays at 1."""
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(16, 1)
+    optimizer = torch.optim.Adam(discriminator.parameters(), 1e-3, betas=(0.5, 0.9))
+    for _ in range(60):
+        smooth = interpolate(torch.randn(8, 3, 8, 8), scale_factor=4, mode="bilinear")
+        real = smooth + 0.05 * torch.randn(8, 3, 32, 32)
+        loss = discriminator_hinge(discriminator(real), discriminator(smooth))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.3
 
 
 def test_hinge_losses_and_their_gradients():

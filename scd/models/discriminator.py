@@ -1,27 +1,34 @@
-"""The patch discriminator that an autoencoder is trained against (PatchGAN, arXiv 1611.07004)."""
+"""The patch discriminator that an autoencoder is trained against.
 
+A PatchGAN (arXiv 1611.07004) on wavelet bands instead of pixels (as in SWAGAN, arXiv 2102.06108).
+What tells a blurred picture from a real one is faint beside what they share; bands set it apart.
+"""
+
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
 
 GROUPS = 8  # of the group norm, which unlike batch norm does not depend on the batch's other images
 SLOPE = 0.2  # of the leaky ReLU
 WIDEST = 8  # times the first layer's channels
+DETAIL_GAIN = 8.0  # of the detail bands: about what brings them to the size of the coarse one
 
 
 class PatchDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> one logit for each overlapping patch, (B, 1, h, w).
 
-    `layers` strided 4x4 convolutions and two plain ones: with 3 layers a logit sees 70x70 pixels,
-    with 2 it sees 34x34, with 1 16x16.
+    The first halving is that of the wavelet; the others are strided 4x4 convolutions. With 3 layers
+    a logit sees 72x72 pixels, with 2 it sees 36x36, with 1 18x18.
 
     Args:
         channels: of the first layer; each further one has twice as many, up to 8 times.
-        layers: how often the image is halved.
+        layers: how often the image is halved. H and W must divide by 2.
     """
 
     def __init__(self, channels: int, layers: int):
         super().__init__()
         widths = [channels * min(2**i, WIDEST) for i in range(layers + 1)]
-        parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(SLOPE)]
+        parts: list[nn.Module] = [nn.Conv2d(12, channels, 3, 1, 1), nn.LeakyReLU(SLOPE)]
         for i in range(layers):
             parts += [
                 # No bias: the norm would take it away.
@@ -37,4 +44,16 @@ class PatchDiscriminator(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+        return self.net(haar_bands(images))
+
+
+def haar_bands(images: Tensor) -> Tensor:
+    """Split images (B, C, H, W) into their Haar wavelet bands, (B, 4·C, H/2, W/2).
+
+    Of each channel the mean of 2x2 pixels, and the details across, down and along the diagonal,
+    `DETAIL_GAIN` times as large.
+    """
+    a, b, c, d = pixel_unshuffle(images, 2).unflatten(1, (-1, 4)).unbind(2)  # (B, C, H/2, W/2)
+    details = (a - b + c - d, a + b - c - d, a - b - c + d)
+    bands = [a + b + c + d, *(DETAIL_GAIN * detail for detail in details)]
+    return torch.cat(bands, dim=1) / 4
