@@ -261,14 +261,19 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
             f"model (transformer/, vae/, options.yml)"
         )
     options = load_options(folder / OPTIONS_FILE, overrides)
-    _check_playable(options, folder)
+    check_playable(options, folder / OPTIONS_FILE)
     loaded = load_folder(folder, options).for_rollouts()
     loaded.model.requires_grad_(False)
     return Pretrained(folder, loaded.model, loaded.codec, loaded.options)
 
 
-def _check_playable(options: Options, folder: Path) -> None:
-    where, names, rollout = folder / OPTIONS_FILE, options.data.action_names, options.rollout
+def check_playable(options: Options, where: Path) -> None:
+    """Refuse options of a model that cannot be played.
+
+    Raises:
+        ScdError: says what is missing, and names the file `where` they are from.
+    """
+    names, rollout = options.data.action_names, options.rollout
     if options.task != "world_model" or not options.model.has_actions:
         raise ScdError(f"{where}: only a world model under actions can be played")
     if len(names) != options.model.num_conditions:
