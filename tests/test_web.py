@@ -11,12 +11,11 @@ import torch
 pytest.importorskip("onnxscript", reason="the extra scd[web] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra scd[web] is not installed")
 
-from scd.errors import ScdError
 from scd.options import RolloutOptions
 from scd.play.worlds import Pretrained, load_pretrained
 from scd.rollout import Rollout
 from scd.web.graphs import make_graphs
-from scd.web.onnx_export import export_graph, to_int8
+from scd.web.onnx_export import export_graph
 from scd.web.onnx_rollout import OnnxRollout, all_levels
 from tests.play import pretrained_folder
 

@@ -10,11 +10,15 @@ from scd.utils.paths import from_user, to_read
 def export(a: argparse.Namespace) -> None:
     import torch
 
+    from scd.errors import ScdError
+
     if a.web and a.measure is not None:
         from scd.web.losses import measure_formats
 
         measure_formats(a.checkpoint, a.starts, a.measure, a.overrides)
         return
+    if a.out is None:
+        raise ScdError("export: give a folder with --out")
     if a.web:
         from scd.web.site import export_site
 
@@ -58,9 +62,7 @@ def add_commands(commands: Commands) -> None:
         "export", help="write a checkpoint as a pipeline with a model card, or as a web page"
     )
     p.add_argument("checkpoint", type=to_read, help=f"{OWN_CHECKPOINT}; --web: or a folder")
-    p.add_argument(
-        "--out", type=from_user, required=True, help="folder; its name becomes the model's name"
-    )
+    p.add_argument("--out", type=from_user, help="folder; its name becomes the model's name")
     p.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],

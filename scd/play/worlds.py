@@ -66,6 +66,11 @@ class View:
     over: bool = False
 
 
+def frame_seed(seed: int, number: int) -> int:
+    """Choose the seed of the noise of a frame, by its number in the timeline."""
+    return generator("cpu", "play", seed, number).initial_seed()
+
+
 class World(Protocol):
     """An environment whose past is kept by its caller."""
 
@@ -145,8 +150,7 @@ class ModelWorld:
 
     def step(self, action: Action, number: int) -> View:
         """Generate the next frame; see `World`."""
-        of_frame = generator("cpu", "play", self._settings.seed, number)
-        self._generator.manual_seed(of_frame.initial_seed())
+        self._generator.manual_seed(frame_seed(self._settings.seed, number))
         begun = self._now()
         latents = self._rollout.step(torch.tensor([action]))
         denoised = self._now()

@@ -130,8 +130,7 @@ class EncoderStep(nn.Module):
         s, angles = self.sizes, (1, ROTARY_DIMS[0] // 2)
         action, slot, held = (torch.ones(1, dtype=torch.int32) for _ in range(3))
         latents, cosines, sines, keys, values, perturbation = (
-            torch.zeros(shape)
-            for shape in (s.latents, angles, angles, s.cache, s.cache, s.context)
+            torch.zeros(shape) for shape in (s.latents, angles, angles, s.cache, s.cache, s.context)
         )
         return latents, action, cosines, sines, slot, held, keys, values, perturbation
 

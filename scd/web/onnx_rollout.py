@@ -53,7 +53,7 @@ class OnnxRollout:
 
         def load(name: str) -> Any:
             options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
+            options.intra_op_num_threads = 1  # a frame's few tokens are not worth more
             providers = ["CPUExecutionProvider"]
             return onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers)
 

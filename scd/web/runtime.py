@@ -14,7 +14,8 @@ PACKAGE = "onnxruntime-web"
 VERSION = "1.30.0"
 # As the registry and npm's lock files write it.
 INTEGRITY = (
-    "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+    "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02V"
+    "b7QmRMDs1SigqR4CXAfKYQ=="
 )
 BINARIES = ("ort-wasm-simd-threaded", "ort-wasm-simd-threaded.asyncify")  # WASM; WebGPU
 FILES = (
@@ -35,7 +36,7 @@ def copy_runtime(folder: Path, archive: Path | None) -> None:
         ScdError: npm is missing or fails, or the archive is not the pinned one.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        archive = archive or _fetch(Path(scratch))
+        archive = archive or fetch_runtime(Path(scratch))
         _check(archive)
         folder.mkdir(parents=True)
         with tarfile.open(archive) as package:
@@ -46,7 +47,12 @@ def copy_runtime(folder: Path, archive: Path | None) -> None:
                     shutil.copyfileobj(member, file)
 
 
-def _fetch(folder: Path) -> Path:
+def fetch_runtime(folder: Path) -> Path:
+    """Let npm fetch the package's archive into a folder; return its path.
+
+    Raises:
+        ScdError: npm is missing or fails.
+    """
     if shutil.which("npm") is None:
         raise ScdError(
             f"web: npm is not installed, which fetches {PACKAGE}: install Node.js, or run npm pack "

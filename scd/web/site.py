@@ -162,9 +162,7 @@ def _write_manifest(folder: Path, catalog: Catalog, weights: Format) -> None:
     version = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     pretrained = catalog.first
     rollout, options = pretrained.options.rollout, pretrained.options
-    sizes = check_model(
-        pretrained.model, pretrained.codec, options.data.frame_size, rollout.window
-    )
+    sizes = check_model(pretrained.model, pretrained.codec, options.data.frame_size, rollout.window)
     manifest: dict[str, Any] = {
         "version": version,
         "weights": weights,

@@ -42,6 +42,9 @@ export class Panel {
     this.starts.replaceChildren(...starts.map((name, i) => this.#startButton(name, i)));
     const chips = [...worlds, ...Object.keys(missing)].map((name) => this.#chip(name, missing[name]));
     this.beside.replaceChildren(...chips);
+    for (const id of ["beside-title", "beside", "beside-hint"]) {
+      document.getElementById(id).hidden = chips.length < 2;
+    }
     const reasons = Object.entries(missing).map(
       ([name, why]) => `${titleOf(name)} is not available: ${why}.`,
     );
