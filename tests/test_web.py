@@ -14,6 +14,10 @@ import torch
 pytest.importorskip("onnxscript", reason="the extra scd[web] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra scd[web] is not installed")
 
+from scd.cli import main
+from scd.errors import ScdError
+from scd.models import SCD, CausalDiT
+from scd.models.autoencoder import PixelCodec
 from scd.options import RolloutOptions
 from scd.play.worlds import Pretrained, frame_seed, load_pretrained
 from scd.rollout import Rollout
@@ -136,7 +140,7 @@ def test_another_runtime_is_refused(tmp_path) -> None:
 
 def test_without_npm_it_says_what_to_do(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ScdError, match="npm is not installed.*--runtime"):
+    with pytest.raises(ScdError, match=r"npm is not installed.*--runtime"):
         copy_runtime(tmp_path / "ort", None)
 
 
@@ -150,7 +154,7 @@ def test_a_folder_of_something_else_stays(tmp_path, capsys) -> None:
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_noise_is_that_of_torch() -> None:
-    """Of the worker's generator, several draws in a row, also of a number that 16 does not divide."""
+    """Several draws in a row, one of them of a number that 16 does not divide."""
     script = f"""
     import {{ frameGenerator }} from "{(FILES / "world" / "noise.js").as_uri()}";
     const generator = await frameGenerator(5, 24);
