@@ -22,7 +22,7 @@ from scd.options import RolloutOptions
 from scd.play.worlds import Pretrained, frame_seed, load_pretrained
 from scd.rollout import Rollout
 from scd.web.graphs import check_model, make_graphs
-from scd.web.onnx_export import export_graph, to_int8
+from scd.web.onnx_export import to_int8, to_onnx, write_onnx
 from scd.web.onnx_rollout import OnnxRollout, all_levels
 from scd.web.runtime import copy_runtime
 from scd.web.site import FILES
@@ -38,7 +38,7 @@ def write_graphs(pretrained: Pretrained, folder: Path, levels: list[float], wind
     size = pretrained.options.data.frame_size
     graphs = make_graphs(pretrained.model, pretrained.codec, size, window, levels)
     for name, graph in graphs.items():
-        export_graph(graph, folder / f"{name}.onnx", "fp32")
+        write_onnx(to_onnx(graph), folder / f"{name}.onnx", "fp32")
     return folder
 
 

@@ -17,8 +17,8 @@ from scd.play.starts import Start, load_starts
 from scd.play.worlds import ModelWorld, Pretrained, Settings, frame_seed
 from scd.utils.table import Table
 from scd.web.onnx_export import FORMATS
-from scd.web.onnx_rollout import OnnxRollout
-from scd.web.site import load_for_web, start_latents, write_graphs
+from scd.web.onnx_rollout import OnnxRollout, all_levels
+from scd.web.site import STEPS, load_for_web, onnx_graphs, start_latents, write_graphs
 
 HELD = 8  # frames that a key is held
 HEADS = ["weights", "graphs, MB", "PSNR ↑, dB", "LPIPS ↓", "PSNR +1…+4 ↑", "LPIPS +1…+4 ↓"]
@@ -40,12 +40,13 @@ def measure_formats(path: Path, starts: Path, frames: int, overrides: list[str])
     pretrained = load_for_web(path, overrides)
     data = pretrained.options.data
     clips = load_starts(starts, data.frame_size, len(data.action_names))
+    graphs, levels = onnx_graphs(pretrained), all_levels(pretrained.options.rollout, STEPS)
     expected = _videos([_by_torch(pretrained, start, frames, seed=0) for start in clips])
     rows = []
     for weights in FORMATS:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            levels = write_graphs(pretrained, folder, weights)
+            write_graphs(graphs, folder, weights)
             size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
             rollout = OnnxRollout(folder, _settings(pretrained), levels)
             found = [_by_onnx(rollout, pretrained, start, frames) for start in clips]

@@ -23,15 +23,15 @@ SMALL = 256  # tensors of fewer numbers stay in float32
 TABLE = "modulation"
 
 
-def export_graph(graph: Graph, path: Path, weights: Format) -> None:
-    """Write a graph to a file that onnxruntime reads.
+def to_onnx(graph: Graph) -> Any:
+    """Translate a graph to an ONNX model, with its weights in float32.
 
     Raises:
         ScdError: the packages of the extra `web` are not installed.
     """
     try:
-        import onnx
-        import onnxscript  # noqa: F401 (torch.onnx needs it)
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401 (torch.onnx needs both)
     except ImportError as error:
         raise ScdError(
             f"web: the package {error.name} is missing: pip install 'scd[web]'"
@@ -54,10 +54,19 @@ def export_graph(graph: Graph, path: Path, weights: Format) -> None:
     for node in model.graph.node:  # where each came from in the Python code
         del node.metadata_props[:]
         node.doc_string = ""
+    return model
+
+
+def write_onnx(model: Any, path: Path, weights: Format) -> None:
+    """Write an ONNX model to a file that onnxruntime reads."""
+    import onnx
+
+    written = onnx.ModelProto()
+    written.CopyFrom(model)
     if weights != "fp32":
-        _shrink(model.graph, weights)
-    onnx.checker.check_model(model)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+        _shrink(written.graph, weights)
+    onnx.checker.check_model(written)
+    path.write_bytes(written.SerializeToString(deterministic=True))
 
 
 def _shrink(graph: Any, weights: Format) -> None:

@@ -23,7 +23,7 @@ from scd.play.starts import Start, load_starts
 from scd.play.worlds import Pretrained, check_playable
 from scd.utils.files import sha256, write_folder_atomically
 from scd.web.graphs import check_model, make_graphs
-from scd.web.onnx_export import Format, export_graph
+from scd.web.onnx_export import Format, to_onnx, write_onnx
 from scd.web.onnx_rollout import all_levels
 from scd.web.runtime import copy_runtime
 
@@ -87,7 +87,7 @@ def export_site(
 
     def write(aside: Path) -> None:
         copy_runtime(aside / "ort", runtime)
-        write_graphs(pretrained, aside / "graphs", weights)
+        write_graphs(onnx_graphs(pretrained), aside / "graphs", weights)
         _write_starts(pretrained, clips, aside / "starts")
         _write_page(aside)
         _write_manifest(aside, Catalog({"model": pretrained}, clips), weights)
@@ -105,21 +105,25 @@ def export_site(
     print(f"try it: python -m http.server -d {folder}")
 
 
-def write_graphs(pretrained: Pretrained, folder: Path, weights: Format) -> list[float]:
-    """Write the three graphs; return the noise levels that the decoder has tables for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rollout = pretrained.options.rollout
-    levels = all_levels(rollout, STEPS)
+def onnx_graphs(pretrained: Pretrained) -> dict[str, Any]:
+    """Translate the three graphs of a model to ONNX, by name."""
+    options = pretrained.options
+    rollout = options.rollout
     graphs = make_graphs(
         pretrained.model,
         pretrained.codec,
-        pretrained.options.data.frame_size,
+        options.data.frame_size,
         rollout.window,
-        levels,
+        all_levels(rollout, STEPS),
     )
-    for name, graph in graphs.items():
-        export_graph(graph, folder / f"{name}.onnx", weights)
-    return levels
+    return {name: to_onnx(graph) for name, graph in graphs.items()}
+
+
+def write_graphs(graphs: dict[str, Any], folder: Path, weights: Format) -> None:
+    """Write graphs, as `OnnxRollout` and the worker read them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, model in graphs.items():
+        write_onnx(model, folder / f"{name}.onnx", weights)
 
 
 def start_latents(pretrained: Pretrained, start: Start) -> np.ndarray:
