@@ -21,7 +21,7 @@ ROWS = [
     ("wan",),
     ("evaluation",),
     ("training",),
-    ("analysis", "benchmark", "play", "export"),
+    ("analysis", "benchmark", "play", "web", "export"),
     ("cli",),
 ]
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}

@@ -7,13 +7,12 @@ begins at the first start, paused. The model is tiny and random: its pictures ch
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
@@ -38,23 +37,25 @@ from scd.play.server import STATIC, Address, listen
 from scd.play.starts import make_starts
 from tests.play import own_data, pretrained_folder
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-from selenium.common.exceptions import TimeoutException  # noqa: E402
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
+pytest.importorskip("selenium", reason="selenium is not installed")
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
+
+from tests.page import (
+    BEGIN,
+    FORWARD,
+    LEFT,
+    NEEDS_CHROMIUM,
+    NONE,
+    PHONE,
+    RIGHT,
+    SECONDS,
+    Page,
+    open_browser,
+)
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="no chromium and chromedriver (Debian: apt-get install chromium chromium-driver)",
-)
-NONE, LEFT, RIGHT, FORWARD = range(4)
-BEGIN = 23  # the last frame of a start clip, where play begins
-SECONDS = 30  # that anything may take on a busy machine
-PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+pytestmark = NEEDS_CHROMIUM
 # Every socket of the page, so that a test can cut it.
 SPY = """
 window.sockets = [];
@@ -105,97 +106,6 @@ class Server:
         self._process.communicate()
 
 
-class Page:
-    """The page in a browser, as a player sees it."""
-
-    def __init__(self, driver: Any):
-        self.driver = driver
-
-    def js(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-    def find(self, selector: str) -> Any:
-        return self.driver.find_element("css selector", selector)
-
-    def all(self, selector: str) -> list[Any]:
-        return self.driver.find_elements("css selector", selector)
-
-    def text(self, selector: str) -> str:
-        return self.js("return document.querySelector(arguments[0]).textContent", selector)
-
-    def wait(self, condition: Callable[[], Any], what: str) -> Any:
-        try:
-            return WebDriverWait(self.driver, SECONDS, 0.05).until(lambda _: condition())
-        except TimeoutException:
-            seen = self.js("return [document.body.className, document.body.innerText]")
-            pytest.fail(f"waited {SECONDS} s for: {what}; frame {self.frame}, {seen}")
-
-    def wait_for_text(self, selector: str, pattern: str) -> str:
-        what = f"{selector} says {pattern}"
-        return self.wait(lambda: re.search(pattern, self.text(selector)), what).group()
-
-    @property
-    def frame(self) -> int | None:
-        frame = self.js("return document.querySelector('#worlds').dataset.frame")
-        return None if frame is None else int(frame)
-
-    @property
-    def paused(self) -> bool:
-        return self.js("return document.body.classList.contains('paused')")
-
-    def picture(self, place: int = 0) -> str:
-        script = "return document.querySelectorAll('#worlds canvas')[arguments[0]].toDataURL()"
-        return self.js(script, place)
-
-    def wait_for_frame(self, frame: int) -> None:
-        self.wait(lambda: self.frame == frame, f"frame {frame}")
-
-    def press(self, *keys: str) -> None:
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def hold(self, key: str) -> None:
-        ActionChains(self.driver).key_down(key).perform()
-
-    def release(self, *keys: str) -> None:
-        chain = ActionChains(self.driver)
-        for key in keys:
-            chain.key_up(key)
-        chain.perform()
-
-    def step(self) -> None:
-        frame = self.frame
-        assert frame is not None
-        self.press(".")
-        self.wait_for_frame(frame + 1)
-
-    def actions(self, count: int) -> list[int]:
-        """Those that the next pictures on the screen came from."""
-        return self.driver.execute_async_script(
-            """
-            const [count, done] = arguments;
-            const box = document.querySelector("#worlds"), seen = [];
-            const observer = new MutationObserver(() => {
-              seen.push(Number(box.dataset.action));
-              if (seen.length === count) { observer.disconnect(); done(seen); }
-            });
-            observer.observe(box, {attributes: true, attributeFilter: ["data-frame"]});
-            """,
-            count,
-        )
-
-    def open(self, url: str) -> None:
-        """Load it and be at the first start, paused."""
-        self.driver.get(url)
-        self.wait(lambda: self.frame is not None, "a first picture")
-        if not self.paused:
-            self.press(" ")
-            self.wait(lambda: self.paused, "the pause")
-        self.find("#starts button").click()
-        self.wait(
-            lambda: self.frame == BEGIN and not self.all("#branches button"), "the first start"
-        )
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tiny_autoencoder_path) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("pretrained")
@@ -214,15 +124,7 @@ def downloads(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def driver(downloads, server) -> Iterator[Any]:
     """A browser; it starts while the server does."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--window-size=1440,900")
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.set_script_timeout(SECONDS)
+    driver = open_browser(downloads)
     driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SPY})
     yield driver
     driver.quit()

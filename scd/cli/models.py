@@ -10,6 +10,20 @@ from scd.utils.paths import from_user, to_read
 def export(a: argparse.Namespace) -> None:
     import torch
 
+    from scd.errors import ScdError
+
+    if a.web and a.measure is not None:
+        from scd.web.losses import measure_formats
+
+        measure_formats(a.checkpoint, a.starts, a.measure, a.overrides)
+        return
+    if a.out is None:
+        raise ScdError("export: give a folder with --out")
+    if a.web:
+        from scd.web.site import export_site
+
+        export_site(a.checkpoint, a.out, a.starts, a.weights, a.runtime, a.overrides)
+        return
     from scd.export import export_checkpoint
 
     export_checkpoint(a.checkpoint, a.out, getattr(torch, a.dtype), a.overrides)
@@ -44,16 +58,42 @@ def play(a: argparse.Namespace) -> None:
 
 
 def add_commands(commands: Commands) -> None:
-    p = commands.add_parser("export", help="write a checkpoint as a pipeline with a model card")
-    p.add_argument("checkpoint", type=to_read, help=OWN_CHECKPOINT)
-    p.add_argument(
-        "--out", type=from_user, required=True, help="folder; its name becomes the model's name"
+    p = commands.add_parser(
+        "export", help="write a checkpoint as a pipeline with a model card, or as a web page"
     )
+    p.add_argument("checkpoint", type=to_read, help=f"{OWN_CHECKPOINT}; --web: or a folder")
+    p.add_argument("--out", type=from_user, help="folder; its name becomes the model's name")
     p.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
         help="type of the weights (default: %(default)s)",
+    )
+    p.add_argument(
+        "--web",
+        action="store_true",
+        help="write static files instead: the world of `scd play` in the browser alone",
+    )
+    p.add_argument(
+        "--starts",
+        type=to_read,
+        default="assets/starts",
+        help="with --web: folder of start clips (default: %(default)s)",
+    )
+    p.add_argument(
+        "--weights",
+        choices=["fp32", "fp16", "int8"],
+        default="fp16",
+        help="with --web: how weights are stored; arithmetic is in float32 (default: %(default)s)",
+    )
+    p.add_argument(
+        "--runtime", type=from_user, metavar="FILE", help="with --web: what `npm pack` has fetched"
+    )
+    p.add_argument(
+        "--measure",
+        type=int,
+        metavar="FRAMES",
+        help="with --web: write nothing, print what each kind of weights costs in so many frames",
     )
     add_overrides(p)
     p.set_defaults(run=export)

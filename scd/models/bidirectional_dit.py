@@ -55,5 +55,5 @@ class BidirectionalDiT(DiT):
         positions = torch.arange(frames.shape[1], device=frames.device)
         attends = [full_attention] * len(self.blocks)
         x = self._predict(frames, Modulations(e, project), positions, attends)  # (B·K, F, C, H, W)
-        velocity = self._as_velocity(x[:, first:], noisy, times)  # (B·K, F', C, H, W)
+        velocity = self.as_velocity(x[:, first:], noisy, times)  # (B·K, F', C, H, W)
         return rearrange(velocity, "(b k) f c h w -> b k f c h w", k=draws)

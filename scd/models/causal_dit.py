@@ -76,7 +76,7 @@ class CausalDiT(DiT, CausalWorldModel):
         modulations = Modulations(self.conditioning(times, conditions), project)
         prediction = self._predict(frames, modulations, positions, [attend] * len(self.blocks))
         prediction = rearrange(prediction[:, count:], "b (k f) c h w -> b k f c h w", k=draws)
-        return self._as_velocity(prediction, noisy, timesteps)  # (B, K, F', C, H, W)
+        return self.as_velocity(prediction, noisy, timesteps)  # (B, K, F', C, H, W)
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
         """Modulate clean frames and every denoising step under all conditions."""
@@ -126,7 +126,7 @@ class CausalDiT(DiT, CausalWorldModel):
         batch = len(noisy)
         modulation = modulation[:batch, step : step + 1]  # (B, 1, 6·L + 2, D)
         prediction = self._predict_cached(noisy, modulation, cache)  # (B, 1, C, H, W)
-        return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
+        return self.as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
 
     def _predict_cached(self, frames: Tensor, modulation: Tensor, cache: Cache) -> Tensor:
         """Predict frames (B, F, C, H, W) that follow those in the cache, and write their keys."""

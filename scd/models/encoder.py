@@ -147,7 +147,12 @@ class CausalEncoder(nn.Module):
         return precompute_modulation([*self.blocks, self.norm_out], e)
 
     def prefill(
-        self, latents: Tensor, modulation: Tensor, cache: Cache, kept: int | None = None
+        self,
+        latents: Tensor,
+        modulation: Tensor,
+        cache: Cache,
+        kept: int | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """Encode frames into the KV cache, behind those that it holds.
 
@@ -156,16 +161,18 @@ class CausalEncoder(nn.Module):
             modulation: (B, F, 6·L + 2, D), precomputed; frames count as in `forward`.
             kept: the first of them stay in the cache, the slots of the others are written to
                 again; None: all stay.
+            rotary: of the frames; None: they follow those that the cache counts.
 
         Returns:
             (B, F, N, D), what `context` takes.
         """
         past = cache.frames
         x = self._embed(latents, from_start=not past)  # (B, F, N, D)
-        positions = torch.arange(past, past + x.shape[1], device=latents.device)
+        if rotary is None:
+            positions = torch.arange(past, past + x.shape[1], device=latents.device)
+            rotary = self._rotary(latents, positions)
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        modulations = Modulations(modulation, look_up)
-        x = self._run_blocks(x, self._rotary(latents, positions), modulations, attends)
+        x = self._run_blocks(x, rotary, Modulations(modulation, look_up), attends)
         cache.advance(x.shape[1] if kept is None else kept)
         return x
 

@@ -54,21 +54,29 @@ def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
         frames: (F,) frame indices.
         height, width: tokens in a column and in a row.
     """
+    # In double precision: in single, the angles of frame 10,000 would be off by half a thousandth.
+    frequencies, _ = _tables(height, width, frames.device)
+    angles = frames.to(frequencies.device).double()[:, None] * frequencies  # (F, 8)
+    cosines, sines = angles.cos().float(), angles.sin().float()
+    return rotary_table(cosines.to(frames.device), sines.to(frames.device), height, width)
+
+
+def rotary_table(cosines: Tensor, sines: Tensor, height: int, width: int) -> Rotary:
+    """Join the frames' part of the angles, (F, 8) each, with that of every row and column."""
+    _, (place_cosines, place_sines) = _tables(height, width, cosines.device)
+
+    def table(of_frames: Tensor, of_places: Tensor, sign: int) -> Tensor:
+        shape = (len(of_frames), height * width, -1)
+        half = torch.cat([of_frames[:, None].expand(shape), of_places.expand(shape)], dim=-1)
+        return torch.cat([sign * half, half], dim=-1).flatten(0, 1)
+
+    return Rotary(table(cosines, place_cosines, 1), table(sines, place_sines, -1))
+
+
+def _tables(height: int, width: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     # What dynamo traces knows no cache.
     tables = _make_tables if torch.compiler.is_compiling() else _rotary_tables
-    device = frames.device
-    frequencies, within = tables(height, width, device)
-    # In double precision: in single, the angles of frame 10,000 would be off by half a thousandth.
-    angles = frames.to(frequencies.device).double()[:, None] * frequencies  # (F, 8)
-
-    def table(over_frames: Tensor, over_places: Tensor, sign: int) -> Tensor:
-        shape = (len(frames), height * width, -1)
-        over_frames = over_frames.float().to(device)[:, None].expand(shape)
-        half = torch.cat([over_frames, over_places.expand(shape)], dim=-1).flatten(0, 1)
-        return torch.cat([sign * half, half], dim=-1)
-
-    cosines, sines = within
-    return Rotary(table(angles.cos(), cosines, 1), table(angles.sin(), sines, -1))
+    return tables(height, width, device)
 
 
 def _make_tables(

@@ -178,7 +178,7 @@ class SCD(CausalWorldModel):
         """
         e = self.decoder.conditioning(timesteps, conditions)  # (B, F, D)
         prediction = self.decoder(noisy, context, Modulations(e, project))  # (B, F, C, H, W)
-        return self._as_velocity(prediction, noisy, timesteps)  # (B, F, C, H, W)
+        return self.as_velocity(prediction, noisy, timesteps)  # (B, F, C, H, W)
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
         """Modulate the encoder for clean frames and noise, the decoder for every denoising step."""
@@ -252,7 +252,7 @@ class SCD(CausalWorldModel):
         batch = len(noisy)
         modulation = modulation[:batch, step : step + 1]  # (B, 1, 6·L + 2, D)
         prediction = self.decoder(noisy, context[:batch], Modulations(modulation, look_up))
-        return self._as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
+        return self.as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
 
     def compile_steps(self) -> None:
         """Compile the decoder."""

@@ -261,7 +261,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         if ((conditions < 0) | (conditions > self.null_condition)).any():
             raise ScdError(f"conditions must lie in 0..{self.null_condition} (null)")
 
-    def _as_velocity(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    def as_velocity(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """Turn predictions for frames (..., C, H, W) at timesteps (...) into velocities."""
         prediction = prediction.float()
         if self.config.prediction == "velocity":

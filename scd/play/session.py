@@ -90,31 +90,33 @@ class Session:
 
     def hello(self, resumed: bool) -> dict[str, Any]:
         """Make the first message to a player."""
-        catalog, limits = self.game.catalog, self.limits
-        return {
-            "type": "hello",
-            "protocol": PROTOCOL,
-            "session": self.id,
-            "resumed": resumed,
-            "worlds": catalog.worlds,
-            "about": {name: model.about for name, model in catalog.models.items()},
-            "missing": catalog.missing,
-            "starts": [start.name for start in catalog.starts],
-            "actions": catalog.actions,
-            "idle": catalog.idle,
-            "action_vectors": catalog.action_vectors,
-            "size": catalog.size,
-            "limits": {
-                "steps": [1, MAX_STEPS],
-                "guidance_scale": [1.0, MAX_GUIDANCE],
-                "seed": [0, MAX_SEED],
-                "fps": [limits.min_fps, limits.max_fps],
-                "unseen": limits.unseen,
-                "alive_seconds": limits.alive_seconds,
-                "idle_seconds": limits.idle_seconds,
-                "away_seconds": limits.away_seconds,
-            },
-        }
+        about = offers(self.game.catalog, self.limits)
+        return {"type": "hello", "session": self.id, "resumed": resumed, **about}
+
+
+def offers(catalog: Catalog, limits: Limits) -> dict[str, Any]:
+    """List what players can choose from, as the hello message says it."""
+    return {
+        "protocol": PROTOCOL,
+        "worlds": catalog.worlds,
+        "about": {name: model.about for name, model in catalog.models.items()},
+        "missing": catalog.missing,
+        "starts": [start.name for start in catalog.starts],
+        "actions": catalog.actions,
+        "idle": catalog.idle,
+        "action_vectors": catalog.action_vectors,
+        "size": catalog.size,
+        "limits": {
+            "steps": [1, MAX_STEPS],
+            "guidance_scale": [1.0, MAX_GUIDANCE],
+            "seed": [0, MAX_SEED],
+            "fps": [limits.min_fps, limits.max_fps],
+            "unseen": limits.unseen,
+            "alive_seconds": limits.alive_seconds,
+            "idle_seconds": limits.idle_seconds,
+            "away_seconds": limits.away_seconds,
+        },
+    }
 
 
 class _Connection:

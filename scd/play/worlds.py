@@ -66,6 +66,11 @@ class View:
     over: bool = False
 
 
+def frame_seed(seed: int, number: int) -> int:
+    """Choose the seed of the noise of a frame, by its number in the timeline."""
+    return generator("cpu", "play", seed, number).initial_seed()
+
+
 class World(Protocol):
     """An environment whose past is kept by its caller."""
 
@@ -145,8 +150,7 @@ class ModelWorld:
 
     def step(self, action: Action, number: int) -> View:
         """Generate the next frame; see `World`."""
-        of_frame = generator("cpu", "play", self._settings.seed, number)
-        self._generator.manual_seed(of_frame.initial_seed())
+        self._generator.manual_seed(frame_seed(self._settings.seed, number))
         begun = self._now()
         latents = self._rollout.step(torch.tensor([action]))
         denoised = self._now()
@@ -261,14 +265,19 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
             f"model (transformer/, vae/, options.yml)"
         )
     options = load_options(folder / OPTIONS_FILE, overrides)
-    _check_playable(options, folder)
+    check_playable(options, folder / OPTIONS_FILE)
     loaded = load_folder(folder, options).for_rollouts()
     loaded.model.requires_grad_(False)
     return Pretrained(folder, loaded.model, loaded.codec, loaded.options)
 
 
-def _check_playable(options: Options, folder: Path) -> None:
-    where, names, rollout = folder / OPTIONS_FILE, options.data.action_names, options.rollout
+def check_playable(options: Options, where: Path) -> None:
+    """Refuse options of a model that cannot be played.
+
+    Raises:
+        ScdError: says what is missing, and names the file `where` they are from.
+    """
+    names, rollout = options.data.action_names, options.rollout
     if options.task != "world_model" or not options.model.has_actions:
         raise ScdError(f"{where}: only a world model under actions can be played")
     if len(names) != options.model.num_conditions:

@@ -1,27 +1,20 @@
-// The websocket: reconnects by itself, and sends commands one at a time.
+// The socket to the server: reconnects by itself, and sends commands one at a time.
+
+import { openSocket } from "./server.js";
 
 const WAITS = [0.5, 1, 2, 4]; // seconds before each attempt
 const WAIT_WHEN_FULL = 10;
 const TAKEN_OVER = 4409;
 const FULL = 4503;
-const ENDED = new Set([1009, 4400, 4401, 4408, TAKEN_OVER, 4429, 4500, 4508]);
+const ENDED = new Set([1009, 4400, 4401, 4408, TAKEN_OVER, 4429, 4500, 4508, 4510]);
 const ALIVE = 2000; // ms between two heartbeats, until the server has sent its own value
 const SILENT = 2.5; // missed heartbeats, until the page says so
 const GONE = 7; // missed heartbeats, until the page reconnects
 const KEPT_AS = "scd session"; // per tab: a reloaded page goes on with its session
 
-/** Make an address of the server, with the token of this page's own address. */
-export function address(path, parameters = {}) {
-  const url = new URL(path, location.origin);
-  const token = new URLSearchParams(location.search).get("token");
-  const all = token === null ? parameters : { ...parameters, token };
-  for (const [name, value] of Object.entries(all)) url.searchParams.set(name, value);
-  return url;
-}
-
 /**
- * Listeners: `status({phase, ...})` with the phases connecting, busy (before, places), full (wait),
- * open, silent, lost (wait), ended (code, reason); `hello(message)`; `state(message, command,
+ * Listeners: `status({phase, ...})` with the phases connecting, busy (before, places),
+ * loading (done, total), full (wait), open, silent, lost (wait), ended (code, reason); `hello(message)`; `state(message, command,
  * refused)`: the state after a command, and the reason if it was refused; `picture(buffer)`.
  */
 export class Connection {
@@ -49,10 +42,7 @@ export class Connection {
     this.#drop();
     this.#heard = performance.now();
     this.#report({ phase: "connecting" });
-    const url = address("/ws", this.session ? { session: this.session } : {});
-    url.protocol = url.protocol.replace("http", "ws");
-    const socket = new WebSocket(url);
-    socket.binaryType = "arraybuffer";
+    const socket = openSocket(this.session);
     socket.onmessage = ({ data }) => {
       this.#heard = performance.now();
       this.#checkHeartbeat();
@@ -106,8 +96,8 @@ export class Connection {
   }
 
   #receive(message) {
-    if (message.type === "busy") {
-      this.#report({ phase: "busy", ...message });
+    if (message.type === "busy" || message.type === "loading") {
+      this.#report({ phase: message.type, ...message });
     } else if (message.type === "hello") {
       this.session = message.session;
       sessionStorage.setItem(KEPT_AS, message.session);

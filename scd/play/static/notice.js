@@ -1,5 +1,7 @@
 // Messages about the server: busy, unreachable, or a session that has ended.
 
+import { WHO } from "./server.js";
+
 function position(before) {
   if (before === 0) return "You are next";
   return before === 1 ? "One player is ahead of you" : `${before} players are ahead of you`;
@@ -8,6 +10,7 @@ function position(before) {
 const ENDED = {
   4401: ["A token is missing", "Open the complete address that the server printed."],
   4408: ["Closed, as nobody played", "After some minutes without input, the place goes to others."],
+  4510: ["This browser cannot show the world"],
   4409: ["Open in another page", "This session has moved to another tab or window.", "Play here"],
 };
 
@@ -18,21 +21,26 @@ function describe(status) {
       const all = status.places === 1 ? "The only place is" : `All ${status.places} places are`;
       return [`${all} taken`, `${position(status.before)}; play begins as soon as one is free.`];
     }
+    case "loading": {
+      const [done, total] = [status.done, status.total].map((bytes) => (bytes / 1e6).toFixed(1));
+      return ["Loading the world", `${done} of ${total} MB.`];
+    }
     case "full":
       return ["Very busy", "Many players are waiting for a place. This page keeps trying."];
     case "silent":
-      return ["The server does not answer", "Play goes on as soon as it does.", "Reconnect"];
+      return [`${WHO} does not answer`, "Play goes on as soon as it does.", "Reconnect"];
     case "lost":
       return [
-        "The server cannot be reached",
+        `${WHO} cannot be reached`,
         "This page keeps trying, and goes on where you were.",
         "Try now",
       ];
     case "ended": {
       const [title, text, button] = ENDED[status.code] ?? [
-        "The server ended this session", `Reason: ${status.reason || `code ${status.code}`}.`,
+        `${WHO} ended this session`, `Reason: ${status.reason || `code ${status.code}`}.`,
       ];
-      return [title, text, status.code === 4401 ? null : (button ?? "Play again")];
+      const final = [4401, 4510].includes(status.code);
+      return [title, text ?? status.reason, final ? null : (button ?? "Play again")];
     }
     default:
       return null;

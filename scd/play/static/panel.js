@@ -1,6 +1,6 @@
 // The choices: start clips, worlds side by side, and settings.
 
-import { address } from "./connection.js";
+import { startPicture } from "./server.js";
 import { titleOf } from "./worlds.js";
 
 /** Calls `start({start, worlds})` and `settings({...})`. */
@@ -42,6 +42,9 @@ export class Panel {
     this.starts.replaceChildren(...starts.map((name, i) => this.#startButton(name, i)));
     const chips = [...worlds, ...Object.keys(missing)].map((name) => this.#chip(name, missing[name]));
     this.beside.replaceChildren(...chips);
+    for (const id of ["beside-title", "beside", "beside-hint"]) {
+      document.getElementById(id).hidden = chips.length < 2;
+    }
     const reasons = Object.entries(missing).map(
       ([name, why]) => `${titleOf(name)} is not available: ${why}.`,
     );
@@ -88,7 +91,7 @@ export class Panel {
     const title = name.replaceAll("_", " ");
     const button = Object.assign(document.createElement("button"), { type: "button", title });
     const image = Object.assign(document.createElement("img"), {
-      src: address(`/starts/${name}.png`), alt: title, width: 64, height: 64, draggable: false,
+      src: startPicture(name), alt: title, width: 64, height: 64, draggable: false,
     });
     button.dataset.start = name;
     if (index < 9) button.setAttribute("aria-keyshortcuts", index + 1);

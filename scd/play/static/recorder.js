@@ -1,6 +1,6 @@
-// Recording: from the frame where it began to the newest, saved as an mp4 that the server makes.
+// Recording: from the frame where it began to the newest, saved as a video that the server makes.
 
-import { address } from "./connection.js";
+import { recordVideo } from "./server.js";
 
 /** Calls `say(text, forSeconds)`. */
 export class Recorder {
@@ -43,18 +43,15 @@ export class Recorder {
     const range = { first: this.#first, last: this.#newest };
     this.#first = null;
     this.#show();
-    this.say("Making the mp4 …", 600);
+    this.say("Making the video …", 600);
     try {
-      const answer = await fetch(address("/recording.mp4", { session, ...range }));
-      if (!answer.ok) throw new Error(await answer.text());
-      const disposition = answer.headers.get("Content-Disposition") ?? "";
-      const name = /filename="?([^";]+)/.exec(disposition)?.[1] ?? "scd.mp4";
+      const { blob, name, first } = await recordVideo(session, range);
       const link = document.createElement("a");
-      link.href = URL.createObjectURL(await answer.blob());
+      link.href = URL.createObjectURL(blob);
       link.download = name;
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-      const missing = Number(answer.headers.get("First-Frame")) - range.first;
+      const missing = first - range.first;
       const but = missing > 0 ? `, without its first ${missing} frames, which were no longer stored` : "";
       this.say(`Saved ${name}${but}.`);
     } catch (error) {

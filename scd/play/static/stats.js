@@ -1,5 +1,6 @@
 // Statistics of the last seconds: frames per second, latency from key to picture, times of the parts.
 
+import { WHO } from "./server.js";
 import { titleOf } from "./worlds.js";
 
 const SECONDS = 4; // that the statistics cover
@@ -78,7 +79,7 @@ export class Stats {
     slow.hidden = !(this.#running && settled && (fps ?? 0) < SLOW * this.#target);
     if (!slow.hidden) {
       const managed = fps === null ? "hardly any" : fps.toFixed(1);
-      slow.textContent = `The server manages ${managed} of ${this.#target} frames per second.`;
+      slow.textContent = `${WHO} manages ${managed} of ${this.#target} frames per second.`;
     }
     this.#spark();
     this.#times();

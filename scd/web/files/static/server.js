@@ -1,0 +1,101 @@
+// In the place of the server: a worker of this page. The file of the same name in scd/play/static
+// says what the page needs.
+
+/** Who computes the frames, as messages name it. */
+export const WHO = "This browser";
+
+const SERVED = "scd isolated"; // in sessionStorage: the page has been loaded by its service worker
+const UNABLE = 4510;
+
+let worker = null;
+let current = null; // socket
+let videos = 0;
+const waiting = new Map(); // id of a video -> its promise's functions
+
+function post(message) {
+  worker?.postMessage(message);
+}
+
+function receive({ data: { data, close, recorded, id } }) {
+  if (recorded) {
+    const [resolve, reject] = waiting.get(id);
+    waiting.delete(id);
+    if (recorded.error) reject(new Error(recorded.error));
+    else resolve(recorded);
+  } else if (close) current?.end(close);
+  else current?.onmessage?.({ data });
+}
+
+// What the page uses of a WebSocket.
+class WorkerSocket {
+  readyState = WebSocket.OPEN;
+  onmessage = null;
+  onclose = null;
+
+  send(message) {
+    post({ message });
+  }
+
+  close() {
+    this.readyState = WebSocket.CLOSED;
+    if (current === this) current = null;
+  }
+
+  end({ code, reason }) {
+    const { onclose } = this;
+    this.close();
+    onclose?.({ code, reason });
+  }
+}
+
+// The service worker keeps the site's files, and adds the headers without which browsers share no
+// memory between threads. The first time, the page is loaded once more, through it.
+async function served() {
+  const container = navigator.serviceWorker;
+  if (!container) return;
+  await container.register("sw.js", { updateViaCache: "none" });
+  await container.ready;
+  if (crossOriginIsolated || sessionStorage.getItem(SERVED)) return;
+  sessionStorage.setItem(SERVED, "once");
+  location.reload();
+  await new Promise(() => {}); // the reload ends this page
+}
+
+async function begin(socket, session) {
+  try {
+    if (window.scdMissing) throw new Error(`It lacks ${window.scdMissing.join(", ")}.`);
+    await served().catch((error) => console.warn("not kept for use offline:", error));
+    if (!worker) {
+      worker = new Worker(new URL(`../world/worker.js${location.search}`, import.meta.url), {
+        type: "module",
+      });
+      worker.onmessage = receive;
+      worker.onerror = (event) => {
+        current?.end({ code: UNABLE, reason: event.message || "its worker did not start" });
+      };
+    }
+    if (current === socket) post({ open: session });
+  } catch (error) {
+    socket.end({ code: UNABLE, reason: error.message });
+  }
+}
+
+/** Open a socket; with the id of an earlier session (or null), to go on with it. */
+export function openSocket(session) {
+  const socket = new WorkerSocket();
+  current = socket;
+  begin(socket, session);
+  return socket;
+}
+
+/** The address of a start clip's picture. */
+export function startPicture(name) {
+  return new URL(`../starts/${name}.png`, import.meta.url);
+}
+
+/** Make a video of frames first..last: {blob, name, first}; `first` may be a later frame. */
+export function recordVideo(session, range) {
+  videos += 1;
+  post({ record: range, id: videos });
+  return new Promise((resolve, reject) => waiting.set(videos, [resolve, reject]));
+}

@@ -1,0 +1,45 @@
+// The service worker: keeps the site's files for use offline, and adds the headers that browsers
+// want to see before they share memory between threads (cross-origin isolation).
+
+const VERSION = "__VERSION__"; // of all files
+const CACHE = `scd ${new URL(".", location.href).pathname} ${VERSION}`;
+const PAGE = ["./", "manifest.json", ..."__FILES__"]; // the large files are kept once they are used
+const HEADERS = {
+  "Cross-Origin-Opener-Policy": "same-origin",
+  "Cross-Origin-Embedder-Policy": "require-corp",
+  "Cross-Origin-Resource-Policy": "same-origin",
+};
+
+addEventListener("install", (event) => {
+  const fresh = PAGE.map((name) => new Request(name, { cache: "reload" }));
+  event.waitUntil(caches.open(CACHE).then((kept) => kept.addAll(fresh)).then(() => skipWaiting()));
+});
+
+addEventListener("activate", (event) => {
+  const mine = CACHE.slice(0, CACHE.lastIndexOf(" "));
+  const old = (name) => name.startsWith(mine) && name !== CACHE;
+  event.waitUntil(
+    caches.keys()
+      .then((names) => Promise.all(names.filter(old).map((name) => caches.delete(name))))
+      .then(() => clients.claim()),
+  );
+});
+
+addEventListener("fetch", (event) => {
+  const url = new URL(event.request.url);
+  if (event.request.method !== "GET" || url.origin !== location.origin) return;
+  event.respondWith(answer(event.request));
+});
+
+async function answer(request) {
+  const kept = await caches.open(CACHE);
+  // Parameters of the address are for the page, not for the host.
+  let found = await kept.match(request, { ignoreSearch: true });
+  if (!found) {
+    found = await fetch(request);
+    if (found.status === 200) await kept.put(request, found.clone());
+  }
+  const headers = new Headers(found.headers);
+  for (const [name, value] of Object.entries(HEADERS)) headers.set(name, value);
+  return new Response(found.body, { status: found.status, statusText: found.statusText, headers });
+}

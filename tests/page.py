@@ -1,0 +1,129 @@
+"""Shared by the tests of pages: a headless Chromium, and a page in it as a player sees it."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.support.wait import WebDriverWait
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+NEEDS_CHROMIUM = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="no chromium and chromedriver (Debian: apt-get install chromium chromium-driver)",
+)
+NONE, LEFT, RIGHT, FORWARD = range(4)
+BEGIN = 23  # the last frame of a start clip, where play begins
+SECONDS = 30  # that anything may take on a busy machine
+PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+
+
+def open_browser(downloads: Path, *flags: str) -> Any:
+    """Start the browser; it saves downloads to a folder."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--window-size=1440,900")
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(SECONDS)
+    return driver
+
+
+class Page:
+    """The page in a browser, as a player sees it."""
+
+    def __init__(self, driver: Any):
+        self.driver = driver
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def find(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return self.js("return document.querySelector(arguments[0]).textContent", selector)
+
+    def wait(self, condition: Callable[[], Any], what: str) -> Any:
+        try:
+            return WebDriverWait(self.driver, SECONDS, 0.05).until(lambda _: condition())
+        except TimeoutException:
+            seen = self.js("return [document.body.className, document.body.innerText]")
+            pytest.fail(f"waited {SECONDS} s for: {what}; frame {self.frame}, {seen}")
+
+    def wait_for_text(self, selector: str, pattern: str) -> str:
+        what = f"{selector} says {pattern}"
+        return self.wait(lambda: re.search(pattern, self.text(selector)), what).group()
+
+    @property
+    def frame(self) -> int | None:
+        frame = self.js("return document.querySelector('#worlds').dataset.frame")
+        return None if frame is None else int(frame)
+
+    @property
+    def paused(self) -> bool:
+        return self.js("return document.body.classList.contains('paused')")
+
+    def picture(self, place: int = 0) -> str:
+        script = "return document.querySelectorAll('#worlds canvas')[arguments[0]].toDataURL()"
+        return self.js(script, place)
+
+    def wait_for_frame(self, frame: int) -> None:
+        self.wait(lambda: self.frame == frame, f"frame {frame}")
+
+    def press(self, *keys: str) -> None:
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def hold(self, key: str) -> None:
+        ActionChains(self.driver).key_down(key).perform()
+
+    def release(self, *keys: str) -> None:
+        chain = ActionChains(self.driver)
+        for key in keys:
+            chain.key_up(key)
+        chain.perform()
+
+    def step(self) -> None:
+        frame = self.frame
+        assert frame is not None
+        self.press(".")
+        self.wait_for_frame(frame + 1)
+
+    def actions(self, count: int) -> list[int]:
+        """Those that the next pictures on the screen came from."""
+        return self.driver.execute_async_script(
+            """
+            const [count, done] = arguments;
+            const box = document.querySelector("#worlds"), seen = [];
+            const observer = new MutationObserver(() => {
+              seen.push(Number(box.dataset.action));
+              if (seen.length === count) { observer.disconnect(); done(seen); }
+            });
+            observer.observe(box, {attributes: true, attributeFilter: ["data-frame"]});
+            """,
+            count,
+        )
+
+    def open(self, url: str) -> None:
+        """Load it and be at the first start, paused."""
+        self.driver.get(url)
+        self.wait(lambda: self.frame is not None, "a first picture")
+        if not self.paused:
+            self.press(" ")
+            self.wait(lambda: self.paused, "the pause")
+        self.find("#starts button").click()
+        self.wait(
+            lambda: self.frame == BEGIN and not self.all("#branches button"), "the first start"
+        )

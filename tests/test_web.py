@@ -1,0 +1,168 @@
+"""The exported graphs: onnxruntime in Python makes the frames that the rollout engine makes."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnxscript", reason="the extra scd[web] is not installed")
+pytest.importorskip("onnxruntime", reason="the extra scd[web] is not installed")
+
+from scd.cli import main
+from scd.errors import ScdError
+from scd.models import SCD, CausalDiT
+from scd.models.autoencoder import PixelCodec
+from scd.options import RolloutOptions
+from scd.play.worlds import Pretrained, frame_seed, load_pretrained
+from scd.rollout import Rollout
+from scd.web.graphs import check_model, make_graphs
+from scd.web.onnx_export import to_int8, to_onnx, write_onnx
+from scd.web.onnx_rollout import OnnxRollout, all_levels
+from scd.web.runtime import copy_runtime
+from scd.web.site import FILES
+from tests.play import pretrained_folder
+
+SHIPPED = Path(__file__).parent.parent / "assets/pretrained/scd_doom"
+FRAMES = 100
+WITHIN = 1e-3  # of latents after 100 frames
+
+
+def write_graphs(pretrained: Pretrained, folder: Path, levels: list[float], window: int) -> Path:
+    """Export the graphs of a model in float32."""
+    size = pretrained.options.data.frame_size
+    graphs = make_graphs(pretrained.model, pretrained.codec, size, window, levels)
+    for name, graph in graphs.items():
+        write_onnx(to_onnx(graph), folder / f"{name}.onnx", "fp32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tiny_autoencoder_path) -> tuple[Pretrained, Path, list[float]]:
+    root = tmp_path_factory.mktemp("web")
+    pretrained = load_pretrained(pretrained_folder(root / "tiny", tiny_autoencoder_path))
+    levels = all_levels(pretrained.options.rollout, range(1, 5))
+    return pretrained, write_graphs(pretrained, root, levels, 4), levels
+
+
+def largest_difference(
+    pretrained: Pretrained, folder: Path, settings: RolloutOptions, levels: list[float], frames: int
+) -> float:
+    """Continue three frames of noise by both, with the same generator; compare latents."""
+    rng = torch.Generator().manual_seed(3)
+    codec = pretrained.codec
+    side = pretrained.options.data.frame_size // codec.downsampling
+    context = torch.randn(1, 3, codec.channels, side, side, generator=rng)
+    actions = torch.randint(0, 4, (frames + 3,), generator=rng).tolist()
+    engine = Rollout(pretrained.model, settings)
+    engine.reset(context, torch.tensor([actions[:3]]), generator=torch.Generator().manual_seed(7))
+    ours = OnnxRollout(folder, settings, levels)
+    ours.reset(context[0].numpy(), actions[:3], torch.Generator().manual_seed(7))
+    largest = 0.0
+    for action in actions[3:]:
+        expected = engine.step(torch.tensor([action]))[0].numpy()
+        largest = max(largest, float(np.abs(ours.step(action) - expected).max()))
+    return largest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"solver": "multistep", "sink_frames": 1},
+        {"solver": "euler", "steps": 3},
+        {"solver": "consistency", "steps": 3},
+        {"guidance": "context", "guidance_scale": 1.5, "steps": 1},
+    ],
+    ids=lambda changes: next(iter(changes.values())),
+)
+def test_latents_are_those_of_the_engine(tiny, changes: dict[str, Any]) -> None:
+    pretrained, folder, levels = tiny
+    settings = replace(pretrained.options.rollout, **changes)
+    frames = FRAMES if settings.sink_frames else 12
+    assert largest_difference(pretrained, folder, settings, levels, frames) < WITHIN
+
+
+def test_the_shipped_model_after_100_frames(tmp_path) -> None:
+    pretrained = load_pretrained(SHIPPED)
+    settings = replace(pretrained.options.rollout, steps=2)
+    levels = all_levels(settings, [2])
+    folder = write_graphs(pretrained, tmp_path, levels, settings.window)
+    found = largest_difference(pretrained, folder, settings, levels, FRAMES)
+    print(f"the largest difference of latents in {FRAMES} frames is {found:.1e}")
+    assert found < WITHIN
+
+
+def test_levels_of_all_numbers_of_steps() -> None:
+    levels = all_levels(RolloutOptions(spacing="even"), range(1, 5))
+    assert levels == pytest.approx([1, 3 / 4, 2 / 3, 1 / 2, 1 / 3, 1 / 4])
+
+
+def test_int8_is_within_half_a_step_of_each_output() -> None:
+    values = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    values[:, 3] = 0
+    rounded, scale = to_int8(values, axis=1)
+    assert rounded.dtype == np.int8 and scale.shape == (1, 7)
+    assert (np.abs(rounded * scale - values) <= scale / 2 + 1e-6).all()
+    assert np.abs(values).max(axis=0)[0] == pytest.approx(127 * scale[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "problem"),
+    [
+        ("causal_dit", {}, "only an SCD runs in the browser"),
+        ("scd", {"encoder_frame": "noise"}, "encoder_frame is noise"),
+        ("scd", {"first_frame": True}, "first_frame=true"),
+        ("scd", {"condition": "label"}, "condition is label"),
+    ],
+)
+def test_other_models_are_refused_by_name(kind: str, changes: dict[str, Any], problem: str) -> None:
+    sizes = {"channels": 8, "patch_size": 4, "heads": 1, "condition": "action", "num_conditions": 4}
+    layers: dict[str, int] = {"layers": 1}
+    if kind == "scd":
+        layers = {"encoder_layers": 1, "decoder_layers": 1}
+    model = (SCD if kind == "scd" else CausalDiT)(**(sizes | layers | changes))
+    with pytest.raises(ScdError, match=problem):
+        check_model(model, PixelCodec(), 64, 4)
+
+
+def test_another_runtime_is_refused(tmp_path) -> None:
+    archive = tmp_path / "onnxruntime-web.tgz"
+    archive.write_bytes(b"another")
+    with pytest.raises(ScdError, match="its hash is not the pinned one"):
+        copy_runtime(tmp_path / "ort", archive)
+    assert not (tmp_path / "ort").exists()
+
+
+def test_without_npm_it_says_what_to_do(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ScdError, match=r"npm is not installed.*--runtime"):
+        copy_runtime(tmp_path / "ort", None)
+
+
+def test_a_folder_of_something_else_stays(tmp_path, capsys) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["export", str(SHIPPED), "--web", "--out", str(tmp_path)]) == 1
+    assert "holds no site" in capsys.readouterr().err
+    assert main(["export", str(SHIPPED), "--web"]) == 1
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_noise_is_that_of_torch() -> None:
+    """Several draws in a row, one of them of a number that 16 does not divide."""
+    script = f"""
+    import {{ frameGenerator }} from "{(FILES / "world" / "noise.js").as_uri()}";
+    const generator = await frameGenerator(5, 24);
+    console.log(JSON.stringify([512, 100, 4096].map((n) => Array.from(generator.normal(n)))));
+    """
+    command = ["node", "--input-type=module", "--no-warnings", "-e", script]
+    drawn = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    generator = torch.Generator().manual_seed(frame_seed(5, 24))
+    for ours in drawn:
+        expected = torch.randn(len(ours), generator=generator)
+        assert (torch.tensor(ours) - expected).abs().max() < 2e-6
