@@ -29,7 +29,8 @@ from scd.options import (
     load_options,
     options_to_dict,
 )
-from scd.training.encode import encoding_name, latent_shape
+from scd.training.build import latent_shape
+from scd.training.encode import encoding_name
 from scd.training.launch import run_experiment
 from scd.training.performance import estimate_step
 from scd.utils.files import write_atomically

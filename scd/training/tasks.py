@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from scd.data.clips import ClipFolder
+from scd.data.clips import Clips
 from scd.options import Options
 from scd.training.performance import ClipCost
 
@@ -15,7 +15,7 @@ from scd.training.performance import ClipCost
 class Task(Protocol):
     """The objective, data, validation and export of one kind of training."""
 
-    training_data: ClipFolder
+    training_data: Clips
     pictures: dict[str, str]  # captions of the files that `validate` writes, by glob pattern
 
     @property
@@ -84,6 +84,10 @@ def build_task(options: Options, accelerator: Accelerator) -> Task:
         from scd.training.autoencoder_task import AutoencoderTask
 
         return AutoencoderTask(options, accelerator.device)
+    if options.model.is_wan:
+        from scd.training.wan_task import WanTask
+
+        return WanTask(options, accelerator.device)
     if options.distill.method != "none":
         from scd.training.distillation_task import DistillationTask
 

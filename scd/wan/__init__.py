@@ -1,6 +1,7 @@
-"""Pretrained text-to-video models of the Wan2.1 family as causal and as separable models."""
+"""Pretrained text-to-video models of the Wan2.1 family: causal, separable, and as they are."""
 
+from scd.wan.bidirectional_wan import BidirectionalWan
 from scd.wan.causal_wan import CausalWan
 from scd.wan.scd_wan import SCDWan
 
-__all__ = ["CausalWan", "SCDWan"]
+__all__ = ["BidirectionalWan", "CausalWan", "SCDWan"]

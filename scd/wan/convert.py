@@ -92,21 +92,33 @@ def _convert_folder(
 ) -> None:
     vae = read_autoencoder(folder)
     model = make(read_transformer(folder, weights))
-    options = {
-        "source": source,
-        "weights": None if weights is None else str(weights),
-        "rollout": asdict(ROLLOUT),
-    }
-
-    def write(aside: Path) -> None:
-        model.save_pretrained(aside / "transformer")
-        vae.save_pretrained(aside / "vae")
-        text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
-        (aside / OPTIONS_FILE).write_text(text, encoding="utf-8")
-
-    write_folder_atomically(out, write)
+    read_from = None if weights is None else str(weights)
+    write_folder_atomically(
+        out, lambda aside: write_parts(aside, model, vae, source, read_from, ROLLOUT)
+    )
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{out}: {type(model).__name__}, {count / 1e6:.1f} million parameters, from {source}")
+
+
+def write_parts(
+    folder: Path,
+    model: WanWorldModel,
+    vae: AutoencoderKLWan,
+    source: str,
+    weights: str | None,
+    rollout: RolloutOptions,
+) -> None:
+    """Write `transformer`, `vae` and `options.yml` into a folder.
+
+    Args:
+        source, weights: where the weights come from.
+        rollout: the defaults for generating.
+    """
+    model.save_pretrained(folder / "transformer")
+    vae.save_pretrained(folder / "vae")
+    options = {"source": source, "weights": weights, "rollout": asdict(rollout)}
+    text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+    (folder / OPTIONS_FILE).write_text(text, encoding="utf-8")
 
 
 def read_transformer(folder: Path, weights: Path | None = None) -> WanTransformer3DModel:

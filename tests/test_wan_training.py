@@ -1,0 +1,97 @@
+"""A tiny random Wan through its training by the commands: encode, teacher forcing, and after."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from scd.cli import main
+from scd.data.video import write_video
+from scd.models.weights import read_all_weights
+from scd.training.run_log import read_log
+from scd.wan.prompts import save_embedding
+from tests.test_wan import TEXT, disturbed, tiny_wan
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
+CAPTIONS = ["a red square", "a cat &amp; a dog", "rain"]
+SIZES = ["--encoder-layers", "2", "--decoder-first", "1", "--decoder-last", "1"]
+HEIGHT, WIDTH, PICTURES = 32, 48, 9
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan as `scd wan convert` makes an SCD, `scd`, and a causal one, `causal`, of it."""
+    folder = tmp_path_factory.mktemp("wan")
+    tiny_wan(num_layers=3).save_pretrained(folder / "own/transformer")
+    torch.manual_seed(0)
+    small = {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "z_dim": 16}
+    vae = AutoencoderKLWan(base_dim=4, **small, temperal_downsample=[False, True, True])
+    disturbed(vae).save_pretrained(folder / "own/vae")
+    command = ["wan", "convert", str(folder / "own"), "--out"]
+    assert main([*command, str(folder / "scd"), *SIZES]) == 0
+    assert main([*command, str(folder / "keys"), *SIZES, "--num-actions", "3"]) == 0
+    assert main([*command, str(folder / "causal"), "--type", "causal"]) == 0
+    return folder
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    """Videos with captions and actions, prompts, and random embeddings of both."""
+    root, rng = tmp_path / "data", np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(1)
+    entries = []
+    for number, caption in enumerate(CAPTIONS):
+        frames = rng.integers(256, size=(PICTURES + number, HEIGHT, WIDTH, 3), dtype=np.uint8)
+        write_video(root / f"{number}.mp4", frames, fps=16)
+        np.savez(root / f"{number}.npz", actions=rng.integers(3, size=PICTURES + number))
+        files = {"video_path": f"{number}.mp4", "action_path": f"{number}.npz"}
+        entries.append({**files, "caption": caption})
+    for name in ("train.json", "val.json"):
+        (root / name).write_text(json.dumps(entries))
+    (root / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
+    for number, prompt in enumerate(["", *CAPTIONS]):
+        save_embedding(root, prompt, torch.randn(number + 1, TEXT, generator=generator))
+    return root
+
+
+@pytest.fixture
+def overrides(wan_folder: Path, data_root: Path, tmp_path: Path) -> list[str]:
+    """What turns an options file of Wan's true size into a tiny one."""
+    return [
+        *(f"data.root={data_root}", f"output_root={tmp_path}/runs", "train.mixed_precision=fp32"),
+        *(f"data.frame_size={HEIGHT}", f"data.frame_width={WIDTH}", "data.resize_shorter=null"),
+        *("data.frames=3", "model.heads=2", "wan.head_dim=12", "wan.ffn_dim=32"),
+        *(f"wan.text_dim={TEXT}", "wan.text_length=5", f"autoencoder.path={wan_folder}/own/vae"),
+        *("train.batch_size=2", "train.gradient_accumulation=1", "train.workers=0"),
+        *("train.log_every=1", "eval.new_frames=2", "eval.videos=2", "rollout.steps=2"),
+    ]
+
+
+def train(file: str, *overrides: str) -> list[dict]:
+    assert main(["train", "--opt", f"options/{file}.yml", *overrides]) == 0
+    given = dict(text.split("=", 1) for text in overrides)
+    return read_log(Path(given["output_root"]) / given["name"] / "log.jsonl")
+
+
+SCD = ["model.encoder_layers=2", "model.decoder_layers=2", "wan.decoder_first=1"]
+
+
+def test_teacher_forcing_from_videos_with_captions(wan_folder, data_root, overrides, tmp_path):
+    start = [*overrides, *SCD, f"init_from={wan_folder}/scd", "optim.lr=1e-3"]
+    assert main(["encode", "--opt", "options/scd_wan.yml", *start]) == 0
+    assert main(["encode", "--opt", "options/scd_wan.yml", *start, "data.train_list=val.json"]) == 0
+    assert main(["validate", "--opt", "options/scd_wan.yml", *start]) == 0
+    often = ["train.steps=3", "train.sample_every=3", "train.val_loss_every=3"]
+    log = train("scd_wan", *start, "name=forced", *often)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)
+    assert [entry["val_loss"] > 0 for entry in log if "val_loss" in entry] == [True]
+    samples = tmp_path / "runs/forced/samples/step-00000003"
+    assert sorted(path.name for path in samples.glob("*.mp4")) == ["00.mp4", "01.mp4"]
+    exported = tmp_path / "runs/forced/exported"
+    before, after = (read_all_weights(folder) for folder in (wan_folder / "scd", exported))
+    assert before.keys() == after.keys()
+    assert not [name for name in before if torch.equal(before[name], after[name])]
