@@ -1,11 +1,13 @@
 """A tiny random Wan through its training by the commands: encode, teacher forcing, and after."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKLWan
 
 from scd.cli import main
@@ -16,6 +18,7 @@ from scd.wan.prompts import save_embedding
 from tests.test_wan import TEXT, disturbed, tiny_wan
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
+STAGES = ("forced", "consistent", "distilled")
 CAPTIONS = ["a red square", "a cat &amp; a dog", "rain"]
 SIZES = ["--encoder-layers", "2", "--decoder-first", "1", "--decoder-last", "1"]
 HEIGHT, WIDTH, PICTURES = 32, 48, 9
@@ -66,7 +69,13 @@ def overrides(wan_folder: Path, data_root: Path, tmp_path: Path) -> list[str]:
         *("data.frames=3", "model.heads=2", "wan.head_dim=12", "wan.ffn_dim=32"),
         *(f"wan.text_dim={TEXT}", "wan.text_length=5", f"autoencoder.path={wan_folder}/own/vae"),
         *("train.batch_size=2", "train.gradient_accumulation=1", "train.workers=0"),
-        *("train.log_every=1", "eval.new_frames=2", "eval.videos=2", "rollout.steps=2"),
+        *(
+            "train.log_every=1",
+            "eval.new_frames=2",
+            "eval.videos=2",
+            "rollout.steps=2",
+            "rollout.precision=fp32",
+        ),
     ]
 
 
@@ -95,3 +104,26 @@ def test_teacher_forcing_from_videos_with_captions(wan_folder, data_root, overri
     before, after = (read_all_weights(folder) for folder in (wan_folder / "scd", exported))
     assert before.keys() == after.keys()
     assert not [name for name in before if torch.equal(before[name], after[name])]
+
+
+def test_every_stage_runs_by_its_command(wan_folder, data_root, overrides, tmp_path):
+    """Each stage starts from the export of the one before; the last needs prompts alone."""
+    given = [*overrides, *SCD, "optim.lr=1e-3", "train.steps=4", "train.sample_every=0"]
+    start = f"init_from={wan_folder}/scd"
+    assert main(["encode", "--opt", "options/scd_wan.yml", *given, start]) == 0
+    train("scd_wan", *given, start, "name=forced")
+    runs = tmp_path / "runs"
+    stage = [f"init_from={runs}/forced/exported", f"distill.teacher={runs}/forced/exported"]
+    train("scd_wan_consistency", *given, *stage, "name=consistent", "distill.levels=6")
+    stage = [f"init_from={runs}/consistent/exported", f"distill.teacher={wan_folder}/causal"]
+    (data_root / "train.json").unlink()
+    few = ["distill.critic_updates=2", "distill.critic_lr=1e-3", "train.sample_every=4"]
+    log = train("scd_wan_distilled", *given, *stage, *few, "name=distilled")
+    assert [entry["step"] for entry in log if "dmd_gradient" in entry] == [2, 4]
+    assert all(entry["replay_error"] < 1e-4 for entry in log if "replay_error" in entry)
+    assert len(list((runs / "distilled/samples").rglob("*.mp4"))) == 2
+    weights = [read_all_weights(runs / f"{name}/exported") for name in STAGES]
+    for before, after in pairwise(weights):
+        assert not [name for name in before if torch.equal(before[name], after[name])]
+    about = yaml.safe_load((runs / "distilled/exported/options.yml").read_text())
+    assert about["rollout"]["solver"] == "consistency" and about["rollout"]["steps"] == 2

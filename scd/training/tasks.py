@@ -84,14 +84,15 @@ def build_task(options: Options, accelerator: Accelerator) -> Task:
         from scd.training.autoencoder_task import AutoencoderTask
 
         return AutoencoderTask(options, accelerator.device)
+    if options.distill.method != "none":
+        from scd.training.distillation_task import DistillationTask, WanDistillationTask
+
+        kind = WanDistillationTask if options.model.is_wan else DistillationTask
+        return kind(options, accelerator.device)
     if options.model.is_wan:
         from scd.training.wan_task import WanTask
 
         return WanTask(options, accelerator.device)
-    if options.distill.method != "none":
-        from scd.training.distillation_task import DistillationTask
-
-        return DistillationTask(options, accelerator.device)
     from scd.training.world_model_task import WorldModelTask
 
     return WorldModelTask(options, accelerator.device)
