@@ -41,8 +41,13 @@ class StepEstimate:
         return sum(self.parameters.values())
 
 
-def estimate_step(options: Options, codec: AnyCodec) -> StepEstimate:
-    """Run one forward and backward pass at the options' true shapes, and count what it costs."""
+def estimate_step(options: Options, codec: AnyCodec, counts_scores: bool = True) -> StepEstimate:
+    """Run one forward and backward pass at the options' true shapes, and count what it costs.
+
+    Args:
+        counts_scores: False: attention's scores of many queries by many keys do not count as kept,
+            as with the kernels of GPUs.
+    """
     with torch.device("meta"):
         model = build_network(options, codec)
     model.set_gradient_checkpointing(options.train.gradient_checkpointing)
@@ -53,9 +58,13 @@ def estimate_step(options: Options, codec: AnyCodec) -> StepEstimate:
     kept: dict[int, int] = {}  # storage -> bytes; a tensor is saved once for all that need it
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
 
+    widths = {size for p in model.parameters() for size in p.shape}
+
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
+        many = tensor.ndim > 2 and min(tensor.shape[-2:]) > model.head_dim
+        scores = many and tensor.shape[-1] not in widths  # queries by keys
+        if storage._cdata not in parameters and (counts_scores or not scores):
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
