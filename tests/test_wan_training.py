@@ -1,6 +1,7 @@
 """A tiny random Wan through its training by the commands: encode, teacher forcing, and after."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,10 +14,21 @@ from diffusers import AutoencoderKLWan
 from scd.cli import main
 from scd.data.video import write_video
 from scd.models.weights import read_all_weights
+from scd.options import RolloutOptions, load_options
+from scd.rollout import Rollout
+from scd.training.launch import run_experiment
+from scd.training.performance import estimate_step
 from scd.training.run_log import read_log
+from scd.training.wan_dry_run import count_parameters, estimate_by_depth, frame_flops
+from scd.wan import SCDWan
+from scd.wan.captioned import CaptionedLatents
+from scd.wan.from_options import build_wan
 from scd.wan.prompts import save_embedding
+from scd.wan.video_codec import WanCodec
+from tests.test_processes import assert_close, on_two, state_of
 from tests.test_wan import TEXT, disturbed, tiny_wan
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
 STAGES = ("forced", "consistent", "distilled")
 CAPTIONS = ["a red square", "a cat &amp; a dog", "rain"]
@@ -75,6 +87,7 @@ def overrides(wan_folder: Path, data_root: Path, tmp_path: Path) -> list[str]:
             "eval.videos=2",
             "rollout.steps=2",
             "rollout.precision=fp32",
+            "optim.warmup_steps=0",
         ),
     ]
 
@@ -127,3 +140,95 @@ def test_every_stage_runs_by_its_command(wan_folder, data_root, overrides, tmp_p
         assert not [name for name in before if torch.equal(before[name], after[name])]
     about = yaml.safe_load((runs / "distilled/exported/options.yml").read_text())
     assert about["rollout"]["solver"] == "consistency" and about["rollout"]["steps"] == 2
+
+
+FILES = ["scd_wan", "scd_wan_consistency", "scd_wan_distilled", "causal_wan"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_options_file_runs_dry(name, tmp_path, monkeypatch, capsys):
+    """On fewer frames, which take the count of the costs less time."""
+    monkeypatch.chdir(ROOT)
+    given = ["--opt", f"options/{name}.yml", "data.frames=3", "data.root=nowhere"]
+    assert main(["train", "--dry-run", *given]) == 0
+    out = capsys.readouterr().out
+    assert f"{name}: a step of a miniature of it succeeded on noise" in out
+    assert re.search(r"memory +about 1 GPU [\d.]+ GB, 2 GPUs [\d.]+ GB, 8 GPUs [\d.]+ GB", out)
+    millions = float(re.search(r"parameters +([\d.]+) M", out)[1])
+    assert abs(millions / 1e3 - (1.42 if name == "causal_wan" else 1.68)) < 0.005
+
+
+def test_costs_are_those_of_a_real_step_and_a_real_frame():
+    """Counted from shallow models, against the whole one; and a frame, against arithmetic."""
+    options = load_options(
+        ROOT / "options/scd_wan.yml",
+        [
+            *("data.frames=4", "data.frame_size=32", "data.frame_width=48", "model.heads=2"),
+            *("model.encoder_layers=4", "model.decoder_layers=5", "wan.decoder_first=2"),
+            *("wan.ffn_dim=512", "wan.text_dim=64", "wan.text_length=8"),
+        ],
+    )
+    with torch.device("meta"):
+        codec = WanCodec(AutoencoderKLWan())
+        model = build_wan(options, 16, 8)
+    whole = estimate_step(options, codec, counts_scores=False)
+    found = estimate_by_depth(options, codec)
+    assert (found.flops, found.activation_bytes) == (whole.flops, whole.activation_bytes)
+    assert whole.total_parameters == count_parameters(model)
+    n, d, f, t = 6, 256, 512, 8  # tokens of a frame, width, inside, of the text
+    past = 3
+    once, each = frame_flops(model, options, codec, past)
+
+    def block(tokens: int, keys: int, kept: int | None = None) -> int:
+        kept = kept or tokens
+        own = d * d * (2 * tokens + 2 * kept) + 2 * kept * keys * d
+        return 2 * (own + d * d * 2 * kept + 2 * kept * t * d + 2 * kept * d * f)
+
+    ends = 2 * n * d * 64  # patches of 2x2x16 values
+    assert once == 4 * block(n, (past + 1) * n) + ends
+    assert each == 4 * block(2 * n, 2 * n) + block(2 * n, 2 * n, n) + 2 * ends
+
+
+@pytest.mark.parametrize("stage", ["scd_wan", "scd_wan_distilled"])
+def test_two_processes_that_shard_equal_one(stage, wan_folder, data_root, overrides, tmp_path):
+    given = [*overrides, *SCD, "optim.lr=1e-4", "train.steps=4", "train.sample_every=0"]
+    given += [f"init_from={wan_folder}/scd", "optim.warmup_steps=0", "train.save_every=4"]
+    if stage == "scd_wan":
+        assert main(["encode", "--opt", "options/scd_wan.yml", *given]) == 0
+    else:
+        given += [f"distill.teacher={wan_folder}/causal", "distill.critic_updates=2"]
+    file, runs = ROOT / f"options/{stage}.yml", tmp_path / "runs"
+    on_two("sharded-wan", [*given, "name=two", "train.batch_size=1"], file)
+    run_experiment(load_options(file, [*given, "name=one"]))
+    assert_close(state_of(runs / "two"), state_of(runs / "one"))
+    start = read_all_weights(wan_folder / "scd")
+    moved = state_of(runs / "one").model
+    assert any((moved[name] - tensor).abs().max() > 1e-4 for name, tensor in start.items())
+
+
+def test_keys_steer_a_world_that_is_trained_on_them(wan_folder, data_root, overrides, tmp_path):
+    """At the start they have no effect; after training on videos with actions they have one."""
+    keys = [*SCD, "model.condition=action", "model.num_conditions=3"]
+    given = [*overrides, *keys, f"init_from={wan_folder}/keys", "optim.lr=1e-2"]
+    assert main(["encode", "--opt", "options/scd_wan.yml", *given]) == 0
+    train("scd_wan", *given, "name=keys", "train.steps=4", "train.sample_every=0")
+    text = torch.randn(1, 5, TEXT, generator=torch.Generator().manual_seed(2))
+    settings = RolloutOptions(2, guidance="none", guidance_scale=1.0)
+
+    def effect(folder: Path) -> float:
+        model, worlds = SCDWan.from_pretrained(folder / "transformer"), []
+        for action in (0, 1):
+            rollout = Rollout(model, settings, 3)
+            noise = torch.Generator().manual_seed(3)
+            empty = torch.zeros(1, 0, 16, HEIGHT // 8, WIDTH // 8)
+            rollout.reset(empty, generator=noise, text=text)
+            pressed = torch.tensor([action])
+            worlds.append(torch.stack([rollout.step(pressed) for _ in range(3)]))
+        return float((worlds[0] - worlds[1]).abs().max())
+
+    assert effect(wan_folder / "keys") == 0 < 1e-3 < effect(tmp_path / "runs/keys/exported")
+    # Action i leads to picture i: of four pictures that are one latent, the first's.
+    options = load_options(ROOT / "options/scd_wan.yml", given)
+    recorded = np.load(data_root / "1.npz")["actions"]
+    clip = CaptionedLatents(options, "train.json", 4).read(1, 3)
+    assert clip["actions"].tolist() == recorded[[0, 1, 5]].tolist()
