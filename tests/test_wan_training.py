@@ -13,6 +13,8 @@ from diffusers import AutoencoderKLWan
 
 from scd.cli import main
 from scd.data.video import write_video
+from scd.errors import ScdError
+from scd.models.load import load_checkpoint_for_use
 from scd.models.weights import read_all_weights
 from scd.options import RolloutOptions, load_options
 from scd.rollout import Rollout
@@ -49,6 +51,8 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*command, str(folder / "scd"), *SIZES]) == 0
     assert main([*command, str(folder / "keys"), *SIZES, "--num-actions", "3"]) == 0
     assert main([*command, str(folder / "causal"), "--type", "causal"]) == 0
+    acting = ["--type", "causal", "--num-actions", "3"]
+    assert main([*command, str(folder / "causal_keys"), *acting]) == 0
     return folder
 
 
@@ -227,8 +231,65 @@ def test_keys_steer_a_world_that_is_trained_on_them(wan_folder, data_root, overr
         return float((worlds[0] - worlds[1]).abs().max())
 
     assert effect(wan_folder / "keys") == 0 < 1e-3 < effect(tmp_path / "runs/keys/exported")
+    # Distribution matching needs a teacher that knows the keys: Wan itself, trained on them.
+    dense = ["model.encoder_layers=0", "model.decoder_layers=0", "model.layers=3"]
+    short = ["train.steps=2", "train.sample_every=0"]
+    teacher = [*given, *dense, "model.type=bidirectional_wan", "flow.prefix_frames=[0,1]"]
+    train("scd_wan", *teacher, f"init_from={wan_folder}/causal_keys", "name=teacher", *short)
+    runs = tmp_path / "runs"
+    places = [f"init_from={runs}/keys/exported", f"distill.teacher={runs}/teacher/exported"]
+    videos = ["data.source=latents", "data.train_list=train.json", "distill.critic_updates=1"]
+    train("scd_wan_distilled", *given, *places, *videos, "name=distilled", *short)
+    assert effect(runs / "distilled/exported") > 1e-3
     # Action i leads to picture i: of four pictures that are one latent, the first's.
     options = load_options(ROOT / "options/scd_wan.yml", given)
     recorded = np.load(data_root / "1.npz")["actions"]
     clip = CaptionedLatents(options, "train.json", 4).read(1, 3)
     assert clip["actions"].tolist() == recorded[[0, 1, 5]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("data.source=video", "trained on latents"),
+        ("data.source=prompts", "only distill.method=dmd learns without any"),
+        ("flow.prediction=data", "Wan predicts velocities"),
+        ("model.encoder_frame=joint", "noise is this already"),
+        ("model.fusion=add", "token_concat or middle"),
+        ("wan.decoder_first=10", "leaves none"),
+        ("wan.chunk_frames=3", "only a causal_wan has chunks"),
+        ("optim.muon_lr=0.01", "AdamW alone"),
+        ("model.num_conditions=4", "contradicts"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(override, complaint):
+    with pytest.raises(ScdError, match=re.escape(complaint)):
+        load_options(ROOT / "options/scd_wan.yml", [override])
+
+
+def test_what_does_not_fit_is_refused(wan_folder, data_root, overrides, tmp_path):
+    """Another model, a prompt without an embedding, a clip without a caption, a foreign command."""
+    given = [*overrides, *SCD, "train.steps=1", "train.sample_every=0"]
+
+    def refusal(name: str, *more: str) -> str:
+        with pytest.raises(ScdError) as refused:
+            run_experiment(load_options(ROOT / f"options/{name}.yml", [*given, *more, "name=x"]))
+        return str(refused.value)
+
+    prompts = [f"init_from={wan_folder}/scd", f"distill.teacher={wan_folder}/causal"]
+    told = refusal("scd_wan_distilled", *prompts, "model.fusion=middle")
+    assert "fusion is token_concat there, middle in the options" in told
+    told = refusal("scd_wan_distilled", prompts[0], f"distill.teacher={wan_folder}/scd")
+    assert "has None layers: no Wan" in told
+    told = refusal("scd_wan_distilled", *prompts, "wan.negative_prompt=blurry")
+    assert "no embedding of 1 prompts, such as 'blurry'" in told
+    assert main(["encode", "--opt", "options/scd_wan.yml", *given]) == 0
+    entries = json.loads((data_root / "train.json").read_text())
+    del entries[1]["caption"]
+    (data_root / "train.json").write_text(json.dumps(entries))
+    assert "entry 1 has no caption" in refusal("scd_wan", prompts[0])
+    (data_root / "train.json").write_text(json.dumps(entries[:1]))
+    train("scd_wan", *given, prompts[0], "name=forced", "train.save_every=1")
+    checkpoint = tmp_path / "runs/forced/checkpoints/step-00000001/ema.safetensors"
+    with pytest.raises(ScdError, match="a scd_wan, which `scd wan` commands are for"):
+        load_checkpoint_for_use(checkpoint)

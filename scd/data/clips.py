@@ -35,6 +35,8 @@ class Clips(Protocol):
 
     def __len__(self) -> int: ...
 
+    def name(self, number: int) -> str | None: ...
+
     def read_bytes(
         self,
         number: int,
@@ -88,6 +90,11 @@ class ClipFolder:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def name(self, number: int) -> str | None:
+        """Name the file that a clip is read from."""
+        entry = self.entries[number]
+        return entry.video_path if self.source == "video" else entry.latent_path
 
     @property
     def unchecked(self) -> int:

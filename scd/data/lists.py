@@ -76,13 +76,12 @@ def _entry(path: Path, number: int, entry: object) -> ClipEntry:
         wanted = int if key == "label" else str
         if value is not None and type(value) is not wanted:
             raise ScdError(f"{where}: {key} must be {wanted.__name__}, not {reprlib.repr(value)}")
-        if key == "caption" and value is not None and not value.strip():
-            raise ScdError(f"{where}: its caption is empty: leave it out")
-        if (
-            key.endswith("_path")
-            and value is not None
-            and (problem := _no_path_below_root(value)) is not None
-        ):
+        if not isinstance(value, str):
+            continue
+        if key == "caption":
+            if not value.strip():
+                raise ScdError(f"{where}: its caption is empty: leave it out")
+        elif (problem := _no_path_below_root(value)) is not None:
             raise ScdError(
                 f"{where}: {key} must be a path below the data root, not {reprlib.repr(value)}"
                 f"{problem}"

@@ -15,8 +15,10 @@ from scd.training.performance import ClipCost
 class Task(Protocol):
     """The objective, data, validation and export of one kind of training."""
 
-    training_data: Clips
     pictures: dict[str, str]  # captions of the files that `validate` writes, by glob pattern
+
+    @property
+    def training_data(self) -> Clips: ...
 
     @property
     def network(self) -> nn.Module:

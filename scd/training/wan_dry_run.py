@@ -6,6 +6,7 @@ have no memory, and the same experiment runs with few and narrow layers, on nois
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
 from scd.models.world_model import CausalWorldModel
-from scd.options import ModelOptions, Options, RolloutOptions
+from scd.options import Options, RolloutOptions
 from scd.rollout.cache import KVCache, Window
 from scd.training.build import build_codec, latent_shape
 from scd.training.encode import encoding_name
@@ -29,7 +30,7 @@ from scd.wan.video_codec import WanCodec
 GPUS = (1, 2, 8)
 GPU_BYTES = 80e9
 WAN_LAYERS = 30  # of 1.3B, for a teacher
-LATENTS = {
+LATENTS: dict[str, Any] = {
     "dim_mult": [1, 1, 1, 1],
     "num_res_blocks": 1,
     "temperal_downsample": [False, True, True],
@@ -83,7 +84,8 @@ def estimate_by_depth(options: Options, codec: WanCodec) -> StepEstimate:
     depths = {name: depth for name in names if (depth := getattr(options.model, name))}
 
     def shallow(**layers: int) -> StepEstimate:
-        model = replace(options.model, **{**dict.fromkeys(depths, 1), **layers})
+        sizes: dict[str, Any] = {**dict.fromkeys(depths, 1), **layers}
+        model = replace(options.model, **sizes)
         wan = replace(options.wan, decoder_first=0)  # one layer costs as much as another
         return estimate_step(replace(options, model=model, wan=wan), codec, counts_scores=False)
 
@@ -157,7 +159,7 @@ def _of_distillation(
     return sharded, flops, kept + critic.activation_bytes + cached
 
 
-NO_LAYERS = {"encoder_layers": 0, "decoder_layers": 0, "encoder_frame": "shift"}
+NO_LAYERS: dict[str, Any] = {"encoder_layers": 0, "decoder_layers": 0, "encoder_frame": "shift"}
 
 
 def _critic_parameters(options: Options, codec: WanCodec) -> int:
@@ -187,9 +189,8 @@ def _block_bytes(options: Options, codec: WanCodec) -> int:
     m, sizes = options.model, []
     name = "decoder_layers" if m.is_separable else "layers"
     for depth in (1, 2):
-        shallow: ModelOptions = replace(
-            m, **{"encoder_layers": min(m.encoder_layers, 1), name: depth}
-        )
+        layers: dict[str, Any] = {"encoder_layers": min(m.encoder_layers, 1), name: depth}
+        shallow = replace(m, **layers)
         wan = replace(options.wan, decoder_first=0)
         found = estimate_step(
             replace(options, model=shallow, wan=wan, train=train), codec, counts_scores=False
@@ -216,15 +217,19 @@ def miniature(options: Options, folder: Path) -> Options:
     m, d = options.model, options.distill
     frames = 3 * options.wan.chunk_frames
     depths = ("encoder_layers", "decoder_layers") if m.is_separable else ("layers",)
+    two: dict[str, Any] = dict.fromkeys(depths, 2)
     given = [min(n, 1) for n in options.flow.prefix_frames]
     options = replace(
         options,
         output_root=str(folder / "experiments"),
         init_from=str(folder / "start") if options.init_from else None,
-        model=replace(m, heads=2, **dict.fromkeys(depths, 2)),
+        model=replace(m, heads=2, **two),
         wan=replace(
             options.wan,
-            **{"head_dim": 12, "ffn_dim": 32, "text_dim": 32, "text_length": 8},
+            head_dim=12,
+            ffn_dim=32,
+            text_dim=32,
+            text_length=8,
             decoder_first=min(options.wan.decoder_first, 1),
         ),
         data=replace(
@@ -232,7 +237,10 @@ def miniature(options: Options, folder: Path) -> Options:
             root=str(folder / "data"),
             train_list=PROMPTS if options.data.source == "prompts" else "train.json",
             val_list="train.json",
-            **{"frame_size": 32, "frame_width": 48, "resize_shorter": None, "frames": frames},
+            frame_size=32,
+            frame_width=48,
+            resize_shorter=None,
+            frames=frames,
         ),
         autoencoder=replace(options.autoencoder, path=str(folder / "start/vae")),
         flow=replace(options.flow, prefix_frames=given),
@@ -244,8 +252,12 @@ def miniature(options: Options, folder: Path) -> Options:
         ),
         train=replace(
             options.train,
-            **{"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "workers": 0},
-            **{"sample_every": min(options.train.sample_every, 1), "trackers": []},
+            steps=1,
+            batch_size=1,
+            gradient_accumulation=1,
+            workers=0,
+            sample_every=min(options.train.sample_every, 1),
+            trackers=[],
         ),
         optim=replace(options.optim, warmup_steps=0),
         rollout=replace(options.rollout, steps=2, window=0, sink_frames=0),
@@ -259,7 +271,7 @@ def miniature(options: Options, folder: Path) -> Options:
 def _write_weights(options: Options, folder: Path) -> None:
     """Write a random model to start from, a teacher, and the autoencoder of both."""
     torch.manual_seed(options.seed)
-    vae = AutoencoderKLWan(base_dim=4, **LATENTS)  # type: ignore[arg-type]
+    vae = AutoencoderKLWan(base_dim=4, **LATENTS)
     channels, downsampling = vae.config.z_dim, vae.config.scale_factor_spatial
     model = build_wan(options, channels, downsampling)
     write_parts(folder / "start", model, vae, "noise", None, RolloutOptions())
@@ -288,6 +300,6 @@ def _write_data(options: Options) -> None:
         pictures = 1 + (frames - 1) * codec.frames_per_latent
         actions = rng.integers(max(options.model.num_conditions, 1), size=pictures)
         np.savez(root / f"{number}.npz", actions=actions)
-        files = {"latent_path": name, "action_path": f"{number}.npz"}
-        entries.append(ClipEntry(**files, caption=caption))
+        actions_in = f"{number}.npz"
+        entries.append(ClipEntry(latent_path=name, action_path=actions_in, caption=caption))
     write_list(root / "train.json", entries)

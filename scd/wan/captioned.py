@@ -92,6 +92,9 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def name(self, number: int) -> str:
+        return repr(self.prompts[number])
+
     def read_bytes(
         self,
         number: int,
