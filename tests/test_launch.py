@@ -51,7 +51,7 @@ def as_accelerate_reads(printed: list[str]) -> tuple[Namespace, dict[str, str]]:
 
 
 @pytest.mark.parametrize("nodes", [1, 4])
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_wan", "hsdp"])
 def test_train_sh_takes_each_configuration(name, nodes, project, monkeypatch):
     monkeypatch.chdir(ROOT)  # where accelerate looks for the file
     printed = run(
@@ -69,7 +69,8 @@ def test_train_sh_takes_each_configuration(name, nodes, project, monkeypatch):
     assert ("ACCELERATE_USE_FSDP" in variables) == (name != "ddp")
     if name != "ddp":
         assert variables["FSDP_VERSION"] == "2"
-        assert variables["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "Block"
+        block = "WanBlock" if name == "fsdp2_wan" else "Block"
+        assert variables["FSDP_TRANSFORMER_CLS_TO_WRAP"] == block
         assert variables["FSDP_RESHARD_AFTER_FORWARD"] == "true"
     sizes = [variables.get(f"PARALLELISM_CONFIG_DP_{part}_SIZE") for part in ("REPLICATE", "SHARD")]
     assert sizes == ([str(nodes), "8"] if name == "hsdp" else [None, None])

@@ -208,13 +208,17 @@ def test_a_rollout_is_the_teacher_forced_network(inputs, config, guided):
             # Every frame takes its noise in turn, each sample from a generator of its own.
             draws = [[torch.randn(C, H, W, generator=g) for g in generators] for _ in range(chunk)]
             noise = torch.stack([torch.stack(draw) for draw in draws], dim=1)
+            seen = noise
+            if model.takes_first_look:  # of noise of its own
+                draw = [torch.randn(C, H, W, generator=g) for g in generators]
+                seen = torch.stack(draw)[:, None]
             x, n = noise, history.shape[1] + chunk
             for sigma, following in pairwise(noise_levels(3, shift=5.0)):
 
-                def velocity(text, actions, history=history, x=x, n=n, sigma=sigma, noise=noise):
+                def velocity(text, actions, history=history, x=x, n=n, sigma=sigma, seen=seen):
                     padded = torch.cat([history, torch.zeros_like(x)], dim=1)
                     frames = torch.cat([torch.zeros_like(history), x], dim=1)
-                    looks = torch.cat([torch.zeros_like(history), noise], dim=1)
+                    looks = torch.cat([torch.zeros_like(history), seen], dim=1)
                     first, times = model.first_predicted, torch.full((B, n), 1000.0)
                     look = FirstLook(looks[:, first:], times[:, first:])
                     more = {"first_look": look} if model.config.get("encoder_frame") else {}
@@ -270,7 +274,7 @@ def test_a_sliding_window_forgets_what_lies_behind_it(inputs, config, kept):
     rollout, noise = Rollout(model, settings), torch.randn(B, C, H, W, generator=g)
 
     def next_frame(video: Tensor) -> Tensor:
-        rollout.reset(video, text=text)
+        rollout.reset(video, generator=torch.Generator().manual_seed(4), text=text)
         return rollout.step(noise=noise)
 
     before = next_frame(video)
@@ -348,12 +352,18 @@ def test_context_guidance_perturbs_in_units_of_the_context(inputs, config):
     rollout.reset(latents[:, :2], actions[:, :2], generator=generator, text=text)
     found = rollout.step(actions[:, 2], noise=noisy[:, 2])
 
-    zeta = torch.randn(
-        B, model.tokens_per_frame(H, W), model.width, generator=generator.manual_seed(4)
-    )
+    generator.manual_seed(4)
+    look = None
+    if model.takes_first_look:
+        look = FirstLook.pure(
+            torch.randn(B, C, H, W, generator=generator)[:, None].repeat(1, 2, 1, 1, 1)
+        )
+    zeta = torch.randn(B, model.tokens_per_frame(H, W), model.width, generator=generator)
     zeta = 0.1 * zeta[:, None].expand(-1, 2, -1, -1)
     parts = latents[:, :3], noisy[:, None, 1:3], torch.full((B, 1, 2), 1000.0), actions
-    positive, negative = (model(*parts, p, text=text)[:, 0, 1] for p in (None, zeta))
+    positive, negative = (
+        model(*parts, p, first_look=look, text=text)[:, 0, 1] for p in (None, zeta)
+    )
     expected = noisy[:, 2] - (negative + 1.5 * (positive - negative))
     assert (found - expected).abs().max() < TOLERANCE
     assert 0.01 < (positive - negative).abs().max() < 1

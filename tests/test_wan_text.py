@@ -137,8 +137,6 @@ def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):
     Path("p.txt").write_text("a cat")
     Path("empty.txt").write_text("\n \n")
     Path("bytes.txt").write_bytes(b"\xff\xfe")
-    (tmp_path / "mine").mkdir()
-    Path("mine/file").write_text("")
     (tmp_path / "half/tokenizer").mkdir(parents=True)
     (tmp_path / "broken/tokenizer").mkdir(parents=True)
     (tmp_path / "broken/text_encoder").mkdir(parents=True)
@@ -149,7 +147,6 @@ def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):
         (["no.txt", "--out", "x", *good], "no.txt: no such file"),
         (["empty.txt", "--out", "x", *good], "empty.txt: holds no prompt"),
         (["bytes.txt", "--out", "x", *good], "bytes.txt: not UTF-8"),
-        (["p.txt", "--out", "mine", *good], "mine exists and holds no prompts.json"),
         (["p.txt", "--out", "other", "--text-encoder", "x/y"], "other: holds embeddings of"),
         (["p.txt", "--out", "x1", "--text-encoder", "half"], "text_encoder: no such folder"),
         (["p.txt", "--out", "x2", "--text-encoder", "broken"], "broken: no readable text encoder"),

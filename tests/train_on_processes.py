@@ -3,11 +3,11 @@
 torchrun --nproc_per_node=2 tests/train_on_processes.py KIND OPTIONS [key=value ...]
 
 Launched by `launch`, the processes are forks of one that has imported everything, and save the
-seconds which that takes. KIND is plain, sharded, hybrid or lost. Accelerate shards on accelerators
-only. `sharded` and `hybrid` stand for it on the CPU: they take the settings of
-`scripts/accelerate/fsdp2.yaml` and `hsdp.yaml` as `accelerate launch` hands them over; `hybrid` as
-on nodes of two. In `lost`, the second process stands still after the first step, as one does whose
-machine is gone, and seconds are enough to notice it.
+seconds which that takes. KIND is plain, sharded, sharded-wan, hybrid or lost. Accelerate shards on
+accelerators only. `sharded…` and `hybrid` stand for it on the CPU: they take the settings of
+`scripts/accelerate/fsdp2.yaml`, `fsdp2_wan.yaml` and `hsdp.yaml` as `accelerate launch` hands them
+over; `hybrid` as on nodes of two. In `lost`, the second process stands still after the first step,
+as one does whose machine is gone, and seconds are enough to notice it.
 """
 
 import os
@@ -51,11 +51,12 @@ def main(kind: str, path: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     options = load_options(path, list(overrides))
     accelerator = make_accelerator(options)
-    if kind in ("sharded", "hybrid"):
-        shard(accelerator, "hsdp" if kind == "hybrid" else "fsdp2")
+    sharded = {"sharded": "fsdp2", "sharded-wan": "fsdp2_wan", "hybrid": "hsdp"}
+    if kind in sharded:
+        shard(accelerator, sharded[kind])
     trainer = Trainer(options, build_task(options, accelerator), accelerator)
     for parameter in trainer.task.network.parameters():
-        assert isinstance(parameter, DTensor) == (kind in ("sharded", "hybrid"))
+        assert isinstance(parameter, DTensor) == (kind in sharded)
         if kind == "hybrid":
             assert parameter.device_mesh.shape == (accelerator.num_processes // 2, 2)
             assert parameter.placements == (Replicate(), Shard(0))

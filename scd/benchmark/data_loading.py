@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from scd.benchmark.cases import ACTIONS, CHANNELS, DataCase
 from scd.benchmark.machine import peak_bytes
 from scd.benchmark.rollouts import AUTOENCODER
-from scd.data.clips import clip_folder
+from scd.data.clips import ClipFolder, clip_folder
 from scd.data.latents import write_latents
 from scd.data.lists import ClipEntry, write_list
 from scd.data.loader import TrainingClips, training_batches
@@ -228,6 +228,7 @@ def _measure_rate(
 def _drop_from_cache(batch: dict[str, Tensor], clips: TrainingClips) -> Tensor:
     """Drop a batch's files from the page cache; returns the batch's sample numbers."""
     folder = clips.folder
+    assert isinstance(folder, ClipFolder)
     for sample in batch["sample"].tolist():
         entry = folder.entries[clips.number(sample)]
         for name in (entry.video_path, entry.latent_path, entry.action_path):

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,25 @@ NEEDED: dict[str, tuple[str, ...]] = {
     "action_vector": ("actions_in",),
     "label": ("label",),
 }
+
+
+class Clips(Protocol):
+    """Clips that are read on demand by their number; see `ClipFolder`."""
+
+    list_path: Path
+
+    def __len__(self) -> int: ...
+
+    def name(self, number: int) -> str | None: ...
+
+    def read_bytes(
+        self,
+        number: int,
+        frames: int,
+        stride: int = 1,
+        rng: np.random.Generator | None = None,
+        framing_rng: np.random.Generator | None = None,
+    ) -> dict[str, Tensor]: ...
 
 
 class ClipFolder:
@@ -70,6 +90,11 @@ class ClipFolder:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def name(self, number: int) -> str | None:
+        """Name the file that a clip is read from."""
+        entry = self.entries[number]
+        return entry.video_path if self.source == "video" else entry.latent_path
 
     @property
     def unchecked(self) -> int:
@@ -122,7 +147,7 @@ class ClipFolder:
         opened, length, path = self._open(entry)
         if length < span:
             raise ScdError(f"{path}: {length} frames, but the clip needs {span}")
-        start = 0 if rng is None else int(rng.integers(length - span + 1))
+        start = self._start(length - span, rng)
         indices = np.arange(start, start + span, stride)
         if isinstance(opened, LatentFile):
             key, values = "latents", opened.frames(indices).float()
@@ -141,6 +166,10 @@ class ClipFolder:
         elif self.condition == "label":
             clip["label"] = torch.tensor(self._checked_label(number))
         return clip
+
+    def _start(self, last: int, rng: np.random.Generator | None) -> int:
+        """Choose the first frame of a clip, which is at most `last`."""
+        return 0 if rng is None else int(rng.integers(last + 1))
 
     def _open(self, entry: ClipEntry) -> tuple[Video | LatentFile, int, Path]:
         opened: Video | LatentFile

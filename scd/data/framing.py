@@ -1,4 +1,4 @@
-"""Scale, crop and mirror the frames of a video to the square frames of an experiment.
+"""Scale, crop and mirror the frames of a video to the frames of an experiment, mostly squares.
 
 All frames of a clip are treated alike. In training, crop and mirroring are random; in evaluation
 and for latents, the center is cropped and nothing is mirrored.
@@ -18,45 +18,58 @@ from scd.options import DataOptions
 
 @dataclass(frozen=True)
 class Framing:
-    """The way from frames of any size to `size` x `size` pixels.
+    """The way from frames of any size to those of an experiment.
 
     Args:
         size: height and width of the result.
         resize_shorter: scale the shorter side to this many pixels, then crop. None: frames must
             have the right size already.
         mirror: in training, exchange left and right with probability 1/2.
+        width: of the result, where it is no square.
     """
 
     size: int
     resize_shorter: int | None = None
     mirror: bool = False
+    width: int | None = None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.size, self.width or self.size
 
     def __call__(self, video: Tensor, path: Path, rng: np.random.Generator | None = None) -> Tensor:
-        """Convert frames (F, 3, H, W) uint8 to (F, 3, size, size) uint8.
+        """Convert frames (F, 3, H, W) uint8 to those of an experiment, uint8.
 
         Args:
             path: the video, for messages.
             rng: draws the crop and whether to mirror; None: the center, not mirrored.
 
         Raises:
-            ScdError: the frames have another size and `resize_shorter` is None.
+            ScdError: the frames have another size and `resize_shorter` is None, or they are smaller
+                when they are scaled.
         """
         height, width = video.shape[-2:]
         if self.resize_shorter is None:
-            if (height, width) != (self.size, self.size):
+            if (height, width) != self.sides:
+                wanted = self.size if self.width is None else "x".join(map(str, self.sides))
                 raise ScdError(
                     f"{path}: frames of {height}x{width} pixels, but data.frame_size is "
-                    f"{self.size}; data.resize_shorter scales and crops them"
+                    f"{wanted}; data.resize_shorter scales and crops them"
                 )
         else:
             video = resize_shorter(video, self.resize_shorter)
-        room = [side - self.size for side in video.shape[-2:]]
+        room = [side - wanted for side, wanted in zip(video.shape[-2:], self.sides, strict=True)]
+        if min(room) < 0:
+            raise ScdError(
+                f"{path}: frames of {height}x{width} pixels, which data.resize_shorter="
+                f"{self.resize_shorter} makes smaller than {'x'.join(map(str, self.sides))}"
+            )
         if rng is None:
             top, left, mirrored = room[0] // 2, room[1] // 2, False
         else:
             top, left = (int(rng.integers(r + 1)) for r in room)
             mirrored = self.mirror and bool(rng.integers(2))
-        video = video[..., top : top + self.size, left : left + self.size]
+        video = video[..., top : top + self.sides[0], left : left + self.sides[1]]
         return video.flip(-1) if mirrored else video
 
     @property
@@ -64,12 +77,13 @@ class Framing:
         """Suffix for names of folders and encodings; empty if frames are used as they are."""
         if self.resize_shorter is None:
             return ""
-        return f"-resize{self.resize_shorter}-crop{self.size}"
+        crop = self.size if self.width is None else "x".join(map(str, self.sides))
+        return f"-resize{self.resize_shorter}-crop{crop}"
 
 
 def framing_of(data: DataOptions) -> Framing:
     """Make the framing of an experiment."""
-    return Framing(data.frame_size, data.resize_shorter, data.mirror)
+    return Framing(data.frame_size, data.resize_shorter, data.mirror, data.frame_width)
 
 
 def resize_shorter(video: Tensor, side: int) -> Tensor:

@@ -33,6 +33,7 @@ class LatentSpec(NamedTuple):
 
     made_by: str
     shape: tuple[int, int, int]
+    frames_per_latent: int = 1  # of the video; its first frame is a latent by itself
 
 
 class LatentFile:

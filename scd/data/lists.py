@@ -21,12 +21,14 @@ class ClipEntry:
     """One clip of a list. Paths are relative to the data root; None for what a clip does not have.
 
     `video_path` is a video file, or an `.npz` with `video` and perhaps `actions` (as in DMLab).
+    `caption` says what the video shows, for models that are conditioned on a text.
     """
 
     video_path: str | None = None
     action_path: str | None = None
     latent_path: str | None = None
     label: int | None = None
+    caption: str | None = None
 
     @property
     def actions_in(self) -> str | None:
@@ -74,7 +76,12 @@ def _entry(path: Path, number: int, entry: object) -> ClipEntry:
         wanted = int if key == "label" else str
         if value is not None and type(value) is not wanted:
             raise ScdError(f"{where}: {key} must be {wanted.__name__}, not {reprlib.repr(value)}")
-        if isinstance(value, str) and (problem := _no_path_below_root(value)) is not None:
+        if not isinstance(value, str):
+            continue
+        if key == "caption":
+            if not value.strip():
+                raise ScdError(f"{where}: its caption is empty: leave it out")
+        elif (problem := _no_path_below_root(value)) is not None:
             raise ScdError(
                 f"{where}: {key} must be a path below the data root, not {reprlib.repr(value)}"
                 f"{problem}"

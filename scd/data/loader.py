@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from scd.data.clips import ClipFolder
+from scd.data.clips import Clips
 from scd.errors import ScdError
 from scd.options import TrainOptions
 from scd.utils.signals import ignore_stop_signals
@@ -37,9 +37,7 @@ class TrainingClips(Dataset):
             (`scd.training.faults`).
     """
 
-    def __init__(
-        self, folder: ClipFolder, frames: int, stride: int, seed: int, max_broken: int = 0
-    ):
+    def __init__(self, folder: Clips, frames: int, stride: int, seed: int, max_broken: int = 0):
         self.folder = folder
         self.frames = frames
         self.stride = stride

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from scd.data.lists import read_list
 from scd.errors import ScdError
 from scd.utils.files import read_json, write_atomically, write_json
 from scd.utils.paths import why_missing
@@ -72,13 +73,27 @@ class PromptFolder:
             rows = load_file(path)[TENSOR]
         except (SafetensorError, OSError, KeyError) as error:
             raise ScdError(f"{path}: not a readable embedding ({error}); delete it") from error
-        if rows.ndim != 2 or not 0 < len(rows) <= self.length:
-            raise ScdError(f"{path}: {tuple(rows.shape)} are no 1 to {self.length} tokens")
+        if rows.ndim != 2 or not 0 < len(rows) <= self.length or not rows.isfinite().all():
+            raise ScdError(f"{path}: {tuple(rows.shape)} are no 1 to {self.length} finite tokens")
         return torch.cat([rows, rows.new_zeros(self.length - len(rows), rows.shape[1])])
 
     def embeddings(self, prompts: Iterable[str]) -> Tensor:
         """Read the embeddings of prompts of the list, (B, length, text_dim)."""
         return torch.stack([self.embedding(prompt) for prompt in prompts])
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """Refuse prompts without an embedding, by the names of the files alone.
+
+        Raises:
+            ScdError: naming the first prompt, and how many lack one.
+        """
+        there = {path.name for path in (self.folder / EMBEDDINGS).glob("*.safetensors")}
+        lacking = [p for p in prompts if self.files.get(p.strip()) not in there]
+        if lacking:
+            raise ScdError(
+                f"{self.folder}: no embedding of {len(lacking)} prompts, such as "
+                f"{lacking[0].strip()[:80]!r}: add them with `scd wan encode-prompts`"
+            )
 
 
 def write_prompt_list(
@@ -90,7 +105,7 @@ def write_prompt_list(
         cleaned: prompt -> what the text encoder gets for it, after which its file is named.
 
     Raises:
-        ScdError: the folder has embeddings of another text encoder or length, or something else.
+        ScdError: the folder has embeddings of another text encoder or length.
     """
     files = {prompt: _file_name(text) for prompt, text in cleaned.items()}
     if (folder / LIST).is_file():
@@ -101,8 +116,6 @@ def write_prompt_list(
                 f"of {text_encoder} with {length}: choose another folder"
             )
         files = {**old.files, **files}
-    elif folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
-        raise ScdError(f"{folder} exists and holds no {LIST}: choose another folder")
     about: dict[str, Any] = {"text_encoder": text_encoder, "length": length}
     write_json(folder / LIST, {**about, "negative_prompt": negative_prompt, "files": files})
     return PromptFolder(folder)
@@ -134,6 +147,23 @@ def read_lines(path: Path) -> list[str]:
     if not prompts:
         raise ScdError(f"{path}: holds no prompt")
     return prompts
+
+
+def prompts_in(path: Path) -> list[str]:
+    """List the different prompts of a text file, or captions of a list of clips, in their order.
+
+    Args:
+        path: a prompt in every line; or `.json`, see `scd.data.lists`.
+
+    Raises:
+        ScdError: it cannot be read, or there are none.
+    """
+    if path.suffix != ".json":
+        return list(dict.fromkeys(read_lines(path)))
+    captions = [entry.caption.strip() for entry in read_list(path) if entry.caption is not None]
+    if not captions:
+        raise ScdError(f"{path}: no clip in it has a caption")
+    return list(dict.fromkeys(captions))
 
 
 def _typed(value: Any, kind: type) -> Any:

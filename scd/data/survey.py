@@ -38,6 +38,7 @@ class Requirements:
         condition, num_conditions: `model.condition` and `model.num_conditions`; None: any.
         frame_size: (H, W) of every frame; None: any.
         latents: encoder and shape of the latents; None: any.
+        frames_per_latent: see `LatentSpec`.
     """
 
     fields: tuple[str, ...] = ()
@@ -45,6 +46,7 @@ class Requirements:
     num_conditions: int = 0
     frame_size: tuple[int, int] | None = None
     latents: LatentSpec | None = None
+    frames_per_latent: int = 1
 
 
 @dataclass
@@ -201,7 +203,7 @@ def _read_clip(
         if entry.video_path is None:
             report.frames = frames
             hash_.update(sha256(path).encode())
-        elif frames != report.frames:
+        elif frames != 1 + (report.frames - 1) // required.frames_per_latent:
             raise ScdError(f"{path}: {frames} latents for {report.frames} frames")
         elif problem := of_another_video(latent_header(path), path, root / entry.video_path):
             raise ScdError(problem)

@@ -30,7 +30,7 @@ def validate_experiment(options: Options, latents: LatentSpec | None, report: Pa
     root = Path(options.data.root)
     checks = VideoChecks(root)
     train = survey_list(checks, root / options.data.train_list, _for_training(options, latents))
-    val = survey_list(checks, root / options.data.val_list, _for_evaluation(options))
+    val = survey_list(checks, root / options.data.val_list, _for_evaluation(options, latents))
     names = dict(enumerate(options.data.action_names))
     _conclude(
         [train, val],
@@ -57,19 +57,20 @@ def validate_list(list_path: Path, root: Path, report: Path | None) -> None:
     _conclude([survey], warnings + _repeats(survey), checks, {}, report)
 
 
-def _for_evaluation(options: Options) -> Requirements:
+def _for_evaluation(options: Options, latents: LatentSpec | None) -> Requirements:
     """Require videos, which evaluation compares with."""
     m, data = options.model, options.data
     return Requirements(
-        fields=("video_path", *NEEDED[m.condition]),
+        fields=("video_path", *(("caption",) if m.is_wan else ()), *NEEDED[m.condition]),
         condition=m.condition,
         num_conditions=m.num_conditions,
-        frame_size=(data.frame_size,) * 2 if data.resize_shorter is None else None,
+        frame_size=data.frame_sides if data.resize_shorter is None else None,
+        frames_per_latent=1 if latents is None else latents.frames_per_latent,
     )
 
 
 def _for_training(options: Options, latents: LatentSpec | None) -> Requirements:
-    required = _for_evaluation(options)
+    required = _for_evaluation(options, latents)
     if latents is None:
         return required
     fields = ("latent_path", *required.fields[1:])

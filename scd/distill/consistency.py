@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scd.distill.teacher import clean_frames, guided_velocity
 from scd.flow.noise import FlowDraws, draw_noise
-from scd.flow.objective import drop_conditions
+from scd.flow.objective import drop_conditions, dropped_text
 from scd.flow.sampler import noise_levels
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel
 from scd.options import Options
@@ -55,10 +55,17 @@ class ConsistencyObjective(nn.Module):
         conditions = self.model.frame_conditions(
             latents.shape[:2], batch.get("actions"), batch.get("label")
         )
-        return {"loss": self.loss(latents, conditions, draws, place)}
+        text = dropped_text(batch, draws.drop_condition), batch.get("null_text")
+        return {"loss": self.loss(latents, conditions, draws, place, *text)}
 
     def loss(
-        self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws, place: Tensor
+        self,
+        latents: Tensor,
+        conditions: Tensor | None,
+        draws: FlowDraws,
+        place: Tensor,
+        text: Tensor | None = None,
+        null_text: Tensor | None = None,
     ) -> Tensor:
         """Compute ‖x̂(x_t, t) − sg x̂⁻(x_t′, t′)‖², averaged over everything.
 
@@ -67,6 +74,7 @@ class ConsistencyObjective(nn.Module):
             conditions: (B, F) or (B, F, V + 1).
             draws: the noise and the dropped conditions.
             place: (B, K, F), in [0, 1): which of the N levels.
+            text, null_text: see `guided_velocity`.
         """
         first = self.model.first_predicted
         levels = torch.tensor(self.levels, device=latents.device)
@@ -79,12 +87,16 @@ class ConsistencyObjective(nn.Module):
         look = draws.pure_look(first)  # the encoder learns for rollouts
         with torch.no_grad():
             scale = self.options.distill.guidance_scale
-            velocity = guided_velocity(self.teacher, latents, noisy, times, conditions, scale, look)
+            velocity = guided_velocity(
+                self.teacher, latents, noisy, times, conditions, scale, look, text, null_text
+            )
             stepped = noisy - (sigma - next_sigma) * velocity  # (B, K, F', C, H, W)
-            ahead = self.target(latents, stepped, next_times, conditions, first_look=look)
+            ahead = self.target(
+                latents, stepped, next_times, conditions, first_look=look, text=text
+            )
             target = clean_frames(stepped, ahead, next_times)  # (B, K, F', C, H, W)
         # Before pytorch's #165068, autocast kept the weights that it had cast without gradients.
         torch.clear_autocast_cache()
-        velocity = self.model(latents, noisy, times, conditions, first_look=look)
+        velocity = self.model(latents, noisy, times, conditions, first_look=look, text=text)
         predicted = clean_frames(noisy, velocity, times)
         return (predicted - target).square().mean()

@@ -1,11 +1,13 @@
 """The critic: the score of what a student generates, and a head that tells it from real clips."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from scd.models import BidirectionalDiT
 from scd.models.layers import NORM_EPS
+from scd.models.world_model import WorldModel
 
 
 class Critic(nn.Module):
@@ -16,11 +18,11 @@ class Critic(nn.Module):
     loss: the features stay those of a score.
 
     Args:
-        score: mostly a copy of the teacher.
+        score: a bidirectional model, mostly a copy of the teacher.
         adversarial: whether there is a head.
     """
 
-    def __init__(self, score: BidirectionalDiT, adversarial: bool):
+    def __init__(self, score: WorldModel, adversarial: bool):
         super().__init__()
         self.score = score
         width = score.width
@@ -34,18 +36,26 @@ class Critic(nn.Module):
             )
 
     def forward(
-        self, latents: Tensor, noisy: Tensor, timesteps: Tensor, conditions: Tensor | None
+        self,
+        latents: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditions: Tensor | None,
+        text: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Predict velocities, see `BidirectionalDiT.forward`; and, with a head, the features.
+        """Predict velocities, see `WorldModel.forward`; and, with a head, the features.
 
         Returns:
             (B, 1, F', C, H, W), and (B, F', N, D) or None.
         """
         features: list[Tensor] = []
-        tapped = self.score.blocks[len(self.score.blocks) // 2]
+        blocks: Any = self.score.blocks
+        tapped = blocks[len(blocks) // 2]
         hook = tapped.register_forward_hook(lambda block, inputs, output: features.append(output))
         try:
-            velocity = self.score(latents, noisy, timesteps, conditions)  # (B, 1, F', C, H, W)
+            velocity = self.score(
+                latents, noisy, timesteps, conditions, text=text
+            )  # (B, 1, F', C, H, W)
         finally:
             hook.remove()
         if self.head is None:

@@ -61,6 +61,7 @@ def roll_out(
     actions: Tensor | None,
     labels: Tensor | None,
     generators: list[torch.Generator],
+    text: Tensor | None = None,
 ) -> Generated:
     """Continue videos as in use, but leave every frame's denoising after one of its steps.
 
@@ -72,11 +73,13 @@ def roll_out(
         actions: (B, K + new_frames) or (B, K + new_frames, V).
         labels: (B,).
         generators: one for each sample.
+        text: (B, T, text_dim), for a student that `has_text`.
     """
     known = context.shape[1]
     with without_autocast(context.device), unsharded(model):
         rollout = Rollout(model, settings, known + new_frames)
-        rollout.reset(context, None if actions is None else actions[:, :known], labels, generators)
+        past = None if actions is None else actions[:, :known]
+        rollout.reset(context, past, labels, generators, text)
         frames, noisy, levels, looks = [], [], [], []
         for frame in range(known, known + new_frames):
             action = None if actions is None else actions[:, frame]
@@ -108,6 +111,7 @@ def teacher_forced(
     exit_at: float,
     conditions: Tensor | None,
     generators: list[torch.Generator],
+    text: Tensor | None = None,
 ) -> Generated:
     """Generate every frame after `known` from real ones: its history, and itself under noise.
 
@@ -124,7 +128,7 @@ def teacher_forced(
     times = torch.full(real.shape[:2], MAX_TIMESTEP * level, device=real.device)
     first_look = FirstLook.pure(look) if model.takes_first_look else None
     generated = Generated(real, clip, noisy, times, first_look)
-    generated = generated._replace(frames=replay(model, generated, conditions))
+    generated = generated._replace(frames=replay(model, generated, conditions, text=text))
     torch.clear_autocast_cache()  # see `ConsistencyObjective.loss`
     return generated
 
@@ -134,11 +138,12 @@ def replay(
     generated: Generated,
     conditions: Tensor | None,
     history_gradient: bool = True,
+    text: Tensor | None = None,
 ) -> Tensor:
     """Compute generated frames (B, F', C, H, W) once more, in parallel and with gradient.
 
     Args:
-        conditions: of the whole clip.
+        conditions, text: of the whole clip.
         history_gradient: see `WorldModel.forward`.
     """
     noisy, times = generated.noisy[:, None], generated.timesteps[:, None]
@@ -149,6 +154,7 @@ def replay(
         conditions,
         history_gradient=history_gradient,
         first_look=generated.first_look,
+        text=text,
     )  # (B, 1, F', C, H, W)
     return clean_frames(noisy, velocity, times)[:, 0]  # (B, F', C, H, W)
 
@@ -194,7 +200,7 @@ class DMDObjective(nn.Module):
         samples, step = [int(number) for number in batch["sample"]], int(batch["step"])
         latents, known = batch["latents"], d.context_frames
         context = latents[:, :known]
-        actions, labels = batch.get("actions"), batch.get("label")
+        actions, labels, text = (batch.get(key) for key in ("actions", "label", "text"))
         conditions = self.model.frame_conditions(latents.shape[:2], actions, labels)
         exit_at = draw_exit(options.seed, step)
         generators = [generator("cpu", options.seed, "rollout", sample) for sample in samples]
@@ -208,24 +214,30 @@ class DMDObjective(nn.Module):
                 actions,
                 labels,
                 generators,
+                text,
             )
         else:
             generated = teacher_forced(
-                self.model, options.rollout, latents, known, exit_at, conditions, generators
+                self.model, options.rollout, latents, known, exit_at, conditions, generators, text
             )
         real = latents[:, known:] if d.adversarial_weight else None
         score = self._draw("critic", batch)
-        loss, values = self.critic_loss(context, generated.frames, conditions, score, real)
+        loss, values = self.critic_loss(context, generated.frames, conditions, score, real, text)
         if trains_student(options, step):
-            frames = replay(self.model, generated, conditions, d.history_gradient)
+            frames = replay(self.model, generated, conditions, d.history_gradient, text)
             score = self._draw("score", batch)
             gradient = torch.zeros_like(frames)
             if d.matching_weight:
-                matching = self.gradient(context, frames.detach(), conditions, score)
+                null_text = batch.get("null_text")
+                matching = self.gradient(
+                    context, frames.detach(), conditions, score, text, null_text
+                )
                 values["dmd_gradient"] = matching.abs().mean()
                 gradient = gradient + d.matching_weight * matching
             if d.adversarial_weight:
-                adversarial = self.adversarial_gradient(context, frames.detach(), conditions, score)
+                adversarial = self.adversarial_gradient(
+                    context, frames.detach(), conditions, score, text
+                )
                 values["adversarial_gradient"] = adversarial.abs().mean()
                 gradient = gradient + d.adversarial_weight * adversarial
             loss = loss + loss_with_gradient(frames, gradient)
@@ -234,26 +246,43 @@ class DMDObjective(nn.Module):
 
     @torch.no_grad()
     def gradient(
-        self, context: Tensor, frames: Tensor, conditions: Tensor | None, score: Score
+        self,
+        context: Tensor,
+        frames: Tensor,
+        conditions: Tensor | None,
+        score: Score,
+        text: Tensor | None = None,
+        null_text: Tensor | None = None,
     ) -> Tensor:
-        """Score generated frames (B, F', C, H, W) after their context; see `matching_gradient`."""
+        """Score generated frames (B, F', C, H, W) after their context; see `matching_gradient`.
+
+        Args:
+            text, null_text: see `guided_velocity`.
+        """
         clip = torch.cat([context, frames], dim=1)
         noisy, times = score.add_to(frames)
         scale = self.options.distill.guidance_scale
-        v_real = guided_velocity(self.teacher, clip, noisy, times, conditions, scale)
-        v_fake, _ = self.critic(clip, noisy, times, conditions)
+        v_real = guided_velocity(
+            self.teacher, clip, noisy, times, conditions, scale, None, text, null_text
+        )
+        v_fake, _ = self.critic(clip, noisy, times, conditions, text)
         real, fake = (clean_frames(noisy, v, times)[:, 0] for v in (v_real, v_fake))
         torch.clear_autocast_cache()  # see `ConsistencyObjective.loss`
         return matching_gradient(frames, real, fake)
 
     def adversarial_gradient(
-        self, context: Tensor, frames: Tensor, conditions: Tensor | None, score: Score
+        self,
+        context: Tensor,
+        frames: Tensor,
+        conditions: Tensor | None,
+        score: Score,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Compute the gradient of the generator's loss at generated frames (B, F', C, H, W)."""
         frames = frames.requires_grad_(True)
         noisy, times = score.add_to(frames)
         clip = torch.cat([context, frames.detach()], dim=1)
-        _, features = self.critic(clip, noisy, times, conditions)
+        _, features = self.critic(clip, noisy, times, conditions, text)
         return input_gradient(generator_loss(self.critic.judge(features)), frames)
 
     def critic_loss(
@@ -263,6 +292,7 @@ class DMDObjective(nn.Module):
         conditions: Tensor | None,
         score: Score,
         real: Tensor | None = None,
+        text: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the critic's flow-matching loss on generated frames (B, F', C, H, W).
 
@@ -274,20 +304,20 @@ class DMDObjective(nn.Module):
         """
         clip = torch.cat([context, frames], dim=1)
         noisy, times = score.add_to(frames)
-        predicted, fake_features = self.critic(clip, noisy, times, conditions)
+        predicted, fake_features = self.critic(clip, noisy, times, conditions, text)
         velocity = predicted[:, 0]
-        config = self.critic.score.config
-        if config.prediction == "velocity":
+        model = self.critic.score
+        if model.prediction == "velocity":
             target = score.noise - frames
         else:  # with the same bound as the model divides by
-            sigma = score.sigma.clamp(min=config.sigma_min)[:, None, None, None, None]
+            sigma = score.sigma.clamp(min=model.sigma_min)[:, None, None, None, None]
             target = (noisy[:, 0] - frames) / sigma
         loss = (velocity - target).square().mean()
         values = {"critic_loss": loss.detach()}
         if real is not None:
             with torch.no_grad():
                 clip = torch.cat([context, real], dim=1)
-                _, real_features = self.critic(clip, *score.add_to(real), conditions)
+                _, real_features = self.critic(clip, *score.add_to(real), conditions, text)
             torch.clear_autocast_cache()
             both = torch.cat([real_features, fake_features.detach()])
             discriminator = discriminator_loss(*self.critic.judge(both).chunk(2))

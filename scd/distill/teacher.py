@@ -49,18 +49,26 @@ def guided_velocity(
     conditions: Tensor | None,
     scale: float,
     first_look: FirstLook | None = None,
+    text: Tensor | None = None,
+    null_text: Tensor | None = None,
 ) -> Tensor:
     """Predict velocities v⁻ + w·(v⁺ − v⁻), where v⁻ is under the null condition; 1: v⁺ alone.
 
-    Args and returns as `WorldModel.forward`.
+    Args and returns as `WorldModel.forward`, and
+        null_text: (1, T, text_dim), that of v⁻, with a text.
     """
-    if scale == 1 or conditions is None:
-        return model(latents, noisy, timesteps, conditions, first_look=first_look)
-    null = model.null_conditions(conditions.shape[:2]).type_as(conditions)
+    if scale == 1 or (conditions is None and text is None):
+        return model(latents, noisy, timesteps, conditions, first_look=first_look, text=text)
     both = (torch.cat([x, x]) for x in (latents, noisy, timesteps))
+    if conditions is not None:
+        null = model.null_conditions(conditions.shape[:2]).type_as(conditions)
+        conditions = torch.cat([conditions, null])
+    if text is not None:
+        assert null_text is not None
+        text = torch.cat([text, null_text.expand_as(text)])
     if first_look is not None:
         first_look = FirstLook(*(torch.cat([x, x]) for x in first_look))
-    velocity = model(*both, torch.cat([conditions, null]), first_look=first_look)
+    velocity = model(*both, conditions, first_look=first_look, text=text)
     positive, negative = velocity.chunk(2)
     return guide(positive, negative, scale)
 

@@ -4,7 +4,7 @@ With σ = t/1000: x_t = σ·ε + (1−σ)·x, and the loss is the mean squared e
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from scd.data.clips import with_float_pixels
 from scd.flow.noise import FlowDraws, draw_noise
 from scd.flow.sampler import integrate, noise_levels
-from scd.models.autoencoder import Codec
 from scd.models.world_model import (
     CLEAN_TIMESTEP,
     MAX_TIMESTEP,
@@ -34,8 +33,16 @@ class NoisyFrames(NamedTuple):
     sigmas: Tensor  # (B, K, F)
 
 
+class Scaling(Protocol):
+    """What makes latents of pixels, and scales latents, as far as it is used here."""
+
+    def scale(self, latents: Tensor) -> Tensor: ...
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+
 @torch.no_grad()
-def with_scaled_latents(batch: dict[str, Tensor], codec: Codec) -> dict[str, Tensor]:
+def with_scaled_latents(batch: dict[str, Tensor], codec: Scaling) -> dict[str, Tensor]:
     """Replace a batch's `video` (B, F, 3, H, W), or its unscaled `latents`, by scaled latents.
 
     It runs before the objective, not in it: what accelerate wraps is sharded, kept in step between
@@ -66,7 +73,8 @@ class FlowObjective(nn.Module):
         Args:
             batch: `sample`, the clips' numbers, best as a list or on the CPU, since they are read;
                 `latents` (B, F, C, h, w); `actions` (B, F) or (B, F, V), or `label` (B,), where the
-                model has such conditions; their values are not checked again here.
+                model has such conditions; their values are not checked again here. Where the model
+                has a text, `text` (B, T, text_dim), and `null_text` (1, T, text_dim) for no text.
         """
         latents = batch["latents"]
         tokens = self.model.tokens_per_frame(*latents.shape[-2:])
@@ -81,19 +89,27 @@ class FlowObjective(nn.Module):
         conditions = self.model.frame_conditions(
             latents.shape[:2], batch.get("actions"), batch.get("label")
         )
-        return {"loss": self.loss(latents, conditions, draws)}
+        text = dropped_text(batch, draws.drop_condition)
+        return {"loss": self.loss(latents, conditions, draws, text)}
 
     @property
     def _perturbs(self) -> bool:
         """Whether contexts are perturbed: the dense baseline has none."""
         return self.model.has_context and self.options.context_noise > 0
 
-    def loss(self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws) -> Tensor:
+    def loss(
+        self,
+        latents: Tensor,
+        conditions: Tensor | None,
+        draws: FlowDraws,
+        text: Tensor | None = None,
+    ) -> Tensor:
         """Compute the loss for given noise.
 
         Args:
             latents: (B, F, C, H, W), clean.
-            conditions: (B, F) or (B, F, V + 1).
+            conditions: (B, F) or (B, F, V + 1); those of clips that `draws` drops still among them.
+            text: (B, T, text_dim), with those that are dropped replaced already.
         """
         first = self.model.first_predicted
         frames = self._add_noise(latents, draws)
@@ -102,12 +118,13 @@ class FlowObjective(nn.Module):
         if draws.context_noise is not None:
             perturbation = self.options.context_noise * draws.context_noise[:, first:]
         velocity = self.model(
-            self._history(latents, frames, conditions, draws),  # (B, F, C, H, W)
+            self._history(latents, frames, conditions, draws, text),  # (B, F, C, H, W)
             frames.noisy[:, :, first:],  # (B, K, F', C, H, W)
             frames.sigmas[:, :, first:] * MAX_TIMESTEP,  # (B, K, F')
             conditions,
             perturbation,  # (B, F', N, D)
             first_look=draws.first_look(latents, first),
+            text=text,
         )  # (B, K, F', C, H, W)
         return (velocity - frames.target[:, :, first:]).square().mean()
 
@@ -117,15 +134,18 @@ class FlowObjective(nn.Module):
         sigmas = torch.sigmoid(self.options.logit_mean + self.options.logit_std * draws.level)
         sigma = sigmas[..., None, None, None]
         noisy = sigma * draws.noise + (1 - sigma) * clean
-        if self.model.config.prediction == "velocity":
+        if self.model.prediction == "velocity":
             return NoisyFrames(noisy, draws.noise - clean, sigmas)
         # The same lower bound as the model divides by: a right clean frame has no loss.
-        return NoisyFrames(
-            noisy, (noisy - clean) / sigma.clamp(min=self.model.config.sigma_min), sigmas
-        )
+        return NoisyFrames(noisy, (noisy - clean) / sigma.clamp(min=self.model.sigma_min), sigmas)
 
     def _history(
-        self, latents: Tensor, frames: NoisyFrames, conditions: Tensor | None, draws: FlowDraws
+        self,
+        latents: Tensor,
+        frames: NoisyFrames,
+        conditions: Tensor | None,
+        draws: FlowDraws,
+        text: Tensor | None,
     ) -> Tensor:
         """Make the history (B, F, C, H, W) that the model sees: clean, noisy or self-generated."""
         options = self.options
@@ -135,7 +155,7 @@ class FlowObjective(nn.Module):
             return torch.where(_over_frames(draws.clean_frame), latents, frames.noisy[:, 0])
         history = latents
         if options.self_forcing_prob:
-            generated = self._self_forced_history(latents, conditions, draws)
+            generated = self._self_forced_history(latents, conditions, draws, text)
             history = torch.where(_over_frames(draws.self_forced[:, None]), generated, latents)
         if options.history_noise_max:
             # A frame is predicted from other noise than that of its history.
@@ -145,7 +165,11 @@ class FlowObjective(nn.Module):
 
     @torch.no_grad()
     def _self_forced_history(
-        self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws
+        self,
+        latents: Tensor,
+        conditions: Tensor | None,
+        draws: FlowDraws,
+        text: Tensor | None,
     ) -> Tensor:
         """Generate every frame after the true ones before it, all frames at once: self-forcing."""
         first = self.model.first_predicted
@@ -154,7 +178,7 @@ class FlowObjective(nn.Module):
         def velocity(x: Tensor, step: int) -> Tensor:
             timesteps = torch.full(x.shape[:2], levels[step] * MAX_TIMESTEP, device=x.device)
             drawn = x[:, None], timesteps[:, None]
-            return self.model(latents, *drawn, conditions, first_look=look)[:, 0]
+            return self.model(latents, *drawn, conditions, first_look=look, text=text)[:, 0]
 
         generated = integrate(velocity, draws.noise[:, 0, first:], levels, "multistep")
         # Before pytorch's #165068, autocast kept the weights that it had cast without gradients
@@ -170,7 +194,13 @@ class JointObjective(FlowObjective):
     before them (`flow.prefix_frames`), which have no loss.
     """
 
-    def loss(self, latents: Tensor, conditions: Tensor | None, draws: FlowDraws) -> Tensor:
+    def loss(
+        self,
+        latents: Tensor,
+        conditions: Tensor | None,
+        draws: FlowDraws,
+        text: Tensor | None = None,
+    ) -> Tensor:
         first = self.model.first_predicted
         one_level = draws.level[:, :, :1].expand_as(draws.level)
         frames = self._add_noise(latents, draws._replace(level=one_level))
@@ -184,6 +214,7 @@ class JointObjective(FlowObjective):
             frames.noisy[:, :, first:],  # (B, K, F', C, H, W)
             torch.where(new, timesteps, CLEAN_TIMESTEP),  # (B, K, F')
             drop_conditions(self.model, conditions, draws.drop_condition),
+            text=text,
         )  # (B, K, F', C, H, W)
         errors = (velocity - frames.target[:, :, first:]).square().mean(dim=(3, 4, 5))
         return ((errors * new).sum(dim=2) / new.sum(dim=2)).mean()
@@ -203,6 +234,13 @@ def drop_conditions(model: WorldModel, conditions: Tensor | None, dropped: Tenso
     return torch.where(dropped[(..., *[None] * (conditions.ndim - 1))], null, conditions)
 
 
+def dropped_text(batch: dict[str, Tensor], dropped: Tensor) -> Tensor | None:
+    """Take a batch's `text` (B, T, text_dim), with `null_text` for the clips in `dropped` (B,)."""
+    if "text" not in batch:
+        return None
+    return torch.where(dropped[:, None, None], batch["null_text"], batch["text"])
+
+
 def errors_by_level(
     model: WorldModel,
     latents: Tensor,
@@ -211,6 +249,7 @@ def errors_by_level(
     prefix: int = 0,
     levels: Sequence[float] = LEVELS,
     first_look: FirstLook | None = None,
+    text: Tensor | None = None,
 ) -> Tensor:
     """Measure the squared error of the velocity ε − x, (B, levels, frames).
 
@@ -224,8 +263,9 @@ def errors_by_level(
         levels: noise levels σ.
         first_look: at the frames F', for a model that `takes_first_look`; best pure, as in a
             rollout.
+        text: (B, T, text_dim), for a model that `has_text`.
     """
-    sigmas = torch.tensor(levels, device=latents.device).clamp(min=model.config.sigma_min)
+    sigmas = torch.tensor(levels, device=latents.device).clamp(min=model.sigma_min)
     clean = latents[:, None, model.first_predicted :]
     # The levels are draws of one clip, which share a pass over its clean frames.
     sigma = sigmas[None, :, None, None, None, None]
@@ -233,7 +273,7 @@ def errors_by_level(
     times = (MAX_TIMESTEP * sigmas)[None, :, None].repeat(len(noisy), 1, noisy.shape[2])
     given = max(prefix - model.first_predicted, 0)
     times[:, :, :given] = CLEAN_TIMESTEP
-    velocity = model(latents, noisy, times, conditions, first_look=first_look)
+    velocity = model(latents, noisy, times, conditions, first_look=first_look, text=text)
     return (velocity - (noise - clean)).square().mean(dim=(3, 4, 5))[:, :, given:]
 
 

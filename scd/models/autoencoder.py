@@ -41,6 +41,7 @@ class PixelCodec(nn.Module):
 
     channels = 3
     downsampling = 1
+    frames_per_latent = 1
     precision = "fp32"
 
     def scale(self, latents: Tensor) -> Tensor:
@@ -64,6 +65,8 @@ class LatentCodec(nn.Module):
         autoencoder: maps images (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f) and back.
         precision: of `encode` and `decode`, as `scd.utils.precision.resolve_precision` gives it.
     """
+
+    frames_per_latent = 1
 
     def __init__(self, autoencoder: Autoencoder, precision: str = "fp32"):
         super().__init__()

@@ -32,6 +32,7 @@ class BidirectionalDiT(DiT):
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities of K draws of a clip, each a sequence of its own.
 

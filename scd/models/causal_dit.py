@@ -47,6 +47,7 @@ class CausalDiT(DiT, CausalWorldModel):
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
         draws, first = noisy.shape[1], latents.shape[1] - noisy.shape[2]

@@ -184,6 +184,8 @@ def options_for_use(
     for found in (own or options, options):
         if found.task != "world_model":
             raise ScdError(f"{path}: holds an {found.task}, not a world model")
+        if found.model.is_wan:
+            raise ScdError(f"{path}: a {found.model.type}, which `scd wan` commands are for")
     if own is not None:
         _refuse_other_model(own, options, path)
     return options

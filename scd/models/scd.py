@@ -108,6 +108,7 @@ class SCD(CausalWorldModel):
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities from one encoder pass, which all K draws share."""
         draws, frames = noisy.shape[1:3]

@@ -30,6 +30,32 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ScdError(f"{path}: not a readable safetensors file ({error})") from error
 
 
+def weight_files(path: Path) -> list[Path]:
+    """List the files that hold a model's weights: the file itself, or of a folder's transformer.
+
+    Raises:
+        ScdError: a folder without any.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted((path / "transformer").glob("diffusion_pytorch_model*.safetensors"))
+    if not files:
+        raise ScdError(f"{path}: a folder without weights in transformer")
+    return files
+
+
+def read_all_weights(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of all `weight_files`.
+
+    Raises:
+        ScdError: there are none, or one of them is damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(path):
+        tensors |= read_weights(file)[0]
+    return tensors
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Read the metadata of a safetensors file, without its tensors.
 
@@ -81,15 +107,20 @@ def build_to_fit(build: Callable[[], Network], tensors: dict[str, Tensor], sourc
     return network
 
 
-def load_matching(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+def load_matching(
+    module: nn.Module, tensors: dict[str, Tensor], source: str, assign: bool = False
+) -> None:
     """Load weights only if names and shapes agree entirely.
+
+    Args:
+        assign: put the tensors themselves in, also into a module that has no memory yet.
 
     Raises:
         ScdError: listing the differences.
     """
     _refuse_differences(module, tensors, source)
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:  # number formats that cannot be converted
         raise ScdError(f"{source}: does not fit the model ({reason(error)})") from error
 

@@ -113,6 +113,20 @@ class WorldModel(ModelMixin, ConfigMixin):
         return self.heads * self.head_dim
 
     @property
+    def channels(self) -> int:
+        return self.config.channels
+
+    @property
+    def prediction(self) -> str:
+        """What the network's own output is: `velocity`, or clean `data`."""
+        return self.config.prediction
+
+    @property
+    def sigma_min(self) -> float:
+        """What a noise level at least counts as where a velocity is divided by it."""
+        return self.config.sigma_min
+
+    @property
     def condition(self) -> str:
         """The kind of condition that a frame has, beside the text."""
         return self.config.condition
@@ -145,6 +159,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities under teacher forcing, of K draws of the last F' frames.
 
@@ -158,12 +173,14 @@ class WorldModel(ModelMixin, ConfigMixin):
                 if they came from a rollout's cache.
             first_look: what a model that `takes_first_look` sees of the last F' frames, under every
                 draw; others do not use it.
+            text: (B, T, text_dim), the text encoder's output, for a model that `has_text`; others
+                do not use it.
 
         Returns:
             (B, K, F', C, H, W), in float32.
 
         Raises:
-            ScdError: a first look is missing.
+            ScdError: a first look or a text is missing.
         """
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
@@ -264,9 +281,9 @@ class WorldModel(ModelMixin, ConfigMixin):
     def as_velocity(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         """Turn predictions for frames (..., C, H, W) at timesteps (...) into velocities."""
         prediction = prediction.float()
-        if self.config.prediction == "velocity":
+        if self.prediction == "velocity":
             return prediction
-        sigma = (timesteps / MAX_TIMESTEP).clamp(min=self.config.sigma_min)
+        sigma = (timesteps / MAX_TIMESTEP).clamp(min=self.sigma_min)
         return (noisy - prediction) / sigma[..., None, None, None]
 
 

@@ -26,6 +26,7 @@ from scd.options.schema import (
     Options,
     RolloutOptions,
     TrainOptions,
+    WanOptions,
     known_keys,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "Options",
     "RolloutOptions",
     "TrainOptions",
+    "WanOptions",
     "check_rollout",
     "known_keys",
     "load_options",

@@ -2,15 +2,13 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from scd.errors import ScdError
 from scd.options.schema import Options, RolloutOptions, items
-
-Rule = tuple[Callable[[Options], bool], str]
-"""A predicate that must hold, and what to say otherwise, with options in braces."""
+from scd.options.wan_rules import NO_WAN, WAN, Rule
 
 ROLLOUT: list[Rule] = [
     (
@@ -71,31 +69,31 @@ COMMON: list[Rule] = [
 
 WORLD_MODEL: list[Rule] = [
     (
-        lambda o: (o.model.encoder_layers > 0) == (o.model.type == "scd"),
+        lambda o: (o.model.encoder_layers > 0) == o.model.is_separable,
         "model.encoder_layers={model.encoder_layers} contradicts model.type={model.type}: scd "
-        "needs it above 0, the others need 0",
+        "needs it above 0, and scd_wan; the others need 0",
     ),
     (
-        lambda o: (o.model.decoder_layers > 0) == (o.model.type == "scd"),
+        lambda o: (o.model.decoder_layers > 0) == o.model.is_separable,
         "model.decoder_layers={model.decoder_layers} contradicts model.type={model.type}: scd "
-        "needs it above 0, the others need 0",
+        "needs it above 0, and scd_wan; the others need 0",
     ),
     (
-        lambda o: (o.model.layers > 0) == (o.model.type != "scd"),
-        "model.layers={model.layers} contradicts model.type={model.type}: causal_dit and "
-        "bidirectional_dit need it above 0, scd has encoder_layers and decoder_layers",
+        lambda o: (o.model.layers > 0) != o.model.is_separable,
+        "model.layers={model.layers} contradicts model.type={model.type}: causal and "
+        "bidirectional models need it above 0, scd has encoder_layers and decoder_layers",
     ),
     (
-        lambda o: o.model.type == "scd" or o.model.encoder_frame == "shift",
+        lambda o: o.model.is_separable or o.model.encoder_frame == "shift",
         "model.encoder_frame={model.encoder_frame} contradicts model.type={model.type}: only an "
         "scd has an encoder",
     ),
     (
-        lambda o: o.model.type == "scd" or o.rollout.guidance != "context",
+        lambda o: o.model.is_separable or o.rollout.guidance != "context",
         "rollout.guidance=context contradicts model.type={model.type}: it has no separate context",
     ),
     (
-        lambda o: o.model.type == "scd" or not o.rollout.compile,
+        lambda o: o.model.is_separable or not o.rollout.compile,
         "rollout.compile contradicts model.type={model.type}: only an scd's steps see a single "
         "frame",
     ),
@@ -104,7 +102,9 @@ WORLD_MODEL: list[Rule] = [
         "model.condition={model.condition} contradicts model.num_conditions={model.num_conditions}",
     ),
     (
-        lambda o: o.rollout.guidance != "condition" or o.model.condition != "none",
+        lambda o: (
+            o.rollout.guidance != "condition" or o.model.condition != "none" or o.model.is_wan
+        ),
         "rollout.guidance=condition contradicts model.condition=none",
     ),
     (
@@ -118,9 +118,9 @@ WORLD_MODEL: list[Rule] = [
         "{flow.encoder_input}",
     ),
     (
-        lambda o: (o.model.type == "bidirectional_dit") == bool(o.flow.prefix_frames),
-        "flow.prefix_frames={flow.prefix_frames} with model.type={model.type}: bidirectional_dit "
-        "needs the lowest and the highest number, the others have none",
+        lambda o: o.model.is_bidirectional == bool(o.flow.prefix_frames),
+        "flow.prefix_frames={flow.prefix_frames} with model.type={model.type}: a bidirectional "
+        "model needs the lowest and the highest number, the others have none",
     ),
     (
         lambda o: not o.flow.prefix_frames or _are_prefixes(o.flow.prefix_frames, o.data.frames),
@@ -128,28 +128,32 @@ WORLD_MODEL: list[Rule] = [
         "frames, below data.frames={data.frames}",
     ),
     (
-        lambda o: o.model.type != "bidirectional_dit" or o.rollout.first_frame_steps == 0,
-        "rollout.first_frame_steps={rollout.first_frame_steps}: bidirectional_dit denoises all new "
+        lambda o: min(o.flow.prefix_frames, default=1) > 0 or o.model.first_frame,
+        "flow.prefix_frames={flow.prefix_frames}: without given frames, model.first_frame=true",
+    ),
+    (
+        lambda o: not o.model.is_bidirectional or o.rollout.first_frame_steps == 0,
+        "rollout.first_frame_steps={rollout.first_frame_steps}: {model.type} denoises all new "
         "frames at once, and needs 0",
     ),
     (
-        lambda o: o.model.type != "bidirectional_dit" or o.flow.encoder_input == "clean",
-        "flow.encoder_input={flow.encoder_input}: bidirectional_dit has no encoder",
+        lambda o: not o.model.is_bidirectional or o.flow.encoder_input == "clean",
+        "flow.encoder_input={flow.encoder_input}: {model.type} has no encoder",
     ),
     (
         lambda o: (
-            o.model.type != "bidirectional_dit"
+            not o.model.is_bidirectional
             or o.flow.history_noise_max == o.flow.self_forcing_prob == 0
         ),
-        "flow.history_noise_max and flow.self_forcing_prob: bidirectional_dit has no history",
+        "flow.history_noise_max and flow.self_forcing_prob: {model.type} has no history",
     ),
     (
         lambda o: (
-            o.model.type != "bidirectional_dit"
+            not o.model.is_bidirectional
             or o.eval.context_frames + o.eval.new_frames <= o.data.frames
         ),
         "eval.context_frames={eval.context_frames} and eval.new_frames={eval.new_frames} are more "
-        "than data.frames={data.frames}, which a bidirectional_dit denoises at once",
+        "than data.frames={data.frames}, which a {model.type} denoises at once",
     ),
     (
         lambda o: o.eval.context_frames > 0 or o.model.first_frame,
@@ -178,7 +182,7 @@ WORLD_MODEL: list[Rule] = [
         "distill.method={distill.method} needs init_from, the student's first weights",
     ),
     (
-        lambda o: o.distill.method == "none" or o.model.type != "bidirectional_dit",
+        lambda o: o.distill.method == "none" or not o.model.is_bidirectional,
         "distill.method={distill.method}: the student must be causal, not model.type={model.type}",
     ),
     (
@@ -190,6 +194,10 @@ WORLD_MODEL: list[Rule] = [
         lambda o: o.distill.method != "dmd" or o.distill.context_frames < o.data.frames,
         "distill.context_frames={distill.context_frames} leaves none of data.frames={data.frames} "
         "to generate",
+    ),
+    (
+        lambda o: o.distill.method != "dmd" or o.distill.context_frames > 0 or o.model.first_frame,
+        "distill.context_frames=0 needs model.first_frame=true: frame 0 must have been learned",
     ),
     (
         lambda o: o.distill.method != "dmd" or not 0 < o.rollout.window < o.data.frames - 1,
@@ -213,6 +221,7 @@ WORLD_MODEL: list[Rule] = [
 ]
 
 AUTOENCODER: list[Rule] = [
+    *NO_WAN,
     (lambda o: o.data.source == "video", "task autoencoder needs data.source=video"),
     (
         lambda o: o.init_from is None,
@@ -322,7 +331,7 @@ def check(options: Options, source: str) -> None:
     """
     _raise_first(_wrong_values(options), source)
     if options.task == "world_model":
-        rules = [*COMMON, *WORLD_MODEL]
+        rules = [*COMMON, *WORLD_MODEL, *(WAN if options.model.is_wan else NO_WAN)]
     elif options.discriminator.weight:
         rules = [*COMMON, *AUTOENCODER, *ADVERSARIAL_STAGE]
     else:

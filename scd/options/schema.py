@@ -72,18 +72,25 @@ class DataOptions:
     root: str = folder(MISSING)  # the folder that all paths in the lists are relative to
     train_list: str = "train.json"  # list of the training clips, relative to root
     val_list: str = "val.json"  # list of the validation clips, relative to root
-    source: Literal["video", "latents"] = "video"  # latents: precomputed by `scd encode`
+    # latents: precomputed by `scd encode`. prompts: no videos, the lines of train_list alone.
+    source: Literal["video", "latents", "prompts"] = "video"
     frame_size: int = positive(64)  # height and width of the model's frames, in pixels
+    frame_width: int | None = positive(None)  # of a Wan, where frames are no squares
     # Scale the shorter side of each video to this many pixels, then crop to frame_size: at random
     # when training on videos, in the center for evaluation and latents. null: no scaling, the
     # videos have frame_size already.
     resize_shorter: int | None = None
     mirror: bool = False  # when training on videos, flip clips horizontally with probability 1/2
-    frames: int = positive(16)  # frames per training clip
+    frames: int = positive(16)  # frames per training clip; of a Wan, latent ones
     frame_stride: int = positive(1)  # use every n-th frame of a video
     max_broken_clips: int = not_negative(0)  # unreadable training clips to skip before giving up
     fps: float = positive(8.75)  # frame rate of the videos that are written
     action_names: list[str] = field(default_factory=list)  # for tables and play; may stay empty
+
+    @property
+    def frame_sides(self) -> tuple[int, int]:
+        """Height and width of the model's frames, in pixels."""
+        return self.frame_size, self.frame_width or self.frame_size
 
 
 @dataclass
@@ -124,15 +131,18 @@ class ModelOptions:
     """The network (arXiv 2602.10095, section 4)."""
 
     # causal_dit: the dense baseline. bidirectional_dit: the teacher of a distillation, which
-    # denoises all frames of a clip at once.
-    type: Literal["scd", "causal_dit", "bidirectional_dit"] = "scd"
+    # denoises all frames of a clip at once. *_wan: the same of a pretrained text-to-video Wan.
+    type: Literal[
+        "scd", "causal_dit", "bidirectional_dit", "scd_wan", "causal_wan", "bidirectional_wan"
+    ] = "scd"
     patch_size: int = positive(1)  # side of the square of latents that makes one token
-    heads: int = positive(16)  # attention heads; the width is 64 * heads
-    encoder_layers: int = not_negative(0)  # of scd; 0 for the others
-    decoder_layers: int = not_negative(0)  # of scd; 0 for the others
-    layers: int = not_negative(0)  # of causal_dit and bidirectional_dit; 0 for scd
+    heads: int = positive(16)  # attention heads; the width is 64 * heads, or wan.head_dim * heads
+    encoder_layers: int = not_negative(0)  # of scd and scd_wan; 0 for the others
+    decoder_layers: int = not_negative(0)  # of scd and scd_wan; 0 for the others
+    layers: int = not_negative(0)  # of causal and bidirectional models; 0 for the others
     # How the decoder joins context and noisy tokens: token_concat, token_concat_with_proj, concat,
-    # add, or whatever else is in `scd.models.decoder.FUSIONS`, which refuses other names.
+    # add, or whatever else is in `scd.models.decoder.FUSIONS`, which refuses other names. Of
+    # scd_wan: token_concat or middle.
     fusion: str = "token_concat"
     # What drives a frame: one action out of num_conditions, a vector of num_conditions numbers
     # (several keys at once, a mouse), or one class label per video.
@@ -151,6 +161,37 @@ class ModelOptions:
     def has_actions(self) -> bool:
         """Whether every frame has an action, of either kind."""
         return self.condition in ("action", "action_vector")
+
+    @property
+    def is_wan(self) -> bool:
+        """Whether the model is of a pretrained Wan's blocks, under a text."""
+        return self.type.endswith("_wan")
+
+    @property
+    def is_separable(self) -> bool:
+        """Whether the model is an encoder and a decoder, not a single stack of layers."""
+        return self.type in ("scd", "scd_wan")
+
+    @property
+    def is_bidirectional(self) -> bool:
+        """Whether the model denoises all frames of a clip at once."""
+        return self.type in ("bidirectional_dit", "bidirectional_wan")
+
+
+@dataclass
+class WanOptions:
+    """Models of Wan's blocks, beside `model` (see `scd/wan/README.md`); sizes are Wan2.1 1.3B's."""
+
+    head_dim: int = positive(128)  # channels of an attention head
+    ffn_dim: int = positive(8960)  # width inside the feed-forward networks
+    freq_dim: int = positive(256)  # channels of a noise level's sinusoid
+    text_dim: int = positive(4096)  # width of the text encoder's output
+    text_length: int = positive(512)  # tokens of a prompt, behind whose end there are zeros
+    decoder_first: int = not_negative(5)  # of scd_wan's decoder layers: those from Wan's beginning
+    chunk_frames: int = positive(1)  # of causal_wan: frames that are denoised together
+    # What stands for no prompt: in its place by flow.condition_dropout, and what the guidance of a
+    # teacher leads away from. Its embedding must be beside those of the prompts.
+    negative_prompt: str = ""
 
 
 @dataclass
@@ -171,9 +212,9 @@ class FlowOptions:
     # ... and the share of clips whose history is the model's own prediction of each frame, made
     # in a few denoising steps.
     self_forcing_prob: float = fraction(0.0)
-    # Given frames at the start of a training clip, of bidirectional_dit: each draw of the noise has
-    # as many as are drawn from the lowest to the highest number.
-    prefix_frames: list[int] = positive([])
+    # Given frames at the start of a training clip, of bidirectional models: each draw of the noise
+    # has as many as are drawn from the lowest to the highest number.
+    prefix_frames: list[int] = not_negative([])
     noise_draws: int = positive(2)  # K: noise draws per frame that share one encoder pass
     context_noise: float = not_negative(0.05)  # eta: strength of the context perturbation
     condition_dropout: float = fraction(0.1)  # probability of training with the null condition
@@ -187,14 +228,15 @@ class DistillOptions:
 
     # consistency: causal consistency distillation. dmd: distribution matching on own rollouts.
     method: Literal["none", "consistency", "dmd"] = "none"
-    # The frozen teacher, a checkpoint or an exported folder. consistency needs a causal model, dmd
-    # a bidirectional one.
+    # The frozen teacher, a checkpoint or an exported folder; of a Wan, a folder with its
+    # transformer. consistency needs a causal model, dmd a bidirectional one.
     teacher: str | None = None
     levels: int = positive(48)  # N: noise levels that consistency distillation goes through
     shift: float = positive(5.0)  # timestep shift of the levels; dmd: of those clips are scored at
     # The teacher's guidance on the conditions, v⁻ + w·(v⁺ - v⁻). 1: none.
     guidance_scale: float = not_negative(1.0)
-    context_frames: int = positive(16)  # of dmd: given frames of a clip, the others are generated
+    # Of dmd: given frames of a clip, the others are generated.
+    context_frames: int = not_negative(16)
     critic_updates: int = positive(5)  # of dmd: updates of the critic for each one of the student
     critic_lr: float = positive(1e-4)  # of dmd: learning rate of the critic
     # Of dmd: whether the student generates its clips as in use. false: from real frames, by teacher
@@ -350,11 +392,14 @@ class Options:
     name: str = checked(MISSING, _is_folder_name, "be a possible name of a folder")
     task: Literal["world_model", "autoencoder"] = MISSING
     seed: int = checked(0, lambda seed: 0 <= seed < 2**63, "lie between 0 and 2^63 - 1")
-    init_from: str | None = None  # safetensors to start training from, as `scd split` writes them
+    # What training starts from: safetensors, as `scd split` writes them, or a folder with a
+    # transformer, as `scd wan convert` and an export write it.
+    init_from: str | None = None
     data: DataOptions = field(default_factory=DataOptions)
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
     discriminator: DiscriminatorOptions = field(default_factory=DiscriminatorOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    wan: WanOptions = field(default_factory=WanOptions)
     flow: FlowOptions = field(default_factory=FlowOptions)
     distill: DistillOptions = field(default_factory=DistillOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)

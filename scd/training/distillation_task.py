@@ -1,4 +1,7 @@
-"""Distil a world model: consistency distillation, or distribution matching on its own rollouts."""
+"""Distil a world model: consistency distillation, or distribution matching on its own rollouts.
+
+The house's own models and Wans alike: the tasks differ in their data, and in where teachers lie.
+"""
 
 from copy import deepcopy
 from typing import Any
@@ -10,22 +13,25 @@ from scd.distill.consistency import ConsistencyObjective
 from scd.distill.critic import Critic
 from scd.distill.dmd import DMDObjective, trains_student
 from scd.distill.teacher import load_teacher
-from scd.models.world_model import CausalWorldModel
+from scd.models.world_model import CausalWorldModel, WorldModel
 from scd.options import Options
+from scd.training.wan_task import WanTask
 from scd.training.world_model_task import WorldModelTask
+from scd.wan.from_options import teacher_wan
 
 HEAD_LR_SCALE = 10  # the head is fresh, the features that it reads are trained
 
 
-class DistillationTask(WorldModelTask):
-    """The task of post-training a student that starts from `init_from`; see `Task`."""
+class Distillation(WorldModelTask):
+    """What the tasks of post-training a student that starts from `init_from` share; see `Task`."""
 
     network: CausalWorldModel
 
-    def __init__(self, options: Options, device: torch.device):
-        super().__init__(options, device)
-        teacher = load_teacher(options, self.network, device)
+    def _learn_from(self, teacher: WorldModel, device: torch.device) -> None:
+        """Take the objective of `distill.method` in place of the task's own."""
+        options = self.options
         if options.distill.method == "consistency":
+            assert isinstance(teacher, CausalWorldModel)
             self.objective = ConsistencyObjective(self.network, teacher, options)
         else:
             # One family, one data domain: a critic of another kind tells student and teacher apart
@@ -53,3 +59,19 @@ class DistillationTask(WorldModelTask):
 
     def clip_cost(self) -> None:  # type: ignore[override]
         return None
+
+
+class DistillationTask(Distillation):
+    """The task of post-training one of the house's own models; see `Task`."""
+
+    def __init__(self, options: Options, device: torch.device):
+        super().__init__(options, device)
+        self._learn_from(load_teacher(options, self.network, device), device)
+
+
+class WanDistillationTask(Distillation, WanTask):
+    """The task of post-training a causal Wan; see `Task`."""
+
+    def __init__(self, options: Options, device: torch.device):
+        WanTask.__init__(self, options, device)
+        self._learn_from(teacher_wan(options, self.network).to(device), device)

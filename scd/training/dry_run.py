@@ -2,7 +2,8 @@
 
 Weights that it starts from, or that teach it, need not exist either: random ones stand for them, of
 a teacher as deep as the student. All sizes are the true ones. The costs of a step are printed
-first, so that they are seen even on a machine that is too small to run it.
+first, so that they are seen even on a machine that is too small to run it. A Wan is tried in
+miniature (`wan_dry_run.py`).
 """
 
 import json
@@ -29,9 +30,11 @@ from scd.options import (
     load_options,
     options_to_dict,
 )
-from scd.training.encode import encoding_name, latent_shape
+from scd.training.build import latent_shape
+from scd.training.encode import encoding_name
 from scd.training.launch import run_experiment
 from scd.training.performance import estimate_step
+from scd.training.wan_dry_run import describe_wan, miniature
 from scd.utils.files import write_atomically
 from scd.utils.paths import to_read
 
@@ -46,10 +49,17 @@ def dry_run(options: Options) -> None:
             autoencoder does not exist and no options file in `options/` describes it.
     """
     with tempfile.TemporaryDirectory(prefix="scd-dry-run-") as folder:
-        options = _on_noise(options, Path(folder))
-        if options.task == "world_model":
-            print(describe(options))
+        if options.model.is_wan:
+            print(describe_wan(options))
+            options = miniature(options, Path(folder))
+        else:
+            options = _on_noise(options, Path(folder))
+            if options.task == "world_model":
+                print(describe(options))
         run_experiment(options)
+    if options.model.is_wan:
+        print(f"{options.name}: a step of a miniature of it succeeded on noise")
+        return
     print(f"{options.name}: a step, a rollout and an evaluation on noise succeeded")
 
 

@@ -29,10 +29,12 @@ from scd.data.lists import ClipEntry, path_problem, read_list, write_list
 from scd.data.video import Video
 from scd.data.video_checks import VideoChecks, identity_of
 from scd.errors import ScdError
-from scd.models.autoencoder import CHUNK_FRAMES, Codec, LatentCodec, encoder_hash, load_codec
+from scd.models.autoencoder import CHUNK_FRAMES, LatentCodec, PixelCodec, encoder_hash
 from scd.options import Options
+from scd.training.build import AnyCodec, build_codec, latent_frames, latent_shape
 from scd.utils.precision import autocast, resolve_precision
 from scd.utils.processes import error_barrier, processes, split_between_processes
+from scd.wan.video_codec import WanCodec
 
 
 def encode_dataset(options: Options) -> None:
@@ -46,12 +48,11 @@ def encode_dataset(options: Options) -> None:
         ScdError: the experiment has no autoencoder, or a video is missing, broken or of a wrong
             size, or another process failed. The list file stays as it was.
     """
-    path = options.autoencoder.path
-    if path is None:
+    if options.autoencoder.path is None:
         raise ScdError("encode: autoencoder.path is null, so there is nothing to encode with")
     state = processes()
-    codec = load_codec(path)
-    assert isinstance(codec, LatentCodec)
+    codec = build_codec(options)
+    assert not isinstance(codec, PixelCodec)
     codec.to(state.device)
     precision = resolve_precision(options.train.mixed_precision, state.device)
     framing, shape = framing_of(options.data), latent_shape(codec, options)
@@ -68,10 +69,11 @@ def encode_dataset(options: Options) -> None:
     with error_barrier():
         for name in _progress(split_between_processes(list(targets))):
             video, target = checks.open(name), root / targets[name]
-            if not _is_encoded(target, root / name, LatentHeader(made_by, (len(video), *shape))):
+            count = latent_frames(codec, len(video))
+            if not _is_encoded(target, root / name, LatentHeader(made_by, (count, *shape))):
                 latents = _encode_video(video, codec, framing, precision)
                 write_latents(target, latents, made_by, identity_of(root / name))
-            lengths[name] = len(video)
+            lengths[name] = count
 
     parts = gather_object([(lengths, checks.new)])
     with error_barrier():
@@ -86,7 +88,7 @@ def encode_dataset(options: Options) -> None:
                 for name, length in part.items():
                     target = root / targets[name]
                     if found[target] != length:
-                        raise ScdError(f"{target}: {found[target]} latents for {length} frames")
+                        raise ScdError(f"{target}: {found[target]} latents, expected {length}")
             named = [replace(e, latent_path=str(targets[str(e.video_path)])) for e in entries]
             write_list(list_path, named)
             print(f"{list_path}: names the latents of {len(named)} clips, in {root / folder}")
@@ -98,13 +100,14 @@ def latent_spec(options: Options) -> LatentSpec | None:
     Raises:
         ScdError: there is no autoencoder, or the frames do not divide into latents.
     """
-    if options.data.source == "video":
+    if options.data.source != "latents":
         return None
-    codec = load_codec(options.autoencoder.path)
-    return LatentSpec(encoding_name(options), latent_shape(codec, options))
+    codec = build_codec(options)
+    shape = latent_shape(codec, options)
+    return LatentSpec(encoding_name(options), shape, codec.frames_per_latent)
 
 
-def check_training_latents(folder: ClipFolder, codec: Codec, options: Options) -> None:
+def check_training_latents(folder: ClipFolder, codec: AnyCodec, options: Options) -> None:
     """Refuse a training list whose latents are not those that `options` would encode; collective.
 
     Only the main process opens the files: hundreds of processes that open all of them would keep a
@@ -131,21 +134,6 @@ def encoding_name(options: Options) -> str:
     return encoder_hash(str(options.autoencoder.path)) + framing_of(options.data).name
 
 
-def latent_shape(codec: Codec, options: Options) -> tuple[int, int, int]:
-    """Compute the shape (C, h, w) of one frame's latents.
-
-    Raises:
-        ScdError: the frame size does not divide by the downsampling.
-    """
-    side, rest = divmod(options.data.frame_size, codec.downsampling)
-    if rest:
-        raise ScdError(
-            f"data.frame_size={options.data.frame_size} does not divide by {codec.downsampling}, "
-            f"the downsampling of {options.autoencoder.path}"
-        )
-    return codec.channels, side, side
-
-
 def _is_encoded(target: Path, video: Path, wanted: LatentHeader) -> bool:
     """Check whether a file holds the latents of a video as it is now, made by this encoder."""
     header = latent_header(target)
@@ -155,9 +143,15 @@ def _is_encoded(target: Path, video: Path, wanted: LatentHeader) -> bool:
 
 
 @torch.no_grad()
-def _encode_video(video: Video, codec: LatentCodec, framing: Framing, precision: str) -> Tensor:
-    """Encode a whole video into unscaled latents (F, C, h, w), float32 on the CPU."""
+def _encode_video(
+    video: Video, codec: LatentCodec | WanCodec, framing: Framing, precision: str
+) -> Tensor:
+    """Encode a whole video into unscaled latents (n, C, h, w), float32 on the CPU."""
     device = codec.autoencoder.device
+    if isinstance(codec, WanCodec):  # which goes through a video by itself
+        pictures = [framing(as_images(part), video.path) for part in video.chunks(CHUNK_FRAMES)]
+        codec.precision = precision
+        return codec.encode_unscaled(torch.cat(pictures)[None].to(device).float() / 255)[0].cpu()
     chunks = []
     for images in video.chunks(CHUNK_FRAMES):
         frames = framing(as_images(images), video.path).to(device)

@@ -84,10 +84,7 @@ class BadSteps:
             print(f"step {step} was not applied: {self.report}")
 
     def _clip(self, sample: int) -> dict[str, Any]:
-        entry = self.clips.folder.entries[self.clips.number(sample)]
-        source = self.clips.folder.source
-        name = entry.video_path if source == "video" else entry.latent_path
-        return {"sample": sample, "name": name}
+        return {"sample": sample, "name": self.clips.folder.name(self.clips.number(sample))}
 
 
 class RunningStatistics:

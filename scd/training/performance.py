@@ -19,10 +19,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from scd.models.autoencoder import Codec
-from scd.models.load import build_world_model
 from scd.models.world_model import FirstLook, WorldModel
 from scd.options import Options
+from scd.training.build import AnyCodec, build_network, latent_shape
 from scd.utils.files import write_atomically
 from scd.utils.precision import DTYPES, resolve_precision
 
@@ -42,10 +41,15 @@ class StepEstimate:
         return sum(self.parameters.values())
 
 
-def estimate_step(options: Options, codec: Codec) -> StepEstimate:
-    """Run one forward and backward pass at the options' true shapes, and count what it costs."""
+def estimate_step(options: Options, codec: AnyCodec, counts_scores: bool = True) -> StepEstimate:
+    """Run one forward and backward pass at the options' true shapes, and count what it costs.
+
+    Args:
+        counts_scores: False: attention's scores of many queries by many keys do not count as kept,
+            as with the kernels of GPUs.
+    """
     with torch.device("meta"):
-        model = build_world_model(options, codec)
+        model = build_network(options, codec)
     model.set_gradient_checkpointing(options.train.gradient_checkpointing)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(options.train.mixed_precision, device)
@@ -54,9 +58,13 @@ def estimate_step(options: Options, codec: Codec) -> StepEstimate:
     kept: dict[int, int] = {}  # storage -> bytes; a tensor is saved once for all that need it
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
 
+    widths = {size for p in model.parameters() for size in p.shape}
+
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
+        many = tensor.ndim > 2 and min(tensor.shape[-2:]) > model.head_dim
+        scores = many and tensor.shape[-1] not in widths  # queries by keys
+        if storage._cdata not in parameters and (counts_scores or not scores):
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
@@ -69,10 +77,11 @@ def estimate_step(options: Options, codec: Codec) -> StepEstimate:
     }
     total = sum(p.numel() for p in model.parameters())
     averages = len(options.optim.ema_sigma_rel) if options.train.snapshot_every else 0
-    side = options.data.frame_size // codec.downsampling
+    _, height, width = latent_shape(codec, options)
+    frames = options.train.batch_size * options.data.frames
     return StepEstimate(
         parameters={name: size for name, size in sizes.items() if size},
-        tokens=options.train.batch_size * options.data.frames * model.tokens_per_frame(side, side),
+        tokens=frames * model.tokens_per_frame(height, width),
         flops=counter.get_total_flops(),
         state_bytes=total * 4 * (5 + averages),
         activation_bytes=sum(kept.values()),
@@ -86,7 +95,7 @@ class ClipCost(NamedTuple):
     flops: int  # as in `StepEstimate`, without what gradient checkpointing computes a second time
 
 
-def clip_cost(options: Options, codec: Codec) -> ClipCost:
+def clip_cost(options: Options, codec: AnyCodec) -> ClipCost:
     """Count the tokens and FLOPs of the model itself, which MFU is based on.
 
     Attention counts the keys that a query may see. A frozen autoencoder and a history of the
@@ -102,7 +111,8 @@ def clip_cost(options: Options, codec: Codec) -> ClipCost:
     def count(**layers: int) -> StepEstimate:
         shallow: dict[str, Any] = {**dict.fromkeys(depths, 1), **layers}
         model = replace(options.model, **shallow)
-        return estimate_step(replace(options, model=model, train=train), codec)
+        wan = replace(options.wan, decoder_first=0)  # one layer costs as much as another
+        return estimate_step(replace(options, model=model, wan=wan, train=train), codec)
 
     one = count()
     further = {name: count(**{name: 2}).flops - one.flops for name in depths if depths[name] > 1}
@@ -110,16 +120,17 @@ def clip_cost(options: Options, codec: Codec) -> ClipCost:
     return ClipCost(one.tokens, flops)
 
 
-def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Any]:
+def _inputs(model: WorldModel, options: Options, codec: AnyCodec) -> dict[str, Any]:
     b, f, k = options.train.batch_size, options.data.frames, options.flow.noise_draws
-    size = options.data.frame_size // codec.downsampling
+    shape = latent_shape(codec, options)
     predicted = f - model.first_predicted
     with torch.device("meta"):
-        latents = torch.empty(b, f, codec.channels, size, size)
-        noisy = torch.empty(b, k, predicted, codec.channels, size, size)
+        latents = torch.empty(b, f, *shape)
+        noisy = torch.empty(b, k, predicted, *shape)
         timesteps = torch.empty(b, k, predicted)
         conditions = model.null_conditions((b, f))
-        tokens = model.tokens_per_frame(size, size)
+        tokens = model.tokens_per_frame(*shape[1:])
+        text = torch.empty(b, options.wan.text_length, options.wan.text_dim)
         perturbation = torch.empty(b, predicted, tokens, model.width, dtype=model.dtype)
     return {
         "latents": latents,
@@ -128,6 +139,7 @@ def _inputs(model: WorldModel, options: Options, codec: Codec) -> dict[str, Any]
         "conditions": conditions if options.model.condition != "none" else None,
         "perturbation": perturbation if model.has_context else None,
         "first_look": FirstLook(noisy[:, 0], timesteps[:, 0]) if model.takes_first_look else None,
+        "text": text if model.has_text else None,
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from scd.errors import ScdError
-from scd.models.weights import load_matching
+from scd.models.weights import load_matching, weight_files
 from scd.options import Options, options_to_dict
 from scd.training.checkpoint import (
     TrainingState,
@@ -80,14 +80,14 @@ def run_identity(options: Options, processes: int) -> dict[str, Any]:
     """Describe a run for its checkpoints: every option, clips per step, hash of `init_from`.
 
     Raises:
-        ScdError: there is no file at `init_from`.
+        ScdError: there are no weights at `init_from`.
     """
     start = None
     if options.init_from is not None:
         weights = Path(options.init_from)
-        if not weights.is_file():
+        if not weights.exists():
             raise ScdError(f"init_from={weights}: {why_missing(weights, 'weights file')}")
-        start = sha256(weights)
+        start = "-".join(map(sha256, weight_files(weights)))
     return {
         "options": options_to_dict(options),
         "clips_per_step": clips_per_step(options, processes),

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from scd.data.clips import ClipFolder
+from scd.data.clips import Clips
 from scd.options import Options
 from scd.training.performance import ClipCost
 
@@ -15,8 +15,10 @@ from scd.training.performance import ClipCost
 class Task(Protocol):
     """The objective, data, validation and export of one kind of training."""
 
-    training_data: ClipFolder
     pictures: dict[str, str]  # captions of the files that `validate` writes, by glob pattern
+
+    @property
+    def training_data(self) -> Clips: ...
 
     @property
     def network(self) -> nn.Module:
@@ -85,9 +87,14 @@ def build_task(options: Options, accelerator: Accelerator) -> Task:
 
         return AutoencoderTask(options, accelerator.device)
     if options.distill.method != "none":
-        from scd.training.distillation_task import DistillationTask
+        from scd.training.distillation_task import DistillationTask, WanDistillationTask
 
-        return DistillationTask(options, accelerator.device)
+        kind = WanDistillationTask if options.model.is_wan else DistillationTask
+        return kind(options, accelerator.device)
+    if options.model.is_wan:
+        from scd.training.wan_task import WanTask
+
+        return WanTask(options, accelerator.device)
     from scd.training.world_model_task import WorldModelTask
 
     return WorldModelTask(options, accelerator.device)

@@ -14,12 +14,13 @@ from scd.data.clips import ClipFolder, clip_folder
 from scd.data.loader import HELD_OUT_STREAM
 from scd.evaluation.evaluate import evaluate_in_passing
 from scd.flow.objective import LEVELS, errors_by_level, make_objective, with_scaled_latents
-from scd.models.autoencoder import Codec, load_codec
+from scd.models.autoencoder import load_codec
 from scd.models.load import build_world_model
-from scd.models.weights import load_matching, read_weights
+from scd.models.weights import load_matching, read_all_weights
 from scd.models.world_model import FirstLook, WorldModel
 from scd.options import OptimOptions, Options
 from scd.pipeline import pipeline_of
+from scd.training.build import AnyCodec
 from scd.training.encode import check_training_latents
 from scd.training.performance import ClipCost, clip_cost
 from scd.utils.precision import autocast, resolve_precision
@@ -54,7 +55,8 @@ class WorldModelTask:
         torch.manual_seed(options.seed)
         self.network = build_world_model(options, self.codec)
         if options.init_from is not None:
-            load_matching(self.network, read_weights(Path(options.init_from))[0], options.init_from)
+            tensors = read_all_weights(Path(options.init_from))
+            load_matching(self.network, tensors, options.init_from)
         self.network.set_gradient_checkpointing(options.train.gradient_checkpointing)
         self.objective: nn.Module = make_objective(self.network, options.flow, options.seed)
         self.training_data = clip_folder(options, options.data.train_list, options.data.source)
@@ -127,13 +129,13 @@ class HeldOutLoss:
     objective shows the model.
 
     Args:
-        data: validation clips, as pixels.
+        data: validation clips, as pixels or latents.
 
     Raises:
         ScdError: a clip is broken or shorter than `data.frames`; see also `error_barrier`.
     """
 
-    def __init__(self, data: ClipFolder, codec: Codec, options: Options, device: torch.device):
+    def __init__(self, data: ClipFolder, codec: AnyCodec, options: Options, device: torch.device):
         self.seed = options.seed
         self.device = device
         self.prefix = options.flow.prefix_frames[0] if options.flow.prefix_frames else 0
@@ -163,9 +165,9 @@ class HeldOutLoss:
         self, network: WorldModel, number: int, clip: dict[str, Tensor], precision: str
     ) -> list[float]:
         """Measure the errors of one clip at each noise level."""
-        latents, actions, label = (
+        latents, actions, label, text = (
             clip[key].to(self.device) if key in clip else None
-            for key in ("latents", "actions", "label")
+            for key in ("latents", "actions", "label", "text")
         )
         assert latents is not None
         conditions = network.frame_conditions(latents.shape[:2], actions, label)
@@ -178,13 +180,13 @@ class HeldOutLoss:
             look = FirstLook.pure(other.to(self.device))
         with autocast(self.device, precision):
             errors = errors_by_level(
-                network, latents, conditions, noise, self.prefix, first_look=look
+                network, latents, conditions, noise, self.prefix, first_look=look, text=text
             )
         return errors.double().mean(dim=(0, 2)).tolist()
 
 
 def _encoded(
-    data: ClipFolder, number: int, codec: Codec, options: Options, device: torch.device
+    data: ClipFolder, number: int, codec: AnyCodec, options: Options, device: torch.device
 ) -> dict[str, Tensor]:
     """Read a clip as a batch of one, with scaled latents, on the CPU."""
     rng = np.random.default_rng([options.seed, HELD_OUT_STREAM, number])

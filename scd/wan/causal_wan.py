@@ -12,6 +12,7 @@ from scd.errors import ScdError
 from scd.models.attention import clean_context_attention, clean_context_block_mask, uses_flex
 from scd.models.world_model import (
     Cache,
+    CausalWorldModel,
     FirstLook,
     FrameDenoiser,
     PrecomputedModulation,
@@ -22,7 +23,7 @@ from scd.wan.network import WanWorldModel, config_of, filled, own_config
 from scd.wan.stack import CLEAN_TIMESTEP, WanSizes, WanStack
 
 
-class CausalWan(WanStack, WanWorldModel):
+class CausalWan(WanStack, WanWorldModel, CausalWorldModel):
     """Wan2.1 under clean context: `CausalDiT`'s way of training and rollout, Wan's network.
 
     A clean frame (timestep 0) sees itself and the clean frames before it; a noisy frame sees itself
@@ -120,42 +121,41 @@ class CausalWan(WanStack, WanWorldModel):
         first_look: FirstLook | None = None,
         text: Tensor | None = None,
     ) -> Tensor:
-        """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K].
-
-        Args: as `WorldModel.forward`, and
-            text: (B, T, text_dim).
-        """
+        """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
         draws, chunk = noisy.shape[1], self.chunk_frames
         clean = latents[:, :-chunk]  # (B, F - chunk, C, H, W): the last is nobody's history
-        count = clean.shape[1]
+        count, first = clean.shape[1], latents.shape[1] - noisy.shape[2]
+        if first % chunk:
+            raise ScdError(f"{noisy.shape[2]} noisy frames are no whole chunks of {chunk}")
         frames = torch.cat([clean, rearrange(noisy, "b k f c h w -> b (k f) c h w")], dim=1)
-        times = rearrange(timesteps, "b k f -> b (k f)")  # (B, K·F)
+        times = rearrange(timesteps, "b k f -> b (k f)")  # (B, K·F')
         clean_times = torch.full_like(times[:, :1], CLEAN_TIMESTEP).expand(-1, count)
-        times = torch.cat([clean_times, times], dim=1)  # (B, F - chunk + K·F)
+        times = torch.cat([clean_times, times], dim=1)  # (B, F - chunk + K·F')
         if conditions is not None:
-            noisy_conditions = repeat(conditions, "b f -> b (k f)", k=draws)
+            noisy_conditions = repeat(conditions[:, first:], "b f -> b (k f)", k=draws)
             conditions = torch.cat([conditions[:, :-chunk], noisy_conditions], dim=1)
         positions = torch.arange(count + chunk, device=latents.device)
-        positions = torch.cat([positions[:count], *[positions] * draws])  # (F - chunk + K·F,)
+        positions = torch.cat([positions[:count], *[positions[first:]] * draws])
         n = self.tokens_per_frame(*latents.shape[-2:]) * chunk
         block_mask = None
         if uses_flex(tokens := frames.shape[1] * n // chunk, latents.device):
-            block_mask = clean_context_block_mask(n, count // chunk, 0, tokens, latents.device)
+            mask = n, count // chunk, first // chunk, tokens, latents.device
+            block_mask = clean_context_block_mask(*mask)
         attend = partial(
             clean_context_attention,
             tokens_per_frame=n,
             clean_frames=count // chunk,
-            first=0,
+            first=first // chunk,
             block_mask=block_mask,
             history_gradient=history_gradient,
         )
         layers = len(self.blocks)
-        modulation = self.modulation(times, conditions)  # (B, F - chunk + K·F, 7, D)
+        modulation = self.modulation(times, conditions)  # (B, F - chunk + K·F', 7, D)
         texts = [self.embed_text(self.check_text(text, len(latents)))] * layers  # (B, T, D) each
         rotary = self.rotary(positions, frames)
         x = self.run(self.embed(frames), modulation, rotary, [attend] * layers, texts)
         x, modulation, frames = x[:, count:], modulation[:, count:], frames[:, count:]
-        velocity = self.read_out(x, modulation, frames)  # (B, K·F, C, H, W)
+        velocity = self.read_out(x, modulation, frames)  # (B, K·F', C, H, W)
         return rearrange(velocity, "b (k f) c h w -> b k f c h w", k=draws)
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from scd.data.prompts import EMBEDDINGS, read_lines, write_embedding, write_prompt_list
+from scd.data.prompts import EMBEDDINGS, prompts_in, write_embedding, write_prompt_list
 from scd.utils.files import remove_unfinished
 from scd.utils.locks import hold_lock
 from scd.wan.text import MAX_TOKENS, clean_prompt, encode_prompts, load_text_encoder
@@ -25,14 +25,14 @@ def encode_prompt_file(
     its prompts. Names depend on the prompts alone.
 
     Args:
-        path: a prompt in every line.
+        path: a prompt in every line; or a list of clips with captions.
         source: see `scd.wan.text.load_text_encoder`.
 
     Raises:
-        ScdError: a file or the text encoder is missing or damaged, or the folder holds something
-            else, such as embeddings of another text encoder.
+        ScdError: a file or the text encoder is missing or damaged, or the folder holds embeddings
+            of another text encoder.
     """
-    prompts = [*read_lines(path), negative_prompt.strip()]
+    prompts = [*prompts_in(path), negative_prompt.strip()]
     cleaned = {prompt: clean_prompt(prompt) for prompt in prompts}
     with hold_lock(out / ".lock", f"{out}: another process writes to it", "wait for it"):
         folder = write_prompt_list(out, source, length, negative_prompt.strip(), cleaned)

@@ -11,8 +11,10 @@ from scd.models.attention import (
     block_causal_block_mask,
     clean_context_attention,
     clean_context_block_mask,
+    own_frame_attention,
     uses_flex,
 )
+from scd.models.layers import Attend
 from scd.models.world_model import Cache, FirstLook
 from scd.wan.block import KeysValues, within_frames
 from scd.wan.stack import CLEAN_TIMESTEP, WanSizes, WanStack
@@ -31,13 +33,20 @@ class WanEncoder(WanStack):
         assert bias is not None
         self.start = nn.Parameter(bias.detach().clone()) if start else None
 
-    def forward(self, latents: Tensor, conditions: Tensor | None, text: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents: Tensor,
+        conditions: Tensor | None,
+        text: Tensor,
+        history_gradient: bool = True,
+    ) -> Tensor:
         """Encode the contexts of the frames after the given ones.
 
         Args:
             latents: (B, F, C, H, W), clean.
             conditions: (B, F), entry j for frame j+1; (B, 1 + F) where the learned start is first.
             text: (B, T, text_dim).
+            history_gradient: see `WorldModel.forward`.
 
         Returns:
             (B, F, N, D), or (B, 1 + F, N, D) where the learned start is first.
@@ -47,7 +56,9 @@ class WanEncoder(WanStack):
         block_mask = None
         if uses_flex(frames * n, x.device):
             block_mask = block_causal_block_mask(n, frames * n, frames * n, x.device)
-        attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
+        attend: Attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
+        if not history_gradient:
+            attend = partial(own_frame_attention, tokens_per_frame=n)
         times = torch.full(x.shape[:2], CLEAN_TIMESTEP, device=x.device)
         modulation = self.modulation(times, conditions)  # (B, F, 7, D)
         rotary = self.rotary(self._positions(frames, 0, x), latents)
@@ -55,7 +66,12 @@ class WanEncoder(WanStack):
         return self.run(x, modulation, rotary, [attend] * len(self.blocks), texts)  # (B, F, N, D)
 
     def look(
-        self, history: Tensor, look: FirstLook, conditions: Tensor | None, text: Tensor
+        self,
+        history: Tensor,
+        look: FirstLook,
+        conditions: Tensor | None,
+        text: Tensor,
+        history_gradient: bool = True,
     ) -> Tensor:
         """Encode the contexts of frames from noisy ones, each with the clean frames before it.
 
@@ -63,6 +79,7 @@ class WanEncoder(WanStack):
             history: (B, F - 1, C, H, W), clean: all but the last frame.
             conditions: (B, F), of the frames themselves.
             text: (B, T, text_dim).
+            history_gradient: see `WorldModel.forward`.
 
         Returns:
             (B, F', N, D), from one pass over [clean ‖ noisy].
@@ -87,6 +104,7 @@ class WanEncoder(WanStack):
             clean_frames=count,
             first=first,
             block_mask=block_mask,
+            history_gradient=history_gradient,
         )
         texts = [self.embed_text(text)] * len(self.blocks)
         modulation = self.modulation(times, conditions)  # (B, F - 1 + F', 7, D)

@@ -9,23 +9,31 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.models.world_model import CausalWorldModel
+from scd.models.world_model import WorldModel
 from scd.wan.stack import WanSizes
 
 IMAGE_FACTS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")  # of image-to-video models
 Model = TypeVar("Model", bound="WanWorldModel")
 
 
-class WanWorldModel(CausalWorldModel):
-    """A causal world model of Wan's blocks: conditioned on a text, and on actions if it has any.
+class WanWorldModel(WorldModel):
+    """A world model of Wan's blocks: conditioned on a text, and on actions if it has any.
 
-    Its config is Wan's own, under diffusers' names, and more.
+    Its config is Wan's own, under diffusers' names, and more. It predicts velocities ε − x at noise
+    levels σ = t/1000, as Wan does.
     """
 
     _repeated_blocks = ["WanBlock"]
     _no_split_modules = ["WanBlock"]
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]
     has_text = True
+    chunk_frames = 1
+    prediction = "velocity"
+    sigma_min = 0.0  # nothing is divided by a noise level
+
+    @property
+    def channels(self) -> int:
+        return self.config.in_channels
 
     @property
     def heads(self) -> int:

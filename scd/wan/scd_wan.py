@@ -2,8 +2,8 @@
 
 Where the paper is silent, this is what was chosen: text conditions both halves; context tokens are
 the last block's output as it is, and carry the noisy tokens' row, column and noise level; the
-encoder's clean frames are at timestep 0, the current one (`noise`) at that of the frame as it is
-given, in a rollout pure noise; frame 0 follows a learned start (`shift`) or its noise (`noise`).
+encoder's clean frames are at timestep 0, the current one (`noise`) at that of the noisy version it
+is given, in a rollout pure noise; frame 0 follows a learned start (`shift`) or its noise (`noise`).
 """
 
 from typing import Literal, get_args
@@ -18,6 +18,7 @@ from scd.errors import ScdError
 from scd.models.world_model import (
     MAX_TIMESTEP,
     Cache,
+    CausalWorldModel,
     FirstLook,
     FrameDenoiser,
     PrecomputedModulation,
@@ -33,7 +34,7 @@ EncoderFrame = Literal["shift", "noise"]
 Fusion = Literal["token_concat", "middle"]
 
 
-class SCDWan(WanWorldModel):
+class SCDWan(WanWorldModel, CausalWorldModel):
     """Wan2.1 split in two: a causal encoder, once per frame, and a frame decoder, once per step.
 
     Args: as diffusers' `WanTransformer3DModel`, and
@@ -145,8 +146,16 @@ class SCDWan(WanWorldModel):
         return 0 if self.config.first_frame else 1
 
     @property
+    def takes_first_look(self) -> bool:  # type: ignore[override]
+        """Whether the encoder is given the frame to predict, as noise of its own.
+
+        Of the noise that the decoder starts from, it could tell the clean frame of a training clip:
+        two noisy versions under one noise are two equations for two unknowns.
+        """
+        return self._encodes_noise
+
+    @property
     def _encodes_noise(self) -> bool:
-        """Whether the encoder is given the frame to predict, as noise."""
         return self.config.encoder_frame == "noise"
 
     @property
@@ -175,28 +184,26 @@ class SCDWan(WanWorldModel):
         """Predict velocities from one encoder pass, which all K draws share.
 
         Args: as `WorldModel.forward`, and
-            perturbation: (B, F', N, D), added to the context in units of each token's standard
-                deviation.
-            first_look: with `encoder_frame=noise`, what the encoder sees of the frames to predict;
-                None: the first draw.
-            text: (B, T, text_dim).
+            perturbation: in units of each token's standard deviation.
+            first_look: with `encoder_frame=noise`; None: the first draw.
         """
-        if not history_gradient:
-            raise ScdError("SCDWan: history_gradient=false is not offered")
         text = self.check_text(text, len(latents))
-        history, first = latents[:, :-1], self.first_predicted
+        history, (draws, frames) = latents[:, :-1], noisy.shape[1:3]
         if self._encodes_noise:
             look = first_look or FirstLook(noisy[:, 0], timesteps[:, 0])
-            context = self.encoder.look(history, look, conditions, text)  # (B, F', N, D)
+            context = self.encoder.look(
+                history, look, conditions, text, history_gradient
+            )  # (B, F', N, D)
         else:
-            following = None if conditions is None else conditions[:, first:]
-            context = self.encoder(history, following, text)  # (B, F', N, D)
-        context = perturbed(context, perturbation)
-        draws = noisy.shape[1]
+            following = None if conditions is None else conditions[:, self.first_predicted :]
+            context = self.encoder(
+                history, following, text, history_gradient
+            )  # (B, F - first, N, D)
+        context = perturbed(context[:, -frames:], perturbation)  # (B, F', N, D)
         # Draws are more frames: in the decoder, frames do not see each other.
         context = context.repeat(1, draws, 1, 1)  # (B, K·F', N, D)
         if conditions is not None:
-            conditions = conditions[:, first:].repeat(1, draws)  # (B, K·F')
+            conditions = conditions[:, -frames:].repeat(1, draws)  # (B, K·F')
         modulation = self.decoder.modulation(rearrange(timesteps, "b k f -> b (k f)"), conditions)
         texts = self.decoder.block_texts(text)
         noisy = rearrange(noisy, "b k f c h w -> b (k f) c h w")  # (B, K·F', C, H, W)

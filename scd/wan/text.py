@@ -1,7 +1,7 @@
 """Wan's text encoder (UMT5, by transformers): prompts to embeddings, as diffusers' `WanPipeline`.
 
 It is four times the size of the 1.3B model, so embeddings are best made once, on disk: see
-`scd.wan.prompts`. Transformers and ftfy are extras: `pip install -e .[wan]`.
+`scd.data.prompts`. Transformers and ftfy are extras: `pip install -e .[wan]`.
 """
 
 import html

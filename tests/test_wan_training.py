@@ -1,0 +1,297 @@
+"""A tiny random Wan through its training by the commands: encode, teacher forcing, and after."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKLWan
+
+from scd.cli import main
+from scd.data.prompts import EMBEDDINGS, write_embedding, write_prompt_list
+from scd.data.video import write_video
+from scd.errors import ScdError
+from scd.models.load import load_checkpoint_for_use
+from scd.models.weights import read_all_weights
+from scd.options import RolloutOptions, load_options
+from scd.rollout import Rollout
+from scd.training.launch import run_experiment
+from scd.training.performance import estimate_step
+from scd.training.run_log import read_log
+from scd.training.wan_dry_run import count_parameters, estimate_by_depth, frame_flops
+from scd.wan import SCDWan
+from scd.wan.captioned import CaptionedLatents
+from scd.wan.from_options import build_wan
+from scd.wan.video_codec import WanCodec
+from tests.test_processes import assert_close, on_two, state_of
+from tests.test_wan import TEXT, disturbed, tiny_wan
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("fresh_accelerate", "one_thread")
+STAGES = ("forced", "consistent", "distilled")
+CAPTIONS = ["a red square", "a cat &amp; a dog", "rain"]
+SIZES = ["--encoder-layers", "2", "--decoder-first", "1", "--decoder-last", "1"]
+HEIGHT, WIDTH, PICTURES = 32, 48, 9
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Wan as `scd wan convert` makes an SCD, `scd`, and a causal one, `causal`, of it."""
+    folder = tmp_path_factory.mktemp("wan")
+    tiny_wan(num_layers=3).save_pretrained(folder / "own/transformer")
+    torch.manual_seed(0)
+    small = {"dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "z_dim": 16}
+    vae = AutoencoderKLWan(base_dim=4, **small, temperal_downsample=[False, True, True])
+    disturbed(vae).save_pretrained(folder / "own/vae")
+    command = ["wan", "convert", str(folder / "own"), "--out"]
+    assert main([*command, str(folder / "scd"), *SIZES]) == 0
+    assert main([*command, str(folder / "keys"), *SIZES, "--num-actions", "3"]) == 0
+    assert main([*command, str(folder / "causal"), "--type", "causal"]) == 0
+    acting = ["--type", "causal", "--num-actions", "3"]
+    assert main([*command, str(folder / "causal_keys"), *acting]) == 0
+    return folder
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    """Videos with captions and actions, prompts, and random embeddings of both."""
+    root, rng = tmp_path / "data", np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(1)
+    entries = []
+    for number, caption in enumerate(CAPTIONS):
+        frames = rng.integers(256, size=(PICTURES + number, HEIGHT, WIDTH, 3), dtype=np.uint8)
+        write_video(root / f"{number}.mp4", frames, fps=16)
+        np.savez(root / f"{number}.npz", actions=rng.integers(3, size=PICTURES + number))
+        files = {"video_path": f"{number}.mp4", "action_path": f"{number}.npz"}
+        entries.append({**files, "caption": caption})
+    for name in ("train.json", "val.json"):
+        (root / name).write_text(json.dumps(entries))
+    (root / "prompts.txt").write_text("\n".join(CAPTIONS) + "\n")
+    prompts = write_prompt_list(root, "noise", 5, "", {p: p for p in ["", *CAPTIONS]})
+    for number, file in enumerate(prompts.files.values()):
+        rows = torch.randn(number + 1, TEXT, generator=generator)
+        write_embedding(root / EMBEDDINGS / file, rows)
+    return root
+
+
+@pytest.fixture
+def overrides(wan_folder: Path, data_root: Path, tmp_path: Path) -> list[str]:
+    """What turns an options file of Wan's true size into a tiny one."""
+    return [
+        *(f"data.root={data_root}", f"output_root={tmp_path}/runs", "train.mixed_precision=fp32"),
+        *(f"data.frame_size={HEIGHT}", f"data.frame_width={WIDTH}", "data.resize_shorter=null"),
+        *("data.frames=3", "model.heads=2", "wan.head_dim=12", "wan.ffn_dim=32"),
+        *(f"wan.text_dim={TEXT}", "wan.text_length=5", f"autoencoder.path={wan_folder}/own/vae"),
+        *("train.batch_size=2", "train.gradient_accumulation=1", "train.workers=0"),
+        *(
+            "train.log_every=1",
+            "eval.new_frames=2",
+            "eval.videos=2",
+            "rollout.steps=2",
+            "rollout.precision=fp32",
+            "optim.warmup_steps=0",
+        ),
+    ]
+
+
+def train(file: str, *overrides: str) -> list[dict]:
+    assert main(["train", "--opt", f"options/{file}.yml", *overrides]) == 0
+    given = dict(text.split("=", 1) for text in overrides)
+    return read_log(Path(given["output_root"]) / given["name"] / "log.jsonl")
+
+
+SCD = ["model.encoder_layers=2", "model.decoder_layers=2", "wan.decoder_first=1"]
+
+
+def test_teacher_forcing_from_videos_with_captions(wan_folder, data_root, overrides, tmp_path):
+    start = [*overrides, *SCD, f"init_from={wan_folder}/scd", "optim.lr=1e-3"]
+    assert main(["encode", "--opt", "options/scd_wan.yml", *start]) == 0
+    assert main(["encode", "--opt", "options/scd_wan.yml", *start, "data.train_list=val.json"]) == 0
+    assert main(["validate", "--opt", "options/scd_wan.yml", *start]) == 0
+    often = ["train.steps=3", "train.sample_every=3", "train.val_loss_every=3"]
+    log = train("scd_wan", *start, "name=forced", *often)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 3 and all(0 < loss < 100 for loss in losses)
+    assert [entry["val_loss"] > 0 for entry in log if "val_loss" in entry] == [True]
+    samples = tmp_path / "runs/forced/samples/step-00000003"
+    assert sorted(path.name for path in samples.glob("*.mp4")) == ["00.mp4", "01.mp4"]
+    exported = tmp_path / "runs/forced/exported"
+    before, after = (read_all_weights(folder) for folder in (wan_folder / "scd", exported))
+    assert before.keys() == after.keys()
+    assert not [name for name in before if torch.equal(before[name], after[name])]
+
+
+def test_every_stage_runs_by_its_command(wan_folder, data_root, overrides, tmp_path):
+    """Each stage starts from the export of the one before; the last needs prompts alone."""
+    given = [*overrides, *SCD, "optim.lr=1e-3", "train.steps=4", "train.sample_every=0"]
+    start = f"init_from={wan_folder}/scd"
+    assert main(["encode", "--opt", "options/scd_wan.yml", *given, start]) == 0
+    train("scd_wan", *given, start, "name=forced")
+    runs = tmp_path / "runs"
+    stage = [f"init_from={runs}/forced/exported", f"distill.teacher={runs}/forced/exported"]
+    train("scd_wan_consistency", *given, *stage, "name=consistent", "distill.levels=6")
+    stage = [f"init_from={runs}/consistent/exported", f"distill.teacher={wan_folder}/causal"]
+    (data_root / "train.json").unlink()
+    few = ["distill.critic_updates=2", "distill.critic_lr=1e-3", "train.sample_every=4"]
+    log = train("scd_wan_distilled", *given, *stage, *few, "name=distilled")
+    assert [entry["step"] for entry in log if "dmd_gradient" in entry] == [2, 4]
+    assert all(entry["replay_error"] < 1e-4 for entry in log if "replay_error" in entry)
+    assert len(list((runs / "distilled/samples").rglob("*.mp4"))) == 2
+    weights = [read_all_weights(runs / f"{name}/exported") for name in STAGES]
+    for before, after in pairwise(weights):
+        assert not [name for name in before if torch.equal(before[name], after[name])]
+    about = yaml.safe_load((runs / "distilled/exported/options.yml").read_text())
+    assert about["rollout"]["solver"] == "consistency" and about["rollout"]["steps"] == 2
+
+
+FILES = ["scd_wan", "scd_wan_consistency", "scd_wan_distilled", "causal_wan"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_options_file_runs_dry(name, tmp_path, monkeypatch, capsys):
+    """On fewer frames, which take the count of the costs less time."""
+    monkeypatch.chdir(ROOT)
+    given = ["--opt", f"options/{name}.yml", "data.frames=3", "data.root=nowhere"]
+    assert main(["train", "--dry-run", *given]) == 0
+    out = capsys.readouterr().out
+    assert f"{name}: a step of a miniature of it succeeded on noise" in out
+    assert re.search(r"memory +about 1 GPU [\d.]+ GB, 2 GPUs [\d.]+ GB, 8 GPUs [\d.]+ GB", out)
+    millions = float(re.search(r"parameters +([\d.]+) M", out)[1])
+    assert abs(millions / 1e3 - (1.42 if name == "causal_wan" else 1.68)) < 0.005
+
+
+def test_costs_are_those_of_a_real_step_and_a_real_frame():
+    """Counted from shallow models, against the whole one; and a frame, against arithmetic."""
+    options = load_options(
+        ROOT / "options/scd_wan.yml",
+        [
+            *("data.frames=4", "data.frame_size=32", "data.frame_width=48", "model.heads=2"),
+            *("model.encoder_layers=4", "model.decoder_layers=5", "wan.decoder_first=2"),
+            *("wan.ffn_dim=512", "wan.text_dim=64", "wan.text_length=8"),
+        ],
+    )
+    with torch.device("meta"):
+        codec = WanCodec(AutoencoderKLWan())
+        model = build_wan(options, 16, 8)
+    whole = estimate_step(options, codec, counts_scores=False)
+    found = estimate_by_depth(options, codec)
+    assert (found.flops, found.activation_bytes) == (whole.flops, whole.activation_bytes)
+    assert whole.total_parameters == count_parameters(model)
+    n, d, f, t = 6, 256, 512, 8  # tokens of a frame, width, inside, of the text
+    past = 3
+    once, each = frame_flops(model, options, codec, past)
+
+    def block(tokens: int, keys: int, kept: int | None = None) -> int:
+        kept = kept or tokens
+        own = d * d * (2 * tokens + 2 * kept) + 2 * kept * keys * d
+        return 2 * (own + d * d * 2 * kept + 2 * kept * t * d + 2 * kept * d * f)
+
+    ends = 2 * n * d * 64  # patches of 2x2x16 values
+    assert once == 4 * block(n, (past + 1) * n) + ends
+    assert each == 4 * block(2 * n, 2 * n) + block(2 * n, 2 * n, n) + 2 * ends
+
+
+@pytest.mark.parametrize("stage", ["scd_wan", "scd_wan_distilled"])
+def test_two_processes_that_shard_equal_one(stage, wan_folder, data_root, overrides, tmp_path):
+    given = [*overrides, *SCD, "optim.lr=1e-4", "train.steps=4", "train.sample_every=0"]
+    given += [f"init_from={wan_folder}/scd", "optim.warmup_steps=0", "train.save_every=4"]
+    if stage == "scd_wan":
+        assert main(["encode", "--opt", "options/scd_wan.yml", *given]) == 0
+    else:
+        given += [f"distill.teacher={wan_folder}/causal", "distill.critic_updates=2"]
+    file, runs = ROOT / f"options/{stage}.yml", tmp_path / "runs"
+    on_two("sharded-wan", [*given, "name=two", "train.batch_size=1"], file)
+    run_experiment(load_options(file, [*given, "name=one"]))
+    assert_close(state_of(runs / "two"), state_of(runs / "one"))
+    start = read_all_weights(wan_folder / "scd")
+    moved = state_of(runs / "one").model
+    assert any((moved[name] - tensor).abs().max() > 1e-4 for name, tensor in start.items())
+
+
+def test_keys_steer_a_world_that_is_trained_on_them(wan_folder, data_root, overrides, tmp_path):
+    """At the start they have no effect; after training on videos with actions they have one."""
+    keys = [*SCD, "model.condition=action", "model.num_conditions=3"]
+    given = [*overrides, *keys, f"init_from={wan_folder}/keys", "optim.lr=1e-2"]
+    assert main(["encode", "--opt", "options/scd_wan.yml", *given]) == 0
+    train("scd_wan", *given, "name=keys", "train.steps=4", "train.sample_every=0")
+    text = torch.randn(1, 5, TEXT, generator=torch.Generator().manual_seed(2))
+    settings = RolloutOptions(2, guidance="none", guidance_scale=1.0)
+
+    def effect(folder: Path) -> float:
+        model, worlds = SCDWan.from_pretrained(folder / "transformer"), []
+        for action in (0, 1):
+            rollout = Rollout(model, settings, 3)
+            noise = torch.Generator().manual_seed(3)
+            empty = torch.zeros(1, 0, 16, HEIGHT // 8, WIDTH // 8)
+            rollout.reset(empty, generator=noise, text=text)
+            pressed = torch.tensor([action])
+            worlds.append(torch.stack([rollout.step(pressed) for _ in range(3)]))
+        return float((worlds[0] - worlds[1]).abs().max())
+
+    assert effect(wan_folder / "keys") == 0 < 1e-3 < effect(tmp_path / "runs/keys/exported")
+    # Distribution matching needs a teacher that knows the keys: Wan itself, trained on them.
+    dense = ["model.encoder_layers=0", "model.decoder_layers=0", "model.layers=3"]
+    short = ["train.steps=2", "train.sample_every=0"]
+    teacher = [*given, *dense, "model.type=bidirectional_wan", "flow.prefix_frames=[0,1]"]
+    train("scd_wan", *teacher, f"init_from={wan_folder}/causal_keys", "name=teacher", *short)
+    runs = tmp_path / "runs"
+    places = [f"init_from={runs}/keys/exported", f"distill.teacher={runs}/teacher/exported"]
+    videos = ["data.source=latents", "data.train_list=train.json", "distill.critic_updates=1"]
+    train("scd_wan_distilled", *given, *places, *videos, "name=distilled", *short)
+    assert effect(runs / "distilled/exported") > 1e-3
+    # Action i leads to picture i: of four pictures that are one latent, the first's.
+    options = load_options(ROOT / "options/scd_wan.yml", given)
+    recorded = np.load(data_root / "1.npz")["actions"]
+    clip = CaptionedLatents(options, "train.json", 4).read(1, 3)
+    assert clip["actions"].tolist() == recorded[[0, 1, 5]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("data.source=video", "trained on latents"),
+        ("data.source=prompts", "only distill.method=dmd learns without any"),
+        ("flow.prediction=data", "Wan predicts velocities"),
+        ("model.encoder_frame=joint", "noise is this already"),
+        ("model.fusion=add", "token_concat or middle"),
+        ("wan.decoder_first=10", "leaves none"),
+        ("wan.chunk_frames=3", "only a causal_wan has chunks"),
+        ("optim.muon_lr=0.01", "AdamW alone"),
+        ("model.num_conditions=4", "contradicts"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(override, complaint):
+    with pytest.raises(ScdError, match=re.escape(complaint)):
+        load_options(ROOT / "options/scd_wan.yml", [override])
+
+
+def test_what_does_not_fit_is_refused(wan_folder, data_root, overrides, tmp_path):
+    """Another model, a prompt without an embedding, a clip without a caption, a foreign command."""
+    given = [*overrides, *SCD, "train.steps=1", "train.sample_every=0"]
+
+    def refusal(name: str, *more: str) -> str:
+        with pytest.raises(ScdError) as refused:
+            run_experiment(load_options(ROOT / f"options/{name}.yml", [*given, *more, "name=x"]))
+        return str(refused.value)
+
+    prompts = [f"init_from={wan_folder}/scd", f"distill.teacher={wan_folder}/causal"]
+    told = refusal("scd_wan_distilled", *prompts, "model.fusion=middle")
+    assert "fusion is token_concat there, middle in the options" in told
+    told = refusal("scd_wan_distilled", prompts[0], f"distill.teacher={wan_folder}/scd")
+    assert "has None layers: no Wan" in told
+    told = refusal("scd_wan_distilled", *prompts, "wan.negative_prompt=blurry")
+    assert "no embedding of 1 prompts, such as 'blurry'" in told
+    assert main(["encode", "--opt", "options/scd_wan.yml", *given]) == 0
+    entries = json.loads((data_root / "train.json").read_text())
+    del entries[1]["caption"]
+    (data_root / "train.json").write_text(json.dumps(entries))
+    assert "entry 1 has no caption" in refusal("scd_wan", prompts[0])
+    (data_root / "train.json").write_text(json.dumps(entries[:1]))
+    train("scd_wan", *given, prompts[0], "name=forced", "train.save_every=1")
+    checkpoint = tmp_path / "runs/forced/checkpoints/step-00000001/ema.safetensors"
+    with pytest.raises(ScdError, match="a scd_wan, which `scd wan` commands are for"):
+        load_checkpoint_for_use(checkpoint)
