@@ -2,11 +2,11 @@
 
 A PatchGAN (arXiv 1611.07004) on wavelet bands instead of pixels (as in SWAGAN, arXiv 2102.06108).
 What tells a blurred picture from a real one is faint beside what they share; bands set it apart.
+There is a band value at every pixel: of every second one only, a decoder learns a grid between.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_unshuffle
 
 GROUPS = 8  # of the group norm, which unlike batch norm does not depend on the batch's other images
 SLOPE = 0.2  # of the leaky ReLU
@@ -17,18 +17,18 @@ DETAIL_GAIN = 8.0  # of the detail bands: about what brings them to the size of 
 class PatchDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> one logit for each overlapping patch, (B, 1, h, w).
 
-    The first halving is that of the wavelet; the others are strided 4x4 convolutions. With 3 layers
-    a logit sees 72x72 pixels, with 2 it sees 36x36, with 1 18x18.
+    `layers` strided 4x4 convolutions and two plain ones, on bands of 2x2 pixels: with 3 layers a
+    logit sees 71x71 pixels, with 2 it sees 35x35, with 1 17x17.
 
     Args:
         channels: of the first layer; each further one has twice as many, up to 8 times.
-        layers: how often the image is halved. H and W must divide by 2.
+        layers: how often the image is halved.
     """
 
     def __init__(self, channels: int, layers: int):
         super().__init__()
         widths = [channels * min(2**i, WIDEST) for i in range(layers + 1)]
-        parts: list[nn.Module] = [nn.Conv2d(12, channels, 3, 1, 1), nn.LeakyReLU(SLOPE)]
+        parts: list[nn.Module] = [nn.Conv2d(12, channels, 4, 2, 2), nn.LeakyReLU(SLOPE)]
         for i in range(layers):
             parts += [
                 # No bias: the norm would take it away.
@@ -48,12 +48,13 @@ class PatchDiscriminator(nn.Module):
 
 
 def haar_bands(images: Tensor) -> Tensor:
-    """Split images (B, C, H, W) into their Haar wavelet bands, (B, 4·C, H/2, W/2).
+    """Compute the undecimated Haar wavelet bands of images (B, C, H, W), (B, 4·C, H−1, W−1).
 
-    Of each channel the mean of 2x2 pixels, and the details across, down and along the diagonal,
-    `DETAIL_GAIN` times as large.
+    Of each channel the mean of every 2x2 pixels, and their details across, down and along the
+    diagonal, `DETAIL_GAIN` times as large.
     """
-    a, b, c, d = pixel_unshuffle(images, 2).unflatten(1, (-1, 4)).unbind(2)  # (B, C, H/2, W/2)
+    upper, lower = images[..., :-1, :], images[..., 1:, :]
+    a, b, c, d = upper[..., :-1], upper[..., 1:], lower[..., :-1], lower[..., 1:]
     details = (a - b + c - d, a + b - c - d, a - b - c + d)
     bands = [a + b + c + d, *(DETAIL_GAIN * detail for detail in details)]
     return torch.cat(bands, dim=1) / 4

@@ -121,8 +121,8 @@ class DiscriminatorOptions:
     # Weight of the adversarial loss, times VQGAN's adaptive weight. 0: no discriminator.
     weight: float = not_negative(0.0)
     channels: int = positive(64)  # width of the first layer; each further layer doubles it
-    # Layers that halve the resolution: with 3, each logit sees 72x72 pixels, with 2 36x36, with 1
-    # 18x18.
+    # Layers that halve the resolution: with 3, each logit sees 71x71 pixels, with 2 35x35, with 1
+    # 17x17.
     layers: int = positive(3)
 
 
