@@ -81,8 +81,10 @@ class SlotCache:
 class EncoderStep(nn.Module):
     """Encode the newest frame under the action that leads to the next."""
 
-    inputs = ("latents", "action", "cosines", "sines", "slot", "held", "keys", "values")
-    inputs += ("perturbation",)
+    inputs = (
+        *("latents", "action", "cosines", "sines"),
+        *("slot", "held", "keys", "values", "perturbation"),
+    )
     outputs = ("context", "perturbed", "new_keys", "new_values")
 
     def __init__(self, sizes: Sizes, actions: int):
@@ -122,8 +124,9 @@ class EncoderStep(nn.Module):
         rotary = rotary_table(cosines, sines, s.height // patch, s.width // patch)
         modulation = self.modulation.index_select(0, action)[:, None]  # (1, 1, 6·L + 2, D)
         x = self.encoder.prefill(latents[:, None], modulation, cache, rotary=rotary)
-        contexts = (self.encoder.context(x, modulation, p) for p in (None, perturbation))
-        return (*contexts, torch.stack(cache.keys), torch.stack(cache.values))
+        context = self.encoder.context(x, modulation, None)
+        perturbed = self.encoder.context(x, modulation, perturbation)
+        return context, perturbed, torch.stack(cache.keys), torch.stack(cache.values)
 
     def example(self) -> tuple[Tensor, ...]:
         """Make inputs of the right shapes and types."""

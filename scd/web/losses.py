@@ -79,7 +79,8 @@ def _by_torch(pretrained: Pretrained, start: Start, frames: int, seed: int) -> n
 
 def _by_onnx(rollout: OnnxRollout, pretrained: Pretrained, start: Start, frames: int) -> np.ndarray:
     generator, first = torch.Generator(), len(start.actions)
-    rollout.reset(start_latents(pretrained, start), start.actions, generator)
+    given = [action for action in start.actions if isinstance(action, int)]  # vectors: not exported
+    rollout.reset(start_latents(pretrained, start), given, generator)
     pictures = []
     for i, action in enumerate(keys(start, pretrained.model.num_conditions, frames)):
         generator.manual_seed(frame_seed(0, first + i))

@@ -90,8 +90,8 @@ class OnnxRollout:
         initial, *fresh = drawn.unbind(dim=1)  # (1, C, H, W) each
         perturbation = np.zeros(self._context_shape, np.float32)
         if self._guided:
-            perturbation = torch.randn(1, *self._context_shape[2:], generator=self._generator)
-            perturbation = (s.guidance_noise * perturbation[None]).numpy()
+            random = torch.randn(1, *self._context_shape[2:], generator=self._generator)
+            perturbation = (s.guidance_noise * random[None]).numpy()
         contexts = self._encode(self._newest, action, perturbation)
         lowest, highest = s.guidance_interval
 
