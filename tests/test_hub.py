@@ -186,7 +186,7 @@ def digest(content: bytes) -> str:
 
 def clip_list(folder: str, *numbers: int) -> bytes:
     entries = [
-        {"video_path": f"{folder}/{n}.mp4", "action_path": f"{folder}/{n}.npz", "caption": "x"}
+        {"video_path": f"{folder}/{n}.mp4", "action_path": f"{folder}/{n}.npz", "notes": "x"}
         for n in numbers
     ]
     return json.dumps(entries).encode()
