@@ -130,6 +130,16 @@ def test_a_file_is_encoded_once(source, tmp_path, monkeypatch, capsys):
     prompts.write_text("the cat stands still")
     assert main(command) == 0
     assert len(PromptFolder(out).prompts) == 3
+    # So does a list of clips, by its captions, also one that lies in the folder itself.
+    clips = [{"video_path": f"{n}.mp4", "caption": " a dog "} for n in range(2)]
+    (out / "train.json").write_text(json.dumps([*clips, {"video_path": "2.mp4"}]))
+    command[2] = str(out / "train.json")
+    assert main(command) == 0
+    folder = PromptFolder(out)
+    assert folder.prompts[-1] == "a dog" and len(folder.prompts) == 4
+    folder.check([" a dog", "still grass"])
+    with pytest.raises(ScdError, match="no embedding of 1 prompts, such as 'a cow': add them"):
+        folder.check(["a dog", "a cow"])
 
 
 def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):

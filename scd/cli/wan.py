@@ -121,7 +121,7 @@ def add_commands(commands: Commands) -> None:
     p.set_defaults(run=convert)
 
     p = wan_commands.add_parser("encode-prompts", help="write the embeddings of prompts, once")
-    p.add_argument("prompts", type=to_read, help="text file with a prompt in every line")
+    p.add_argument("prompts", type=to_read, help="a prompt in every line; or .json: captions")
     p.add_argument("--out", type=from_user, required=True, help="folder to write to")
     p.add_argument("--negative-prompt", default="", metavar="TEXT", help="(default: empty)")
     p.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
