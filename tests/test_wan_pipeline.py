@@ -445,11 +445,13 @@ def test_mistakes_of_commands_are_one_line(folder, embeds, tmp_path, capfd, monk
     Path("slash.txt").write_text("a cat/dog")
     Path("one.txt").write_text("a cat")
     Path("two.txt").write_text("a cat\na dog")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    Path("other/model_index.json").write_text('{"_class_name": "SCDPipeline"}')
     good = ["--out", "x.mp4", "--prompt", "a cat"]
     model = folder / "scd"
     for where, arguments, message in (
         (tmp_path, good, "model_index.json: no such file"),
+        (tmp_path / "other", good, "a pipeline of another kind (SCDPipeline), not of a Wan"),
         (model, ["--out", "x.avi", "--prompt", "a cat"], "x.avi: videos are mp4 files"),
         (model, ["--out", "x.mp4", "--prompt", "a bird"], "has no prompt 'a bird'"),
         (model, [*good, "--then", "x", "a dog"], "--then x: give the number of a picture"),

@@ -86,6 +86,10 @@ def load_pipeline(folder: Path, overrides: list[str]) -> SCDWanPipeline:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ScdError(f"{index}: {why_missing(index)}; `scd wan convert` writes such a folder")
+    found = read_json(index)
+    kind = found.get("_class_name") if isinstance(found, dict) else None
+    if kind != SCDWanPipeline.__name__:  # diffusers would load another's parts, and only warn
+        raise ScdError(f"{folder}: holds a pipeline of another kind ({kind}), not of a Wan")
     without_text: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
     try:
         pipeline = SCDWanPipeline.from_pretrained(folder, use_safetensors=True, **without_text)

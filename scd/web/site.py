@@ -52,9 +52,9 @@ def load_for_web(path: Path, overrides: list[str]) -> Pretrained:
     loaded = load_checkpoint_for_use(path, None, overrides)
     options, model = loaded.options, loaded.model.to("cpu").requires_grad_(False)
     pretrained = Pretrained(path, model.float(), loaded.codec.to("cpu"), options)
+    sizes = check_model(model, loaded.codec, options.data.frame_size, options.rollout.window)
     if pretrained.guidance == "condition":
         raise ScdError("web: the browser only guides by context: set rollout.guidance=context")
-    sizes = check_model(model, loaded.codec, options.data.frame_size, options.rollout.window)
     if np.prod(sizes.latents) < FEWEST_NUMBERS:
         raise ScdError(f"web: a frame has fewer than {FEWEST_NUMBERS} latents")
     return pretrained
