@@ -12,20 +12,15 @@ from scd.errors import ScdError
 from scd.evaluation.samples import EVALUATIONS
 from scd.evaluation.summary import rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use, source_of
+from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.pipeline import pipeline_of
 from scd.training.run_log import read_log
 from scd.utils.environment import git_commit
 from scd.utils.files import read_json, write_folder_atomically
 from scd.utils.precision import with_weights_in
-from scd.wan.checkpoint import (
-    TRAINING_FILE,
-    load_pipeline_of_checkpoint,
-    pipeline_of_run,
-    save_run,
-)
+from scd.wan.checkpoint import TRAINING_FILE, load_pipeline_of_checkpoint, save_run
 from scd.wan.from_options import options_in
-from scd.wan.video_codec import WanCodec
 
 CARD_HEAD = """---
 library_name: diffusers
@@ -86,8 +81,7 @@ def export_checkpoint(
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ScdError(f"{folder} exists and holds no pipeline: choose another folder")
     if (options := options_in(checkpoint, overrides)) is not None:
-        of_wan = _load_wan(checkpoint, options)
-        write_folder_atomically(folder, lambda aside: _write_wan(of_wan, aside, folder, dtype))
+        _export_wan(checkpoint, options, folder, dtype)
         return
     loaded = load_checkpoint_for_use(checkpoint, None, overrides)
     write_folder_atomically(folder, lambda aside: _write(loaded, aside, folder, dtype))
@@ -104,30 +98,39 @@ def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -
             if (Path(path) / file.name).is_file():
                 file.unlink()
                 os.symlink(Path("..", "..", Path(path).name, file.name), file)
-    (aside / "README.md").write_text(model_card(loaded, folder.name, dtype), encoding="utf-8")
+    card = model_card(model, loaded.options, loaded.source, folder.name, dtype)
+    (aside / "README.md").write_text(card, encoding="utf-8")
 
 
-def _load_wan(checkpoint: Path, options: Options) -> LoadedModel:
-    pipeline = load_pipeline_of_checkpoint(checkpoint, options)
-    return LoadedModel(pipeline.transformer, WanCodec(pipeline.vae), options, source_of(checkpoint))
-
-
-def _write_wan(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -> None:
+def _export_wan(checkpoint: Path, options: Options, folder: Path, dtype: torch.dtype) -> None:
+    pipeline, source = load_pipeline_of_checkpoint(checkpoint, options), source_of(checkpoint)
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    model = with_weights_in(loaded.model, precision)
-    save_run(
-        pipeline_of_run(model, loaded.codec.autoencoder, loaded.options), loaded.options, aside
-    )
-    (aside / "README.md").write_text(model_card(loaded, folder.name, dtype), encoding="utf-8")
+    pipeline.transformer = model = with_weights_in(pipeline.transformer, precision)
+
+    def write(aside: Path) -> None:
+        save_run(pipeline, options, aside)
+        card = model_card(model, options, source, folder.name, dtype)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder_atomically(folder, write)
 
 
-def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
-    """Write a model card in Markdown: the model, its data, training, use and evaluations."""
-    options, source = loaded.options, loaded.source
+def model_card(
+    model: WorldModel,
+    options: Options,
+    source: dict[str, str | int | None],
+    name: str,
+    dtype: torch.dtype,
+) -> str:
+    """Write a model card in Markdown: the model, its data, training, use and evaluations.
+
+    Args:
+        source: of the checkpoint, as `scd.models.load.source_of` says it.
+    """
     weights = Path(str(source["path"]))
     head = CARD_HEAD.format(**(OF_WAN if options.model.is_wan else OWN))
     facts = {
-        "architecture": _architecture(loaded, dtype),
+        "architecture": _architecture(model, options, dtype),
         "autoencoder": options.autoencoder.path or "none: the model works on pixels",
         "conditions": _conditions(options),
         "training data": _data(options),
@@ -151,15 +154,15 @@ def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _architecture(loaded: LoadedModel, dtype: torch.dtype) -> str:
-    m = loaded.options.model
+def _architecture(model: WorldModel, options: Options, dtype: torch.dtype) -> str:
+    m = options.model
     if m.is_separable:
         layers = f"{m.encoder_layers} encoder and {m.decoder_layers} decoder layers"
     else:
         layers = f"{m.layers} layers"
-    count = sum(p.numel() for p in loaded.model.parameters())
+    count = sum(p.numel() for p in model.parameters())
     return (
-        f"{type(loaded.model).__name__}: {layers}, {loaded.model.width} wide, "
+        f"{type(model).__name__}: {layers}, {model.width} wide, "
         f"{count / 1e6:.1f} million parameters, {str(dtype).split('.')[1]}"
     )
 
