@@ -291,7 +291,8 @@ def _table_of_streams(streams: list[tuple[WanStreamCase, dict[str, Any]]]) -> Ta
                 ]
             )
     notes = [
-        "First picture: from the embedded text on, after a stream as warmup. The text encoder is "
-        "not part of it. TFLOP: of a latent, without decoding.",
+        "First picture: from the embedded text on, after a stream as warmup; the text encoder is "
+        "not part of it, but, compiled, the capture of the graph is. TFLOP: of a latent, without "
+        "decoding.",
     ]
     return Table(heads, lines, 1, notes)
