@@ -11,24 +11,36 @@ from scd.data.lists import read_list
 from scd.errors import ScdError
 from scd.evaluation.samples import EVALUATIONS
 from scd.evaluation.summary import rollout_text
-from scd.models.load import LoadedModel, load_checkpoint_for_use
+from scd.models.load import LoadedModel, load_checkpoint_for_use, source_of
+from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.pipeline import pipeline_of
 from scd.training.run_log import read_log
 from scd.utils.environment import git_commit
 from scd.utils.files import read_json, write_folder_atomically
+from scd.utils.precision import with_weights_in
+from scd.wan.checkpoint import TRAINING_FILE, load_pipeline_of_checkpoint, save_run
+from scd.wan.from_options import options_in
 
 CARD_HEAD = """---
 library_name: diffusers
-license: mit
-tags: [scd, world-model, video-prediction, flow-matching]
+license: {license}
+tags: [scd, {task}, flow-matching]
 ---
 """
+OWN = {"license": "mit", "task": "world-model, video-prediction"}
+OF_WAN = {
+    "license": "apache-2.0",
+    "task": "text-to-video",
+}  # the license is that of Wan2.1's weights
 CAUSAL = "A causal video diffusion model that generates video frame by frame"
 KINDS = {
     "scd": CAUSAL,
     "causal_dit": CAUSAL,
     "bidirectional_dit": "A video diffusion model that sees all frames of a clip at once",
+    "scd_wan": f"{CAUSAL}, made of a text-to-video Wan",
+    "causal_wan": f"{CAUSAL}, made of a text-to-video Wan",
+    "bidirectional_wan": "A text-to-video Wan that sees all frames of a clip at once",
 }
 PAPER = (
     ", trained with `scd`, the open-source project for Separable Causal Diffusion ([Bai et al., "
@@ -38,6 +50,11 @@ ABOUT = {
     "scd": "Its causal encoder runs once per frame, and only its light decoder denoises.",
     "causal_dit": "It is the paper's dense baseline: every layer runs in every denoising step.",
     "bidirectional_dit": "It cannot be streamed: it is a teacher to distil causal models from.",
+}
+ABOUT |= {
+    "scd_wan": ABOUT["scd"],
+    "causal_wan": "It is the dense baseline: every layer runs in every denoising step.",
+    "bidirectional_wan": ABOUT["bidirectional_dit"],
 }
 LEGEND = (
     "Arrows say whether higher or lower is better. +1…+4 are the first four new frames; n is the "
@@ -49,7 +66,8 @@ LEGEND = (
 def export_checkpoint(
     checkpoint: Path, folder: Path, dtype: torch.dtype, overrides: list[str]
 ) -> None:
-    """Write the folder that `SCDPipeline.from_pretrained` and `scd play` load.
+    """Write the folder that `SCDPipeline.from_pretrained` and `scd play` load, or, of a Wan's
+    checkpoint, the one that `SCDWanPipeline.from_pretrained` and `scd wan generate` load.
 
     If the autoencoder's folder is beside the new one, its files are linked, not copied.
 
@@ -62,6 +80,9 @@ def export_checkpoint(
     """
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ScdError(f"{folder} exists and holds no pipeline: choose another folder")
+    if (options := options_in(checkpoint, overrides)) is not None:
+        _export_wan(checkpoint, options, folder, dtype)
+        return
     loaded = load_checkpoint_for_use(checkpoint, None, overrides)
     write_folder_atomically(folder, lambda aside: _write(loaded, aside, folder, dtype))
 
@@ -77,15 +98,39 @@ def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -
             if (Path(path) / file.name).is_file():
                 file.unlink()
                 os.symlink(Path("..", "..", Path(path).name, file.name), file)
-    (aside / "README.md").write_text(model_card(loaded, folder.name, dtype), encoding="utf-8")
+    card = model_card(model, loaded.options, loaded.source, folder.name, dtype)
+    (aside / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
-    """Write a model card in Markdown: the model, its data, training, use and evaluations."""
-    options, source = loaded.options, loaded.source
+def _export_wan(checkpoint: Path, options: Options, folder: Path, dtype: torch.dtype) -> None:
+    pipeline, source = load_pipeline_of_checkpoint(checkpoint, options), source_of(checkpoint)
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    pipeline.transformer = model = with_weights_in(pipeline.transformer, precision)
+
+    def write(aside: Path) -> None:
+        save_run(pipeline, options, aside)
+        card = model_card(model, options, source, folder.name, dtype)
+        (aside / "README.md").write_text(card, encoding="utf-8")
+
+    write_folder_atomically(folder, write)
+
+
+def model_card(
+    model: WorldModel,
+    options: Options,
+    source: dict[str, str | int | None],
+    name: str,
+    dtype: torch.dtype,
+) -> str:
+    """Write a model card in Markdown: the model, its data, training, use and evaluations.
+
+    Args:
+        source: of the checkpoint, as `scd.models.load.source_of` says it.
+    """
     weights = Path(str(source["path"]))
+    head = CARD_HEAD.format(**(OF_WAN if options.model.is_wan else OWN))
     facts = {
-        "architecture": _architecture(loaded, dtype),
+        "architecture": _architecture(model, options, dtype),
         "autoencoder": options.autoencoder.path or "none: the model works on pixels",
         "conditions": _conditions(options),
         "training data": _data(options),
@@ -95,32 +140,39 @@ def model_card(loaded: LoadedModel, name: str, dtype: torch.dtype) -> str:
         "sampling, by default": rollout_text(options.rollout),
     }
     parts = [
-        f"{CARD_HEAD}\n# {name}",
+        f"{head}\n# {name}",
         f"{KINDS[options.model.type]}{PAPER} {ABOUT[options.model.type]}",
     ]
     parts.append("| | |\n| --- | --- |\n" + "\n".join(f"| {k} | {v} |" for k, v in facts.items()))
     parts += ["## Use", _usage(options, name), "## Evaluation"]
-    parts += _evaluations(weights, str(source["sha256"])) or [
-        "This checkpoint has not been evaluated yet: run `scd evaluate`, then `scd export` again."
-    ]
+    unevaluated = "This checkpoint has not been evaluated yet: "
+    if options.model.is_wan:
+        unevaluated += "`scd wan generate --vbench` and `scd wan measure` help with that."
+    else:
+        unevaluated += "run `scd evaluate`, then `scd export` again."
+    parts += _evaluations(weights, str(source["sha256"])) or [unevaluated]
     return "\n\n".join(parts) + "\n"
 
 
-def _architecture(loaded: LoadedModel, dtype: torch.dtype) -> str:
-    m = loaded.options.model
-    if m.type == "scd":
+def _architecture(model: WorldModel, options: Options, dtype: torch.dtype) -> str:
+    m = options.model
+    if m.is_separable:
         layers = f"{m.encoder_layers} encoder and {m.decoder_layers} decoder layers"
     else:
         layers = f"{m.layers} layers"
-    count = sum(p.numel() for p in loaded.model.parameters())
+    count = sum(p.numel() for p in model.parameters())
     return (
-        f"{type(loaded.model).__name__}: {layers}, {loaded.model.width} wide, "
+        f"{type(model).__name__}: {layers}, {model.width} wide, "
         f"{count / 1e6:.1f} million parameters, {str(dtype).split('.')[1]}"
     )
 
 
 def _conditions(options: Options) -> str:
     model = options.model
+    if model.is_wan:
+        return "a text" + (
+            f", and one of {model.num_conditions} actions a frame" * model.has_actions
+        )
     names = ", ".join(f"{i} {name}" for i, name in enumerate(options.data.action_names))
     return {
         "none": "none",
@@ -132,9 +184,12 @@ def _conditions(options: Options) -> str:
 
 def _data(options: Options) -> str:
     train = Path(options.data.root) / options.data.train_list
+    if options.data.source == "prompts":
+        return f"prompts alone, of {train}"
     videos = f"{len(read_list(train))} videos" if train.is_file() else "videos"
-    size = options.data.frame_size
-    return f"{videos} of {train}, {size}x{size} pixels, in clips of {options.data.frames} frames"
+    height, width = options.data.frame_sides
+    frames = f"{options.data.frames} {'latent ' * options.model.is_wan}frames"
+    return f"{videos} of {train}, {width}x{height} pixels, in clips of {frames}"
 
 
 def _training(options: Options, weights: Path, step: str | int | None) -> str:
@@ -156,6 +211,8 @@ def _training(options: Options, weights: Path, step: str | int | None) -> str:
 
 
 def _usage(options: Options, name: str) -> str:
+    if options.model.is_wan:
+        return _usage_of_wan(options, name)
     if options.model.type == "bidirectional_dit":  # which the pipeline cannot roll out
         return (
             f"`./scripts/train.sh options/scd_doom_distilled.yml distill.teacher={name}` distils a "
@@ -175,6 +232,23 @@ def _usage(options: Options, name: str) -> str:
         f"frames = pipeline(video, {argument}num_frames=64).frames\n"
         f"# video (B, K, 3, H, W) in [0, 1]{shape} -> (B, K + 64, 3, H, W)\n```\n\n"
         "All options of the experiment are in `options.yml`."
+    )
+
+
+def _usage_of_wan(options: Options, name: str) -> str:
+    more = f"All options of the experiment are in `{TRAINING_FILE}`."
+    if options.model.is_bidirectional:
+        train = "./scripts/train.sh options/scd_wan_distilled.yml"
+        return f"`{train} distill.teacher={name}` distils a causal model from this folder. {more}"
+    height, width = options.data.frame_sides
+    size = f"--height {height} --width {width}"
+    return (
+        f'```bash\nscd wan generate {name} --prompt "A cat runs." {size} --out cat.mp4\n```\n\n'
+        "```python\nfrom scd.wan import SCDWanPipeline\n\n"
+        f'pipeline = SCDWanPipeline.from_pretrained("{name}")  # this folder\n'
+        f"frames = pipeline(prompt_embeds=text, height={height}, width={width}).frames\n"
+        f"# text (B, {options.wan.text_length}, {options.wan.text_dim}) -> (B, 81, 3, {height}, "
+        f"{width})\n```\n\n{more}"
     )
 
 

@@ -20,6 +20,7 @@ from scd.rollout import Rollout
 from scd.utils.seeding import generator
 from scd.wan import CausalWan, SCDWan, SCDWanPipeline
 from scd.wan.convert import convert
+from scd.wan.video_codec import WanCodec
 from scd.wan.video_decoder import VideoDecoder
 from tests.test_wan import TEXT, disturbed, make, name, tiny_wan
 
@@ -90,6 +91,10 @@ def test_streamed_decoding_is_whole_decoding(config):
     assert counts[0] == 1 and len(set(counts[1:])) == 1
     streamed = torch.cat(pictures, dim=1).transpose(1, 2)
     assert torch.equal(streamed, whole)
+    if dtype == torch.float32:  # what training decodes its samples with
+        assert torch.equal(WanCodec(vae).decode(latents).transpose(1, 2), whole)
+    rounded = WanCodec(vae, "bf16").decode(latents).transpose(1, 2)
+    assert (rounded - whole).abs().mean() < 0.02
     assert 0 <= streamed.min() < 0.4 and 0.6 < streamed.max() <= 1
     assert streamed.diff(dim=2).abs().mean() > 0.01
 

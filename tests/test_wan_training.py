@@ -10,22 +10,23 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
 
 from scd.cli import main
 from scd.data.prompts import EMBEDDINGS, write_embedding, write_prompt_list
 from scd.data.video import write_video
 from scd.errors import ScdError
-from scd.models.load import load_checkpoint_for_use
 from scd.models.weights import read_all_weights
-from scd.options import RolloutOptions, load_options
+from scd.options import RolloutOptions, load_options, options_to_dict
 from scd.rollout import Rollout
 from scd.training.launch import run_experiment
 from scd.training.performance import estimate_step
 from scd.training.run_log import read_log
 from scd.training.wan_dry_run import count_parameters, estimate_by_depth, frame_flops
-from scd.wan import SCDWan
+from scd.wan import BidirectionalWan, CausalWan, SCDWan
 from scd.wan.captioned import CaptionedLatents
-from scd.wan.from_options import build_wan
+from scd.wan.checkpoint import TRAINING_FILE
+from scd.wan.from_options import build_wan, start_wan, teacher_wan
 from scd.wan.video_codec import WanCodec
 from tests.test_processes import assert_close, on_two, state_of
 from tests.test_wan import TEXT, disturbed, tiny_wan
@@ -40,7 +41,7 @@ HEIGHT, WIDTH, PICTURES = 32, 48, 9
 
 @pytest.fixture(scope="session")
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Wan as `scd wan convert` makes an SCD, `scd`, and a causal one, `causal`, of it."""
+    """A tiny Wan, `own`, and what `scd wan convert` makes of it: `scd`, `causal`, and `wan`."""
     folder = tmp_path_factory.mktemp("wan")
     tiny_wan(num_layers=3).save_pretrained(folder / "own/transformer")
     torch.manual_seed(0)
@@ -51,8 +52,9 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*command, str(folder / "scd"), *SIZES]) == 0
     assert main([*command, str(folder / "keys"), *SIZES, "--num-actions", "3"]) == 0
     assert main([*command, str(folder / "causal"), "--type", "causal"]) == 0
-    acting = ["--type", "causal", "--num-actions", "3"]
-    assert main([*command, str(folder / "causal_keys"), *acting]) == 0
+    itself = ["--type", "bidirectional"]
+    assert main([*command, str(folder / "wan"), *itself]) == 0
+    assert main([*command, str(folder / "wan_keys"), *itself, "--num-actions", "3"]) == 0
     return folder
 
 
@@ -134,7 +136,7 @@ def test_every_stage_runs_by_its_command(wan_folder, data_root, overrides, tmp_p
     runs = tmp_path / "runs"
     stage = [f"init_from={runs}/forced/exported", f"distill.teacher={runs}/forced/exported"]
     train("scd_wan_consistency", *given, *stage, "name=consistent", "distill.levels=6")
-    stage = [f"init_from={runs}/consistent/exported", f"distill.teacher={wan_folder}/causal"]
+    stage = [f"init_from={runs}/consistent/exported", f"distill.teacher={wan_folder}/wan"]
     (data_root / "train.json").unlink()
     few = ["distill.critic_updates=2", "distill.critic_lr=1e-3", "train.sample_every=4"]
     log = train("scd_wan_distilled", *given, *stage, *few, "name=distilled")
@@ -183,7 +185,7 @@ def test_costs_are_those_of_a_real_step_and_a_real_frame():
     assert whole.total_parameters == count_parameters(model)
     n, d, f, t = 6, 256, 512, 8  # tokens of a frame, width, inside, of the text
     past = 3
-    once, each = frame_flops(model, options, codec, past)
+    once, each = frame_flops(model, (16, 4, 6), t, past)
 
     def block(tokens: int, keys: int, kept: int | None = None) -> int:
         kept = kept or tokens
@@ -202,7 +204,7 @@ def test_two_processes_that_shard_equal_one(stage, wan_folder, data_root, overri
     if stage == "scd_wan":
         assert main(["encode", "--opt", "options/scd_wan.yml", *given]) == 0
     else:
-        given += [f"distill.teacher={wan_folder}/causal", "distill.critic_updates=2"]
+        given += [f"distill.teacher={wan_folder}/wan", "distill.critic_updates=2"]
     file, runs = ROOT / f"options/{stage}.yml", tmp_path / "runs"
     on_two("sharded-wan", [*given, "name=two", "train.batch_size=1"], file)
     run_experiment(load_options(file, [*given, "name=one"]))
@@ -237,7 +239,7 @@ def test_keys_steer_a_world_that_is_trained_on_them(wan_folder, data_root, overr
     dense = ["model.encoder_layers=0", "model.decoder_layers=0", "model.layers=3"]
     short = ["train.steps=2", "train.sample_every=0"]
     teacher = [*given, *dense, "model.type=bidirectional_wan", "flow.prefix_frames=[0,1]"]
-    train("scd_wan", *teacher, f"init_from={wan_folder}/causal_keys", "name=teacher", *short)
+    train("scd_wan", *teacher, f"init_from={wan_folder}/wan_keys", "name=teacher", *short)
     runs = tmp_path / "runs"
     places = [f"init_from={runs}/keys/exported", f"distill.teacher={runs}/teacher/exported"]
     videos = ["data.source=latents", "data.train_list=train.json", "distill.critic_updates=1"]
@@ -278,11 +280,9 @@ def test_what_does_not_fit_is_refused(wan_folder, data_root, overrides, tmp_path
             run_experiment(load_options(ROOT / f"options/{name}.yml", [*given, *more, "name=x"]))
         return str(refused.value)
 
-    prompts = [f"init_from={wan_folder}/scd", f"distill.teacher={wan_folder}/causal"]
+    prompts = [f"init_from={wan_folder}/scd", f"distill.teacher={wan_folder}/wan"]
     told = refusal("scd_wan_distilled", *prompts, "model.fusion=middle")
     assert "fusion is token_concat there, middle in the options" in told
-    told = refusal("scd_wan_distilled", prompts[0], f"distill.teacher={wan_folder}/scd")
-    assert "has None layers: no Wan" in told
     told = refusal("scd_wan_distilled", *prompts, "wan.negative_prompt=blurry")
     assert "no embedding of 1 prompts, such as 'blurry'" in told
     assert main(["encode", "--opt", "options/scd_wan.yml", *given]) == 0
@@ -291,7 +291,100 @@ def test_what_does_not_fit_is_refused(wan_folder, data_root, overrides, tmp_path
     (data_root / "train.json").write_text(json.dumps(entries))
     assert "entry 1 has no caption" in refusal("scd_wan", prompts[0])
     (data_root / "train.json").write_text(json.dumps(entries[:1]))
-    train("scd_wan", *given, prompts[0], "name=forced", "train.save_every=1")
-    checkpoint = tmp_path / "runs/forced/checkpoints/step-00000001/ema.safetensors"
-    with pytest.raises(ScdError, match="a scd_wan, which `scd wan` commands are for"):
-        load_checkpoint_for_use(checkpoint)
+
+
+def test_teachers_are_of_the_kind_that_a_method_needs(wan_folder, data_root, overrides, tmp_path):
+    """A causal Wan has the tensors of Wan itself: only its kind tells them apart."""
+    dense = ["model.encoder_layers=0", "model.decoder_layers=0", "model.layers=3"]
+    sizes = {"scd_wan": SCD, "causal_wan": dense}
+    sizes["bidirectional_wan"] = [*dense, "flow.prefix_frames=[0,1]"]
+    checkpoints = {}
+    for kind, folder in (
+        ("scd_wan", "scd"),
+        ("causal_wan", "causal"),
+        ("bidirectional_wan", "wan"),
+    ):
+        given = [*overrides, *sizes[kind], f"model.type={kind}", f"init_from={wan_folder}/{folder}"]
+        options = load_options(
+            ROOT / "options/scd_wan.yml", [*given, f"name={kind}", "train.sample_every=0"]
+        )
+        path = tmp_path / f"{kind}.safetensors"
+        checkpoints[kind] = path
+        metadata = {"options": json.dumps(options_to_dict(options)), "step": "1"}
+        save_file(read_all_weights(wan_folder / folder), path, metadata)
+    given = [*overrides, *SCD, f"init_from={wan_folder}/scd"]
+    scd = start_wan(load_options(ROOT / "options/scd_wan.yml", given), 16, 8)
+    causal = CausalWan.from_wan(tiny_wan(num_layers=3))
+
+    def teacher(student, method: str, path: Path):
+        options = load_options(ROOT / "options/scd_wan.yml", [*overrides, *SCD])
+        options.distill.method, options.distill.teacher = method, str(path)
+        return teacher_wan(options, student)
+
+    fits = {
+        "dmd": (scd, ("own", "wan"), ("scd", "causal"), "Wan itself", BidirectionalWan),
+        "consistency": (causal, ("causal",), ("own", "wan", "scd"), "a causal teacher", CausalWan),
+    }
+    of_checkpoints = {"wan": "bidirectional_wan", "causal": "causal_wan", "scd": "scd_wan"}
+    for method, (student, good, bad, message, kind) in fits.items():
+        for name in (*good, *bad):
+            paths = [wan_folder / name]
+            if name in of_checkpoints:
+                paths.append(checkpoints[of_checkpoints[name]])
+            for path in paths:
+                if name in good:
+                    found = teacher(student, method, path)
+                    assert type(found) is kind and not any(
+                        p.requires_grad for p in found.parameters()
+                    )
+                else:
+                    with pytest.raises(ScdError, match=f"distill.method={method} needs {message}"):
+                        teacher(student, method, path)
+    plain = tmp_path / "plain.safetensors"
+    save_file(read_all_weights(wan_folder / "wan"), plain)
+    with pytest.raises(ScdError, match="holds no known model"):
+        teacher(scd, "dmd", plain)
+
+
+def test_a_checkpoint_of_a_run_generates_and_is_exported(
+    wan_folder, data_root, overrides, tmp_path, capfd
+):
+    """In the middle of a run, as at its end; other commands name those that are for Wans."""
+    given = [*overrides, *SCD, f"init_from={wan_folder}/scd", "optim.lr=1e-3"]
+    assert main(["encode", "--opt", "options/scd_wan.yml", *given]) == 0
+    train(
+        "scd_wan", *given, "name=run", "train.steps=2", "train.sample_every=0", "train.save_every=1"
+    )
+    run, out = tmp_path / "runs/run", tmp_path / "out"
+    first, last = (run / f"checkpoints/step-0000000{n}/ema.safetensors" for n in (1, 2))
+    for checkpoint in (first, last):
+        assert main(["export", str(checkpoint), "--out", str(out / checkpoint.parent.name)]) == 0
+    middle, end, exported = (out / first.parent.name, out / last.parent.name, run / "exported")
+    weights = [read_all_weights(folder) for folder in (middle, end, exported)]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[2].items())
+    assert not all(torch.equal(weights[0][name], tensor) for name, tensor in weights[2].items())
+    assert (end / TRAINING_FILE).read_text() == (exported / TRAINING_FILE).read_text()
+    card = (middle / "README.md").read_text()
+    for text in ("license: apache-2.0", "SCDWan: 2 encoder and 2 decoder layers", "step 1 of 2"):
+        assert text in card
+    assert "48x32 pixels, in clips of 3 latent frames" in card and "scd wan generate step-" in card
+    size = ["--height", str(HEIGHT), "--width", str(WIDTH), "--frames", "5"]
+    asked = ["--prompt", CAPTIONS[0], "--prompt-embeds", str(data_root), *size]
+    videos = []
+    for model in (first, middle, exported):
+        path = out / f"{len(videos)}.mp4"
+        command = ["wan", "generate", str(model), *asked, "--out", str(path), "rollout.steps=1"]
+        assert main(command) == 0
+        videos.append(path.read_bytes())
+    assert videos[0] == videos[1] != videos[2]
+    assert main(["export", str(first), "--out", str(middle), "--dtype", "bfloat16"]) == 0
+    assert {t.dtype for t in read_all_weights(middle).values()} == {torch.float32, torch.bfloat16}
+    for arguments, message in (
+        (["export", str(first), "--out", str(middle), "model.fusion=middle"], "leave them out"),
+        (["evaluate", str(first)], "a scd_wan, which other commands are for: `scd wan generate`"),
+        (["evaluate", str(exported)], "the pipeline of a Wan, which other commands are for"),
+        (["export", str(exported), "--out", str(middle)], "the pipeline of a Wan"),
+    ):
+        assert main(arguments) == 1
+        last_line = capfd.readouterr().err.splitlines()[-1]
+        assert last_line.startswith("error: ") and message in last_line

@@ -84,7 +84,54 @@ class DataCase:
     seconds: float = 3.0
 
 
-Case = RolloutCase | TrainCase | LongRolloutCase | DataCase
+@dataclass(frozen=True, kw_only=True)
+class WanCase:
+    """Causal Wans of random weights: a latent frame of each in turn, again and again.
+
+    By default of Wan2.1-T2V-1.3B's sizes, split as in the paper.
+
+    Args:
+        models: `dense`, and of SCDs `encoder_frame, fusion`.
+        height, width: of the pictures, in pixels.
+        past: latent frames that a new one sees, through a sliding window.
+        steps: numbers of denoising steps.
+        frames: to time, after one as warmup, of each model and number of steps.
+    """
+
+    name: str
+    models: list[str]
+    height: int
+    width: int
+    past: int
+    steps: list[int]
+    frames: int
+    heads: int = 12
+    head_dim: int = 128
+    ffn_dim: int = 8960
+    layers: int = 30
+    encoder_layers: int = 25
+    decoder_first: int = 5
+    decoder_last: int = 5
+    text_dim: int = 4096
+    text_length: int = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanStreamCase(WanCase):
+    """Streams of one such model's pictures, decoded by an autoencoder of random weights.
+
+    Args:
+        vae: what differs from diffusers' `AutoencoderKLWan`, by default Wan2.1's.
+        starts: streams to begin, after one as warmup, for the time until the first picture.
+        compile: of `RolloutOptions`.
+    """
+
+    vae: dict[str, Any]
+    starts: int
+    compile: bool = False
+
+
+Case = RolloutCase | TrainCase | LongRolloutCase | DataCase | WanCase | WanStreamCase
 
 _SCD = RolloutCase("SCD-M", dtype="bfloat16")
 _DENSE = RolloutCase("Causal DiT-M", encoder_layers=0, decoder_layers=12, dtype="bfloat16")
@@ -115,6 +162,38 @@ TABLE: list[Case] = [
     DataCase("data: latents, published .pt fp32, 300 frames", ".pt"),
     DataCase("data: video, mp4, 300 frames", ".mp4"),
     DataCase("data: video, mp4, 16 of 300 frames", ".mp4", frames=16),
+]
+WAN_MODELS = [
+    "dense",
+    *(
+        f"{frame}, {fusion}"
+        for frame in ("shift", "noise")
+        for fusion in ("token_concat", "middle")
+    ),
+]
+_STREAM: dict[str, Any] = {"height": 480, "width": 832, "past": 20, "steps": [4, 2, 1]}
+_STREAM |= {"frames": 20, "vae": {}, "starts": 3}
+# They take minutes, or a GPU.
+ON_REQUEST: list[Case] = [
+    WanCase(
+        name="wan, 256x256, 10 past latents",
+        models=WAN_MODELS,
+        height=256,
+        width=256,
+        past=10,
+        steps=[4, 2, 1],
+        frames=3,
+    ),
+    *(
+        WanStreamCase(name=f"wan stream, 832x480, {model}", models=[model], **_STREAM)
+        for model in WAN_MODELS
+    ),
+    WanStreamCase(
+        name="wan stream, 832x480, shift, token_concat, compiled",
+        models=["shift, token_concat"],
+        compile=True,
+        **_STREAM,
+    ),
 ]
 CONTEXTS = [36, 72, 144, 300, 600, 1000]
 STEPS = [1, 2, 5, 10, 20, 50]

@@ -56,7 +56,7 @@ def run_rollout(case: RolloutCase, device: torch.device) -> dict[str, Any]:
         if number == 0:
             rollout.reset(context, actions[:known].T)
             if not case.prefill:
-                _fill(rollout, case.context - 1)
+                fill_cache(rollout, case.context - 1)
             synchronize(device)
             prefill = time.perf_counter() - started
         rollout.step(actions[number])
@@ -109,7 +109,7 @@ def build(case: RolloutCase) -> WorldModel:
     return CausalDiT(layers=case.decoder_layers, **shared)
 
 
-def _fill(rollout: Rollout, frames: int) -> None:
+def fill_cache(rollout: Rollout, frames: int) -> None:
     """Fill the KV cache with noise, in place of a prefill of so many frames."""
     cache = rollout.cache
     cache.keys.normal_()

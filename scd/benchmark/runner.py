@@ -12,7 +12,15 @@ import numpy as np
 import torch
 
 from scd.benchmark import cases
-from scd.benchmark.cases import Case, DataCase, LongRolloutCase, RolloutCase, TrainCase
+from scd.benchmark.cases import (
+    Case,
+    DataCase,
+    LongRolloutCase,
+    RolloutCase,
+    TrainCase,
+    WanCase,
+    WanStreamCase,
+)
 from scd.errors import ScdError
 from scd.utils.environment import environment
 from scd.utils.files import write_atomically, write_json
@@ -21,26 +29,35 @@ from scd.utils.table import Table
 
 
 def benchmark(folder: Path, only: str | None, plots: bool) -> None:
-    """Run the cases whose name contains `only` (None: all), and with `plots` those of the plots.
+    """Run the cases whose name contains `only`, and with `plots` those of the plots.
 
-    Cases in bf16 are skipped on a device that only emulates it: they would run for hours.
+    Cases in bf16 are skipped on a device that only emulates it, and streams of Wan's pictures
+    without a GPU: they would run for hours.
+
+    Args:
+        only: None: all cases but those that run on request alone.
 
     Raises:
-        ScdError: no case has such a name, or a case failed.
+        ScdError: no case has such a name, none can run here, or a case failed.
     """
-    chosen = [case for case in cases.TABLE if only is None or only in case.name]
+    known = cases.TABLE if only is None else [*cases.TABLE, *cases.ON_REQUEST]
+    chosen = [case for case in known if only is None or only in case.name]
     if not chosen:
-        names = "; ".join(case.name for case in cases.TABLE)
+        names = "; ".join(case.name for case in known)
         raise ScdError(f"--only {only!r}: no case contains this; there are {names}")
-    bf16 = has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if not bf16:
-        for case in filter(_in_bf16, chosen):
-            print(f"skipped, since this device only emulates bf16: {case.name}")
-        chosen = [case for case in chosen if not _in_bf16(case)]
-    if not chosen:
-        raise ScdError(
-            f"--only {only!r}: all these cases are in bf16, which this device only emulates"
-        )
+    gpu = torch.cuda.is_available()
+    bf16 = has_bf16(torch.device("cuda" if gpu else "cpu"))
+    for why, skipped in (
+        ("this device only emulates bf16", _in_bf16 if not bf16 else None),
+        ("this machine has no GPU", _on_gpu if not gpu else None),
+    ):
+        if skipped is None:
+            continue
+        for case in filter(skipped, chosen):
+            print(f"skipped, since {why}: {case.name}")
+        chosen = [case for case in chosen if not skipped(case)]
+        if not chosen:
+            raise ScdError(f"--only {only!r}: none of these cases can run, since {why}")
     results = [_in_own_process(case, folder) for case in chosen]
     text = "\n\n".join(table.markdown() for table in _tables(chosen, results))
     figures: dict[str, Any] = {"cases": _with_cases(chosen, results), "environment": environment()}
@@ -71,6 +88,12 @@ def run_case(kind: str, arguments: dict[str, Any], folder: str) -> dict[str, Any
 
         return run_data(DataCase(**arguments), Path(folder))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if kind in (WanCase.__name__, WanStreamCase.__name__):
+        from scd.benchmark.wan import run_wan, run_wan_stream
+
+        if kind == WanCase.__name__:
+            return run_wan(WanCase(**arguments), device)
+        return run_wan_stream(WanStreamCase(**arguments), device)
     if kind == TrainCase.__name__:
         from scd.benchmark.train_step import run_training
 
@@ -83,7 +106,11 @@ def run_case(kind: str, arguments: dict[str, Any], folder: str) -> dict[str, Any
 
 
 def _in_bf16(case: Case) -> bool:
-    return not isinstance(case, DataCase) and case.dtype == "bfloat16"
+    return getattr(case, "dtype", None) == "bfloat16"
+
+
+def _on_gpu(case: Case) -> bool:
+    return isinstance(case, WanStreamCase)
 
 
 def _in_own_process(case: Case, folder: Path) -> dict[str, Any]:
@@ -135,6 +162,11 @@ def _tables(chosen: list[Case], results: list[dict[str, Any]]) -> list[Table]:
         from scd.benchmark.data_loading import data_table
 
         tables.append(data_table(data))
+    wans = [(case, result) for case, result in pairs if isinstance(case, WanCase)]
+    if wans:
+        from scd.benchmark.wan import wan_tables
+
+        tables += wan_tables(wans)
     return tables
 
 

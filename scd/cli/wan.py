@@ -14,7 +14,7 @@ BELONGS_TO = {  # options of `scd wan convert`, by the types of model that have 
     "encoder_frame": ("scd",),
     "fusion": ("scd",),
     "chunk_frames": ("causal",),
-    "num_actions": ("scd", "causal"),
+    "num_actions": ("scd", "causal", "bidirectional"),
 }
 
 
@@ -23,11 +23,12 @@ def convert(a: argparse.Namespace) -> None:
     for name in given:
         if a.type not in BELONGS_TO[name]:
             raise ScdError(f"--{name.replace('_', '-')} does not belong to --type {a.type}")
-    from scd.wan import CausalWan, SCDWan
+    from scd.wan import BidirectionalWan, CausalWan, SCDWan
     from scd.wan.convert import convert as convert_wan
 
-    if a.type == "causal":
-        convert_wan(a.source, a.out, partial(CausalWan.from_wan, **given), a.weights)
+    if a.type != "scd":
+        kind = CausalWan if a.type == "causal" else BidirectionalWan
+        convert_wan(a.source, a.out, partial(kind.from_wan, **given), a.weights)
     else:  # a prompt alone has no frame to begin with, so the first one is learned too
         make = partial(SCDWan.from_wan, first_frame=True, **given)
         convert_wan(a.source, a.out, make, a.weights)
@@ -95,9 +96,9 @@ def add_commands(commands: Commands) -> None:
     )
     p.add_argument(
         "--type",
-        choices=["scd", "causal"],
+        choices=["scd", "causal", "bidirectional"],
         default="scd",
-        help="separable, or dense and causal (default: %(default)s)",
+        help="separable; dense and causal; or as it is, to teach (default: %(default)s)",
     )
     for name, default, what in (
         ("encoder-layers", 25, "the encoder's layers, Wan's first"),
@@ -129,7 +130,11 @@ def add_commands(commands: Commands) -> None:
     p.set_defaults(run=encode_prompts)
 
     p = wan_commands.add_parser("generate", help="make videos of prompts, picture by picture")
-    p.add_argument("model", type=to_read, help="folder, as `scd wan convert` writes it")
+    p.add_argument(
+        "model",
+        type=to_read,
+        help="folder, as `scd wan convert` writes it, or a run's ema.safetensors",
+    )
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT")
     what.add_argument(

@@ -22,8 +22,7 @@ from scd.utils.files import sha256
 CHUNK_FRAMES = 64  # decoded at once, which bounds the memory for long videos
 
 MISSING_FIELD = {  # of a list entry: what its absence means, and what to do
-    "latent_path": "has no latent_path: its video is not encoded yet (./scripts/encode.sh FILE); "
-    "to check videos alone: data.source=video",
+    "latent_path": "has no latent_path: its video is not encoded yet (./scripts/encode.sh FILE)",
     "actions_in": "has no action_path: model.condition needs actions; without: "
     "model.condition=none model.num_conditions=0",
 }
@@ -182,7 +181,12 @@ def _read_clip(
     root = checks.root
     for name in required.fields:
         if getattr(entry, name) is None:
-            raise ScdError(f"{where} {MISSING_FIELD.get(name, f'has no {name}')}")
+            what = MISSING_FIELD.get(name, f"has no {name}")
+            if (
+                name == "latent_path" and "caption" not in required.fields
+            ):  # it is refused for a Wan
+                what += "; to check videos alone: data.source=video"
+            raise ScdError(f"{where} {what}")
     report = ClipReport(label=entry.label)
     hash_ = hashlib.sha256()
     if entry.video_path is not None:

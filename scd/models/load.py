@@ -69,6 +69,10 @@ def build_world_model(options: Options, codec: Codec) -> WorldModel:
 
 
 REFERENCE_OPTIONS = "options/scd_minecraft.yml"  # for files that carry no options
+FOR_WANS = (
+    "which other commands are for: `scd wan generate` makes videos of prompts, with --vbench those "
+    "that VBench's tool wants, and `scd wan measure` measures long ones"
+)
 # What makes the same tensors another model. Of the autoencoder only the place may change.
 FIXED = [f"model.{field.name}" for field in fields(ModelOptions)]
 FIXED += ["flow.prediction", "flow.sigma_min"]
@@ -120,8 +124,7 @@ def load_checkpoint_for_use(
     options = options_for_use(path, options_path, overrides)
     if path.is_dir():
         return load_folder(path, options)
-    metadata = _metadata(path)
-    source = {"path": str(path), "sha256": _whole(path), "step": _step(metadata, path)}
+    metadata, source = _metadata(path), source_of(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: WorldModel
     if "options" in metadata:
@@ -133,6 +136,15 @@ def load_checkpoint_for_use(
         codec = load_codec(options.autoencoder.path)
         _check_reference(model, codec, options, path)
     return LoadedModel(model.to(device).eval(), codec.to(device), options, source)
+
+
+def source_of(path: Path) -> dict[str, str | int | None]:
+    """Say which checkpoint a model comes from: path, SHA-256 and step.
+
+    Raises:
+        ScdError: it is missing, damaged, or not the file that its manifest describes.
+    """
+    return {"path": str(path), "sha256": _whole(path), "step": _step(_metadata(path), path)}
 
 
 def load_folder(folder: Path, options: Options) -> LoadedModel:
@@ -176,6 +188,7 @@ def options_for_use(
     Raises:
         ScdError: the file is missing or damaged, no world model, or the options cannot work.
     """
+    _refuse_wan_folder(path)
     own = _own_options(path)
     if options_path is not None or own is None:
         options = load_options(options_path or project_file(REFERENCE_OPTIONS), overrides)
@@ -185,10 +198,17 @@ def options_for_use(
         if found.task != "world_model":
             raise ScdError(f"{path}: holds an {found.task}, not a world model")
         if found.model.is_wan:
-            raise ScdError(f"{path}: a {found.model.type}, which `scd wan` commands are for")
+            raise ScdError(f"{path}: a {found.model.type}, {FOR_WANS}")
     if own is not None:
         _refuse_other_model(own, options, path)
     return options
+
+
+def _refuse_wan_folder(path: Path) -> None:
+    index = path / "model_index.json"
+    found = read_json(index) if index.is_file() else None
+    if isinstance(found, dict) and found.get("_class_name") == "SCDWanPipeline":
+        raise ScdError(f"{path}: the pipeline of a Wan, {FOR_WANS}")
 
 
 def _own_options(path: Path, overrides: list[str] | None = None) -> Options | None:

@@ -57,7 +57,9 @@ def describe_wan(options: Options) -> str:
     ]
     if isinstance(model, CausalWorldModel):
         past = data.frames - 1
-        encode, denoise = frame_flops(model, options, codec, past)
+        encode, denoise = frame_flops(
+            model, latent_shape(codec, options), options.wan.text_length, past
+        )
         branches = 2 if r.guidance != "none" and r.guidance_scale != 1 else 1
         total = branches * (encode + r.steps * denoise)
         lines.append(
@@ -100,17 +102,19 @@ def estimate_by_depth(options: Options, codec: WanCodec) -> StepEstimate:
 
 @torch.no_grad()
 def frame_flops(
-    model: CausalWorldModel, options: Options, codec: WanCodec, past: int
+    model: CausalWorldModel, shape: tuple[int, int, int], text_length: int, past: int
 ) -> tuple[int, int]:
-    """Count the work of a chunk of frames in a rollout, of a model that has no memory.
+    """Count the work of a chunk of frames in a rollout, of a Wan that has no memory.
 
     Args:
+        shape: (C, h, w), of a frame's latents.
+        text_length: tokens of the text, whose keys are there already.
         past: frames before it.
 
     Returns:
         What comes once, and what comes in every denoising step.
     """
-    chunk, shape = model.chunk_frames, latent_shape(codec, options)
+    chunk = model.chunk_frames
     chunks = past // chunk - 1 + model.start_slots  # held before the newest is encoded
     tokens = model.tokens_per_frame(*shape[1:]) * chunk
     with torch.device("meta"):
@@ -119,7 +123,7 @@ def frame_flops(
         frame = torch.empty(1, chunk, *shape)
         ids = torch.zeros(1, 1, dtype=torch.long)
         modulation = model.precompute_modulation(ids[0], torch.empty(1))
-        text = torch.empty(1, options.wan.text_length, options.wan.text_dim)
+        text = torch.empty(1, text_length, model.config.text_dim)
         cache.text = model.precompute_text(text)
         with FlopCounterMode(display=False) as once:
             denoiser = model.begin_frame(frame, ids, ids, cache, modulation, noise=frame)
@@ -174,10 +178,11 @@ def _rollout(options: Options, codec: WanCodec) -> tuple[float, float]:
     assert isinstance(model, CausalWorldModel)
     frames, clips = options.data.frames, options.train.batch_size
     # The work grows linearly from frame to frame. On average, half of the steps are taken.
-    costs = [frame_flops(model, options, codec, past) for past in (1, frames - 1)]
+    shape, length = latent_shape(codec, options), options.wan.text_length
+    costs = [frame_flops(model, shape, length, past) for past in (1, frames - 1)]
     once, each = (sum(parts) / 2 for parts in zip(*costs, strict=True))
     flops = clips * frames * (once + (options.rollout.steps + 1) / 2 * each)
-    tokens = model.tokens_per_frame(*latent_shape(codec, options)[1:])
+    tokens = model.tokens_per_frame(*shape[1:])
     return flops, clips * 2 * 2 * model.cached_layers * frames * tokens * model.width
 
 

@@ -1,6 +1,5 @@
 """Train a Wan on latents of captioned videos, or distil it on prompts alone."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from scd.data.prompts import prompts_in
 from scd.data.video import write_video
 from scd.evaluation.pictures import to_bytes
 from scd.flow.objective import make_objective, with_scaled_latents
-from scd.options import OPTIONS_FILE, Options, options_to_yaml
+from scd.options import Options
 from scd.rollout import Rollout
 from scd.training.build import build_codec, latent_shape
 from scd.training.encode import check_training_latents
@@ -21,11 +20,10 @@ from scd.utils.precision import resolve_precision
 from scd.utils.processes import error_barrier, processes, split_between_processes
 from scd.utils.seeding import generator
 from scd.wan.captioned import CaptionedLatents, Prompts, open_prompts
+from scd.wan.checkpoint import pipeline_of_run, save_run
 from scd.wan.from_options import start_wan
 from scd.wan.video_codec import WanCodec
-from scd.wan.wan_pipeline import SCDWanPipeline
 
-TRAINING_FILE = f"training-{OPTIONS_FILE}"  # in an export: all options of the run
 VALIDATION_VIDEOS = 4
 
 
@@ -102,13 +100,8 @@ class WanTask(WorldModelTask):
 
     def export(self, network: Any, folder: Path) -> None:
         """Save the model as `scd wan convert` does, with all options of the run beside it."""
-        o = self.options
-        origin = {"source": str(o.output), "rollout": asdict(o.rollout)}
-        pipeline = SCDWanPipeline(
-            network, self.codec.autoencoder, rollout=asdict(o.rollout), options=origin
-        )
-        pipeline.save_pretrained(folder)
-        (folder / TRAINING_FILE).write_text(options_to_yaml(o), encoding="utf-8")
+        pipeline = pipeline_of_run(network, self.codec.autoencoder, self.options)
+        save_run(pipeline, self.options, folder)
 
     def _text_of(self, prompt: str) -> Tensor:
         return self.texts.embedding(prompt).float().to(self.device)

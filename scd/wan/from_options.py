@@ -1,4 +1,8 @@
-"""Build a Wan as an experiment's options say, and fill it with weights that fit it."""
+"""Build a Wan as an experiment's options say, and fill it with weights that fit it.
+
+Weights come from a folder, as `scd wan convert` and a run's end write it, from a checkpoint of a
+run, or from any file of safetensors.
+"""
 
 import inspect
 from pathlib import Path
@@ -7,8 +11,13 @@ from typing import Any
 import torch
 
 from scd.errors import ScdError
-from scd.models.weights import SHOWN_DIFFERENCES, load_matching, read_all_weights
-from scd.options import Options
+from scd.models.weights import (
+    SHOWN_DIFFERENCES,
+    load_matching,
+    read_all_weights,
+    read_metadata,
+)
+from scd.options import Options, options_from_json
 from scd.utils.files import read_json
 from scd.wan.bidirectional_wan import BidirectionalWan
 from scd.wan.causal_wan import CausalWan
@@ -22,6 +31,7 @@ KINDS: dict[str, type[WanWorldModel]] = {
 }
 # Whose weights have the same names and mean the same: those of Wan itself, whoever may see whom.
 ONE_STACK = ("WanTransformer3DModel", "CausalWan", "BidirectionalWan")
+WAN_ITSELF = ("WanTransformer3DModel", "BidirectionalWan")
 WITHOUT_INFLUENCE = ("rope_max_seq_len",)
 MOST_LAYERS = 1000  # more are a damaged config
 
@@ -83,53 +93,94 @@ def start_wan(options: Options, channels: int, downsampling: int) -> WanWorldMod
 
 
 def teacher_wan(options: Options, student: WanWorldModel) -> WanWorldModel:
-    """Load the frozen teacher at `distill.teacher`, a folder with its transformer.
+    """Load the frozen teacher at `distill.teacher`, a folder or a checkpoint.
 
     It has the student's sizes. For consistency distillation it is of the student's kind, for
-    distribution matching it is Wan itself, as deep as the folder's: a download, what
-    `scd wan convert --type causal` wrote, or an export of a bidirectional_wan.
+    distribution matching it is Wan itself, as deep as it is there: a download, what `scd wan
+    convert --type bidirectional` wrote, or a bidirectional_wan that was trained here.
 
     Raises:
-        ScdError: it is missing, damaged, or does not fit.
+        ScdError: it is missing, damaged, or does not fit. A causal Wan has the tensors of Wan
+            itself, so its kind decides.
     """
     path = Path(str(options.distill.teacher))
-    config = own_config(student)
+    source, own, config = f"distill.teacher={path}", type(student).__name__, own_config(student)
+    found = _config(path, student.channels) or {}
+    consistency = options.distill.method == "consistency"
+    if found.get("_class_name") not in ((own,) if consistency else WAN_ITSELF):
+        needed = (
+            f"a causal teacher of the student's kind, {own}"
+            if consistency
+            else "Wan itself, whose frames all see each other: a download in diffusers' format, or "
+            "what `scd wan convert SOURCE --type bidirectional` makes of one"
+        )
+        raise ScdError(
+            f"{source}: holds {found.get('_class_name', 'no known model')}, but distill.method="
+            f"{options.distill.method} needs {needed}"
+        )
     with torch.device("meta"):
-        if options.distill.method == "consistency":
+        if consistency:
             teacher: WanWorldModel = type(student)(**config)
         else:
-            layers = _config(path).get("num_layers")
+            layers = found.get("num_layers")
             if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
-                raise ScdError(f"distill.teacher={path}: has {layers} layers: no Wan")
+                raise ScdError(f"{source}: has {layers} layers: no Wan")
             known = inspect.signature(BidirectionalWan.__init__).parameters
             shared = {key: value for key, value in config.items() if key in known}
             teacher = BidirectionalWan(**{**shared, "num_layers": layers})
-    teacher = with_weights(teacher, path, "distill.teacher")
-    return teacher.requires_grad_(False)
+    return with_weights(teacher, path, "distill.teacher").requires_grad_(False)
 
 
 def with_weights(model: WanWorldModel, path: Path, option: str) -> WanWorldModel:
     """Fill a model that has no memory yet with weights, in float32.
 
     Args:
-        path: safetensors; or a folder, whose config must describe this very model.
+        path: a folder or a checkpoint, which must describe this very model; or safetensors.
         option: that names the path, for messages.
 
     Raises:
         ScdError: listing what does not fit.
     """
     source = f"{option}={path}"
-    if path.is_dir():
-        _check_config(model, _config(path), source)
+    if (found := _config(path, model.channels)) is not None:
+        _check_config(model, found, source)
     tensors = {name: tensor.float() for name, tensor in read_all_weights(path).items()}
     load_matching(model, tensors, source, assign=True)
     return model
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "transformer" / "config.json")
+def options_in(path: Path, overrides: list[str] | None = None) -> Options | None:
+    """Read the options that a checkpoint of a Wan's training carries; None: it is something else.
+
+    Args:
+        overrides: `key=value`, which may change the model's use, but not what it is.
+
+    Raises:
+        ScdError: the file is damaged, or an override cannot work.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    text = read_metadata(path).get("options")
+    options = None if text is None else options_from_json(text, str(path))
+    if text is None or options is None or not options.model.is_wan:
+        return None
+    changed = options_from_json(text, str(path), overrides)
+    if (changed.model, changed.wan) != (options.model, options.wan):
+        raise ScdError(f"{path}: options of model and wan are the checkpoint's: leave them out")
+    return changed
+
+
+def _config(path: Path, channels: int) -> dict[str, Any] | None:
+    """Describe the model at a path as diffusers' config does; None: weights that say nothing."""
+    if not path.is_dir():
+        if (options := options_in(path)) is None:
+            return None
+        with torch.device("meta"):
+            model = build_wan(options, channels, 1)
+        return {**own_config(model), "_class_name": type(model).__name__}
+    config = read_json(path / "transformer" / "config.json")
     if not isinstance(config, dict):
-        raise ScdError(f"{folder}/transformer/config.json: not a config")
+        raise ScdError(f"{path}/transformer/config.json: not a config")
     return config
 
 

@@ -13,11 +13,14 @@ from tqdm import tqdm
 from scd.data.prompts import PromptFolder, read_lines
 from scd.data.video import VideoWriter
 from scd.errors import ScdError, reason
+from scd.models.weights import weight_files
 from scd.options.reader import change_rollout
 from scd.utils.files import MAX_NAME_BYTES, read_json, sha256, write_json
 from scd.utils.paths import why_missing
 from scd.utils.precision import resolve_precision, with_weights_in
 from scd.utils.seeding import generator
+from scd.wan.checkpoint import load_pipeline_of_checkpoint
+from scd.wan.from_options import options_in
 from scd.wan.text import TextEncoder, clean_prompt, encode_prompts, load_text_encoder
 from scd.wan.wan_pipeline import SCDWanPipeline
 
@@ -74,8 +77,10 @@ class Texts:
         return encode_prompts(*self._encoder, [clean_prompt(prompt)])
 
 
-def load_pipeline(folder: Path, overrides: list[str]) -> SCDWanPipeline:
-    """Load a pipeline's folder, onto a GPU if there is one; its text encoder is left out.
+def load_pipeline(path: Path, overrides: list[str]) -> SCDWanPipeline:
+    """Load a pipeline's folder or a checkpoint of a run, onto a GPU if there is one.
+
+    The folder's text encoder is left out.
 
     Args:
         overrides: `rollout.key=value`, on top of what was saved with it.
@@ -83,24 +88,32 @@ def load_pipeline(folder: Path, overrides: list[str]) -> SCDWanPipeline:
     Raises:
         ScdError: there is none, it is damaged, or an override is wrong.
     """
+    run = options_in(path)
+    pipeline = _read_folder(path) if run is None else load_pipeline_of_checkpoint(path, run)
+    settings = change_rollout(pipeline.settings(None, {}), overrides)
+    pipeline.register_settings(asdict(settings), pipeline.config.options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(settings.precision, device)
+    pipeline.transformer = with_weights_in(pipeline.transformer, precision)
+    pipeline.vae = with_weights_in(pipeline.vae, precision)
+    return pipeline.to(device)
+
+
+def _read_folder(folder: Path) -> SCDWanPipeline:
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ScdError(f"{index}: {why_missing(index)}; `scd wan convert` writes such a folder")
+        raise ScdError(
+            f"{index}: {why_missing(index)}; `scd wan convert` and `scd export` write such a folder"
+        )
     found = read_json(index)
     kind = found.get("_class_name") if isinstance(found, dict) else None
     if kind != SCDWanPipeline.__name__:  # diffusers would load another's parts, and only warn
         raise ScdError(f"{folder}: holds a pipeline of another kind ({kind}), not of a Wan")
     without_text: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
     try:
-        pipeline = SCDWanPipeline.from_pretrained(folder, use_safetensors=True, **without_text)
+        return SCDWanPipeline.from_pretrained(folder, use_safetensors=True, **without_text)
     except Exception as error:  # diffusers raises many kinds for damaged folders
         raise ScdError(f"{folder}: not a readable pipeline of a Wan ({reason(error)})") from error
-    settings = change_rollout(pipeline.settings(None, {}), overrides)
-    pipeline.register_settings(asdict(settings), pipeline.config.options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(settings.precision, device)
-    pipeline.transformer = with_weights_in(pipeline.transformer, precision)
-    return pipeline.to(device)
 
 
 def generate_videos(
@@ -143,7 +156,7 @@ def generate_benchmark(
     have in common is written to `<out>.json`. Videos that are there already stay.
 
     Args:
-        model: the folder that the pipeline was loaded from.
+        model: what the pipeline was loaded from.
         prompts: a prompt in every line, such as VBench's `all_dimension.txt`.
         extended: in the same lines what the model is given instead; names stay those of `prompts`.
 
@@ -163,7 +176,7 @@ def generate_benchmark(
                 f"for --extended"
             )
     common = {
-        "model": [sha256(path) for path in sorted(model.glob("transformer/*.safetensors"))],
+        "model": [sha256(path) for path in weight_files(model)],
         "rollout": dict(pipeline.config.rollout),
         "negative_prompt": texts.negative(request.negative_prompt),
         "extended": None if extended is None else sha256(extended),

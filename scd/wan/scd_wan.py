@@ -132,14 +132,8 @@ class SCDWan(WanWorldModel, CausalWorldModel):
             )
 
         with torch.device("meta"):
-            wanted = build().state_dict()
-        weights = transformer.state_dict()
-        sources = [*range(decoder_first), *range(layers - decoder_last, layers)]
-        tensors = {
-            name: _initial(name, tuple(tensor.shape), weights, sources)
-            for name, tensor in wanted.items()
-        }
-        return filled(build, tensors)
+            empty = build()
+        return filled(build, tensors_of_wan(empty, transformer.state_dict(), layers))
 
     @property
     def first_predicted(self) -> int:
@@ -295,6 +289,21 @@ def perturbed(context: Tensor, perturbation: Tensor | None) -> Tensor:
         return context
     scale = at_least_float32(context).std(dim=-1, keepdim=True, correction=0)
     return context + (scale * perturbation).type_as(context)
+
+
+def tensors_of_wan(model: SCDWan, weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Find the first values of all tensors of an SCD among a Wan's, which several may share.
+
+    Args:
+        model: its own tensors need no memory.
+        weights: of a Wan of so many layers, under diffusers' names.
+    """
+    first, last = model.config.decoder_first, model.config.decoder_last
+    sources = [*range(first), *range(layers - last, layers)]
+    return {
+        name: _initial(name, tuple(tensor.shape), weights, sources)
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def _initial(

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from scd.errors import ScdError
 from scd.utils.paths import why_missing
-from scd.utils.precision import autocast, float32_products
+from scd.utils.precision import autocast, float32_products, with_weights_in
 from scd.wan.convert import read_autoencoder
+from scd.wan.video_decoder import VideoDecoder, latent_statistics
 
 
 class WanCodec(nn.Module):
@@ -31,8 +32,8 @@ class WanCodec(nn.Module):
         self.frames_per_latent = config.scale_factor_temporal
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(config.latents_mean).view(-1, 1, 1), False)
-        self.register_buffer("std", torch.tensor(config.latents_std).view(-1, 1, 1), False)
+        for name, statistic in zip(("mean", "std"), latent_statistics(autoencoder), strict=True):
+            self.register_buffer(name, statistic, persistent=False)
 
     def scale(self, latents: Tensor) -> Tensor:
         """Normalize the autoencoder's latents (..., C, h, w)."""
@@ -56,10 +57,8 @@ class WanCodec(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (B, n, C, h, w) to pictures (B, 1 + 4·(n - 1), 3, H, W)."""
-        unscaled = (latents * self.std + self.mean).transpose(1, 2).to(self.autoencoder.dtype)
-        with autocast(unscaled.device, self.precision), float32_products(self.precision):
-            video = self.autoencoder.decode(unscaled).sample  # (B, 3, pictures, H, W)
-        return ((video.transpose(1, 2).float() + 1) / 2).clamp(0, 1)
+        decoder = VideoDecoder(with_weights_in(self.autoencoder, self.precision), self.precision)
+        return torch.cat([decoder.decode(frame) for frame in latents.unbind(dim=1)], dim=1)
 
 
 def load_video_codec(path: str) -> WanCodec:

@@ -8,6 +8,18 @@ from torch import Tensor
 from scd.utils.precision import float32_products, without_autocast
 
 
+def latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    """Make mean and standard deviation of an autoencoder's latents, (C, 1, 1) each.
+
+    Models see (latents - mean) / std.
+    """
+    mean, std = (
+        torch.tensor(values, device=vae.device).view(-1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
 class VideoDecoder:
     """Decodes latent frames one by one, as `AutoencoderKLWan.decode` does all of them, bit for bit.
 
@@ -29,10 +41,7 @@ class VideoDecoder:
         convolutions = [m for m in vae.decoder.modules() if isinstance(m, WanCausalConv3d)]
         self._features: list[Tensor | str | None] = [None] * len(convolutions)
         self._first = True
-        self._mean, self._std = (
-            torch.tensor(values, device=vae.device).view(-1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )  # (C, 1, 1, 1) each
+        self._mean, self._std = latent_statistics(vae)  # (C, 1, 1) each
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -46,8 +55,8 @@ class VideoDecoder:
         """
         vae = self.vae
         with without_autocast(vae.device), float32_products(self.precision):
-            z = latents.to(self._mean)[:, :, None] * self._std + self._mean  # (B, C, 1, h, w)
-            z = vae.post_quant_conv(z.to(vae.dtype))
+            z = latents.to(self._mean) * self._std + self._mean  # (B, C, h, w)
+            z = vae.post_quant_conv(z[:, :, None].to(vae.dtype))  # (B, C, 1, h, w)
             pictures = vae.decoder(
                 z, feat_cache=self._features, feat_idx=[0], first_chunk=self._first
             )  # (B, 3, 1 or 4, H, W)
