@@ -25,10 +25,10 @@ PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 
 def open_browser(downloads: Path, *flags: str) -> Any:
-    """Start the browser; it saves downloads to a folder."""
+    """Start the browser, with further flags; it saves downloads to a folder."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", *flags):
         options.add_argument(f"--{flag}")
     options.add_argument("--window-size=1440,900")
     options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})

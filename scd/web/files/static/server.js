@@ -48,14 +48,14 @@ class WorkerSocket {
   }
 }
 
-// The service worker keeps the site's files, and adds the headers without which browsers share no
-// memory between threads. The first time, the page is loaded once more, through it.
+// The service worker keeps the files that it serves, and adds the headers without which browsers
+// share no memory between threads. The first time, the page is loaded once more, through it.
 async function served() {
   const container = navigator.serviceWorker;
   if (!container) return;
   await container.register("sw.js", { updateViaCache: "none" });
   await container.ready;
-  if (crossOriginIsolated || sessionStorage.getItem(SERVED)) return;
+  if ((crossOriginIsolated && container.controller) || sessionStorage.getItem(SERVED)) return;
   sessionStorage.setItem(SERVED, "once");
   location.reload();
   await new Promise(() => {}); // the reload ends this page

@@ -4,12 +4,15 @@ import { product } from "./world.js";
 
 const MOST_THREADS = 4; // more wait for each other longer than they work
 
-/** Choose what computes: "webgpu" or "wasm"; `wanted` (or null) overrules. */
+/**
+ * Choose what computes: "webgpu" or "wasm"; `wanted` (or null) overrules. A GPU that is a program
+ * on the CPU is slower than WASM: only if it is wanted.
+ */
 export async function chooseBackend(wanted) {
   if (wanted === "wasm") return wanted;
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   if (wanted === "webgpu" && !adapter) throw new Error("this browser has no WebGPU");
-  return adapter ? "webgpu" : "wasm";
+  return adapter && (wanted || !adapter.info.isFallbackAdapter) ? "webgpu" : "wasm";
 }
 
 /** Files of the runtime for a backend. */
