@@ -2,7 +2,8 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,42 @@ class Page:
         self.wait(
             lambda: self.frame == BEGIN and not self.all("#branches button"), "the first start"
         )
+
+
+@contextmanager
+def on_a_phone(page: Page, **screen: int) -> Iterator[None]:
+    """Give the page a phone's screen and touch."""
+    send = page.driver.execute_cdp_cmd
+    send("Emulation.setDeviceMetricsOverride", PHONE | screen)
+    send("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        yield
+    finally:
+        send("Emulation.clearDeviceMetricsOverride", {})
+        send("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+@contextmanager
+def touching(page: Page, selector: str) -> Iterator[None]:
+    """Keep a finger on a button."""
+    button = page.find(selector).rect
+    point = {"x": button["x"] + 20, "y": button["y"] + 20}
+    touch = {"type": "touchStart", "touchPoints": [point]}
+    page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", touch)
+    yield
+    lift = {"type": "touchEnd", "touchPoints": []}
+    page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", lift)
+
+
+@contextmanager
+def gamepad(page: Page) -> Iterator[None]:
+    """Connect a gamepad, which is the script's variable `gamepad`."""
+    page.js("""
+    window.gamepad = {
+      connected: true, axes: [0, 0, 0, 0], buttons: [...Array(16)].map(() => ({pressed: false})),
+    };
+    navigator.getGamepads = () => [gamepad];
+    dispatchEvent(new Event("gamepadconnected"));
+    """)
+    yield
+    page.js("gamepad.connected = false")

@@ -63,7 +63,7 @@ async function served() {
 
 async function begin(socket, session) {
   try {
-    if (window.scdMissing) throw new Error(`It lacks ${window.scdMissing.join(", ")}.`);
+    if (window.scdMissing) throw new Error(window.scdMissing);
     await served().catch((error) => console.warn("not kept for use offline:", error));
     if (!worker) {
       worker = new Worker(new URL(`../world/worker.js${location.search}`, import.meta.url), {
