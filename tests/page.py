@@ -40,10 +40,15 @@ def open_browser(downloads: Path, *flags: str) -> Any:
 
 
 class Page:
-    """The page in a browser, as a player sees it."""
+    """The page in a browser, as a player sees it.
 
-    def __init__(self, driver: Any):
+    Args:
+        seconds: that anything may take.
+    """
+
+    def __init__(self, driver: Any, seconds: float = SECONDS):
         self.driver = driver
+        self.seconds = seconds
 
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -59,10 +64,10 @@ class Page:
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
         try:
-            return WebDriverWait(self.driver, SECONDS, 0.05).until(lambda _: condition())
+            return WebDriverWait(self.driver, self.seconds, 0.05).until(lambda _: condition())
         except TimeoutException:
             seen = self.js("return [document.body.className, document.body.innerText]")
-            pytest.fail(f"waited {SECONDS} s for: {what}; frame {self.frame}, {seen}")
+            pytest.fail(f"waited {self.seconds} s for: {what}; frame {self.frame}, {seen}")
 
     def wait_for_text(self, selector: str, pattern: str) -> str:
         what = f"{selector} says {pattern}"

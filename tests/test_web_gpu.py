@@ -67,7 +67,7 @@ def backend_line(driver: Any) -> str:
 def test_pictures_are_those_of_python(driver, site):
     """With and without guidance, after going back; the cache stays on the GPU."""
     folder, pretrained, starts = site
-    page = Page(driver)
+    page = Page(driver, seconds=120)  # the GPU's programs are compiled, and run, on the CPU
     with serving(folder) as address:
         driver.get(f"{address}manifest.json")  # a secure address, where browsers offer WebGPU
         if not driver.execute_async_script(ADAPTER):
