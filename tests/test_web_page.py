@@ -229,6 +229,9 @@ def test_offline_once_loaded(driver, site):
     driver.get("about:blank")
     page.open(address)
     page.step()
+    page.all("#starts button")[-1].click()
+    page.wait(lambda: page.frame == BEGIN and not page.all("#branches button"), "another start")
+    page.step()
 
 
 @pytest.mark.parametrize(

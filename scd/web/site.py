@@ -193,7 +193,8 @@ def _write_manifest(folder: Path, catalog: Catalog, weights: Format) -> None:
     }
     (folder / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
     worker = (folder / "sw.js").read_text(encoding="utf-8")
-    names = json.dumps([name for name in files if name.partition("/")[0] in ("static", "world")])
+    small = ("static", "world", "starts")
+    names = json.dumps([name for name in files if name.partition("/")[0] in small])
     worker = worker.replace("__VERSION__", version).replace('"__FILES__"', names)
     (folder / "sw.js").write_text(worker, encoding="utf-8")
 

@@ -177,7 +177,9 @@ export class Session {
   async #begin(name, seed) {
     const actions = this.#about.starts[name];
     if (!actions) throw new Refusal(`no start ${name}`);
-    const { latents, rgb } = await this.#loadStart(name);
+    const { latents, rgb } = await this.#loadStart(name).catch((error) => {
+      throw new Refusal(`the start ${name} could not be loaded: ${error.message}`);
+    });
     this.#change({ seed });
     this.#start = { name, given: actions.length };
     const views = latents.map((one) => ({ latents: one, rgb: null, times: [0, 0, 0] }));

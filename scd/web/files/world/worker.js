@@ -32,7 +32,8 @@ async function load() {
   about = await loadManifest();
   setInterval(() => say({ type: "alive" }), 1000 * about.hello.limits.alive_seconds);
   const backend = await chooseBackend(parameters.get("backend"));
-  const wanted = [runtimeFiles(backend).wasm];
+  const [start] = about.hello.starts;
+  const wanted = [runtimeFiles(backend).wasm, `starts/${start}.latents`, `starts/${start}.rgb`];
   for (const name of ["encoder", "decoder", "picture"]) wanted.push(`graphs/${name}.onnx`);
   const total = wanted.reduce((sum, name) => sum + about.files[name].bytes, 0);
   let told = 0;
