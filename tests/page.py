@@ -2,7 +2,8 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 
 def open_browser(downloads: Path, *flags: str) -> Any:
-    """Start the browser; it saves downloads to a folder."""
+    """Start the browser, with further flags; it saves downloads to a folder."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", *flags):
         options.add_argument(f"--{flag}")
     options.add_argument("--window-size=1440,900")
     options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
@@ -39,10 +40,15 @@ def open_browser(downloads: Path, *flags: str) -> Any:
 
 
 class Page:
-    """The page in a browser, as a player sees it."""
+    """The page in a browser, as a player sees it.
 
-    def __init__(self, driver: Any):
+    Args:
+        seconds: that anything may take.
+    """
+
+    def __init__(self, driver: Any, seconds: float = SECONDS):
         self.driver = driver
+        self.seconds = seconds
 
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -58,10 +64,10 @@ class Page:
 
     def wait(self, condition: Callable[[], Any], what: str) -> Any:
         try:
-            return WebDriverWait(self.driver, SECONDS, 0.05).until(lambda _: condition())
+            return WebDriverWait(self.driver, self.seconds, 0.05).until(lambda _: condition())
         except TimeoutException:
             seen = self.js("return [document.body.className, document.body.innerText]")
-            pytest.fail(f"waited {SECONDS} s for: {what}; frame {self.frame}, {seen}")
+            pytest.fail(f"waited {self.seconds} s for: {what}; frame {self.frame}, {seen}")
 
     def wait_for_text(self, selector: str, pattern: str) -> str:
         what = f"{selector} says {pattern}"
@@ -127,3 +133,42 @@ class Page:
         self.wait(
             lambda: self.frame == BEGIN and not self.all("#branches button"), "the first start"
         )
+
+
+@contextmanager
+def on_a_phone(page: Page, **screen: int) -> Iterator[None]:
+    """Give the page a phone's screen and touch."""
+    send = page.driver.execute_cdp_cmd
+    send("Emulation.setDeviceMetricsOverride", PHONE | screen)
+    send("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        yield
+    finally:
+        send("Emulation.clearDeviceMetricsOverride", {})
+        send("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+@contextmanager
+def touching(page: Page, selector: str) -> Iterator[None]:
+    """Keep a finger on a button."""
+    button = page.find(selector).rect
+    point = {"x": button["x"] + 20, "y": button["y"] + 20}
+    touch = {"type": "touchStart", "touchPoints": [point]}
+    page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", touch)
+    yield
+    lift = {"type": "touchEnd", "touchPoints": []}
+    page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", lift)
+
+
+@contextmanager
+def gamepad(page: Page) -> Iterator[None]:
+    """Connect a gamepad, which is the script's variable `gamepad`."""
+    page.js("""
+    window.gamepad = {
+      connected: true, axes: [0, 0, 0, 0], buttons: [...Array(16)].map(() => ({pressed: false})),
+    };
+    navigator.getGamepads = () => [gamepad];
+    dispatchEvent(new Event("gamepadconnected"));
+    """)
+    yield
+    page.js("gamepad.connected = false")

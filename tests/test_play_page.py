@@ -51,7 +51,10 @@ from tests.page import (
     RIGHT,
     SECONDS,
     Page,
+    gamepad,
+    on_a_phone,
     open_browser,
+    touching,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -292,20 +295,13 @@ def test_settings_stay_with_the_session(page, server):
 
 
 def test_gamepad(page):
-    page.js("""
-    window.gamepad = {
-      connected: true, axes: [0, 0, 0, 0], buttons: [...Array(16)].map(() => ({pressed: false})),
-    };
-    navigator.getGamepads = () => [gamepad];
-    dispatchEvent(new Event("gamepadconnected"));
-    gamepad.axes[1] = -1;
-    """)
-    page.wait(lambda: set(page.actions(3)) == {FORWARD}, "walking")
-    page.js("gamepad.axes[1] = 0; gamepad.buttons[14].pressed = true")
-    page.wait(lambda: set(page.actions(3)) == {LEFT}, "turning")
-    page.js("gamepad.buttons[14].pressed = false; gamepad.buttons[9].pressed = true")
-    page.wait(lambda: page.paused, "the pause")
-    page.js("gamepad.connected = false")
+    with gamepad(page):
+        page.js("gamepad.axes[1] = -1")
+        page.wait(lambda: set(page.actions(3)) == {FORWARD}, "walking")
+        page.js("gamepad.axes[1] = 0; gamepad.buttons[14].pressed = true")
+        page.wait(lambda: set(page.actions(3)) == {LEFT}, "turning")
+        page.js("gamepad.buttons[14].pressed = false; gamepad.buttons[9].pressed = true")
+        page.wait(lambda: page.paused, "the pause")
 
 
 def test_tab_reaches_everything(page):
@@ -352,35 +348,23 @@ def test_hidden_page_pauses(page):
 
 
 def test_phone(page):
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
-    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
-    try:
+    with on_a_phone(page):
         wide, shown = page.js("return [document.documentElement.scrollWidth, innerWidth]")
         assert wide == shown == PHONE["width"]
         below = page.js("return document.querySelector('#bar').getBoundingClientRect().bottom")
         assert below <= PHONE["height"], "the pad and the buttons need scrolling"
         button = page.find("[data-move=forward]").rect
         assert min(button["width"], button["height"]) >= 44
-        point = {"x": button["x"] + 20, "y": button["y"] + 20}
-        touch = {"type": "touchStart", "touchPoints": [point]}
-        page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", touch)
-        page.wait(lambda: set(page.actions(3)) == {FORWARD}, "walking")
-        lift = {"type": "touchEnd", "touchPoints": []}
-        page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", lift)
+        with touching(page, "[data-move=forward]"):
+            page.wait(lambda: set(page.actions(3)) == {FORWARD}, "walking")
         page.wait(lambda: set(page.actions(3)) == {NONE}, "standing")
-    finally:
-        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
 
 
 @pytest.mark.parametrize("size", [(1180, 820), (844, 390)])
 def test_other_touch_screens(page, size):
     """A tablet, and a phone held sideways: all that plays is there, and large enough."""
     width, height = size
-    screen = {**PHONE, "width": width, "height": height}
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
-    try:
+    with on_a_phone(page, width=width, height=height):
         assert page.js("return document.documentElement.scrollWidth") == width
         for button in page.all("#pad button:not([hidden])"):
             box = button.rect
@@ -390,9 +374,6 @@ def test_other_touch_screens(page, size):
         assert left["x"] < forward["x"]
         stage, picture = (page.find(what).rect for what in ("#stage", "#worlds canvas"))
         assert picture["y"] + picture["height"] <= stage["y"] + stage["height"] + 1, "cut off"
-    finally:
-        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
 
 
 def test_a_server_that_hangs(page, server):

@@ -160,9 +160,98 @@ def test_noise_is_that_of_torch() -> None:
     const generator = await frameGenerator(5, 24);
     console.log(JSON.stringify([512, 100, 4096].map((n) => Array.from(generator.normal(n)))));
     """
-    command = ["node", "--input-type=module", "--no-warnings", "-e", script]
-    drawn = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    drawn = run_node(script)
     generator = torch.Generator().manual_seed(frame_seed(5, 24))
     for ours in drawn:
         expected = torch.randn(len(ours), generator=generator)
         assert (torch.tensor(ours) - expected).abs().max() < 2e-6
+
+
+def run_node(script: str) -> Any:
+    """Run a script as a module; give the JSON that it prints."""
+    command = ["node", "--input-type=module", "--no-warnings", "-e", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# Graphs whose cache is the text of all that was encoded, and of which a frame is the length: what
+# is encoded from another past is another frame. None is used after it was freed.
+FAKE_WORLD = """
+const sum = (text) => [...text].reduce((all, c) => (31 * all + c.charCodeAt(0)) % 65521, 7);
+let encoded = 0;
+const alive = new Set();
+function tensor(text) { const one = { text }; alive.add(one); return one; }
+function used(...tensors) {
+  for (const one of tensors) if (!alive.has(one)) throw new Error("used after it was freed");
+}
+const graphs = {
+  emptyCache: () => tensor(""),
+  free: (...tensors) => tensors.forEach((one) => alive.delete(one)),
+  async encode({ latents, action, slot, held, keys, values }) {
+    used(keys, values);
+    encoded += 1;
+    const text = `${keys.text} ${latents},${action},${slot},${held}`;
+    const context = tensor(text);
+    const dispose = () => graphs.free(context);
+    return { context, perturbed: null, keys: tensor(text), values: tensor(text), dispose };
+  },
+  async decode(x, context, action) {
+    used(context);
+    return x.map((value) => value - sum(`${context.text} ${action}`));
+  },
+  async picture(latents) { return latents[0]; },
+};
+const about = {
+  layers: 1000, levels: [1], steps: { 1: [1, 0] }, rotary: { theta: 10000, dims: 16 },
+  shapes: { latents: [16], context: [1] },
+  rollout: {
+    solver: "euler", guidance_noise: 0, guidance_interval: [0, 1], window: 5, sink_frames: 0,
+  },
+};
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_going_back_continues_from_a_kept_cache() -> None:
+    """The frames are the same as before, few are encoded again, and no memory is lost."""
+    script = f"""
+    import {{ World }} from "{(FILES / "world" / "world.js").as_uri()}";
+    {FAKE_WORLD}
+    const world = new World(graphs, about);
+    world.settings = {{ seed: 1, guidance_scale: 1, steps: 1 }};
+    const line = Array.from({{ length: 24 }}, (_, i) => (
+      {{ number: i, action: i % 4, view: {{ latents: Float32Array.of(i) }} }}
+    ));
+    async function play(frames, action) {{
+      for (let i = 0; i < frames; i++) {{
+        const number = line.length;
+        line.push({{ number, action, view: await world.step(action, number) }});
+      }}
+      return line.slice(-frames).map(({{ view }}) => view.rgb);
+    }}
+    const counts = [];
+    async function back(frame) {{
+      line.length = frame + 1;
+      encoded = 0;
+      await world.restore(line, async () => {{}});
+      counts.push(encoded);
+    }}
+    await back(23);
+    const first = await play(80, 3);
+    await back(60);
+    const other = await play(20, 2);
+    await back(60);
+    const again = await play(43, 3);
+    await play(300, 3); // the first caches are given up
+    await back(60);
+    const anew = await play(43, 3);
+    await back(60);
+    console.log(JSON.stringify({{ first, other, again, anew, counts, alive: alive.size }}));
+    """
+    found = run_node(script)
+    first = found["first"][-43:]
+    assert found["again"] == first and found["anew"] == first
+    assert not set(found["other"]) & set(first)
+    assert found["counts"] == [23, 60 % 16, 60 % 16, 60, 60 % 16]
+    assert found["alive"] <= 2 * (8 + 1)

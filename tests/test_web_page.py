@@ -3,19 +3,16 @@
 What the page itself does is tested in test_play_page.py; here, what takes the server's place.
 """
 
-import functools
-import http.server
-import json
+import re
 import shutil
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("onnxscript", reason="the extra scd[web] is not installed")
 pytest.importorskip("onnxruntime", reason="the extra scd[web] is not installed")
@@ -26,11 +23,24 @@ from scd.cli import main
 from scd.data.video import VideoFile
 from scd.errors import ScdError
 from scd.play.starts import load_starts
-from scd.play.worlds import ModelWorld, Settings, frame_seed, load_pretrained
-from scd.web.onnx_rollout import OnnxRollout
+from scd.play.worlds import ModelWorld, Settings, load_pretrained
 from scd.web.runtime import PACKAGE, VERSION, fetch_runtime
 from scd.web.site import FILES
-from tests.page import BEGIN, FORWARD, NEEDS_CHROMIUM, PHONE, RIGHT, Page, open_browser
+from tests.page import (
+    BEGIN,
+    FORWARD,
+    LEFT,
+    NEEDS_CHROMIUM,
+    NONE,
+    PHONE,
+    RIGHT,
+    Page,
+    gamepad,
+    on_a_phone,
+    open_browser,
+    touching,
+)
+from tests.web import choose, pictures_by_onnx, pixels, serving
 
 ROOT = Path(__file__).parent.parent
 MODEL, STARTS = ROOT / "assets/pretrained/scd_doom", ROOT / "assets/starts"
@@ -39,14 +49,8 @@ PICTURES = 10
 LEVELS = 2
 # Of 255, the mean difference between the browser, with weights in float16, and PyTorch.
 MEAN_LEVELS = 0.5
+ELSEWHERE = "world.test"  # a name of this host that no browser trusts without https
 pytestmark = NEEDS_CHROMIUM
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """A static host, as `python -m http.server` is one."""
-
-    def log_message(self, *_: Any) -> None:
-        """Print nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +63,6 @@ def site(tmp_path_factory) -> Path:
     out = ["--out", str(root / "site"), "--starts", str(STARTS)]
     assert main(["export", str(MODEL), "--web", *out, "--runtime", str(runtime)]) == 0
     return root / "site"
-
-
-@contextmanager
-def serving(site: Path) -> Iterator[str]:
-    """Serve a site; yield its address, which is in a sub-folder, as GitHub Pages has it."""
-    handler = functools.partial(Quiet, directory=site.parent)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/{site.name}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +78,7 @@ def downloads(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def driver(downloads) -> Iterator[Any]:
-    driver = open_browser(downloads)
+    driver = open_browser(downloads, f"host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1")
     yield driver
     driver.quit()
 
@@ -101,18 +90,6 @@ def page(driver, address) -> Iterator[Page]:
     yield page
     messages = [entry["message"] for entry in driver.get_log("browser")]
     assert not [line for line in messages if "Security Policy" in line or "Uncaught" in line]
-
-
-def pixels(page: Page) -> np.ndarray:
-    """Read the picture on the screen, (64, 64, 3)."""
-    rgba = page.js(
-        """
-        const canvas = document.querySelector("#worlds canvas");
-        const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
-        return Array.from(data);
-        """
-    )
-    return np.array(rgba, np.uint8).reshape(64, 64, 4)[..., :3]
 
 
 def to_the_beginning(page: Page) -> None:
@@ -142,19 +119,11 @@ def test_ten_pictures_are_those_of_python(page, site):
     page.release(Keys.ARROW_RIGHT)
     actions = [0] + [FORWARD] * (PICTURES // 2 - 1) + [RIGHT] * (PICTURES - PICTURES // 2)
 
-    pretrained = load_pretrained(MODEL)
-    world, settings = ModelWorld(pretrained), Settings(4, 1.0, seed=5)
-    views = world.reset(start, settings)
+    pretrained, settings = load_pretrained(MODEL), Settings(4, 1.0, seed=5)
+    world = ModelWorld(pretrained)
+    world.reset(start, settings)
     by_torch = [world.step(a, BEGIN + 1 + i).picture for i, a in enumerate(actions)]
-    manifest = json.loads((site / "manifest.json").read_text())
-    rollout = OnnxRollout(site / "graphs", pretrained.options.rollout, manifest["levels"])
-    generator = torch.Generator()
-    latents = np.stack([view.latents.numpy() for view in views])
-    rollout.reset(latents, start.actions, generator)
-    by_onnx = []
-    for i, action in enumerate(actions):
-        generator.manual_seed(frame_seed(5, BEGIN + 1 + i))
-        by_onnx.append(rollout.picture(rollout.step(action)))
+    by_onnx = pictures_by_onnx(site, pretrained, start, settings, actions)
     ours, same, server = (np.stack(p).astype(int) for p in (found, by_onnx, by_torch))
     print(
         f"of 255: {abs(ours - same).max()} at most from onnxruntime in Python; from PyTorch "
@@ -178,7 +147,7 @@ def test_keys_rate_and_latency(page):
     page.wait(lambda: page.paused, "the pause")
 
 
-def test_rewind_branch_and_record(page, downloads):
+def test_rewind_branches_and_record(page, downloads):
     page.step()
     page.press("r")
     page.wait(lambda: page.find("#record").get_attribute("aria-pressed") == "true", "recording")
@@ -190,56 +159,110 @@ def test_rewind_branch_and_record(page, downloads):
     path = page.wait(lambda: next(downloads.glob("*.webm"), None), "the file")
     video = VideoFile(path)
     assert len(video) == 4 and video.frames(np.arange(4)).shape == (4, 256, 256, 3)
+    page.press("b")
+    page.wait(lambda: page.all("#branches .kept"), "the kept branch")
     to_the_beginning(page)
     page.step()
-    again = page.frame
-    for _ in range(3):
+    page.hold(Keys.ARROW_RIGHT)
+    page.step()
+    page.release(Keys.ARROW_RIGHT)
+    other = page.picture()
+    to_the_beginning(page)
+    for _ in range(4):
         page.step()
     # From the same noise, after the past has been encoded anew.
-    assert again == BEGIN + 1 and page.picture() == there
-    page.find("#branches button").click()
+    assert page.frame == BEGIN + 4 and page.picture() == there
+    page.find("#branches button:not(.kept)").click()
+    page.wait_for_frame(BEGIN + 2)
+    page.wait(lambda: page.picture() == other, "the picture of the branch")
+    page.find("#branches .kept").click()
     page.wait_for_frame(BEGIN + 4)
+    page.wait(lambda: page.picture() == there, "the picture of the kept branch")
 
 
-def test_phone(page):
-    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
-    try:
+def test_guidance_slider(page, site):
+    """With guidance, and with fewer steps, the picture is that of Python as well."""
+    page.step()
+    plain = pixels(page)
+    choose(page, "guidance", 2.0)
+    choose(page, "steps", 2)
+    page.wait_for_text("output[for=guidance]", r"^2\.0$")
+    to_the_beginning(page)
+    page.step()
+    found = pixels(page)
+    start, settings = load_starts(STARTS, 64, 4)[0], Settings(2, 2.0, seed=0)
+    (expected,) = pictures_by_onnx(site, load_pretrained(MODEL), start, settings, [0])
+    assert abs(found.astype(int) - expected).max() <= LEVELS
+    assert abs(found.astype(int) - plain).mean() > MEAN_LEVELS
+
+
+def test_gamepad(page):
+    with gamepad(page):
+        page.js("gamepad.axes[1] = -1")
+        page.wait(lambda: set(page.actions(2)) == {FORWARD}, "walking")
+        page.js("gamepad.axes[1] = 0; gamepad.buttons[14].pressed = true")
+        page.wait(lambda: set(page.actions(2)) == {LEFT}, "turning")
+        page.js("gamepad.buttons[14].pressed = false; gamepad.buttons[9].pressed = true")
+        page.wait(lambda: page.paused, "the pause")
+
+
+def test_phone_and_touch(page):
+    with on_a_phone(page):
         wide = page.js("return document.documentElement.scrollWidth")
         assert wide == PHONE["width"]
         assert not page.find("#beside").is_displayed()  # there is one world, and no real Doom
-    finally:
-        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        with touching(page, "[data-move=forward]"):
+            page.wait(lambda: set(page.actions(2)) == {FORWARD}, "walking")
+        page.wait(lambda: set(page.actions(2)) == {NONE}, "standing")
 
 
-def test_offline_once_loaded(driver, address):
-    """Threads from the service worker's headers; without the network the page still begins."""
+def test_offline_once_loaded(driver, site):
+    """Threads by the service worker's headers; the host gone, the page still begins and plays."""
     page = Page(driver)
-    page.open(address)
-    assert page.js("return crossOriginIsolated")
-    asked = page.js("return performance.getEntriesByType('resource').map(({name}) => name)")
-    assert asked and all(name.startswith(address) for name in asked)
-    driver.get("about:blank")
-    driver.execute_cdp_cmd("Network.enable", {})
-    conditions = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-    driver.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
-    try:
+    with serving(site) as address:
         page.open(address)
-        page.step()
-    finally:
-        driver.execute_cdp_cmd("Network.emulateNetworkConditions", conditions | {"offline": False})
+        assert page.js("return crossOriginIsolated")
+        asked = page.js("return performance.getEntriesByType('resource').map(({name}) => name)")
+        assert asked and all(name.startswith(address) for name in asked)
+    with pytest.raises(URLError):
+        urlopen(address)
+    driver.get("about:blank")
+    page.open(address)
+    page.step()
+    page.all("#starts button")[-1].click()
+    page.wait(lambda: page.frame == BEGIN and not page.all("#branches button"), "another start")
+    page.step()
 
 
-def test_says_what_an_old_browser_lacks(driver, address):
-    hide = "delete window.Worker"
+@pytest.mark.parametrize(
+    ("hide", "lacks"),
+    [
+        ("delete window.Worker", "workers"),
+        ("delete window.WebAssembly", "WebAssembly, WebAssembly with SIMD"),
+        ("WebAssembly.validate = () => false", "WebAssembly with SIMD"),
+        ("delete Crypto.prototype.subtle", "hashes (crypto.subtle)"),
+        ("delete HTMLScriptElement.prototype.noModule", "JavaScript modules"),
+    ],
+    ids=["Worker", "WebAssembly", "SIMD", "subtle", "modules"],
+)
+def test_says_what_an_old_browser_lacks(driver, address, hide, lacks):
     hidden = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": hide})
     try:
         driver.get(address)
         page = Page(driver)
         page.wait_for_text("#notice-title", "This browser cannot show the world")
-        assert "workers" in page.text("#notice-text")
+        page.wait_for_text("#notice-text", rf"^It lacks {re.escape(lacks)}\. A newer browser")
+        assert page.find("#notice").is_displayed()
         assert not page.find("#notice-button").is_displayed()
     finally:
         driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", hidden)
+
+
+def test_says_that_the_address_must_be_secure(driver, address):
+    driver.get(address.replace("127.0.0.1", ELSEWHERE))
+    page = Page(driver)
+    page.wait_for_text("#notice-text", "open the page by https, or at localhost")
+    assert page.find("#notice").is_displayed()
 
 
 def test_a_damaged_graph_is_refused(driver, address, site):
@@ -257,4 +280,4 @@ def test_a_damaged_graph_is_refused(driver, address, site):
 def test_files_of_the_page_name_no_other_address():
     for path in FILES.rglob("*"):
         if path.is_file():
-            assert "http" not in path.read_text().replace("https, or localhost", ""), path
+            assert "://" not in path.read_text(), path

@@ -1,7 +1,7 @@
 """A rollout of exported graphs by onnxruntime: what the page's worker does, in Python.
 
-`static/world.js` is the same in JavaScript. Both differ from `scd.rollout` only in who runs the
-layers, so that tests can hold them against it.
+`files/world/world.js` is the same in JavaScript. Both differ from `scd.rollout` only in who runs
+the layers, so that tests can hold them against it.
 """
 
 from collections.abc import Iterable

@@ -89,19 +89,14 @@ def export_site(
         copy_runtime(aside / "ort", runtime)
         write_graphs(onnx_graphs(pretrained), aside / "graphs", weights)
         _write_starts(pretrained, clips, aside / "starts")
+        _check_size(folder, _bytes(aside / "graphs") + _bytes(aside / "starts"))
         _write_page(aside)
         _write_manifest(aside, Catalog({"model": pretrained}, clips), weights)
 
     write_folder_atomically(folder, write)
     parts = {part: _bytes(folder / part) for part in ("graphs", "starts", "ort")}
-    world = parts["graphs"] + parts["starts"]
     shown = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in parts.items())
     print(f"{folder}: {_bytes(folder) / 1e6:.1f} MB ({shown}), weights in {weights}")
-    if world > MAX_DOWNLOAD:
-        raise ScdError(
-            f"{folder}: the world takes {world / 1e6:.1f} MB, more than "
-            f"{MAX_DOWNLOAD / 1e6:.0f}: give --weights int8"
-        )
     print(f"try it: python -m http.server -d {folder}")
 
 
@@ -139,6 +134,14 @@ def _write_starts(pretrained: Pretrained, clips: list[Start], folder: Path) -> N
         (folder / f"{start.name}.latents").write_bytes(latents.tobytes())
         (folder / f"{start.name}.rgb").write_bytes(start.frames[-1].tobytes())
         (folder / f"{start.name}.png").write_bytes(start_thumbnail(start))
+
+
+def _check_size(folder: Path, size: int) -> None:
+    if size > MAX_DOWNLOAD:
+        raise ScdError(
+            f"{folder}: the world takes {size / 1e6:.1f} MB, more than "
+            f"{MAX_DOWNLOAD / 1e6:.0f}: give --weights int8"
+        )
 
 
 def _write_page(folder: Path) -> None:
@@ -190,7 +193,8 @@ def _write_manifest(folder: Path, catalog: Catalog, weights: Format) -> None:
     }
     (folder / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
     worker = (folder / "sw.js").read_text(encoding="utf-8")
-    names = json.dumps([name for name in files if name.partition("/")[0] in ("static", "world")])
+    small = ("static", "world", "starts")
+    names = json.dumps([name for name in files if name.partition("/")[0] in small])
     worker = worker.replace("__VERSION__", version).replace('"__FILES__"', names)
     (folder / "sw.js").write_text(worker, encoding="utf-8")
 

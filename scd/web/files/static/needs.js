@@ -13,7 +13,7 @@
     ["workers", function () { return window.Worker; }],
     ["WebAssembly", function () { return window.WebAssembly; }],
     ["WebAssembly with SIMD", function () { return WebAssembly.validate(new Uint8Array(simd)); }],
-    ["a secure address (https, or localhost)", function () { return window.crypto.subtle; }]
+    ["hashes (crypto.subtle)", function () { return window.crypto.subtle; }]
   ];
   var missing = [];
   for (var i = 0; i < needs.length; i++) if (!has(needs[i][1])) missing.push(needs[i][0]);
@@ -31,8 +31,10 @@
   }
 
   if (missing.length) {
-    window.scdMissing = missing; // the page's module does not begin then
-    say("It lacks " + missing.join(", ") + ". A newer browser will do.");
+    window.scdMissing = "It lacks " + missing.join(", ") + (window.isSecureContext === false
+      ? ". Browsers offer that at secure addresses only: open the page by https, or at localhost."
+      : ". A newer browser will do.");
+    say(window.scdMissing); // the page's modules do not begin then
   }
   window.addEventListener("error", function (event) {
     if (/SyntaxError/.test(String(event.error || event.message))) {

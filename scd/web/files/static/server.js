@@ -48,14 +48,14 @@ class WorkerSocket {
   }
 }
 
-// The service worker keeps the site's files, and adds the headers without which browsers share no
-// memory between threads. The first time, the page is loaded once more, through it.
+// The service worker keeps the files that it serves, and adds the headers without which browsers
+// share no memory between threads. The first time, the page is loaded once more, through it.
 async function served() {
   const container = navigator.serviceWorker;
   if (!container) return;
   await container.register("sw.js", { updateViaCache: "none" });
   await container.ready;
-  if (crossOriginIsolated || sessionStorage.getItem(SERVED)) return;
+  if ((crossOriginIsolated && container.controller) || sessionStorage.getItem(SERVED)) return;
   sessionStorage.setItem(SERVED, "once");
   location.reload();
   await new Promise(() => {}); // the reload ends this page
@@ -63,7 +63,7 @@ async function served() {
 
 async function begin(socket, session) {
   try {
-    if (window.scdMissing) throw new Error(`It lacks ${window.scdMissing.join(", ")}.`);
+    if (window.scdMissing) throw new Error(window.scdMissing);
     await served().catch((error) => console.warn("not kept for use offline:", error));
     if (!worker) {
       worker = new Worker(new URL(`../world/worker.js${location.search}`, import.meta.url), {

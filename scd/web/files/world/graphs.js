@@ -3,13 +3,20 @@
 import { product } from "./world.js";
 
 const MOST_THREADS = 4; // more wait for each other longer than they work
+// What the encoder makes, and graphs take.
+const STAYS_ON_GPU = {
+  context: "gpu-buffer", perturbed: "gpu-buffer", new_keys: "gpu-buffer", new_values: "gpu-buffer",
+};
 
-/** Choose what computes: "webgpu" or "wasm"; `wanted` (or null) overrules. */
+/**
+ * Choose what computes: "webgpu" or "wasm"; `wanted` (or null) overrules. A GPU that is a program
+ * on the CPU is slower than WASM: only if it is wanted.
+ */
 export async function chooseBackend(wanted) {
   if (wanted === "wasm") return wanted;
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   if (wanted === "webgpu" && !adapter) throw new Error("this browser has no WebGPU");
-  return adapter ? "webgpu" : "wasm";
+  return adapter && (wanted || !adapter.info.isFallbackAdapter) ? "webgpu" : "wasm";
 }
 
 /** Files of the runtime for a backend. */
@@ -42,14 +49,12 @@ export class Graphs {
     ort.env.wasm.wasmPaths = { mjs: url(mjs), wasm: url(wasm) };
     ort.env.wasm.wasmBinary = (await file(wasm)).buffer;
     ort.env.logLevel = "error";
-    const onGpu = backend === "webgpu";
-    const stays = { context: "gpu-buffer", perturbed: "gpu-buffer" };
-    Object.assign(stays, { new_keys: "gpu-buffer", new_values: "gpu-buffer" });
+    const stays = backend === "webgpu" ? { preferredOutputLocation: STAYS_ON_GPU } : {};
     for (const name of ["encoder", "decoder", "picture"]) {
       graphs.#sessions[name] = await ort.InferenceSession.create(await file(`graphs/${name}.onnx`), {
         executionProviders: [backend],
         graphOptimizationLevel: "all",
-        ...(onGpu && name === "encoder" ? { preferredOutputLocation: stays } : {}),
+        ...(name === "encoder" ? stays : {}),
       });
     }
     graphs.backend = backend;

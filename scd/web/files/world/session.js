@@ -11,7 +11,7 @@ const PAUSE = 1; // seconds between two frames that count as a pause
 
 const seconds = () => performance.now() / 1000;
 
-/** Let messages arrive: a world that computes has no pause of its own. */
+/** Let messages arrive, and heartbeats leave: a world that computes has no pause of its own. */
 function breathe() {
   return new Promise((done) => {
     const { port1, port2 } = new MessageChannel();
@@ -39,7 +39,6 @@ export class Session {
   #nextFrameAt = 0;
   #wakeUp = () => {};
   #connection = 0;
-  #beaten = 0;
 
   /**
    * `about`: the manifest. `loadStart(name)` resolves to {latents: one array a frame, rgb}; `send`
@@ -83,16 +82,6 @@ export class Session {
     this.#wake();
   }
 
-  /** Send a heartbeat, if it is time for one, and let messages arrive. */
-  async alive() {
-    const now = seconds();
-    if (now - this.#beaten >= this.#about.hello.limits.alive_seconds) {
-      this.#beaten = now;
-      this.#say({ type: "alive" });
-    }
-    await breathe();
-  }
-
   /** What a video of frames first..last needs: {pictures, fps, name, first}. */
   recording(first, last) {
     const frames = this.#history.timeline.filter(({ number: n }) => first <= n && n <= last);
@@ -114,7 +103,7 @@ export class Session {
   /** Execute commands, and generate frames when they are due; never ends. */
   async #play() {
     for (;;) {
-      await this.alive();
+      await breathe();
       if (!this.#connection) {
         await this.#message(this.#about.hello.limits.alive_seconds);
         continue;
@@ -188,7 +177,9 @@ export class Session {
   async #begin(name, seed) {
     const actions = this.#about.starts[name];
     if (!actions) throw new Refusal(`no start ${name}`);
-    const { latents, rgb } = await this.#loadStart(name);
+    const { latents, rgb } = await this.#loadStart(name).catch((error) => {
+      throw new Refusal(`the start ${name} could not be loaded: ${error.message}`);
+    });
     this.#change({ seed });
     this.#start = { name, given: actions.length };
     const views = latents.map((one) => ({ latents: one, rgb: null, times: [0, 0, 0] }));
@@ -200,7 +191,7 @@ export class Session {
   }
 
   #restore() {
-    return this.#world.restore(this.#history.timeline, () => this.alive());
+    return this.#world.restore(this.#history.timeline, breathe);
   }
 
   #change(changes) {

@@ -26,13 +26,15 @@ export async function encodeVideo(pictures, size, fps) {
     error: (error) => (failed = error),
   });
   encoder.configure({ ...base, codec: chosen.codec });
-  pictures.forEach((rgb, i) => {
+  for (const [i, rgb] of pictures.entries()) {
     const frame = new VideoFrame(enlarged(rgb, size), {
       format: "RGBX", codedWidth: side, codedHeight: side, timestamp: Math.round((1e6 * i) / fps),
     });
-    encoder.encode(frame, { keyFrame: i % KEY_EVERY === 0 });
+    const keyFrame = i % KEY_EVERY === 0;
+    if (keyFrame) await encoder.flush(); // or all frames would wait in memory
+    encoder.encode(frame, { keyFrame });
     frame.close();
-  });
+  }
   await encoder.flush();
   encoder.close();
   if (failed) throw failed;

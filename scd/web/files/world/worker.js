@@ -30,8 +30,10 @@ function fail(code, error) {
 
 async function load() {
   about = await loadManifest();
+  setInterval(() => say({ type: "alive" }), 1000 * about.hello.limits.alive_seconds);
   const backend = await chooseBackend(parameters.get("backend"));
-  const wanted = [runtimeFiles(backend).wasm];
+  const [start] = about.hello.starts;
+  const wanted = [runtimeFiles(backend).wasm, `starts/${start}.latents`, `starts/${start}.rgb`];
   for (const name of ["encoder", "decoder", "picture"]) wanted.push(`graphs/${name}.onnx`);
   const total = wanted.reduce((sum, name) => sum + about.files[name].bytes, 0);
   let told = 0;
@@ -46,8 +48,9 @@ async function load() {
     backend, url, shapes: about.shapes, file: (name) => files.bytes(name),
   });
   const size = product(about.shapes.latents);
+  const world = new World(graphs, about);
   const opened = new Session({
-    world: new World(graphs, about),
+    world,
     about,
     send,
     loadStart: async (name) => {
@@ -59,7 +62,10 @@ async function load() {
   });
   await opened.open((error) => fail(FAULT, error));
   session = opened;
-  console.info(`scd: ${graphs.backend}, ${graphs.threads} threads, weights in ${about.weights}`);
+  console.info(
+    `scd: ${graphs.backend}, ${graphs.threads} threads, weights in ${about.weights}, ` +
+    `cache in ${world.cacheLocation}`,
+  );
 }
 
 const loading = load().catch((error) => fail(UNABLE, error));

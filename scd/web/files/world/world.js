@@ -4,6 +4,11 @@
 import { frameGenerator } from "./noise.js";
 import { guide, integrate } from "./sampler.js";
 
+// Going back starts from the newest of some earlier caches: without one, all frames are encoded
+// again that shaped the window.
+const KEPT_EVERY = 16; // frames
+const MOST_KEPT = 8; // caches
+
 /** A frame is a function of the past, its action, the settings and (seed, frame number) alone. */
 export class World {
   #graphs;
@@ -11,7 +16,8 @@ export class World {
   #keys;
   #values;
   #frames = 0; // in the cache, and those that have left it
-  #newest = null; // view
+  #newest = null; // view, not in the cache yet
+  #kept = []; // {keys, values, frames, newest}, the oldest first
   #settings;
 
   /** `graphs` as graphs.js makes them; `about`: the site's manifest. */
@@ -25,21 +31,30 @@ export class World {
     this.#settings = settings;
   }
 
+  /** Where the cache is: "gpu-buffer" or "cpu". */
+  get cacheLocation() {
+    return this.#keys.location;
+  }
+
   /**
    * Go to the last of some frames {action, view: {latents}}, whose first is the timeline's oldest;
-   * `alive()` is awaited after every frame that is encoded.
+   * `breathe()` is awaited after every frame that is encoded.
    */
-  async restore(past, alive) {
+  async restore(past, breathe) {
     const newest = past.at(-1).view;
     if (newest === this.#newest) return;
     const { layers, rollout } = this.#about;
     // Frames that have left the window shaped those in it: every layer reaches one window further.
     const reach = layers * (rollout.window - 1) + 1;
     const known = past.slice(-reach);
-    this.#empty();
-    for (let i = 0; i + 1 < known.length; i++) {
-      await this.#encode(known[i].view.latents, known[i + 1].action, null);
-      await alive();
+    const from = known.findLastIndex(({ view }) => this.#keptBefore(view));
+    const { keys, values, frames } = this.#keptBefore(known[from]?.view) ?? this.#empty();
+    this.#replace(keys, values, frames);
+    for (let i = Math.max(from, 0); i + 1 < known.length; i++) {
+      this.#newest = known[i].view;
+      const contexts = await this.#encode(known[i + 1].action, null);
+      contexts.dispose();
+      await breathe();
     }
     this.#newest = newest;
   }
@@ -62,7 +77,7 @@ export class World {
     const perturbation = guided
       ? generator.normal(product(shapes.context)).map((value) => rollout.guidance_noise * value)
       : null;
-    const contexts = await this.#encode(this.#newest.latents, action, perturbation);
+    const contexts = await this.#encode(action, perturbation);
     const encoded = performance.now();
 
     const [lowest, highest] = rollout.guidance_interval;
@@ -83,27 +98,44 @@ export class World {
   }
 
   #empty() {
-    this.#graphs.free(this.#keys, this.#values);
-    this.#keys = this.#graphs.emptyCache();
-    this.#values = this.#graphs.emptyCache();
-    this.#frames = 0;
-    this.#newest = null;
+    return { keys: this.#graphs.emptyCache(), values: this.#graphs.emptyCache(), frames: 0 };
   }
 
-  /** Encode a frame into the cache, and the contexts of the frame after it, under its action. */
-  async #encode(latents, action, perturbation) {
+  /** The kept cache of all frames before a view. */
+  #keptBefore(view) {
+    return this.#kept.find(({ newest }) => newest === view);
+  }
+
+  #keep() {
+    if (this.#frames === 0 || this.#frames % KEPT_EVERY || this.#keptBefore(this.#newest)) return;
+    const [keys, values] = [this.#keys, this.#values];
+    this.#kept.push({ keys, values, frames: this.#frames, newest: this.#newest });
+    if (this.#kept.length <= MOST_KEPT) return;
+    const oldest = this.#kept.shift();
+    this.#graphs.free(oldest.keys, oldest.values);
+  }
+
+  /** Go on from another cache. */
+  #replace(keys, values, frames) {
+    if (!this.#kept.some((kept) => kept.keys === this.#keys)) {
+      this.#graphs.free(this.#keys, this.#values);
+    }
+    [this.#keys, this.#values, this.#frames] = [keys, values, frames];
+  }
+
+  /** Encode the newest frame into the cache, and the contexts of the next, under its action. */
+  async #encode(action, perturbation) {
+    this.#keep();
     const position = this.#frames;
     const { window } = this.#about.rollout;
     const done = await this.#graphs.encode({
-      latents, action, perturbation, ...this.#angles(position),
+      latents: this.#newest.latents, action, perturbation, ...this.#angles(position),
       slot: this.#slot(position),
       held: Math.min(position + 1, window),
       keys: this.#keys,
       values: this.#values,
     });
-    this.#graphs.free(this.#keys, this.#values);
-    [this.#keys, this.#values] = [done.keys, done.values];
-    this.#frames += 1;
+    this.#replace(done.keys, done.values, position + 1);
     return done;
   }
 
