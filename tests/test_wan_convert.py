@@ -261,7 +261,6 @@ def test_folders_that_are_no_text_to_video_wan(folder, own_folder, tmp_path):
 def test_mistakes_are_one_line(folder, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    causal = ["--type", "causal"]
     for arguments, message in (
         ([str(folder), "--out", "mine"], "mine exists and holds no converted model"),
         (["no folder", "--out", "x"], "no folder: no such folder in"),

@@ -77,19 +77,10 @@ def generate(a: argparse.Namespace) -> None:
     )
     videos = a.videos or (1 if a.vbench is None else 5)
     if a.vbench is None:
-        sampling.generate_videos(
-            pipeline, texts, a.prompt, request, a.out, 1 if a.videos is None else a.videos
-        )
+        sampling.generate_videos(pipeline, texts, a.prompt, request, a.out, videos)
     else:
         sampling.generate_benchmark(
-            pipeline,
-            texts,
-            a.model,
-            a.vbench,
-            request,
-            a.out,
-            videos,
-            a.extended,
+            pipeline, texts, a.model, a.vbench, request, a.out, videos, a.extended
         )
 
 
