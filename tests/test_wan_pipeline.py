@@ -1,6 +1,7 @@
 """Text to video: streamed decoding, the pipeline, and `scd wan generate`, on tiny random Wans."""
 
 import json
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -452,14 +453,30 @@ def test_mistakes_of_commands_are_one_line(folder, embeds, tmp_path, capfd, monk
     Path("two.txt").write_text("a cat\na dog")
     (tmp_path / "other").mkdir()
     Path("other/model_index.json").write_text('{"_class_name": "SCDPipeline"}')
+    Path("birds.txt").write_text("a cat\na bird")
+    (tmp_path / "old").mkdir()
+    Path("old/a cat-0.mp4").write_bytes(b"made before")
+    shutil.copytree(folder / "scd", tmp_path / "thin")
+    config = json.loads(Path("thin/transformer/config.json").read_text())
+    config["encoder_layers"] += 1
+    Path("thin/transformer/config.json").write_text(json.dumps(config))
     good = ["--out", "x.mp4", "--prompt", "a cat"]
     model = folder / "scd"
     for where, arguments, message in (
-        (tmp_path, good, "model_index.json: no such file"),
+        (tmp_path / "no", good, "no: no such file or folder"),
+        (tmp_path, good, "neither a folder with a model_index.json"),
+        (tmp_path / "thin", good, "its weights lack it"),
         (tmp_path / "other", good, "a pipeline of another kind (SCDPipeline), not of a Wan"),
         (model, ["--out", "x.avi", "--prompt", "a cat"], "x.avi: videos are mp4 files"),
         (model, ["--out", "x.mp4", "--prompt", "a bird"], "has no prompt 'a bird'"),
         (model, [*good, "--then", "x", "a dog"], "--then x: give the number of a picture"),
+        (model, [*good, "--then", "81", "a dog"], "--then 81: the video ends before"),
+        (model, [*good, "--fps", "0"], "--fps must be a number above 0"),
+        (model, [*good, "--videos", "0"], "--videos must be at least 1"),
+        (model, ["--out", "other", "--prompt", "a cat"], "other: a folder: give the name"),
+        (model, ["--out", "one.txt", "--vbench", "one.txt"], "one.txt: a file: with --vbench"),
+        (model, ["--out", "x", "--vbench", "birds.txt"], "no embedding of 1 prompts"),
+        (model, ["--out", "old", "--vbench", "one.txt"], "old.json: is missing"),
         (model, [*good, "--extended", "one.txt"], "--extended belongs to --vbench"),
         (model, [*good, "--videos", "-1"], "--videos must be at least 1"),
         (model, [*good, "optim.lr=1"], "only options of rollout can be changed"),
@@ -477,6 +494,7 @@ def test_mistakes_of_commands_are_one_line(folder, embeds, tmp_path, capfd, monk
         captured = capfd.readouterr().err
         last = captured.splitlines()[-1]
         assert last.startswith("error: ") and message in last, captured
+    assert not list(tmp_path.glob("x*")) and not Path("one.txt.json").exists()
     assert main(["wan", "measure", "empty"]) == 1
     assert "no videos (mp4) to measure" in capfd.readouterr().err
 

@@ -128,7 +128,8 @@ def test_a_file_is_encoded_once(source, tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     monkeypatch.undo()
     prompts.write_text("the cat stands still")
-    assert main(command) == 0
+    assert main(command[:-2]) == 0  # the negative prompt stays if no other is given
+    assert PromptFolder(out).negative_prompt == "still grass"
     assert len(PromptFolder(out).prompts) == 3
     # So does a list of clips, by its captions, also one that lies in the folder itself.
     clips = [{"video_path": f"{n}.mp4", "caption": " a dog "} for n in range(2)]
@@ -160,12 +161,15 @@ def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):
         (["p.txt", "--out", "other", "--text-encoder", "x/y"], "other: holds embeddings of"),
         (["p.txt", "--out", "x1", "--text-encoder", "half"], "text_encoder: no such folder"),
         (["p.txt", "--out", "x2", "--text-encoder", "broken"], "broken: no readable text encoder"),
+        (["p.txt", "--out", "x", *good, "--batch-size", "0"], "--batch-size must be at least 1"),
         (["p.txt", "--out", "x3", "--text-encoder", "no:where"], "no:where: no such folder"),
     ):
         assert main(["wan", "encode-prompts", *arguments]) == 1
         captured = capfd.readouterr().err
         last = captured.splitlines()[-1]
         assert last.startswith("error: ") and message in last, captured
+    # A text encoder that cannot be read leaves no list that would bind the folder to it.
+    assert main(["wan", "encode-prompts", "p.txt", "--out", "x2", *good]) == 0
     folder = PromptFolder(Path("other"))
     with pytest.raises(ScdError, match="has no prompt 'a dog'"):
         folder.embedding("a dog")

@@ -1,6 +1,7 @@
 """Commands for pretrained text-to-video models: wan convert, encode-prompts, generate, measure."""
 
 import argparse
+import math
 from functools import partial
 
 from scd.cli.arguments import Commands, add_overrides
@@ -48,6 +49,16 @@ def generate(a: argparse.Namespace) -> None:
         if not picture.isdecimal() or a.vbench is not None:
             raise ScdError(f"--then {picture}: give the number of a picture, not with --vbench")
         later.append((int(picture), prompt))
+        if int(picture) >= a.frames:
+            raise ScdError(f"--then {picture}: the video ends before, after {a.frames} pictures")
+    if a.videos is not None and a.videos < 1:
+        raise ScdError(f"--videos must be at least 1, not {a.videos}")
+    if not 0 < a.fps < math.inf:
+        raise ScdError(f"--fps must be a number above 0, not {a.fps}")
+    if a.vbench is None and a.out.is_dir():
+        raise ScdError(f"{a.out}: a folder: give the name of an mp4 file")
+    if a.vbench is not None and a.out.is_file():
+        raise ScdError(f"{a.out}: a file: with --vbench, give a folder")
     import torch
 
     from scd.wan import sampling
@@ -64,11 +75,12 @@ def generate(a: argparse.Namespace) -> None:
         negative_prompt=a.negative_prompt,
         later_prompts=later,
     )
+    videos = a.videos or (1 if a.vbench is None else 5)
     if a.vbench is None:
-        sampling.generate_videos(pipeline, texts, a.prompt, request, a.out, a.videos or 1)
+        sampling.generate_videos(pipeline, texts, a.prompt, request, a.out, videos)
     else:
         sampling.generate_benchmark(
-            pipeline, texts, a.model, a.vbench, request, a.out, a.videos or 5, a.extended
+            pipeline, texts, a.model, a.vbench, request, a.out, videos, a.extended
         )
 
 
@@ -124,7 +136,9 @@ def add_commands(commands: Commands) -> None:
     p = wan_commands.add_parser("encode-prompts", help="write the embeddings of prompts, once")
     p.add_argument("prompts", type=to_read, help="a prompt in every line; or .json: captions")
     p.add_argument("--out", type=from_user, required=True, help="folder to write to")
-    p.add_argument("--negative-prompt", default="", metavar="TEXT", help="(default: empty)")
+    p.add_argument(
+        "--negative-prompt", metavar="TEXT", help="(default: the folder's, at first an empty one)"
+    )
     p.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     _add_text_encoder(p)
     p.set_defaults(run=encode_prompts)

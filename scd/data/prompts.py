@@ -81,6 +81,14 @@ class PromptFolder:
         """Read the embeddings of prompts of the list, (B, length, text_dim)."""
         return torch.stack([self.embedding(prompt) for prompt in prompts])
 
+    def check_source(self, text_encoder: str, length: int) -> None:
+        """Refuse to mix with embeddings that another text encoder made, or of another length."""
+        if (self.text_encoder, self.length) != (text_encoder, length):
+            raise ScdError(
+                f"{self.folder}: holds embeddings of {self.text_encoder} with {self.length} "
+                f"tokens, not of {text_encoder} with {length}: choose another folder"
+            )
+
     def check(self, prompts: Iterable[str]) -> None:
         """Refuse prompts without an embedding, by the names of the files alone.
 
@@ -107,21 +115,18 @@ def write_prompt_list(
     Raises:
         ScdError: the folder has embeddings of another text encoder or length.
     """
-    files = {prompt: _file_name(text) for prompt, text in cleaned.items()}
+    files = {prompt: file_name(text) for prompt, text in cleaned.items()}
     if (folder / LIST).is_file():
         old = PromptFolder(folder)
-        if (old.text_encoder, old.length) != (text_encoder, length):
-            raise ScdError(
-                f"{folder}: holds embeddings of {old.text_encoder} with {old.length} tokens, not "
-                f"of {text_encoder} with {length}: choose another folder"
-            )
+        old.check_source(text_encoder, length)
         files = {**old.files, **files}
     about: dict[str, Any] = {"text_encoder": text_encoder, "length": length}
     write_json(folder / LIST, {**about, "negative_prompt": negative_prompt, "files": files})
     return PromptFolder(folder)
 
 
-def _file_name(text: str) -> str:
+def file_name(text: str) -> str:
+    """Name the file of an embedding after the cleaned prompt."""
     return f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
 
 

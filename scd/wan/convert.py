@@ -116,6 +116,8 @@ def read_transformer(folder: Path, weights: Path | None = None) -> WanTransforme
         ScdError: it is missing or damaged, or tensors and config do not fit together.
     """
     in_diffusers = (folder / "transformer").is_dir()
+    if not in_diffusers and not (folder / "config.json").is_file():
+        raise ScdError(f"{folder}: no Wan: holds neither transformer/ nor Wan's own config.json")
     place = folder / "transformer" if in_diffusers else folder
     config = _config(place)
     name = str(place if weights is None else weights)
@@ -124,7 +126,10 @@ def read_transformer(folder: Path, weights: Path | None = None) -> WanTransforme
     if not in_diffusers:
         config = _from_wan_config(config, tensors, place)
     elif config.get("_class_name") != "WanTransformer3DModel":
-        raise ScdError(f"{place}/config.json: describes a {config.get('_class_name')!r}")
+        raise ScdError(
+            f"{place}/config.json: describes a {config.get('_class_name')!r}, not a "
+            f"WanTransformer3DModel: convert Wan's own folder"
+        )
     layers = config.get("num_layers")
     if not isinstance(layers, int) or not 0 < layers <= len(tensors):
         raise ScdError(f"{place}/config.json: {layers} layers, but {len(tensors)} tensors")
@@ -145,6 +150,8 @@ def read_autoencoder(folder: Path) -> AutoencoderKLWan:
             raise ScdError(f"{place}/config.json: describes a {config.get('_class_name')!r}")
     else:
         place = folder / WAN_VAE
+        if not place.is_file():
+            raise ScdError(f"{folder}: no Wan with its autoencoder: neither vae/ nor {WAN_VAE}")
         tensors = convert_wan_vae_to_diffusers(read_state_dict(place))
         first = tensors.get("encoder.conv_in.weight")
         config = {"base_dim": 96 if first is None else len(first)}

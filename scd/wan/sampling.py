@@ -1,7 +1,7 @@
 """Generate videos of prompts into files: one, several seeds of one, or a whole benchmark."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,11 @@ class Texts:
             return prompt
         return "" if self._folder is None else self._folder.negative_prompt
 
+    def check(self, prompts: Iterable[str]) -> None:
+        """Refuse prompts that the folder has no embedding of, before any video is made."""
+        if self._folder is not None:
+            self._folder.check(prompts)
+
     def __call__(self, prompt: str) -> Tensor:
         """Find the embedding of one prompt, (1, length, text_dim)."""
         if self._folder is not None:
@@ -101,9 +106,12 @@ def load_pipeline(path: Path, overrides: list[str]) -> SCDWanPipeline:
 
 def _read_folder(folder: Path) -> SCDWanPipeline:
     index = folder / "model_index.json"
+    if not folder.exists():
+        raise ScdError(f"{folder}: {why_missing(folder, 'file or folder')}")
     if not index.is_file():
         raise ScdError(
-            f"{index}: {why_missing(index)}; `scd wan convert` and `scd export` write such a folder"
+            f"{folder}: neither a folder with a {index.name}, as `scd wan convert` and `scd "
+            f"export` write it, nor the ema.safetensors of a Wan's run: give one of these"
         )
     found = read_json(index)
     kind = found.get("_class_name") if isinstance(found, dict) else None
@@ -111,9 +119,14 @@ def _read_folder(folder: Path) -> SCDWanPipeline:
         raise ScdError(f"{folder}: holds a pipeline of another kind ({kind}), not of a Wan")
     without_text: dict[str, Any] = {"text_encoder": None, "tokenizer": None}
     try:
-        return SCDWanPipeline.from_pretrained(folder, use_safetensors=True, **without_text)
+        pipeline = SCDWanPipeline.from_pretrained(folder, use_safetensors=True, **without_text)
     except Exception as error:  # diffusers raises many kinds for damaged folders
         raise ScdError(f"{folder}: not a readable pipeline of a Wan ({reason(error)})") from error
+    for part in ("transformer", "vae"):  # diffusers only warns of tensors that a file lacks
+        for name, tensor in getattr(pipeline, part).named_parameters():
+            if tensor.is_meta:
+                raise ScdError(f"{folder / part}: its config wants {name}, its weights lack it")
+    return pipeline
 
 
 def generate_videos(
@@ -133,8 +146,6 @@ def generate_videos(
     """
     if out.suffix != ".mp4":
         raise ScdError(f"{out}: videos are mp4 files")
-    if videos < 1:
-        raise ScdError(f"--videos must be at least 1, not {videos}")
     for number in range(videos):
         path = out if videos == 1 else out.with_name(f"{out.stem}-{number}.mp4")
         generate_video(pipeline, texts, prompt, replace(request, seed=request.seed + number), path)
@@ -182,7 +193,13 @@ def generate_benchmark(
         "extended": None if extended is None else sha256(extended),
         **{key: getattr(request, key) for key in ("frames", "height", "width", "fps", "seed")},
     }
+    texts.check([*given, texts.negative(request.negative_prompt)])
     about = out.with_name(f"{out.name}.json")
+    if not about.exists() and any(out.glob("*.mp4")):
+        raise ScdError(
+            f"{about}: is missing, so how the videos of {out} were made is unknown: choose another "
+            f"folder"
+        )
     if about.exists() and read_json(about) != common:
         raise ScdError(f"{about}: the videos of {out} were made otherwise: choose another folder")
     write_json(about, common)

@@ -79,6 +79,8 @@ class WanStack(nn.Module):
     """
 
     def __init__(self, sizes: WanSizes, layers: int, num_actions: int, predicts: bool):
+        if num_actions < 0:
+            raise ScdError(f"num_actions is {num_actions}: it cannot be negative")
         super().__init__()
         width, patch = sizes.width, sizes.patch_size
         self.sizes = sizes
