@@ -19,8 +19,8 @@ from scd.training.run_log import read_log
 from scd.utils.environment import git_commit
 from scd.utils.files import read_json, write_folder_atomically
 from scd.utils.precision import with_weights_in
-from scd.wan.checkpoint import TRAINING_FILE, load_pipeline_of_checkpoint, save_run
 from scd.wan.from_options import options_in
+from scd.wan.training_run import TRAINING_FILE, load_pipeline_of_checkpoint, save_run
 
 CARD_HEAD = """---
 library_name: diffusers

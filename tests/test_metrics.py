@@ -588,7 +588,7 @@ def test_channels_stay_innermost(side: int) -> None:
 
 
 def test_bf16_features_are_near(i3d: dict[str, Tensor]) -> None:
-    videos = random(2, 16, 3, 32, 32)
+    videos = random(1, 10, 3, 32, 32)  # emulated bf16 takes a minute for few more
     exact, near = i3d_features(videos), i3d_features(videos, precision="bf16")
     assert near.dtype == torch.float32
     assert 1e-4 < (near - exact).norm() / exact.norm() < 0.05

@@ -24,7 +24,7 @@ from scd.web.runtime import PACKAGE, VERSION, fetch_runtime
 from scd.web.site import export_site, load_for_web
 from tests.page import BEGIN, NEEDS_CHROMIUM, RIGHT, Page, open_browser
 from tests.play import pretrained_folder, some_start
-from tests.web import choose, pictures_by_onnx, pixels, serving
+from tests.web import choose, pictures_by_onnx, pixels, serving, to_the_beginning
 
 FLAGS = ("enable-unsafe-webgpu", "use-webgpu-adapter=swiftshader")
 ADAPTER = """
@@ -83,8 +83,7 @@ def test_pictures_are_those_of_python(driver, site):
             found.append(pixels(page))
         page.release(Keys.ARROW_RIGHT)
         choose(page, "guidance", 2.0)
-        page.press(Keys.BACKSPACE)
-        page.wait_for_frame(BEGIN)
+        to_the_beginning(page)
         page.step()
         guided = pixels(page)
     (start,) = load_starts(starts, 64, 4)

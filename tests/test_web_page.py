@@ -40,7 +40,7 @@ from tests.page import (
     open_browser,
     touching,
 )
-from tests.web import choose, pictures_by_onnx, pixels, serving
+from tests.web import choose, pictures_by_onnx, pixels, serving, to_the_beginning
 
 ROOT = Path(__file__).parent.parent
 MODEL, STARTS = ROOT / "assets/pretrained/scd_doom", ROOT / "assets/starts"
@@ -90,13 +90,6 @@ def page(driver, address) -> Iterator[Page]:
     yield page
     messages = [entry["message"] for entry in driver.get_log("browser")]
     assert not [line for line in messages if "Security Policy" in line or "Uncaught" in line]
-
-
-def to_the_beginning(page: Page) -> None:
-    """Go back to where play began, by the timeline: Backspace goes back one second."""
-    page.js("document.querySelector('#timeline').focus()")
-    page.press(Keys.HOME, Keys.ENTER, Keys.ESCAPE)
-    page.wait_for_frame(BEGIN)
 
 
 def test_ten_pictures_are_those_of_python(page, site):

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from selenium.webdriver.common.keys import Keys
 
 from scd.play.starts import Start
 from scd.play.worlds import Pretrained, Settings, frame_seed
 from scd.web.onnx_rollout import OnnxRollout
 from scd.web.site import start_latents
-from tests.page import Page
+from tests.page import BEGIN, Page
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -62,6 +63,13 @@ def choose(page: Page, slider: str, value: float) -> None:
         slider,
         value,
     )
+
+
+def to_the_beginning(page: Page) -> None:
+    """Go back to where play began, by the timeline: Backspace goes back one second."""
+    page.js("document.querySelector('#timeline').focus()")
+    page.press(Keys.HOME, Keys.ENTER, Keys.ESCAPE)
+    page.wait_for_frame(BEGIN)
 
 
 def pictures_by_onnx(

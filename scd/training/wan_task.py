@@ -20,8 +20,8 @@ from scd.utils.precision import resolve_precision
 from scd.utils.processes import error_barrier, processes, split_between_processes
 from scd.utils.seeding import generator
 from scd.wan.captioned import CaptionedLatents, Prompts, open_prompts
-from scd.wan.checkpoint import pipeline_of_run, save_run
 from scd.wan.from_options import start_wan
+from scd.wan.training_run import pipeline_of_run, save_run
 from scd.wan.video_codec import WanCodec
 
 VALIDATION_VIDEOS = 4

@@ -19,9 +19,9 @@ from scd.utils.files import MAX_NAME_BYTES, read_json, sha256, write_json
 from scd.utils.paths import why_missing
 from scd.utils.precision import resolve_precision, with_weights_in
 from scd.utils.seeding import generator
-from scd.wan.checkpoint import load_pipeline_of_checkpoint
 from scd.wan.from_options import options_in
 from scd.wan.text import TextEncoder, clean_prompt, encode_prompts, load_text_encoder
+from scd.wan.training_run import load_pipeline_of_checkpoint
 from scd.wan.wan_pipeline import SCDWanPipeline
 
 FPS = 16.0  # of Wan's videos
