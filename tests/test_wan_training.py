@@ -384,7 +384,7 @@ def test_a_checkpoint_of_a_run_generates_and_is_exported(
         ).frames
         for model in (first, middle, exported)
     ]
-    # Where weights lie in memory decides, in some libraries, how a product is summed: 2e-5 was seen.
+    # Where weights lie in memory can decide how a product is summed: 2e-5 was seen.
     torch.testing.assert_close(videos[0], videos[1], atol=2e-4, rtol=0)
     assert (videos[2] - videos[0]).abs().max() > 0.1
     assert main(["export", str(first), "--out", str(middle), "--dtype", "bfloat16"]) == 0
