@@ -160,15 +160,19 @@ def touching(page: Page, selector: str) -> Iterator[None]:
     page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", lift)
 
 
-@contextmanager
-def gamepad(page: Page) -> Iterator[None]:
-    """Connect a gamepad, which is the script's variable `gamepad`."""
+def steer_by_gamepad(page: Page) -> None:
+    """Walk by a gamepad's stick, turn by its buttons, and pause; its keys decide the pictures."""
     page.js("""
     window.gamepad = {
       connected: true, axes: [0, 0, 0, 0], buttons: [...Array(16)].map(() => ({pressed: false})),
     };
     navigator.getGamepads = () => [gamepad];
     dispatchEvent(new Event("gamepadconnected"));
+    gamepad.axes[1] = -1;
     """)
-    yield
+    page.wait(lambda: set(page.actions(3)) == {FORWARD}, "walking")
+    page.js("gamepad.axes[1] = 0; gamepad.buttons[14].pressed = true")
+    page.wait(lambda: set(page.actions(3)) == {LEFT}, "turning")
+    page.js("gamepad.buttons[14].pressed = false; gamepad.buttons[9].pressed = true")
+    page.wait(lambda: page.paused, "the pause")
     page.js("gamepad.connected = false")

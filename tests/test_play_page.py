@@ -44,16 +44,15 @@ from selenium.webdriver.common.keys import Keys
 from tests.page import (
     BEGIN,
     FORWARD,
-    LEFT,
     NEEDS_CHROMIUM,
     NONE,
     PHONE,
     RIGHT,
     SECONDS,
     Page,
-    gamepad,
     on_a_phone,
     open_browser,
+    steer_by_gamepad,
     touching,
 )
 
@@ -295,13 +294,7 @@ def test_settings_stay_with_the_session(page, server):
 
 
 def test_gamepad(page):
-    with gamepad(page):
-        page.js("gamepad.axes[1] = -1")
-        page.wait(lambda: set(page.actions(3)) == {FORWARD}, "walking")
-        page.js("gamepad.axes[1] = 0; gamepad.buttons[14].pressed = true")
-        page.wait(lambda: set(page.actions(3)) == {LEFT}, "turning")
-        page.js("gamepad.buttons[14].pressed = false; gamepad.buttons[9].pressed = true")
-        page.wait(lambda: page.paused, "the pause")
+    steer_by_gamepad(page)
 
 
 def test_tab_reaches_everything(page):

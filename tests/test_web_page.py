@@ -29,15 +29,14 @@ from scd.web.site import FILES
 from tests.page import (
     BEGIN,
     FORWARD,
-    LEFT,
     NEEDS_CHROMIUM,
     NONE,
     PHONE,
     RIGHT,
     Page,
-    gamepad,
     on_a_phone,
     open_browser,
+    steer_by_gamepad,
     touching,
 )
 from tests.web import choose, pictures_by_onnx, pixels, serving, to_the_beginning
@@ -190,13 +189,7 @@ def test_guidance_slider(page, site):
 
 
 def test_gamepad(page):
-    with gamepad(page):
-        page.js("gamepad.axes[1] = -1")
-        page.wait(lambda: set(page.actions(2)) == {FORWARD}, "walking")
-        page.js("gamepad.axes[1] = 0; gamepad.buttons[14].pressed = true")
-        page.wait(lambda: set(page.actions(2)) == {LEFT}, "turning")
-        page.js("gamepad.buttons[14].pressed = false; gamepad.buttons[9].pressed = true")
-        page.wait(lambda: page.paused, "the pause")
+    steer_by_gamepad(page)
 
 
 def test_phone_and_touch(page):
