@@ -47,7 +47,7 @@ def pretrained_folder(
     assert isinstance(codec, LatentCodec)
     SCDPipeline(model, codec.autoencoder).save_pretrained(folder)
     options = {
-        "name": "tiny",
+        "name": f"tiny_{kind}",
         "task": "world_model",
         "data": {"root": "nowhere", "frame_size": 64, "action_names": list(actions)},
         "autoencoder": {"path": "elsewhere"},

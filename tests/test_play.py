@@ -24,7 +24,7 @@ from scd.play.history import Frame, History
 from scd.play.messages import AGAIN, GIVEN, CloseCode, CloseConnection, pack_picture, parse_message
 from scd.play.starts import Start, load_starts, make_starts
 from scd.play.worlds import ModelWorld, RealWorld, Settings, View, load_pretrained
-from tests.play import WINDOW, own_data, pretrained_folder, read, small_catalog
+from tests.play import WINDOW, own_data, pretrained_folder, read, small_catalog, some_start
 
 ROOT = Path(__file__).parents[1]
 DOOM = load_options(ROOT / "options/scd_doom_tiny.yml")
@@ -143,6 +143,26 @@ def test_settings(game):
         with pytest.raises(ScdError, match=f"{next(iter(wrong))} is .*, but must be between"):
             game.change(**wrong)
         assert game.settings == before
+
+
+def test_each_model_begins_with_its_own_steps(tmp_path, tiny_autoencoder_path):
+    """A student of one step beside its teacher of three; a chosen number then holds for both."""
+    folder = pretrained_folder(tmp_path, tiny_autoencoder_path)
+    models = {
+        "model": load_pretrained(folder, ["rollout.solver=consistency", "rollout.steps=1"]),
+        "baseline": load_pretrained(folder, ["rollout.steps=3"]),
+    }
+    catalog = Catalog(models, [some_start()])
+    assert [model.about["steps"] for model in models.values()] == [1, 3]
+    with closing(Game(catalog)) as game:
+        made = {}
+        for steps in (None, 1, 3):
+            game.reset("here", ["model", "baseline"], 3)
+            game.change(steps=steps)
+            frame = game.step(1)
+            made[steps] = [latents([frame], world) for world in (0, 1)]
+    assert torch.equal(made[None][0], made[1][0]) and not torch.equal(made[None][0], made[3][0])
+    assert torch.equal(made[None][1], made[3][1]) and not torch.equal(made[None][1], made[1][1])
 
 
 def test_refused_starts_change_nothing(game):

@@ -256,7 +256,7 @@ def test_record_and_leave(page, downloads):
 
 def test_side_by_side(page):
     """The models, and real Doom where it is installed, under the same keys."""
-    titles = ["SCD", "Dense baseline"] + ["Real Doom"] * bool(find_spec("vizdoom"))
+    titles = ["tiny_scd", "tiny_causal_dit"] + ["Real Doom"] * bool(find_spec("vizdoom"))
     places = range(len(titles))
     page.press("v")
     page.wait(lambda: len(page.all("#worlds figure")) == len(titles), "all worlds")

@@ -15,7 +15,6 @@ from scd.play.worlds import (
     load_pretrained,
 )
 
-MAX_STEPS = 16
 MAX_GUIDANCE = 4.0
 MAX_SEED = 2**31 - 1
 REAL = "real"  # the world of Doom itself
@@ -78,7 +77,7 @@ class Catalog:
         """The settings that a game begins with."""
         options = self.first.options.rollout
         scale = options.guidance_scale if options.guidance != "none" else 1.0
-        return Settings(min(options.steps, MAX_STEPS), min(max(scale, 1.0), MAX_GUIDANCE))
+        return Settings(guidance_scale=min(max(scale, 1.0), MAX_GUIDANCE))
 
     def start(self, name: str) -> Start:
         """Look up a start clip.

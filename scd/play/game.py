@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from scd.errors import ScdError
-from scd.play.catalog import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Catalog
+from scd.play.catalog import MAX_GUIDANCE, MAX_SEED, Catalog
 from scd.play.history import Frame, History
 from scd.play.starts import Action
-from scd.play.worlds import Settings, View, World
+from scd.play.worlds import MAX_STEPS, Settings, View, World
 
 
 class Game:
@@ -133,6 +133,6 @@ class Game:
             ("seed", 0, MAX_SEED),
         ):
             value = getattr(settings, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ScdError(f"{name} is {value}, but must be between {low} and {high}")
         return settings

@@ -17,7 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from scd.errors import ScdError
 from scd.play.access import Limits, RateLimiter
-from scd.play.catalog import MAX_GUIDANCE, MAX_SEED, MAX_STEPS, Catalog
+from scd.play.catalog import MAX_GUIDANCE, MAX_SEED, Catalog
 from scd.play.game import Game
 from scd.play.held_actions import HeldActions
 from scd.play.history import Frame
@@ -31,6 +31,7 @@ from scd.play.messages import (
     pack_picture,
     parse_message,
 )
+from scd.play.worlds import MAX_STEPS
 
 Result = TypeVar("Result")
 

@@ -26,16 +26,21 @@ from scd.rollout import Rollout
 from scd.utils.paths import why_missing
 from scd.utils.seeding import generator
 
+MAX_STEPS = 16  # that a player can choose, and that a model begins with
 MAX_REPLAY = 1500  # frames of Doom that are replayed to restore one; takes about two seconds
 MAX_ACTIONS = 256  # one byte in a picture message
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a player can change while playing."""
+    """What a player can change while playing.
 
-    steps: int
-    guidance_scale: float
+    Args:
+        steps: denoising steps a frame; None: each model's own number.
+    """
+
+    steps: int | None = None
+    guidance_scale: float = 1.0
     seed: int = 0
 
 
@@ -138,9 +143,10 @@ class ModelWorld:
         guided = self.pretrained.guidance if s.guidance_scale != 1.0 else "none"
         # Every frame can be the first of a rollout, after a rewind, and stays what it was.
         options = replace(options, first_frame_steps=0)
+        steps = self.pretrained.steps if s.steps is None else s.steps
         self._rollout = Rollout(
             model,
-            replace(options, steps=s.steps, guidance=guided, guidance_scale=s.guidance_scale),
+            replace(options, steps=steps, guidance=guided, guidance_scale=s.guidance_scale),
         )
         self._rollout.on_encoded = self._note_encoded
         reach = model.cached_layers * (self._rollout.window.frames - 1) + 1
@@ -240,7 +246,14 @@ class Pretrained:
     def about(self) -> dict[str, str | int]:
         """What the page shows about the model."""
         parameters = sum(p.numel() for p in self.model.parameters())
-        return {"kind": type(self.model).__name__, "parameters": parameters}
+        kind = type(self.model).__name__
+        about = {"name": self.options.name, "kind": kind, "parameters": parameters}
+        return {**about, "steps": self.steps}
+
+    @property
+    def steps(self) -> int:
+        """Its own number of denoising steps, as far as a player could choose it."""
+        return min(self.options.rollout.steps, MAX_STEPS)
 
     @property
     def guidance(self) -> Guidance:

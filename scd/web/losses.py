@@ -72,7 +72,7 @@ def _settings(pretrained: Pretrained) -> RolloutOptions:
 def _by_torch(pretrained: Pretrained, start: Start, frames: int, seed: int) -> np.ndarray:
     """Generate frames as `scd play` does: (F, H, W, 3) uint8."""
     world, first = ModelWorld(pretrained), len(start.actions)
-    world.reset(start, Settings(_settings(pretrained).steps, 1.0, seed))
+    world.reset(start, Settings(seed=seed))
     actions = keys(start, pretrained.model.num_conditions, frames)
     return np.stack([world.step(a, first + i).picture for i, a in enumerate(actions)])
 

@@ -15,7 +15,7 @@ from scd.flow.sampler import noise_levels
 from scd.models.layers import ROTARY_DIMS, ROTARY_THETA
 from scd.models.load import load_checkpoint_for_use, options_for_use
 from scd.play.access import Limits
-from scd.play.catalog import MAX_STEPS, Catalog
+from scd.play.catalog import Catalog
 from scd.play.recording import start_thumbnail
 from scd.play.server import STATIC as PAGE
 from scd.play.session import offers
@@ -174,7 +174,7 @@ def _write_manifest(folder: Path, catalog: Catalog, weights: Format) -> None:
         "version": version,
         "weights": weights,
         "hello": offers(catalog, Limits()),
-        "settings": asdict(catalog.settings),
+        "settings": {**asdict(catalog.settings), "steps": pretrained.steps},
         "fps": Limits().fps,
         "rollout": {
             "solver": rollout.solver,

@@ -9,6 +9,7 @@ export class Panel {
   #worlds = [];
   #offered = [];
   #limits = null;
+  #about = {};
 
   constructor({ start, settings }) {
     this.startWith = start;
@@ -34,8 +35,9 @@ export class Panel {
   }
 
   /** Show what the server offers. */
-  offer({ starts, worlds, missing, limits }) {
+  offer({ starts, worlds, missing, limits, about }) {
     this.#limits = limits;
+    this.#about = about;
     this.#offered = worlds;
     for (const [name, slider] of Object.entries(this.sliders)) [slider.min, slider.max] = limits[name];
     this.seed.max = limits.seed[1];
@@ -64,7 +66,8 @@ export class Panel {
       chip.setAttribute("aria-pressed", state.worlds.includes(chip.dataset.world));
     }
     for (const [name, slider] of Object.entries(this.sliders)) {
-      slider.value = state.settings[name] ?? state[name];
+      // No number of steps is set: each model takes its own.
+      slider.value = state.settings[name] ?? state[name] ?? this.#about[state.worlds[0]]?.steps;
       this.#label(name);
     }
     if (document.activeElement !== this.seed) this.seed.value = state.settings.seed;

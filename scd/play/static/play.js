@@ -11,7 +11,7 @@ import { paint, readPicture } from "./picture.js";
 import { Recorder } from "./recorder.js";
 import { Stats } from "./stats.js";
 import { Timeline } from "./timeline.js";
-import { Worlds } from "./worlds.js";
+import { nameWorlds, Worlds } from "./worlds.js";
 
 const $ = (id) => document.getElementById(id);
 const RESUMED = "Connected again: going on where you were.";
@@ -73,6 +73,7 @@ function onHello(message) {
   for (const row of document.querySelectorAll("#keys [data-needs]")) {
     row.hidden = !controls.has(row.dataset.needs);
   }
+  nameWorlds(message.about);
   worlds.about = message.about;
   panel.offer(message);
   wasLost = false;
@@ -103,7 +104,9 @@ function restoreEarlier() {
   const exists = (name) => hello.worlds.includes(name);
   if (earlier && hello.starts.includes(earlier.start) && earlier.worlds.every(exists)) {
     connection.command({ type: "start", start: earlier.start, worlds: earlier.worlds });
-    connection.command({ type: "settings", ...earlier.settings, fps: earlier.fps });
+    const { steps, ...settings } = earlier.settings;
+    if (steps !== null) settings.steps = steps; // null: each model's own
+    connection.command({ type: "settings", ...settings, fps: earlier.fps });
   }
   earlier = null;
 }

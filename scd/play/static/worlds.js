@@ -2,8 +2,13 @@
 
 import { paint } from "./picture.js";
 
-export const TITLES = { model: "SCD", baseline: "Dense baseline", real: "Real Doom" };
-export const titleOf = (name) => TITLES[name] ?? name;
+const titles = { real: "Real Doom" };
+export const titleOf = (name) => titles[name] ?? name;
+
+/** Set the worlds' titles: a model's is the name of its experiment. */
+export function nameWorlds(about) {
+  for (const [name, { name: title }] of Object.entries(about)) titles[name] = title;
+}
 
 export class Worlds {
   #figures = new Map();
@@ -13,7 +18,7 @@ export class Worlds {
     this.box = box;
   }
 
-  /** Set the models' descriptions: name -> {kind, parameters}. */
+  /** Set the models' descriptions: name -> {kind, parameters, steps}. */
   set about(about) {
     this.#about = about;
     for (const [name, figure] of this.#figures) this.#explain(name, figure);
@@ -59,7 +64,9 @@ export class Worlds {
 
   #explain(name, figure) {
     const about = this.#about[name];
-    const text = about && `${about.kind}, ${(about.parameters / 1e6).toFixed(1)} million parameters`;
+    const steps = about?.steps === 1 ? "one step" : `${about?.steps} steps`;
+    const size = (about?.parameters / 1e6).toFixed(1);
+    const text = about && `${about.kind}, ${size} million parameters, ${steps} a frame unless set`;
     figure.querySelector("figcaption").title = text ?? "";
   }
 }
