@@ -313,22 +313,27 @@ def test_latent_noise():
     assert LatentNoise(0, seed=1).add(latents, {"sample": [7, 8, 9]}) is latents
 
 
-def test_one_backward_serves_both_sides(tiny_autoencoder_path):
-    """The decoder's gradient is that of its own loss alone, the discriminator's that of its."""
+@pytest.mark.parametrize("frames", [1, 2])
+def test_one_backward_serves_both_sides(tiny_autoencoder_path, frames):
+    """The decoder's gradient is that of its own loss alone, the discriminator's that of its.
+
+    The discriminator judges every frame, or pairs of neighbours.
+    """
     autoencoder = load_codec(tiny_autoencoder_path).autoencoder
     autoencoder.decoder.requires_grad_(True)
     torch.manual_seed(0)
-    discriminator = PatchDiscriminator(8, 2)
+    discriminator = PatchDiscriminator(8, 2, frames)
     loss = ReconstructionLoss(0, torch.device("cpu"))
     noise = LatentNoise(0, seed=0)
-    objective = AdversarialObjective(autoencoder, discriminator, loss, noise, weight=0.3)
-    batch = {"video": torch.rand(1, 2, 3, 32, 32), "sample": [0]}
+    objective = AdversarialObjective(autoencoder, discriminator, loss, noise, 0.3, frames)
+    batch = {"video": torch.rand(2, 2, 3, 32, 32), "sample": [0, 1]}
     values = objective(batch)
     values["loss"].backward()
 
-    images = batch["video"][0] * 2 - 1
+    images = batch["video"].flatten(0, 1) * 2 - 1
     decoded = autoencoder.decode(autoencoder.encode(images).latent).sample
-    l1, generator = (decoded - images).abs().mean(), -discriminator(decoded).mean()
+    clips, decoded_clips = (x.view(4 // frames, -1, 32, 32) for x in (images, decoded))
+    l1, generator = (decoded - images).abs().mean(), -discriminator(decoded_clips).mean()
     layer = last_layer(autoencoder)
     norms = [torch.autograd.grad(v, layer, retain_graph=True)[0].norm() for v in (l1, generator)]
     assert float(values["adaptive_weight"]) == pytest.approx(float(norms[0] / norms[1]), rel=1e-3)
@@ -336,7 +341,7 @@ def test_one_backward_serves_both_sides(tiny_autoencoder_path):
     decoding = list(autoencoder.decoder.parameters())
     for p, g in zip(decoding, torch.autograd.grad(total, decoding), strict=True):
         torch.testing.assert_close(p.grad, g, atol=1e-6, rtol=1e-4)
-    judged = discriminator_hinge(discriminator(images), discriminator(decoded.detach()))
+    judged = discriminator_hinge(discriminator(clips), discriminator(decoded_clips.detach()))
     judging = list(discriminator.parameters())
     for p, g in zip(judging, torch.autograd.grad(judged, judging), strict=True):
         torch.testing.assert_close(p.grad, g, atol=1e-6, rtol=1e-4)
@@ -401,6 +406,7 @@ def test_a_variational_autoencoders_decoder_trains(options, kl_path):
         (["train.compile=true"], "train.compile with discriminator.weight"),
         (["discriminator.channels=12"], "discriminator.channels=12 must be a multiple of 8"),
         (["discriminator.layers=5"], "too many for frames of 64 pixels"),
+        (["discriminator.frames=3"], "data.frames=2 does not divide by discriminator.frames=3"),
         (WORLD_MODEL, "only task autoencoder has a discriminator"),
         (["autoencoder.decoder_norm=batchnorm"], "did you mean 'batch_norm'?"),
     ],

@@ -71,7 +71,7 @@ def test_every_options_file_runs_dry(file, monkeypatch, capsys):
         if options.model.type == "bidirectional_dit":
             overrides += ["flow.prefix_frames=[1,2]", "eval.context_frames=1", "eval.new_frames=2"]
     elif options.discriminator.weight:
-        overrides += ["discriminator.channels=8"]
+        overrides += ["discriminator.channels=8", "data.frames=2"]
     else:
         overrides += narrow(options.autoencoder)
     if options.data.frame_size > 128:  # half of it: what divides that divides the whole

@@ -224,7 +224,10 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["flow.encoder_input=noisy", "flow.history_noise_max=1"], "flow.history_noise_max=1.0 n"),
         ([*DENSE, "rollout.guidance=none", "rollout.compile=true"], "see a single frame"),
         (["eval.context_frames=0"], "eval.context_frames=0 needs model.first_frame=true"),
-        ([*AUTOENCODER, "init_from=a"], "only task world_model starts from given weights"),
+        (
+            [*AUTOENCODER, "discriminator.weight=1", "autoencoder.path=a", "init_from=b"],
+            "init_from with discriminator.weight: this stage starts from autoencoder.path",
+        ),
         ([*AUTOENCODER, "optim.muon_lr=1"], "only task world_model has blocks with matrices"),
         (["name=a/b"], "name must be a possible name of a folder"),
         (["name=.."], "name must be a possible name of a folder"),

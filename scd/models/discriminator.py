@@ -15,7 +15,7 @@ DETAIL_GAIN = 8.0  # of the detail bands: about what brings them to the size of 
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> one logit for each overlapping patch, (B, 1, h, w).
+    """Short clips (B, 3·frames, H, W) in [-1, 1] -> a logit per overlapping patch, (B, 1, h, w).
 
     `layers` strided 4x4 convolutions and two plain ones, on bands of 2x2 pixels: with 3 layers a
     logit sees 71x71 pixels, with 2 it sees 35x35, with 1 17x17.
@@ -23,12 +23,14 @@ class PatchDiscriminator(nn.Module):
     Args:
         channels: of the first layer; each further one has twice as many, up to 8 times.
         layers: how often the image is halved.
+        frames: that it sees at a time, stacked as channels. One frame does not show whether the
+            detail that a decoder adds moves as the scene does.
     """
 
-    def __init__(self, channels: int, layers: int):
+    def __init__(self, channels: int, layers: int, frames: int = 1):
         super().__init__()
         widths = [channels * min(2**i, WIDEST) for i in range(layers + 1)]
-        parts: list[nn.Module] = [nn.Conv2d(12, channels, 4, 2, 2), nn.LeakyReLU(SLOPE)]
+        parts: list[nn.Module] = [nn.Conv2d(12 * frames, channels, 4, 2, 2), nn.LeakyReLU(SLOPE)]
         for i in range(layers):
             parts += [
                 # No bias: the norm would take it away.
@@ -43,8 +45,8 @@ class PatchDiscriminator(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(haar_bands(images))
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.net(haar_bands(clips))
 
 
 def haar_bands(images: Tensor) -> Tensor:

@@ -224,10 +224,6 @@ AUTOENCODER: list[Rule] = [
     *NO_WAN,
     (lambda o: o.data.source == "video", "task autoencoder needs data.source=video"),
     (
-        lambda o: o.init_from is None,
-        "init_from: only task world_model starts from given weights",
-    ),
-    (
         lambda o: o.distill.method == "none",
         "distill.method={distill.method}: only task world_model is distilled",
     ),
@@ -296,6 +292,10 @@ ADVERSARIAL_STAGE: list[Rule] = [
         "discriminator.weight={discriminator.weight} needs autoencoder.path, a trained "
         "autoencoder: its encoder is frozen",
     ),
+    (
+        lambda o: o.init_from is None,
+        "init_from with discriminator.weight: this stage starts from autoencoder.path",
+    ),
     *(
         (
             lambda o, key=key: not getattr(o.autoencoder, key),
@@ -319,6 +319,10 @@ ADVERSARIAL_STAGE: list[Rule] = [
         lambda o: o.data.frame_size >> o.discriminator.layers >= 3,
         "discriminator.layers={discriminator.layers}: too many for frames of {data.frame_size} "
         "pixels",
+    ),
+    (
+        lambda o: o.data.frames % o.discriminator.frames == 0,
+        "data.frames={data.frames} does not divide by discriminator.frames={discriminator.frames}",
     ),
 ]
 

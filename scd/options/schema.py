@@ -127,6 +127,8 @@ class DiscriminatorOptions:
     # Layers that halve the resolution: with 3, each logit sees 71x71 pixels, with 2 35x35, with 1
     # 17x17.
     layers: int = positive(3)
+    # Consecutive frames that it sees at a time; data.frames must divide by them.
+    frames: int = positive(1)
 
 
 @dataclass
@@ -396,7 +398,7 @@ class Options:
     task: Literal["world_model", "autoencoder"] = MISSING
     seed: int = checked(0, lambda seed: 0 <= seed < 2**63, "lie between 0 and 2^63 - 1")
     # What training starts from: safetensors, as `scd split` writes them, or a folder with a
-    # transformer, as `scd wan convert` and an export write it.
+    # transformer, as `scd wan convert` and an export write it; of an autoencoder its safetensors.
     init_from: str | None = None
     data: DataOptions = field(default_factory=DataOptions)
     autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)

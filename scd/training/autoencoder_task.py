@@ -32,6 +32,7 @@ from scd.models.autoencoder import (
     unscaled_latents,
 )
 from scd.models.discriminator import PatchDiscriminator
+from scd.models.weights import load_matching, read_all_weights
 from scd.options import Options
 from scd.utils.files import write_atomically
 from scd.utils.processes import processes
@@ -59,12 +60,15 @@ class AutoencoderTask:
         if options.discriminator.weight:
             a = options.discriminator
             self.network = _with_frozen_encoder(options)
-            self.critic = PatchDiscriminator(a.channels, a.layers)
+            self.critic = PatchDiscriminator(a.channels, a.layers, a.frames)
             self.objective = AdversarialObjective(
-                self.network, self.critic, reconstruction, noise, a.weight
+                self.network, self.critic, reconstruction, noise, a.weight, a.frames
             )
         else:
             self.network = build_autoencoder(options.autoencoder)
+            if options.init_from is not None:
+                tensors = read_all_weights(Path(options.init_from))
+                load_matching(self.network, tensors, options.init_from)
             self.objective = ReconstructionObjective(self.network, reconstruction, noise)
         self.training_data = clip_folder(options, options.data.train_list, "video")
         self.validation_data = clip_folder(options, options.data.val_list, "video")
@@ -229,6 +233,7 @@ class AdversarialObjective(nn.Module):
     Args:
         autoencoder: its encoder takes no gradient.
         weight: w, on top of the adaptive weight λ.
+        frames: that the discriminator sees at a time.
     """
 
     def __init__(
@@ -238,6 +243,7 @@ class AdversarialObjective(nn.Module):
         reconstruction: ReconstructionLoss,
         noise: LatentNoise,
         weight: float,
+        frames: int,
     ):
         super().__init__()
         self.autoencoder = autoencoder
@@ -245,6 +251,7 @@ class AdversarialObjective(nn.Module):
         self.reconstruction = reconstruction
         self.noise = noise
         self.weight = weight
+        self.frames = frames
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute the loss of `video` (B, F, 3, H, W) in [0, 1], and its parts."""
@@ -254,11 +261,13 @@ class AdversarialObjective(nn.Module):
         decoded = self.autoencoder.decode(latents).sample.float()
         values = self.reconstruction(decoded, images)
 
+        stacked = "(n f) c h w -> n (f c) h w"
+        clips, decoded_clips = (rearrange(x, stacked, f=self.frames) for x in (images, decoded))
         fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        generator = generator_hinge(functional_call(self.discriminator, fixed, (decoded,)))
+        generator = generator_hinge(functional_call(self.discriminator, fixed, (decoded_clips,)))
         adaptive = adaptive_weight(values["loss"], generator, last_layer(self.autoencoder))
 
-        real, fake = self.discriminator(torch.cat([images, decoded.detach()])).chunk(2)
+        real, fake = self.discriminator(torch.cat([clips, decoded_clips.detach()])).chunk(2)
         discriminator = discriminator_hinge(real, fake)
         return {
             **values,

@@ -20,7 +20,7 @@ from scd.play.recording import start_thumbnail
 from scd.play.server import STATIC as PAGE
 from scd.play.session import offers
 from scd.play.starts import Start, load_starts
-from scd.play.worlds import Pretrained, check_playable
+from scd.play.worlds import MAX_STEPS, Pretrained, check_playable
 from scd.utils.files import sha256, write_folder_atomically
 from scd.web.graphs import check_model, make_graphs
 from scd.web.onnx_export import Format, to_onnx, write_onnx
