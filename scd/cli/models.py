@@ -27,6 +27,7 @@ def export(a: argparse.Namespace) -> None:
     from scd.export import export_checkpoint
 
     export_checkpoint(a.checkpoint, a.out, getattr(torch, a.dtype), a.overrides)
+    print(f"{a.out}: a pipeline in diffusers' format, made of {a.checkpoint}")
 
 
 def starts(a: argparse.Namespace) -> None:
