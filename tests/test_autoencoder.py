@@ -387,6 +387,38 @@ def test_the_adversarial_stage_resumes_to_the_bit_and_leaves_the_encoder(options
     assert "adversary.pt is damaged" in capsys.readouterr().out
 
 
+def test_the_first_stage_continues_from_given_weights(doom_root, tmp_path):
+    def sizes(last: int) -> list[str]:
+        values = {
+            "block_types": "[ResBlock,ResBlock]",
+            "channels": f"[8,{last}]",
+            "layers": "[0,1]",
+        }
+        return [
+            f"autoencoder.{s}_{k}={v}" for s in ("encoder", "decoder") for k, v in values.items()
+        ]
+
+    def first_stage(name: str, *overrides: str, last: int = 8) -> dict[str, torch.Tensor]:
+        small = [
+            *(f"data.root={doom_root}", f"output_root={tmp_path}", "autoencoder.lpips_weight=0"),
+            *("train.steps=1", "train.batch_size=2", "train.workers=0", "train.sample_every=0"),
+            *("optim.warmup_steps=0", "data.frame_stride=9", "train.mixed_precision=fp32"),
+            *("eval.videos=2", f"name={name}", *sizes(last), *overrides),
+        ]
+        o = load_options(ROOT / "options/dcae_doom.yml", small)
+        return dict(load_checkpoint(latest_checkpoint(train(o))).model)
+
+    given = first_stage("first")
+    weights = f"init_from={tmp_path}/first/checkpoints/step-00000001/model.safetensors"
+    continued = first_stage("second", weights, "optim.lr=1e-9", "seed=5")
+    other = first_stage("third", "optim.lr=1e-9", "seed=5")
+    for name, tensor in given.items():
+        torch.testing.assert_close(continued[name], tensor, atol=1e-6, rtol=0)
+    assert any(not torch.allclose(other[name], tensor, atol=1e-3) for name, tensor in given.items())
+    with pytest.raises(ScdError, match="the model's"):
+        first_stage("fourth", weights, last=16)
+
+
 def test_a_variational_autoencoders_decoder_trains(options, kl_path):
     o = options(f"autoencoder.path={kl_path}", "train.steps=1")
     state = load_checkpoint(latest_checkpoint(train(o)))

@@ -36,7 +36,7 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
     weights = "transformer/diffusion_pytorch_model.safetensors"
     teacher = train(
         *("options/bidirectional_dit_doom.yml", "teacher", 6),
-        *("init_from=null", "model.layers=3", "flow.prefix_frames=[2,6]", "optim.decay_steps=2"),
+        *("init_from=null", "model.layers=3", "flow.prefix_frames=[2,6]"),
     )
     split = tmp_path / "student"
     layers = ["--encoder-layers", "2", "--decoder-layers", "2", "--decoder-from", "first-and-last"]

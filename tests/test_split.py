@@ -180,8 +180,3 @@ def test_split_then_train(options, tmp_path, capsys):
     assert "does not fit the model" in capsys.readouterr().err
     assert main([*arguments, "name=new", "init_from=nowhere.safetensors"]) == 1
     assert "nowhere.safetensors: no such weights file" in capsys.readouterr().err
-
-
-def test_an_autoencoder_does_not_start_from_weights():
-    with pytest.raises(ScdError, match="init_from: only task world_model"):
-        load_options(ROOT / "options/dcae_doom.yml", ["init_from=a.safetensors"])
