@@ -1,7 +1,5 @@
 """The critic: the score of what a student generates, and a head that tells it from real clips."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -13,9 +11,8 @@ from scd.models.world_model import WorldModel
 class Critic(nn.Module):
     """A bidirectional model that learns to denoise generated clips (the fake score).
 
-    With a head, a discriminator reads the features of its middle block, at the noise level of the
-    score (as in DMD2, arXiv 2405.14867, section 4.3). Only the head learns from the discriminator's
-    loss: the features stay those of a score.
+    With a head it is a discriminator too. The head reads the features of the frozen teacher (as in
+    LADD, arXiv 2403.12015), so that the score's training is the same with it and without.
 
     Args:
         score: a bidirectional model, mostly a copy of the teacher.
@@ -35,47 +32,44 @@ class Critic(nn.Module):
                 nn.Linear(width, 1),
             )
 
-    def forward(
-        self,
-        latents: Tensor,
-        noisy: Tensor,
-        timesteps: Tensor,
-        conditions: Tensor | None,
-        text: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Predict velocities, see `WorldModel.forward`; and, with a head, the features.
-
-        Returns:
-            (B, 1, F', C, H, W), and (B, F', N, D) or None.
-        """
-        features: list[Tensor] = []
-        blocks: Any = self.score.blocks
-        tapped = blocks[len(blocks) // 2]
-        hook = tapped.register_forward_hook(lambda block, inputs, output: features.append(output))
-        try:
-            velocity = self.score(
-                latents, noisy, timesteps, conditions, text=text
-            )  # (B, 1, F', C, H, W)
-        finally:
-            hook.remove()
-        if self.head is None:
-            return velocity, None
-        return velocity, features[0][:, -noisy.shape[2] :]  # (B, F', N, D)
-
     def judge(self, features: Tensor) -> Tensor:
-        """Compute the head's logits (B, F', N) of features (B, F', N, D): real is positive."""
+        """Compute the head's logits (B,) of features (B, F', N, D): the greater, the more real.
+
+        A clip's logit is the mean over its tokens, each of which says next to nothing alone.
+        """
         assert self.head is not None
-        return self.head(features)[..., 0]
+        return self.head(features)[..., 0].mean(dim=(1, 2))
 
 
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Compute the mean of log(1 + exp(−D(x))) over real and log(1 + exp(D(x̂))) over fake logits."""
-    return softplus(-real.float()).mean() + softplus(fake.float()).mean()
+def early_features(
+    model: WorldModel,
+    latents: Tensor,
+    noisy: Tensor,
+    timesteps: Tensor,
+    conditions: Tensor | None,
+    text: Tensor | None = None,
+) -> Tensor:
+    """Compute the noisy frames' features (B, F', N, D) after a third of a model's blocks.
+
+    The arguments are those of `WorldModel.forward`, with one draw (K = 1).
+    """
+    found: list[Tensor] = []
+    block = model.blocks[len(model.blocks) // 3]
+    hook = block.register_forward_hook(lambda block, inputs, output: found.append(output))
+    try:
+        model(latents, noisy, timesteps, conditions, text=text)
+    finally:
+        hook.remove()
+    return found[0][:, -noisy.shape[2] :]  # (B, F', N, D)
 
 
-def generator_loss(fake: Tensor) -> Tensor:
-    """Compute the mean of log(1 + exp(−D(x̂))): non-saturating (arXiv 1406.2661, section 3)."""
-    return softplus(-fake.float()).mean()
+def relativistic_loss(higher: Tensor, lower: Tensor) -> Tensor:
+    """Compute the mean of log(1 + exp(lower − higher)) over pairs of logits (B,).
+
+    A discriminator wants real clips higher, a generator its own (arXiv 1807.00734). The two of a
+    pair have the same given frames and conditions, so that what is said of them is the difference.
+    """
+    return softplus(lower.float() - higher.float()).mean()
 
 
 def input_gradient(loss: Tensor, frames: Tensor) -> Tensor:

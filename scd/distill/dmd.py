@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scd.distill.critic import Critic, discriminator_loss, generator_loss, input_gradient
+from scd.distill.critic import Critic, early_features, input_gradient, relativistic_loss
 from scd.distill.teacher import clean_frames, guided_velocity
 from scd.flow.sampler import noise_levels
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FirstLook, WorldModel
@@ -25,6 +25,9 @@ from scd.rollout import Rollout
 from scd.utils.precision import without_autocast
 from scd.utils.seeding import generator, normal_per_sample, uniform_per_sample
 from scd.utils.sharding import unsharded
+
+# Noise levels at which a discriminator looks. Above them, clips of a mean and real ones are alike.
+DISCRIMINATOR_RANGE = (0.02, 0.5)
 
 
 class Generated(NamedTuple):
@@ -220,9 +223,18 @@ class DMDObjective(nn.Module):
             generated = teacher_forced(
                 self.model, options.rollout, latents, known, exit_at, conditions, generators, text
             )
-        real = latents[:, known:] if d.adversarial_weight else None
-        score = self._draw("critic", batch)
-        loss, values = self.critic_loss(context, generated.frames, conditions, score, real, text)
+        loss, values = self.critic_loss(
+            context, generated.frames, conditions, self._draw("critic", batch), text
+        )
+        look, real_logits = self._draw_look(batch), None
+        if d.adversarial_weight:
+            real_logits, fake_logits = (
+                self.logits(context, frames, conditions, look, text)
+                for frames in (latents[:, known:], generated.frames)
+            )
+            discriminator = relativistic_loss(real_logits, fake_logits)
+            values["discriminator_loss"] = discriminator.detach()
+            loss = loss + discriminator
         if trains_student(options, step):
             frames = replay(self.model, generated, conditions, d.history_gradient, text)
             score = self._draw("score", batch)
@@ -234,9 +246,9 @@ class DMDObjective(nn.Module):
                 )
                 values["dmd_gradient"] = matching.abs().mean()
                 gradient = gradient + d.matching_weight * matching
-            if d.adversarial_weight:
+            if real_logits is not None:
                 adversarial = self.adversarial_gradient(
-                    context, frames.detach(), conditions, score, text
+                    context, frames.detach(), conditions, look, real_logits, text
                 )
                 values["adversarial_gradient"] = adversarial.abs().mean()
                 gradient = gradient + d.adversarial_weight * adversarial
@@ -265,7 +277,7 @@ class DMDObjective(nn.Module):
         v_real = guided_velocity(
             self.teacher, clip, noisy, times, conditions, scale, None, text, null_text
         )
-        v_fake, _ = self.critic(clip, noisy, times, conditions, text)
+        v_fake = self.critic.score(clip, noisy, times, conditions, text=text)
         real, fake = (clean_frames(noisy, v, times)[:, 0] for v in (v_real, v_fake))
         torch.clear_autocast_cache()  # see `ConsistencyObjective.loss`
         return matching_gradient(frames, real, fake)
@@ -275,15 +287,35 @@ class DMDObjective(nn.Module):
         context: Tensor,
         frames: Tensor,
         conditions: Tensor | None,
-        score: Score,
+        look: Score,
+        real_logits: Tensor,
         text: Tensor | None = None,
     ) -> Tensor:
-        """Compute the gradient of the generator's loss at generated frames (B, F', C, H, W)."""
+        """Compute the gradient of the generator's loss at generated frames (B, F', C, H, W).
+
+        Args:
+            real_logits: (B,), of the real clips with the same context.
+        """
         frames = frames.requires_grad_(True)
-        noisy, times = score.add_to(frames)
         clip = torch.cat([context, frames.detach()], dim=1)
-        _, features = self.critic(clip, noisy, times, conditions, text)
-        return input_gradient(generator_loss(self.critic.judge(features)), frames)
+        features = early_features(self.teacher, clip, *look.add_to(frames), conditions, text)
+        own_logits = self.critic.judge(features)
+        return input_gradient(relativistic_loss(own_logits, real_logits.detach()), frames)
+
+    def logits(
+        self,
+        context: Tensor,
+        frames: Tensor,
+        conditions: Tensor | None,
+        look: Score,
+        text: Tensor | None = None,
+    ) -> Tensor:
+        """Judge frames (B, F', C, H, W) after their context: logits (B,), see `Critic.judge`."""
+        with torch.no_grad():
+            clip = torch.cat([context, frames], dim=1)
+            features = early_features(self.teacher, clip, *look.add_to(frames), conditions, text)
+        torch.clear_autocast_cache()  # see `ConsistencyObjective.loss`
+        return self.critic.judge(features)
 
     def critic_loss(
         self,
@@ -291,21 +323,16 @@ class DMDObjective(nn.Module):
         frames: Tensor,
         conditions: Tensor | None,
         score: Score,
-        real: Tensor | None = None,
         text: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the critic's flow-matching loss on generated frames (B, F', C, H, W).
 
-        Args:
-            real: as the frames, for the discriminator's loss, which is then added.
-
         Returns:
-            The loss, and its parts to log.
+            The loss, and what to log.
         """
         clip = torch.cat([context, frames], dim=1)
         noisy, times = score.add_to(frames)
-        predicted, fake_features = self.critic(clip, noisy, times, conditions, text)
-        velocity = predicted[:, 0]
+        velocity = self.critic.score(clip, noisy, times, conditions, text=text)[:, 0]
         model = self.critic.score
         if model.prediction == "velocity":
             target = score.noise - frames
@@ -313,27 +340,28 @@ class DMDObjective(nn.Module):
             sigma = score.sigma.clamp(min=model.sigma_min)[:, None, None, None, None]
             target = (noisy[:, 0] - frames) / sigma
         loss = (velocity - target).square().mean()
-        values = {"critic_loss": loss.detach()}
-        if real is not None:
-            with torch.no_grad():
-                clip = torch.cat([context, real], dim=1)
-                _, real_features = self.critic(clip, *score.add_to(real), conditions, text)
-            torch.clear_autocast_cache()
-            both = torch.cat([real_features, fake_features.detach()])
-            discriminator = discriminator_loss(*self.critic.judge(both).chunk(2))
-            values["discriminator_loss"] = discriminator.detach()
-            loss = loss + discriminator
-        return loss, values
+        return loss, {"critic_loss": loss.detach()}
 
     def _draw(self, stream: str, batch: dict[str, Tensor]) -> Score:
         """Draw noise levels, uniform before their shift, and noise, sample by sample."""
-        d, seed, latents = self.options.distill, self.options.seed, batch["latents"]
+        d = self.options.distill
+        uniform, noise = self._draw_uniform(stream, batch)
+        sigma = d.shift * uniform / (1 + (d.shift - 1) * uniform)
+        return Score(sigma.clamp(*d.score_range), noise)
+
+    def _draw_look(self, batch: dict[str, Tensor]) -> Score:
+        """Draw noise levels at which the discriminator looks, uniform, and noise."""
+        uniform, noise = self._draw_uniform("discriminator", batch)
+        lowest, highest = DISCRIMINATOR_RANGE
+        return Score(lowest + (highest - lowest) * uniform, noise)
+
+    def _draw_uniform(self, stream: str, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Draw uniform numbers (B,) and noise (B, F', C, H, W), sample by sample."""
+        seed, latents = self.options.seed, batch["latents"]
         samples = [int(number) for number in batch["sample"]]
         uniform = uniform_per_sample((), samples, latents.device, seed, f"{stream} level")
-        sigma = d.shift * uniform / (1 + (d.shift - 1) * uniform)
-        shape = (latents.shape[1] - d.context_frames, *latents.shape[2:])
-        noise = normal_per_sample(shape, samples, latents.device, seed, f"{stream} noise")
-        return Score(sigma.clamp(*d.score_range), noise)
+        shape = (latents.shape[1] - self.options.distill.context_frames, *latents.shape[2:])
+        return uniform, normal_per_sample(shape, samples, latents.device, seed, f"{stream} noise")
 
 
 def trains_student(options: Options, step: int) -> bool:

@@ -19,7 +19,7 @@ from scd.training.wan_task import WanTask
 from scd.training.world_model_task import WorldModelTask
 from scd.wan.from_options import teacher_wan
 
-HEAD_LR_SCALE = 10  # the head is fresh, the features that it reads are trained
+HEAD_LR_SCALE = 30  # the head is fresh, the features that it reads are trained
 
 
 class Distillation(WorldModelTask):
