@@ -260,11 +260,11 @@ def _evaluations(weights: Path, sha256: str) -> list[str]:
         if metrics["checkpoint"]["sha256"] != sha256:
             continue
         protocol: dict[str, Any] = metrics["protocol"]
-        window = protocol["rollout_window"]
+        window, steps = protocol["rollout_window"], protocol["rollout_steps"]
         tables.append(
             f"{protocol['videos']} videos of {protocol['data']}, {protocol['new_frames']} new "
             f"frames after {protocol['context_frames']} context frames, "
-            f"{protocol['rollout_steps']} denoising steps per frame, "
+            f"{steps} denoising step{'s' * (steps > 1)} per frame, "
             f"{f'a window of {window} frames' if window else 'attention to all past frames'}:"
         )
         tables.append(path.with_name("metrics.md").read_text(encoding="utf-8").strip())

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 SCD_VENV=1 bash scripts/setup_env.sh
 source scripts/common.sh
-exec "$(find_python)" -m scd.cli play --baseline assets/pretrained/causal_dit_doom "$@"
+exec "$(find_python)" -m scd.cli play --baseline assets/pretrained/scd_doom "$@"

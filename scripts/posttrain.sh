@@ -7,10 +7,10 @@ source scripts/common.sh
 scd=("$(find_python)" -m scd.cli)
 
 exported=()
-for name in bidirectional_dit_doom scd_doom_consistency scd_doom_distilled scd_doom_continued; do
+for name in causal_dit_doom bidirectional_dit_doom scd_doom_consistency scd_doom_distilled scd_doom_continued; do
     printf '\n== train options/%s.yml\n' "$name"
     [ -d "experiments/$name/exported" ] || bash scripts/train.sh "options/$name.yml"
-    [ "$name" = bidirectional_dit_doom ] || exported+=("experiments/$name/exported")
+    case "$name" in *_dit_doom) ;; *) exported+=("experiments/$name/exported") ;; esac
 done
 
 fetch_weights

@@ -1,5 +1,6 @@
 """`SCDPipeline` as a diffusers pipeline."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,9 +173,17 @@ def test_what_is_pushed_can_be_played(tmp_path, monkeypatch):
     for asks_the_hub in ("create_repo", "load_or_create_model_card", "populate_model_card"):
         monkeypatch.setattr(diffusers_hub, asks_the_hub, lambda *a, **k: made)
     shipped = Path(__file__).parent.parent / "assets/pretrained/scd_doom"
-    pipe = SCDPipeline.from_pretrained(shipped)  # its options have the names of their time
+    older = tmp_path / "older"  # the same with the names of their time
+    shutil.copytree(shipped, older)
+    for file in (older / "options.yml", older / "model_index.json"):
+        text = file.read_text()
+        for new, old in (("sink_frames", "window_first"), ("discriminator_lr", "adversary_lr")):
+            assert new in text
+            text = text.replace(new, old)
+        file.write_text(text)
+    pipe = SCDPipeline.from_pretrained(older)
     assert pipe.config.rollout["sink_frames"] == 0 == pipe.config.options["rollout"]["sink_frames"]
-    assert "adversary" not in pipe.config.options
+    assert "adversary_lr" not in pipe.config.options["optim"]
     pipe.push_to_hub("someone/scd_doom")
     path = tmp_path / "options.yml"
     path.write_text(pushed["options.yml"])

@@ -445,7 +445,7 @@ def test_the_shipped_starts():
     assert sum(path.stat().st_size for path in (ROOT / "assets/starts").iterdir()) < 2**20
 
 
-@pytest.mark.parametrize("name", ["scd_doom", "causal_dit_doom"])
+@pytest.mark.parametrize("name", ["scd_doom", "scd_doom_distilled"])
 def test_the_shipped_models_obey(name):
     """Turning changes the picture more than standing does."""
     folder = ROOT / "assets/pretrained" / name
@@ -458,7 +458,7 @@ def test_the_shipped_models_obey(name):
     assert np.abs(standing - last).mean() < np.abs(turned - last).mean()
 
 
-@pytest.mark.parametrize("name", ["scd_doom", "causal_dit_doom"])
+@pytest.mark.parametrize("name", ["scd_doom", "scd_doom_distilled"])
 def test_the_shipped_pipelines_predict(name):
     """As the README says; the four frames to come, far better than repeating the last one."""
     pipeline = SCDPipeline.from_pretrained(ROOT / "assets/pretrained" / name)

@@ -120,7 +120,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument(
         "--model",
         type=to_read,
-        default="assets/pretrained/scd_doom",
+        default="assets/pretrained/scd_doom_distilled",
         help="folder of a pretrained model (default: %(default)s)",
     )
     p.add_argument("--baseline", type=to_read, metavar="DIR", help="another one, shown beside it")

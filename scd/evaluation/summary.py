@@ -275,7 +275,7 @@ def rollout_text(r: RolloutOptions) -> str:
     first = f" ({r.first_frame_steps} for the first new frame)" if r.first_frame_steps else ""
     return ", ".join(
         [
-            f"{r.steps} steps" + first,
+            f"{r.steps} step{'s' * (r.steps > 1)}" + first,
             r.solver,
             f"spacing {r.spacing}",
             f"{r.guidance} guidance {r.guidance_scale}" if guided else "no guidance",

@@ -253,8 +253,8 @@ class DistillOptions:
     # Of dmd: weight of the difference of the scores; 0, with an adversarial weight, leaves the
     # student to the discriminator alone.
     matching_weight: float = not_negative(1.0)
-    # Of dmd: weight of an adversarial loss, of a head on the teacher's features that tells generated
-    # from real clips. 0: no head.
+    # Of dmd: weight of an adversarial loss, of a head on the teacher's features that tells
+    # generated from real clips. 0: no head.
     adversarial_weight: float = not_negative(0.0)
     score_range: list[float] = checked(  # of dmd: lowest and highest noise level to score clips at
         [0.02, 0.98],
