@@ -226,8 +226,9 @@ class DMDObjective(nn.Module):
         loss, values = self.critic_loss(
             context, generated.frames, conditions, self._draw("critic", batch), text
         )
-        look, real_logits = self._draw_look(batch), None
+        real_logits = None
         if d.adversarial_weight:
+            look = self._draw_look(batch)
             real_logits, fake_logits = (
                 self.logits(context, frames, conditions, look, text)
                 for frames in (latents[:, known:], generated.frames)
