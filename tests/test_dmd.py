@@ -230,8 +230,12 @@ def test_what_is_not_finite_is_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_clips_are_scored_by_teacher_and_critic_after_their_context(scale: float) -> None:
-    student, teacher, critic = make("scd"), make("bidirectional"), make("bidirectional", seed=2)
+@pytest.mark.parametrize("kind", ["bidirectional", "scd", "causal"])
+def test_clips_are_scored_by_teacher_and_critic_after_their_context(
+    kind: str, scale: float
+) -> None:
+    """A bidirectional one sees all frames under noise, a causal one the generated ones before."""
+    student, teacher, critic = make("scd"), make(kind), make(kind, seed=2)
     objective = DMDObjective(
         student, teacher, Critic(critic, False), options_of(guidance_scale=scale)
     )
@@ -480,7 +484,30 @@ def test_options_that_cannot_work_are_refused(override: str, message: str, optio
         options(override)
 
 
-def test_a_causal_teacher_is_refused(options, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["scd", "causal"])
+def test_a_causal_score_of_a_frame_depends_on_no_later_one(kind: str) -> None:
+    critic = Critic(make(kind, seed=2), False)
+    objective = DMDObjective(make("scd"), make(kind), critic, options_of())
+    latents, actions = make_clip()
+    score = Score(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
+
+    def gradient(clip: Tensor) -> Tensor:
+        found = objective.gradient(clip[:, :KNOWN], clip[:, KNOWN:], actions, score)
+        return found / found[:, :1].abs().amax(dim=(1, 2, 3, 4), keepdim=True)  # one scale a clip
+
+    changed = latents.clone()
+    changed[:, -1] += 1
+    before, after = gradient(latents), gradient(changed)
+    torch.testing.assert_close(after[:, :-1], before[:, :-1], rtol=1e-4, atol=1e-5)
+    assert (after[:, -1] - before[:, -1]).abs().max() > 1e-2
+
+
+def test_the_student_s_own_base_can_be_its_teacher(options, tmp_path: Path) -> None:
     causal = tmp_path / "base/checkpoints/step-00000001/ema.safetensors"
-    with pytest.raises(ScdError, match="needs a bidirectional_dit"):
-        run_experiment(options(f"distill.teacher={causal}"))
+    run = options(f"distill.teacher={causal}", "train.steps=2")
+    run_experiment(run)
+    assert read_log(run.output / "log.jsonl")[-1]["dmd_gradient"] > 0
+    with pytest.raises(ScdError, match="needs the features of"):
+        run_experiment(
+            options(f"distill.teacher={causal}", "name=head", "distill.adversarial_weight=0.1")
+        )

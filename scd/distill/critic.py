@@ -9,13 +9,13 @@ from scd.models.world_model import WorldModel
 
 
 class Critic(nn.Module):
-    """A bidirectional model that learns to denoise generated clips (the fake score).
+    """A model of the teacher's kind that learns to denoise generated clips (the fake score).
 
     With a head it is a discriminator too. The head reads the features of the frozen teacher (as in
     LADD, arXiv 2403.12015), so that the score's training is the same with it and without.
 
     Args:
-        score: a bidirectional model, mostly a copy of the teacher.
+        score: a copy of the teacher at first.
         adversarial: whether there is a head.
     """
 

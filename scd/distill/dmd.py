@@ -1,9 +1,13 @@
 """Distribution matching distillation (DMD) on a student's own rollouts.
 
 The student generates clips, each frame after its own earlier ones, exactly as in use. A frozen
-bidirectional teacher (the real score) and a critic that is trained on those clips (the fake score)
-denoise them; the difference of their clean frames says how to change the clips so that the critic's
-distribution becomes the teacher's (arXiv 2405.14867; on self-generated video, arXiv 2506.08009).
+teacher (the real score) and a critic that is trained on those clips (the fake score) denoise them;
+the difference of their clean frames says how to change the clips so that the critic's distribution
+becomes the teacher's (arXiv 2405.14867; on self-generated video, arXiv 2506.08009).
+
+Bidirectional scores denoise the generated frames of a clip together. Causal ones (as in LongLive 2,
+arXiv 2605.18739) denoise each after the clean generated ones before it, under the teacher-forcing
+mask: the teacher can then be the model that the student was made from.
 
 The rollout has no gradient. It records the noisy input of every frame at the denoising step where
 it stopped; one parallel pass of the student over the finished clip, which is its ordinary training

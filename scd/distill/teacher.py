@@ -18,8 +18,8 @@ def load_teacher(options: Options, student: WorldModel, device: torch.device) ->
     """Load the frozen teacher at `distill.teacher`, which must fit the student.
 
     Raises:
-        ScdError: it is missing or damaged, of other latents or conditions, or of the wrong kind:
-            consistency distillation needs a causal one, distribution matching a bidirectional one.
+        ScdError: it is missing or damaged, of other latents or conditions, or of a kind that the
+            method cannot use.
     """
     path = Path(str(options.distill.teacher))
     loaded = load_checkpoint_for_use(path)
@@ -31,12 +31,21 @@ def load_teacher(options: Options, student: WorldModel, device: torch.device) ->
     ]
     if differences:
         raise ScdError(f"distill.teacher={path}: does not fit: {'; '.join(differences)}")
-    causal = isinstance(teacher, CausalWorldModel)
-    if causal != (options.distill.method == "consistency"):
+    if options.distill.method == "consistency" and not isinstance(teacher, CausalWorldModel):
         raise ScdError(
             f"distill.teacher={path}: a {loaded.options.model.type}, but distill.method="
-            f"{options.distill.method} needs a "
-            + ("bidirectional_dit" if causal else "causal model, scd or causal_dit")
+            f"consistency needs a causal model, scd or causal_dit"
+        )
+    if options.distill.method == "dmd" and teacher.takes_first_look:
+        raise ScdError(
+            f"distill.teacher={path}: has model.encoder_frame={teacher.config.encoder_frame}, but "
+            f"distill.method=dmd scores clips with a bidirectional_dit, a causal_dit, or an scd of "
+            f"encoder_frame=shift"
+        )
+    if options.distill.adversarial_weight and teacher.has_context:
+        raise ScdError(
+            f"distill.teacher={path}: an scd, but distill.adversarial_weight needs the features of "
+            f"a bidirectional_dit or a causal_dit"
         )
     return teacher.to(device).requires_grad_(False)
 

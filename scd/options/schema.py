@@ -234,7 +234,8 @@ class DistillOptions:
     # consistency: causal consistency distillation. dmd: distribution matching on own rollouts.
     method: Literal["none", "consistency", "dmd"] = "none"
     # The frozen teacher, a checkpoint or an exported folder; of a Wan, a folder with its
-    # transformer. consistency needs a causal model, dmd a bidirectional one.
+    # transformer. consistency needs a causal model; dmd takes a bidirectional one, which scores
+    # clips, or a causal one, which scores every frame after the generated ones before it.
     teacher: str | None = None
     levels: int = positive(48)  # N: noise levels that consistency distillation goes through
     shift: float = positive(5.0)  # timestep shift of the levels; dmd: of those clips are scored at
