@@ -26,7 +26,6 @@ from scd.options import AutoencoderOptions, Options, load_options
 from scd.pipeline import SCDPipeline
 from scd.training.autoencoder_task import (
     AdversarialObjective,
-    LatentNoise,
     ReconstructionLoss,
     adaptive_weight,
     discriminator_hinge,
@@ -36,7 +35,6 @@ from scd.training.autoencoder_task import (
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.ema import averaged_tensors
 from scd.training.run_log import read_log
-from scd.utils.seeding import uniform_per_sample
 from tests.test_model import make_model
 from tests.test_training import ROOT, assert_same_state, train
 
@@ -294,25 +292,6 @@ def test_adaptive_weight_by_hand():
     assert float(adaptive_weight(3 * (w @ x), 0 * (w @ y), w)) == 1e4
 
 
-def test_latent_noise():
-    """A function of the sample number alone, in units of the clip's own deviation."""
-    torch.manual_seed(0)
-    latents = (
-        torch.randn(3 * 2, 4, 8, 8)
-        * torch.tensor([1.0, 5.0, 0.2]).repeat_interleave(2)[:, None, None, None]
-    )
-    noise = LatentNoise(0.2, seed=1)
-    noisy = noise.add(latents, {"sample": [7, 8, 9]})
-    alone = noise.add(latents[2:4], {"sample": [8]})
-    assert torch.equal(noisy[2:4], alone)
-    added = (noisy - latents).unflatten(0, (3, 2)).std(dim=(1, 2, 3, 4))
-    own = latents.unflatten(0, (3, 2)).std(dim=(1, 2, 3, 4))
-    levels = torch.cat([uniform_per_sample((1,), [n], latents.device, 1, "latent noise level")
-                        for n in (7, 8, 9)])[:, 0]  # fmt: skip
-    torch.testing.assert_close(added / own, 0.2 * levels, rtol=0.1, atol=0)
-    assert LatentNoise(0, seed=1).add(latents, {"sample": [7, 8, 9]}) is latents
-
-
 @pytest.mark.parametrize("frames", [1, 2])
 def test_one_backward_serves_both_sides(tiny_autoencoder_path, frames):
     """The decoder's gradient is that of its own loss alone, the discriminator's that of its.
@@ -324,8 +303,7 @@ def test_one_backward_serves_both_sides(tiny_autoencoder_path, frames):
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(8, 2, frames)
     loss = ReconstructionLoss(0, torch.device("cpu"))
-    noise = LatentNoise(0, seed=0)
-    objective = AdversarialObjective(autoencoder, discriminator, loss, noise, 0.3, frames)
+    objective = AdversarialObjective(autoencoder, discriminator, loss, 0.3, frames)
     batch = {"video": torch.rand(2, 2, 3, 32, 32), "sample": [0, 1]}
     values = objective(batch)
     values["loss"].backward()

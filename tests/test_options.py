@@ -541,6 +541,14 @@ def renamed_values(options: Options) -> list:
     ]
 
 
+def test_removed_options_load_where_they_did_nothing(tmp_path: Path) -> None:
+    old = tmp_path / "old.yml"
+    old.write_text(OLD.replace("{path: somewhere}", "{path: somewhere, latent_noise: 0.0}"))
+    assert renamed_values(load_options(old)) == [0.3, 2, 0.2, 0.4, 1e-3, "fp32", "diffusers", 2]
+    with pytest.raises(ScdError, match=r"latent_noise is no longer an option"):
+        load_options(old, ["autoencoder.latent_noise=0.1"])
+
+
 def test_renamed_options_load_under_their_former_names(tmp_path: Path) -> None:
     """In files, on top of a base, in overrides and in checkpoints."""
     old = tmp_path / "old.yml"
@@ -564,6 +572,7 @@ def test_renamed_options_load_under_their_former_names(tmp_path: Path) -> None:
     former["rollout"]["window_first"] = former["rollout"].pop("sink_frames")
     former["train"]["mixed_precision"] = "no"
     assert options_from_json(json.dumps(former), "checkpoint") == load_options(old)
+    former["autoencoder"]["latent_noise"] = 0.0
     before = json.dumps(former)
     assert with_present_names(former, "checkpoint") == new
     assert json.dumps(former) == before  # it is not changed

@@ -39,6 +39,9 @@ RENAMED = {
     "rollout.spacing=reference": "rollout.spacing=diffusers",
     "train.mixed_precision=no": "train.mixed_precision=fp32",
 }
+# Former options, with the ways to write the value at which they did nothing: with that, files and
+# checkpoints may have them.
+REMOVED = {"autoencoder": {"latent_noise": ("0", "0.0")}}
 Bytes = TypeVar("Bytes", str, bytes)
 
 
@@ -112,12 +115,19 @@ def options_to_yaml(options: Options) -> str:
 
 
 def with_present_names(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return nested options with the names and values of `RENAMED` brought up to date.
+    """Return nested options brought up to date with `RENAMED` and `REMOVED`.
 
     Raises:
-        ScdError: an option stands there under both its names.
+        ScdError: an option stands there under both its names, or did something and is gone.
     """
-    return _renamed(values, RENAMED, source)
+    values = _renamed(values, RENAMED, source)
+    for section, removed in REMOVED.items():
+        given = values.get(section)
+        given = given if isinstance(given, dict) else {}
+        for name in removed.keys() & given:
+            if str(given.pop(name)) not in removed[name]:
+                raise ScdError(f"{source}: {section}.{name} is no longer an option: leave it out")
+    return values
 
 
 def with_former_names(values: dict[str, Any]) -> dict[str, Any]:

@@ -111,9 +111,6 @@ class AutoencoderOptions:
     # published weights.
     decoder_norm: Literal["batch_norm", "rms_norm"] = "rms_norm"
     lpips_weight: float = not_negative(0.5)  # loss = L1 + lpips_weight * LPIPS
-    # Largest noise that training adds to latents, in their own standard deviations: against errors
-    # of the world model.
-    latent_noise: float = not_negative(0.0)
 
 
 @dataclass

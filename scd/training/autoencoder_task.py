@@ -36,7 +36,6 @@ from scd.models.weights import load_matching, read_all_weights
 from scd.options import Options
 from scd.utils.files import write_atomically
 from scd.utils.processes import processes
-from scd.utils.seeding import normal_per_sample, uniform_per_sample
 
 RECONSTRUCTIONS_SHOWN = 16
 MAX_ADAPTIVE_WEIGHT = 1e4
@@ -55,21 +54,20 @@ class AutoencoderTask:
         self.network: Autoencoder
         self.objective: nn.Module
         reconstruction = ReconstructionLoss(options.autoencoder.lpips_weight, device)
-        noise = LatentNoise(options.autoencoder.latent_noise, options.seed)
         torch.manual_seed(options.seed)
         if options.discriminator.weight:
             a = options.discriminator
             self.network = _with_frozen_encoder(options)
             self.critic = PatchDiscriminator(a.channels, a.layers, a.frames)
             self.objective = AdversarialObjective(
-                self.network, self.critic, reconstruction, noise, a.weight, a.frames
+                self.network, self.critic, reconstruction, a.weight, a.frames
             )
         else:
             self.network = build_autoencoder(options.autoencoder)
             if options.init_from is not None:
                 tensors = read_all_weights(Path(options.init_from))
                 load_matching(self.network, tensors, options.init_from)
-            self.objective = ReconstructionObjective(self.network, reconstruction, noise)
+            self.objective = ReconstructionObjective(self.network, reconstruction)
         self.training_data = clip_folder(options, options.data.train_list, "video")
         self.validation_data = clip_folder(options, options.data.val_list, "video")
 
@@ -176,46 +174,18 @@ class ReconstructionLoss(nn.Module):
         return values
 
 
-class LatentNoise:
-    """Noise on latents between encoder and decoder, a function of each clip's sample number.
-
-    Its standard deviation is drawn for each clip, from 0 to `largest` times that of the clip's
-    latents: in these units the encoder cannot escape it by larger latents. It makes neighbouring
-    latents decode to like pictures, so that a world model's errors cost little (as for the decoder
-    of representation autoencoders, arXiv 2510.11690).
-    """
-
-    def __init__(self, largest: float, seed: int):
-        self.largest = largest
-        self.seed = seed
-
-    def add(self, latents: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Return the latents (B·F, C, h, w) of a batch's frames with noise of their clips."""
-        if self.largest == 0:
-            return latents
-        samples, device = batch["sample"], latents.device
-        of_clips = rearrange(latents, "(b f) ... -> b f ...", b=len(samples))
-        noise = normal_per_sample(of_clips.shape[1:], samples, device, self.seed, "latent noise")
-        level = uniform_per_sample((1,) * 4, samples, device, self.seed, "latent noise level")
-        deviation = self.largest * level * of_clips.detach().std(dim=(1, 2, 3, 4), keepdim=True)
-        return (of_clips + deviation * noise).flatten(0, 1)
-
-
 class ReconstructionObjective(nn.Module):
     """The reconstruction loss of a batch's frames."""
 
-    def __init__(
-        self, autoencoder: Autoencoder, reconstruction: ReconstructionLoss, noise: LatentNoise
-    ):
+    def __init__(self, autoencoder: Autoencoder, reconstruction: ReconstructionLoss):
         super().__init__()
         self.autoencoder = autoencoder
         self.reconstruction = reconstruction
-        self.noise = noise
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Compute the loss of `video` (B, F, 3, H, W) in [0, 1], and its parts."""
         images = images_of(batch)
-        latents = self.noise.add(unscaled_latents(self.autoencoder, images), batch)
+        latents = unscaled_latents(self.autoencoder, images)
         return self.reconstruction(self.autoencoder.decode(latents).sample, images)
 
 
@@ -241,7 +211,6 @@ class AdversarialObjective(nn.Module):
         autoencoder: Autoencoder,
         discriminator: nn.Module,
         reconstruction: ReconstructionLoss,
-        noise: LatentNoise,
         weight: float,
         frames: int,
     ):
@@ -249,7 +218,6 @@ class AdversarialObjective(nn.Module):
         self.autoencoder = autoencoder
         self.discriminator = discriminator
         self.reconstruction = reconstruction
-        self.noise = noise
         self.weight = weight
         self.frames = frames
 
@@ -257,7 +225,7 @@ class AdversarialObjective(nn.Module):
         """Compute the loss of `video` (B, F, 3, H, W) in [0, 1], and its parts."""
         images = images_of(batch)
         with torch.no_grad():
-            latents = self.noise.add(unscaled_latents(self.autoencoder, images), batch)
+            latents = unscaled_latents(self.autoencoder, images)
         decoded = self.autoencoder.decode(latents).sample.float()
         values = self.reconstruction(decoded, images)
 
