@@ -22,19 +22,23 @@ from scd.models.autoencoder import (
     load_codec,
 )
 from scd.models.discriminator import DETAIL_GAIN, PatchDiscriminator, haar_bands
+from scd.models.load import build_world_model, load_checkpoint_for_use
 from scd.options import AutoencoderOptions, Options, load_options
-from scd.pipeline import SCDPipeline
-from scd.training.autoencoder_task import (
-    AdversarialObjective,
+from scd.pipeline import SCDPipeline, pipeline_of
+from scd.rollout import Rollout
+from scd.training.autoencoder_objective import (
+    DecoderObjective,
     ReconstructionLoss,
     adaptive_weight,
     discriminator_hinge,
     generator_hinge,
     last_layer,
 )
+from scd.training.autoencoder_task import AutoencoderTask
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.ema import averaged_tensors
 from scd.training.run_log import read_log
+from scd.utils.seeding import generator
 from tests.test_model import make_model
 from tests.test_training import ROOT, assert_same_state, train
 
@@ -303,13 +307,13 @@ def test_one_backward_serves_both_sides(tiny_autoencoder_path, frames):
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(8, 2, frames)
     loss = ReconstructionLoss(0, torch.device("cpu"))
-    objective = AdversarialObjective(autoencoder, discriminator, loss, 0.3, frames)
-    batch = {"video": torch.rand(2, 2, 3, 32, 32), "sample": [0, 1]}
+    objective = DecoderObjective(autoencoder, loss, discriminator, 0.3, frames)
+    batch = {"video": torch.rand(2, 2, 3, 32, 32), "latents": torch.randn(2, 2, 8, 4, 4)}
     values = objective(batch)
     values["loss"].backward()
 
     images = batch["video"].flatten(0, 1) * 2 - 1
-    decoded = autoencoder.decode(autoencoder.encode(images).latent).sample
+    decoded = autoencoder.decode(batch["latents"].flatten(0, 1)).sample
     clips, decoded_clips = (x.view(4 // frames, -1, 32, 32) for x in (images, decoded))
     l1, generator = (decoded - images).abs().mean(), -discriminator(decoded_clips).mean()
     layer = last_layer(autoencoder)
@@ -410,14 +414,28 @@ def test_a_variational_autoencoders_decoder_trains(options, kl_path):
     ("overrides", "complaint"),
     [
         (["autoencoder.path=null"], "discriminator.weight=0.5 needs autoencoder.path"),
-        (["discriminator.weight=0"], "but discriminator.weight is 0"),
+        (["discriminator.weight=0"], "autoencoder.world_model is null, discriminator.weight is 0"),
+        (["init_from=x"], "init_from with autoencoder.path"),
+        (
+            ["autoencoder.path=null", "discriminator.weight=0", "autoencoder.world_model=x"],
+            "autoencoder.world_model=x needs autoencoder.path",
+        ),
+        (["autoencoder.world_model=x"], "autoencoder.predicted_frames=3: as many as data.frames=2"),
+        (
+            ["autoencoder.world_model=x", "data.frames=4", "autoencoder.predicted_frames=2"],
+            "discriminator.frames=2 does not divide the decoded frames of a clip",
+        ),
         (["discriminator.weight=-1"], "discriminator.weight must not be negative"),
-        (["autoencoder.decoder_layers=[1]"], "autoencoder.decoder_layers: the adversarial stage"),
+        (["autoencoder.decoder_layers=[1]"], "autoencoder.decoder_layers: the decoder's stage"),
         (["train.compile=true"], "train.compile with discriminator.weight"),
         (["discriminator.channels=12"], "discriminator.channels=12 must be a multiple of 8"),
         (["discriminator.layers=5"], "too many for frames of 64 pixels"),
-        (["discriminator.frames=3"], "data.frames=2 does not divide by discriminator.frames=3"),
+        (["discriminator.frames=3"], "discriminator.frames=3 does not divide the decoded frames"),
         (WORLD_MODEL, "only task autoencoder has a discriminator"),
+        (
+            [*WORLD_MODEL, "discriminator.weight=0", "autoencoder.world_model=x"],
+            "autoencoder.world_model=x: only task autoencoder trains a decoder",
+        ),
         (["autoencoder.decoder_norm=batchnorm"], "did you mean 'batch_norm'?"),
     ],
 )
@@ -430,6 +448,106 @@ def test_contradictory_options_are_refused(options, overrides, complaint):
 def test_frames_that_do_not_divide_are_refused(options):
     with pytest.raises(ScdError, match=r"data\.frame_size=60 does not divide by 8"):
         train(options("data.frame_size=60"))
+
+
+# A decoder that learns from predictions
+
+
+@pytest.fixture
+def decoder_options(doom_root, tiny_autoencoder_path, tmp_path):
+    """Make options of the stage, with an untrained world model of random weights."""
+    codec = load_codec(tiny_autoencoder_path)
+    sizes = ["model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1"]
+    at = [f"data.root={doom_root}", f"autoencoder.path={tiny_autoencoder_path}"]
+    o = load_options(ROOT / "options/scd_doom_tiny.yml", [*at, *sizes, "rollout.steps=2"])
+    torch.manual_seed(0)
+    model = build_world_model(o, codec)
+    for parameter in model.parameters():  # what is zero at first would hide the actions
+        nn.init.normal_(parameter, std=0.2)
+    assert isinstance(codec, LatentCodec)
+    pipeline_of(o, model, codec.autoencoder).save_pretrained(tmp_path / "world")
+
+    def make(*overrides: str) -> Options:
+        small = [
+            *(*at, f"output_root={tmp_path}", f"autoencoder.world_model={tmp_path}/world"),
+            *("autoencoder.lpips_weight=0", "data.frames=6", "autoencoder.predicted_frames=2"),
+            *("optim.warmup_steps=0", "optim.schedule=constant", "optim.decay_steps=0"),
+            *("train.steps=4", "train.batch_size=2", "train.workers=0", "train.save_every=2"),
+            *("train.sample_every=0", "train.log_every=1", "train.mixed_precision=fp32"),
+            *("eval.videos=2", "name=decoder"),
+        ]
+        return load_options(ROOT / "options/dcae_doom_decoder.yml", [*small, *overrides])
+
+    return make
+
+
+def test_a_decoder_gets_the_latents_of_a_rollout(decoder_options):
+    """The last given frame and those after it, from their own actions, in one batch or not."""
+    o = decoder_options()
+    task = AutoencoderTask(o, torch.device("cpu"))
+    torch.manual_seed(0)
+    video = torch.randint(256, (2, 6, 3, 64, 64), dtype=torch.uint8)
+    batch = {"video": video, "actions": torch.tensor([[0, 1, 2, 3, 1, 2]] * 2), "sample": [5, 9]}
+    ready = task.prepare(batch)
+    assert ready["video"].shape == (2, 3, 3, 64, 64)
+    torch.testing.assert_close(ready["video"], video[:, 3:] / 255)
+
+    codec, world = (
+        load_codec(o.autoencoder.path),
+        load_checkpoint_for_use(Path(str(o.autoencoder.world_model))),
+    )
+    latents = codec.encode(video / 255)
+    rollout = Rollout(world.model, world.options.rollout, 6)
+    generators = [generator("cpu", o.seed, "decoder", sample) for sample in (5, 9)]
+    rollout.reset(latents[:, :4], batch["actions"][:, :4], None, generators)
+    frames = [latents[:, 3], *(rollout.step(batch["actions"][:, i]) for i in (4, 5))]
+    expected = torch.stack(frames, dim=1) / codec.factor + codec.shift
+    torch.testing.assert_close(ready["latents"], expected, atol=1e-5, rtol=1e-5)
+
+    single = task.prepare({k: v[1:] for k, v in batch.items()})
+    torch.testing.assert_close(single["latents"], ready["latents"][1:], atol=1e-4, rtol=1e-4)
+    future = video.clone()
+    future[:, 4:] = 0  # the pictures that are predicted are seen by the loss alone
+    torch.testing.assert_close(
+        task.prepare({**batch, "video": future})["latents"], ready["latents"], atol=1e-6, rtol=0
+    )
+    for last, differs in ((4, [False, True, True]), (5, [False, False, True])):
+        actions = batch["actions"].clone()
+        actions[:, last] = 0
+        other = task.prepare({**batch, "actions": actions})["latents"]
+        changed = [not torch.allclose(other[:, i], ready["latents"][:, i]) for i in range(3)]
+        assert changed == differs
+
+
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_the_decoder_stage_resumes_to_the_bit_and_leaves_the_encoder(decoder_options, weight):
+    given = (f"discriminator.weight={weight}", "discriminator.channels=8", "discriminator.frames=3")
+    straight = train(decoder_options("name=straight", "train.sample_every=4", *given))
+    train(decoder_options("name=resumed", *given), stop_after=3)
+    assert_same_state(straight, train(decoder_options("name=resumed", *given)))
+    o = decoder_options("name=straight", *given)
+    state = load_checkpoint(latest_checkpoint(straight))
+    start = load_file(Path(str(o.autoencoder.path)) / "diffusion_pytorch_model.safetensors")
+    for name, tensor in start.items():
+        assert torch.equal(state.model[name], tensor) == name.startswith("encoder."), name
+    last = read_log(o.output / "log.jsonl")[-1]["validation"]
+    assert last["psnr"] != last["predicted_psnr"] and 0 < last["predicted_psnr"] < 30
+    exported = load_codec(str(o.output / "exported"))
+    assert exported.factor == load_codec(o.autoencoder.path).factor
+
+
+def test_a_world_model_of_other_latents_or_speed_is_refused(decoder_options, tmp_path):
+    with pytest.raises(ScdError, match=r"was trained with data\.frame_stride=1, but here .*=2"):
+        AutoencoderTask(decoder_options("data.frame_stride=2"), torch.device("cpu"))
+    vae = tmp_path / "world/vae"
+    autoencoder = load_codec(str(vae)).autoencoder
+    autoencoder.encoder.conv_in.bias.data += 1
+    autoencoder.save_pretrained(vae)
+    with pytest.raises(ScdError, match=r"its latents are not those of autoencoder\.path="):
+        AutoencoderTask(decoder_options(), torch.device("cpu"))
+    with pytest.raises(ScdError, match="nowhere"):
+        missing = decoder_options("autoencoder.world_model=nowhere")
+        AutoencoderTask(missing, torch.device("cpu"))
 
 
 # Batch norm and the mean of the weights

@@ -70,6 +70,8 @@ def test_every_options_file_runs_dry(file, monkeypatch, capsys):
         overrides += ["distill.context_frames=1"] if options.distill.method == "dmd" else []
         if options.model.type == "bidirectional_dit":
             overrides += ["flow.prefix_frames=[1,2]", "eval.context_frames=1", "eval.new_frames=2"]
+    elif options.autoencoder.world_model is not None:
+        overrides += ["data.frames=5"]
     elif options.discriminator.weight:
         overrides += ["discriminator.channels=8", "data.frames=2"]
     else:

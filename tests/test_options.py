@@ -226,7 +226,7 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["eval.context_frames=0"], "eval.context_frames=0 needs model.first_frame=true"),
         (
             [*AUTOENCODER, "discriminator.weight=1", "autoencoder.path=a", "init_from=b"],
-            "init_from with discriminator.weight: this stage starts from autoencoder.path",
+            "init_from with autoencoder.path: this stage starts from autoencoder.path",
         ),
         ([*AUTOENCODER, "optim.muon_lr=1"], "only task world_model has blocks with matrices"),
         (["name=a/b"], "name must be a possible name of a folder"),
@@ -347,7 +347,7 @@ def test_an_unknown_choice_is_named_with_its_neighbour(
 def test_every_rule_can_say_what_is_wrong(file: Path) -> None:
     """A message names only options that there are."""
     options = load_options(file)
-    first, second = rules.FIRST_STAGE, rules.ADVERSARIAL_STAGE
+    first, second = rules.FIRST_STAGE, rules.DECODER_STAGE
     every = [*rules.COMMON, *rules.WORLD_MODEL, *rules.AUTOENCODER, *first, *second]
     assert len(every) > 40
     for _, message in every:

@@ -87,6 +87,10 @@ class LatentCodec(nn.Module):
         """Scale the autoencoder's latents to those that the diffusion model sees."""
         return (latents - self.shift) * self.factor
 
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Undo `scale`."""
+        return latents / self.factor + self.shift
+
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Encode pixels (B, F, 3, H, W) in [0, 1] to scaled latents (B, F, C, H/f, W/f)."""
@@ -111,7 +115,7 @@ class LatentCodec(nn.Module):
             yield
 
     def _decode_images(self, latents: Tensor) -> Tensor:
-        unscaled = self._as_input(latents / self.factor + self.shift)
+        unscaled = self._as_input(self.unscale(latents))
         return (self.autoencoder.decode(unscaled).sample.float() + 1) / 2
 
     def _as_input(self, images: Tensor) -> Tensor:

@@ -218,6 +218,10 @@ WORLD_MODEL: list[Rule] = [
         lambda o: o.discriminator.weight == 0,
         "discriminator.weight={discriminator.weight}: only task autoencoder has a discriminator",
     ),
+    (
+        lambda o: o.autoencoder.world_model is None,
+        "autoencoder.world_model={autoencoder.world_model}: only task autoencoder trains a decoder",
+    ),
 ]
 
 AUTOENCODER: list[Rule] = [
@@ -268,9 +272,14 @@ def _stages(side: Literal["encoder", "decoder"]) -> list[Rule]:
 
 FIRST_STAGE: list[Rule] = [
     (
-        lambda o: o.autoencoder.path is None,
-        "autoencoder.path in task autoencoder is what the adversarial stage starts from, but "
-        "discriminator.weight is 0",
+        lambda o: o.discriminator.weight == 0,
+        "discriminator.weight={discriminator.weight} needs autoencoder.path, a trained "
+        "autoencoder: its encoder is frozen",
+    ),
+    (
+        lambda o: o.autoencoder.world_model is None,
+        "autoencoder.world_model={autoencoder.world_model} needs autoencoder.path, the autoencoder "
+        "of its latents",
     ),
     *_stages("encoder"),
     *_stages("decoder"),
@@ -286,27 +295,27 @@ FIRST_STAGE: list[Rule] = [
     ),
 ]
 
-ADVERSARIAL_STAGE: list[Rule] = [
+DECODER_STAGE: list[Rule] = [
     (
-        lambda o: o.autoencoder.path is not None,
-        "discriminator.weight={discriminator.weight} needs autoencoder.path, a trained "
-        "autoencoder: its encoder is frozen",
+        lambda o: o.discriminator.weight > 0 or o.autoencoder.world_model is not None,
+        "autoencoder.path in task autoencoder is what the decoder's stage starts from, but nothing "
+        "to train it with is named: autoencoder.world_model is null, discriminator.weight is 0",
     ),
     (
         lambda o: o.init_from is None,
-        "init_from with discriminator.weight: this stage starts from autoencoder.path",
+        "init_from with autoencoder.path: this stage starts from autoencoder.path",
     ),
     *(
         (
             lambda o, key=key: not getattr(o.autoencoder, key),
-            f"autoencoder.{key}: the adversarial stage keeps the sizes of {{autoencoder.path}}; "
+            f"autoencoder.{key}: the decoder's stage keeps the sizes of {{autoencoder.path}}; "
             f"leave it out",
         )
         for side in ("encoder", "decoder")
         for key in (f"{side}_block_types", f"{side}_channels", f"{side}_layers")
     ),
     (
-        lambda o: not o.train.compile,
+        lambda o: not (o.train.compile and o.discriminator.weight),
         "train.compile with discriminator.weight: the adaptive weight needs gradients that a "
         "compiled decoder does not give",
     ),
@@ -321,8 +330,15 @@ ADVERSARIAL_STAGE: list[Rule] = [
         "pixels",
     ),
     (
-        lambda o: o.data.frames % o.discriminator.frames == 0,
-        "data.frames={data.frames} does not divide by discriminator.frames={discriminator.frames}",
+        lambda o: o.autoencoder.world_model is None or _decoded_frames(o) <= o.data.frames,
+        "autoencoder.predicted_frames={autoencoder.predicted_frames}: as many as data.frames="
+        "{data.frames} or more, but a prediction needs a frame before it",
+    ),
+    (
+        lambda o: not o.discriminator.weight or _decoded_frames(o) % o.discriminator.frames == 0,
+        "discriminator.frames={discriminator.frames} does not divide the decoded frames of a clip: "
+        "data.frames={data.frames}; or with autoencoder.world_model, 1 + autoencoder."
+        "predicted_frames={autoencoder.predicted_frames}",
     ),
 ]
 
@@ -336,10 +352,10 @@ def check(options: Options, source: str) -> None:
     _raise_first(_wrong_values(options), source)
     if options.task == "world_model":
         rules = [*COMMON, *WORLD_MODEL, *(WAN if options.model.is_wan else NO_WAN)]
-    elif options.discriminator.weight:
-        rules = [*COMMON, *AUTOENCODER, *ADVERSARIAL_STAGE]
-    else:
+    elif options.autoencoder.path is None:
         rules = [*COMMON, *AUTOENCODER, *FIRST_STAGE]
+    else:
+        rules = [*COMMON, *AUTOENCODER, *DECODER_STAGE]
     _raise_first(_broken(rules, options), source)
 
 
@@ -403,6 +419,11 @@ def _broken(rules: Iterable[Rule], options: Options) -> Iterator[str]:
 def _raise_first(problems: Iterator[str], source: str | None = None) -> None:
     for problem in problems:
         raise ScdError(f"{source}: {problem}" if source else problem)
+
+
+def _decoded_frames(o: Options) -> int:
+    predicted = o.autoencoder.world_model is not None
+    return 1 + o.autoencoder.predicted_frames if predicted else o.data.frames
 
 
 def _are_steps(profiled: list[int], steps: int) -> bool:

@@ -111,12 +111,16 @@ class AutoencoderOptions:
     # published weights.
     decoder_norm: Literal["batch_norm", "rms_norm"] = "rms_norm"
     lpips_weight: float = not_negative(0.5)  # loss = L1 + lpips_weight * LPIPS
+    # To train the decoder of `path` on what it will decode, a world model of its latents: it
+    # predicts the last predicted_frames frames of every clip. They and the frame before them are
+    # decoded, and compared with the real ones.
+    world_model: str | None = None
+    predicted_frames: int = positive(3)
 
 
 @dataclass
 class DiscriminatorOptions:
-    """The second training stage of an autoencoder: it starts from `autoencoder.path`, freezes the
-    encoder and trains the decoder against a patch discriminator."""
+    """A patch discriminator, against which the decoder of `autoencoder.path` is trained."""
 
     # Weight of the adversarial loss, times VQGAN's adaptive weight. 0: no discriminator.
     weight: float = not_negative(0.0)
@@ -124,7 +128,7 @@ class DiscriminatorOptions:
     # Layers that halve the resolution: with 3, each logit sees 71x71 pixels, with 2 35x35, with 1
     # 17x17.
     layers: int = positive(3)
-    # Consecutive frames that it sees at a time; data.frames must divide by them.
+    # Consecutive frames that it sees at a time; the decoded frames of a clip must divide by them.
     frames: int = positive(1)
 
 

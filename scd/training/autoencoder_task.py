@@ -1,26 +1,24 @@
-"""Train an autoencoder: first all of it, then its decoder against a patch discriminator.
+"""Train an autoencoder: first all of it, then its decoder alone.
 
 The first stage minimises L1 + LPIPS on single frames (arXiv 2410.10733).
 
 In the second, the encoder is frozen, so that its latents, and every model trained on them, stay
-valid. Losses are hinge losses; the generator's is weighted against the reconstruction loss as in
-VQGAN (arXiv 2012.09841, equation 7).
+valid. The decoder learns from latents that a world model predicts, which are a little wrong in ways
+of their own, or against a patch discriminator, or both.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from scd.data.clips import clip_folder, with_float_pixels
 from scd.errors import ScdError
-from scd.evaluation.frame_metrics import load_lpips
 from scd.evaluation.metrics import AvailableMetrics
 from scd.models.autoencoder import (
     ENCODING,
@@ -28,17 +26,26 @@ from scd.models.autoencoder import (
     LatentCodec,
     build_autoencoder,
     downsampling,
+    encoder_hash,
     load_codec,
-    unscaled_latents,
 )
 from scd.models.discriminator import PatchDiscriminator
+from scd.models.load import load_checkpoint_for_use
 from scd.models.weights import load_matching, read_all_weights
 from scd.options import Options
+from scd.rollout import Rollout
+from scd.training.autoencoder_objective import (
+    DecoderObjective,
+    ReconstructionLoss,
+    ReconstructionObjective,
+)
 from scd.utils.files import write_atomically
+from scd.utils.precision import resolve_precision, without_autocast
 from scd.utils.processes import processes
+from scd.utils.seeding import generator
+from scd.utils.sharding import unsharded
 
 RECONSTRUCTIONS_SHOWN = 16
-MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 class AutoencoderTask:
@@ -51,28 +58,47 @@ class AutoencoderTask:
         self.options = options
         self.device = device
         self.critic: PatchDiscriminator | None = None
+        self.codec: LatentCodec | None = None  # of the second stage
+        self.predictor: Predictor | None = None
         self.network: Autoencoder
         self.objective: nn.Module
         reconstruction = ReconstructionLoss(options.autoencoder.lpips_weight, device)
         torch.manual_seed(options.seed)
-        if options.discriminator.weight:
-            a = options.discriminator
-            self.network = _with_frozen_encoder(options)
-            self.critic = PatchDiscriminator(a.channels, a.layers, a.frames)
-            self.objective = AdversarialObjective(
-                self.network, self.critic, reconstruction, a.weight, a.frames
-            )
-        else:
+        clips = options
+        if options.autoencoder.path is None:
             self.network = build_autoencoder(options.autoencoder)
             if options.init_from is not None:
                 tensors = read_all_weights(Path(options.init_from))
                 load_matching(self.network, tensors, options.init_from)
             self.objective = ReconstructionObjective(self.network, reconstruction)
-        self.training_data = clip_folder(options, options.data.train_list, "video")
-        self.validation_data = clip_folder(options, options.data.val_list, "video")
+        else:
+            # For 8-bit pixels, TF32 is precise enough, and fp32 takes many times as long.
+            tf32 = resolve_precision("tf32", device)
+            self.codec = LatentCodec(_with_frozen_encoder(options), tf32).to(device)
+            self.network = self.codec.autoencoder
+            d = options.discriminator
+            if d.weight:
+                self.critic = PatchDiscriminator(d.channels, d.layers, d.frames)
+            self.objective = DecoderObjective(
+                self.network, reconstruction, self.critic, d.weight, d.frames
+            )
+            if options.autoencoder.world_model is not None:
+                self.predictor = Predictor(options, device)
+                clips = replace(options, model=self.predictor.options.model)
+        self.training_data = clip_folder(clips, options.data.train_list, "video")
+        self.validation_data = clip_folder(clips, options.data.val_list, "video")
 
-    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return with_float_pixels(batch)
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Turn pixels into floats; for a decoder, add `latents` of the frames that it decodes."""
+        batch = with_float_pixels(batch)
+        if self.codec is None:
+            return batch
+        with unsharded(self.network):
+            latents = self.codec.encode(batch["video"])
+        if self.predictor is not None:
+            latents = self.predictor.continue_clips(latents, batch)
+        video = batch["video"][:, -latents.shape[1] :]
+        return {**batch, "video": video, "latents": self.codec.unscale(latents)}
 
     def clip_cost(self) -> None:
         return None
@@ -84,7 +110,7 @@ class AutoencoderTask:
         for name, parameter in self.network.named_parameters():
             (encoding if name.startswith(ENCODING) else decoding).append(parameter)
         groups = [{"params": encoding, "lr": lr}, {"params": decoding, "lr": lr * scale}]
-        return groups if self.critic is None else groups[1:]
+        return groups if self.codec is None else groups[1:]
 
     def critic_groups(self) -> list[dict[str, Any]]:
         assert self.critic is not None
@@ -110,17 +136,24 @@ class AutoencoderTask:
         picture = Image.fromarray(rows)
         picture = picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST)
         write_atomically(folder / "reconstructions.png", picture.save)
-        metrics = AvailableMetrics().compare_frames(out, real)
-        return {name: float(values.mean()) for name, values in metrics.items()}
+        metrics = AvailableMetrics()
+        found = metrics.compare_frames(out, real)
+        if self.predictor is not None:
+            clips = self._validation_clips(self.options.data.frames)
+            latents = self.predictor.continue_clips(codec.encode(clips["video"]), clips)
+            predicted, real = latents[:, 1:], clips["video"][:, 1 - latents.shape[1] :]
+            of_predicted = metrics.compare_frames(codec.decode(predicted), real)
+            found |= {f"predicted_{name}": values for name, values in of_predicted.items()}
+        return {name: float(values.mean()) for name, values in found.items()}
 
     @torch.no_grad()
     def export(self, network: Autoencoder, folder: Path) -> None:
         """Save in half precision, with the scaling factor that gives the latents unit variance.
 
-        Rounding the weights moves a reconstruction by far less than its error. The adversarial
-        stage leaves the latents alone, and hence their scaling factor.
+        Rounding the weights moves a reconstruction by far less than its error. The second stage
+        leaves the latents alone, and hence their scaling factor.
         """
-        if self.critic is None:
+        if self.codec is None:
             codec = LatentCodec(network)
             unscaled = codec.encode_images(self._validation_frames().flatten(0, 1))
             network.register_to_config(scaling_factor=round(1 / float(unscaled.std()), 4))
@@ -128,12 +161,73 @@ class AutoencoderTask:
 
     def _validation_frames(self) -> Tensor:
         """Read fixed frames of `eval.videos` different clips, (n, 1, 3, H, W) in [0, 1]."""
+        return self._validation_clips(1)["video"]
+
+    def _validation_clips(self, frames: int) -> dict[str, Any]:
+        """Read a fixed clip of each of `eval.videos` videos, as a batch."""
         count = min(self.options.eval.videos, len(self.validation_data))
-        frames = [
-            self.validation_data.read(i, 1, rng=np.random.default_rng(i))["video"]
+        stride = self.options.data.frame_stride
+        clips = [
+            self.validation_data.read(i, frames, stride, np.random.default_rng(i))
             for i in range(count)
         ]
-        return torch.stack(frames).to(self.device)
+        stacked = {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}
+        tensors = {key: values.to(self.device) for key, values in stacked.items()}
+        return {**tensors, "sample": list(range(count))}
+
+
+class Predictor:
+    """A frozen world model that continues clips as in use, for a decoder to learn from.
+
+    Args:
+        options: name it in `autoencoder.world_model`.
+
+    Raises:
+        ScdError: it is missing or damaged, or of other latents, frames or frame rate.
+    """
+
+    def __init__(self, options: Options, device: torch.device):
+        path = str(options.autoencoder.world_model)
+        loaded = load_checkpoint_for_use(Path(path)).for_rollouts()
+        self.options = loaded.options
+        self.model = loaded.model.to(device).requires_grad_(False)
+        self.seed = options.seed
+        self.frames = options.autoencoder.predicted_frames
+        own = self.options.autoencoder.path
+        if own is None or encoder_hash(own) != encoder_hash(str(options.autoencoder.path)):
+            raise ScdError(
+                f"autoencoder.world_model={path}: its latents are not those of autoencoder.path="
+                f"{options.autoencoder.path}"
+            )
+        for key in ("frame_size", "frame_stride", "resize_shorter"):
+            was, is_ = (getattr(o.data, key) for o in (self.options, options))
+            if was != is_:
+                raise ScdError(
+                    f"autoencoder.world_model={path}: was trained with data.{key}={was}, but here "
+                    f"data.{key}={is_}"
+                )
+
+    @torch.no_grad()
+    def continue_clips(self, latents: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Predict the last `autoencoder.predicted_frames` frames of clips from those before them.
+
+        Args:
+            latents: (B, F, C, h, w), of the clips, scaled.
+            batch: `actions` or `label` of the clips, and the numbers of the samples, `sample`.
+
+        Returns:
+            The last given frame and the predicted ones, (B, 1 + predicted, C, h, w).
+        """
+        known = latents.shape[1] - self.frames
+        actions, labels = batch.get("actions"), batch.get("label")
+        generators = [generator("cpu", self.seed, "decoder", n) for n in batch["sample"]]
+        with without_autocast(latents.device):
+            rollout = Rollout(self.model, self.options.rollout, latents.shape[1])
+            past = None if actions is None else actions[:, :known]
+            rollout.reset(latents[:, :known], past, labels, generators)
+            coming = range(known, latents.shape[1])
+            frames = [rollout.step(None if actions is None else actions[:, i]) for i in coming]
+        return torch.stack([latents[:, known - 1], *frames], dim=1)
 
 
 def _with_frozen_encoder(options: Options) -> Autoencoder:
@@ -154,121 +248,3 @@ def _with_frozen_encoder(options: Options) -> Autoencoder:
     for name, parameter in autoencoder.named_parameters():
         parameter.requires_grad_(not name.startswith(ENCODING))
     return autoencoder
-
-
-class ReconstructionLoss(nn.Module):
-    """The loss |x̂ − x| + w · LPIPS(x̂, x), averaged over images (B, 3, H, W) in [−1, 1]."""
-
-    def __init__(self, lpips_weight: float, device: torch.device):
-        super().__init__()
-        self.lpips_weight = lpips_weight
-        self.perceptual: nn.Module | None = load_lpips(device) if lpips_weight else None
-
-    def forward(self, decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
-        l1 = (decoded.float() - images).abs().mean()
-        values = {"loss": l1, "l1": l1.detach()}
-        if self.perceptual is not None:
-            distance = self.perceptual(decoded, images).float().mean()
-            values["loss"] = l1 + self.lpips_weight * distance
-            values["lpips"] = distance.detach()
-        return values
-
-
-class ReconstructionObjective(nn.Module):
-    """The reconstruction loss of a batch's frames."""
-
-    def __init__(self, autoencoder: Autoencoder, reconstruction: ReconstructionLoss):
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.reconstruction = reconstruction
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute the loss of `video` (B, F, 3, H, W) in [0, 1], and its parts."""
-        images = images_of(batch)
-        latents = unscaled_latents(self.autoencoder, images)
-        return self.reconstruction(self.autoencoder.decode(latents).sample, images)
-
-
-def images_of(batch: dict[str, Tensor]) -> Tensor:
-    """Rearrange the frames of a batch to images (B·F, 3, H, W) in [−1, 1]."""
-    return rearrange(batch["video"], "b f c h w -> (b f) c h w") * 2 - 1
-
-
-class AdversarialObjective(nn.Module):
-    """The loss of a batch's frames: reconstruction + w · λ · −D(x̂) + hinge loss of D.
-
-    One backward pass serves both sides: the generator's terms give the discriminator no gradient,
-    the discriminator's give the decoder none.
-
-    Args:
-        autoencoder: its encoder takes no gradient.
-        weight: w, on top of the adaptive weight λ.
-        frames: that the discriminator sees at a time.
-    """
-
-    def __init__(
-        self,
-        autoencoder: Autoencoder,
-        discriminator: nn.Module,
-        reconstruction: ReconstructionLoss,
-        weight: float,
-        frames: int,
-    ):
-        super().__init__()
-        self.autoencoder = autoencoder
-        self.discriminator = discriminator
-        self.reconstruction = reconstruction
-        self.weight = weight
-        self.frames = frames
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Compute the loss of `video` (B, F, 3, H, W) in [0, 1], and its parts."""
-        images = images_of(batch)
-        with torch.no_grad():
-            latents = unscaled_latents(self.autoencoder, images)
-        decoded = self.autoencoder.decode(latents).sample.float()
-        values = self.reconstruction(decoded, images)
-
-        stacked = "(n f) c h w -> n (f c) h w"
-        clips, decoded_clips = (rearrange(x, stacked, f=self.frames) for x in (images, decoded))
-        fixed = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        generator = generator_hinge(functional_call(self.discriminator, fixed, (decoded_clips,)))
-        adaptive = adaptive_weight(values["loss"], generator, last_layer(self.autoencoder))
-
-        real, fake = self.discriminator(torch.cat([clips, decoded_clips.detach()])).chunk(2)
-        discriminator = discriminator_hinge(real, fake)
-        return {
-            **values,
-            "loss": values["loss"] + self.weight * adaptive * generator + discriminator,
-            "generator": generator.detach(),
-            "discriminator": discriminator.detach(),
-            "adaptive_weight": adaptive,
-        }
-
-
-def generator_hinge(fake: Tensor) -> Tensor:
-    """Compute −mean D(x̂), from logits of any shape."""
-    return -fake.float().mean()
-
-
-def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """Compute ½ (mean max(0, 1 − D(x)) + mean max(0, 1 + D(x̂))), which is 1 at logits of 0."""
-    return 0.5 * ((1 - real.float()).relu().mean() + (1 + fake.float()).relu().mean())
-
-
-def adaptive_weight(reconstruction: Tensor, generator: Tensor, layer: Tensor) -> Tensor:
-    """Compute λ = |∇ reconstruction| / |∇ generator| at `layer`, in fp32, with a maximum.
-
-    The gradients are averaged over all processes, as those of the step are.
-    """
-    norms = []
-    for loss in (reconstruction, generator):
-        (gradient,) = torch.autograd.grad(loss, layer, retain_graph=True)
-        norms.append(reduce(gradient.float(), "mean").norm())
-    return (norms[0] / (norms[1] + 1e-6)).clamp(max=MAX_ADAPTIVE_WEIGHT).detach()
-
-
-def last_layer(autoencoder: Autoencoder) -> Tensor:
-    """Return the weight of the decoder's last convolution, maybe part of an upsampling block."""
-    output = autoencoder.decoder.conv_out
-    return output.weight if isinstance(output, nn.Conv2d) else output.conv.weight

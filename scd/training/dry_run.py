@@ -99,12 +99,11 @@ def counterpart(options: Options) -> Options:
 def _on_noise(options: Options, folder: Path) -> Options:
     """Reduce an experiment to one step on clips of noise, with all files below `folder`."""
     data, evaluation = options.data, options.eval
-    if options.task == "world_model" or options.discriminator.weight:
-        path = options.autoencoder.path
-        if path is not None and not (to_read(path) / "config.json").is_file():
-            path = str(folder / "autoencoder")
-            architecture = _architecture(str(options.autoencoder.path))
-            build_autoencoder(architecture).half().save_pretrained(path)
+    path = options.autoencoder.path
+    if path is not None and not (to_read(path) / "config.json").is_file():
+        architecture = _architecture(path)
+        path = str(folder / "autoencoder")
+        build_autoencoder(architecture).half().save_pretrained(path)
         options = replace(options, autoencoder=replace(options.autoencoder, path=path))
     if options.task == "world_model" and options.init_from is not None:
         options = _with_random_weights(options, folder)

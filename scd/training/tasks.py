@@ -60,8 +60,11 @@ class Task(Protocol):
         """Take notice of the network's moving average, at the start and whenever it changes."""
         ...
 
-    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Preprocess a batch on the device, outside the module that accelerate wraps."""
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Preprocess a batch on the device, outside the module that accelerate wraps.
+
+        It has tensors, `sample`, the numbers of the clips, and `step`, the number of the step.
+        """
         ...
 
     def clip_cost(self) -> ClipCost | None:

@@ -155,15 +155,16 @@ class Trainer:
         for micro_step in range(accumulation):
             batch = self.broken_clips.pop_from(next(batches), self.step + 1)
             samples = batch.pop("sample")
-            batch = self.task.prepare(
-                {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
-            )
+            tensors = {
+                k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()
+            }
+            # Sample numbers stay on the host: to read them from the device would wait for it.
+            numbers = {"sample": samples.tolist(), "step": self.step + 1}
+            ready = self.task.prepare({**tensors, **numbers})
             # DDP reduces gradients once a step, with the last batch.
             last = micro_step == accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                # Sample numbers stay on the host: to read them from the device would wait for it.
-                numbers = {"sample": samples.tolist(), "step": self.step + 1}
-                values = self.objective({**batch, **numbers})
+                values = self.objective(ready)
                 self.accelerator.backward(values["loss"] / accumulation)
             for name, value in values.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulation
