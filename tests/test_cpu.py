@@ -84,3 +84,30 @@ def test_a_system_that_does_not_tell_is_no_error(fresh, capsys):
     fresh.setattr(startup, "busy_cores", unknown)
     startup.prepare_process()
     assert "OMP_WAIT_POLICY" not in os.environ and capsys.readouterr().err == ""
+
+
+FLUSHES = """
+import sys, torch
+from scd.options import Options
+from scd.training import launch
+
+def product():
+    return float(torch.tensor(1e-30) * torch.tensor(1e-10))
+
+def make_accelerator(options):
+    print(before, product())
+    sys.exit()
+
+before = product()
+launch.make_accelerator = make_accelerator
+launch.run_experiment(Options())
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="no choice elsewhere")
+def test_subnormal_numbers_are_zero_before_anything_is_computed():
+    """Threads that started earlier would stay slow."""
+    done = subprocess.run([sys.executable, "-c", FLUSHES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, done.stdout.split())
+    assert before > 0 and after == 0
