@@ -23,10 +23,10 @@ from scd.evaluation.metrics import AvailableMetrics
 from scd.models.autoencoder import (
     ENCODING,
     Autoencoder,
+    Codec,
     LatentCodec,
     build_autoencoder,
     downsampling,
-    encoder_hash,
     load_codec,
 )
 from scd.models.discriminator import PatchDiscriminator
@@ -83,7 +83,7 @@ class AutoencoderTask:
                 self.network, reconstruction, self.critic, d.weight, d.frames
             )
             if options.autoencoder.world_model is not None:
-                self.predictor = Predictor(options, device)
+                self.predictor = Predictor(options, self.codec, device)
                 clips = replace(options, model=self.predictor.options.model)
         self.training_data = clip_folder(clips, options.data.train_list, "video")
         self.validation_data = clip_folder(clips, options.data.val_list, "video")
@@ -181,20 +181,20 @@ class Predictor:
 
     Args:
         options: name it in `autoencoder.world_model`.
+        codec: that of the decoder.
 
     Raises:
         ScdError: it is missing or damaged, or of other latents, frames or frame rate.
     """
 
-    def __init__(self, options: Options, device: torch.device):
+    def __init__(self, options: Options, codec: LatentCodec, device: torch.device):
         path = str(options.autoencoder.world_model)
         loaded = load_checkpoint_for_use(Path(path)).for_rollouts()
         self.options = loaded.options
         self.model = loaded.model.to(device).requires_grad_(False)
         self.seed = options.seed
         self.frames = options.autoencoder.predicted_frames
-        own = self.options.autoencoder.path
-        if own is None or encoder_hash(own) != encoder_hash(str(options.autoencoder.path)):
+        if not _encode_alike(loaded.codec, codec):
             raise ScdError(
                 f"autoencoder.world_model={path}: its latents are not those of autoencoder.path="
                 f"{options.autoencoder.path}"
@@ -228,6 +228,25 @@ class Predictor:
             coming = range(known, latents.shape[1])
             frames = [rollout.step(None if actions is None else actions[:, i]) for i in coming]
         return torch.stack([latents[:, known - 1], *frames], dim=1)
+
+
+def _encode_alike(one: Codec, other: LatentCodec) -> bool:
+    """Whether two codecs give the same latents: the numbers that they encode with are equal."""
+    if not isinstance(one, LatentCodec):
+        return False
+    weights, others = (
+        {k: v.float() for k, v in c.autoencoder.state_dict().items() if k.startswith(ENCODING)}
+        for c in (one, other)
+    )
+    same = weights.keys() == others.keys() and all(
+        weights[name].shape == tensor.shape and torch.equal(weights[name], tensor.to(weights[name]))
+        for name, tensor in others.items()
+    )
+    return (
+        same
+        and torch.equal(one.shift, other.shift.to(one.shift))
+        and (torch.equal(one.factor, other.factor.to(one.factor)))
+    )
 
 
 def _with_frozen_encoder(options: Options) -> Autoencoder:
