@@ -165,7 +165,7 @@ def test_a_mean_and_a_deviation_for_every_channel(kl_path, tmp_path):
 
 @torch.no_grad()
 def test_a_decoder_that_is_trained_on_keeps_the_latents(kl_path, tmp_path):
-    """So nothing has to be encoded again after the adversarial stage."""
+    """So nothing has to be encoded again after the decoder's stage."""
     autoencoder = load_codec(kl_path).autoencoder
 
     def hashes() -> tuple[str, str]:

@@ -199,7 +199,7 @@ class Predictor:
                 f"autoencoder.world_model={path}: its latents are not those of autoencoder.path="
                 f"{options.autoencoder.path}"
             )
-        for key in ("frame_size", "frame_stride", "resize_shorter"):
+        for key in ("frame_size", "frame_stride", "resize_shorter", "mirror"):
             was, is_ = (getattr(o.data, key) for o in (self.options, options))
             if was != is_:
                 raise ScdError(
@@ -238,14 +238,10 @@ def _encode_alike(one: Codec, other: LatentCodec) -> bool:
         {k: v.float() for k, v in c.autoencoder.state_dict().items() if k.startswith(ENCODING)}
         for c in (one, other)
     )
-    same = weights.keys() == others.keys() and all(
-        weights[name].shape == tensor.shape and torch.equal(weights[name], tensor.to(weights[name]))
-        for name, tensor in others.items()
-    )
-    return (
-        same
-        and torch.equal(one.shift, other.shift.to(one.shift))
-        and (torch.equal(one.factor, other.factor.to(one.factor)))
+    weights |= {"shift": one.shift, "factor": one.factor}
+    others |= {"shift": other.shift, "factor": other.factor}
+    return weights.keys() == others.keys() and all(
+        torch.equal(tensor, others[name].to(tensor)) for name, tensor in weights.items()
     )
 
 
