@@ -445,6 +445,13 @@ def test_contradictory_options_are_refused(options, overrides, complaint):
     assert complaint in str(caught.value)
 
 
+def test_sharding_is_refused(options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ScdError, match=r"autoencoder is not sharded.*without fsdp2\.yaml"):
+        train(options())
+
+
 def test_frames_that_do_not_divide_are_refused(options):
     with pytest.raises(ScdError, match=r"data\.frame_size=60 does not divide by 8"):
         train(options("data.frame_size=60"))

@@ -257,6 +257,29 @@ def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_p
         )
 
 
+def test_a_decoder_s_stage_on_two_processes_equals_one(overrides, tiny_autoencoder_path, tmp_path):
+    """On what a world model predicts, against a discriminator whose weight both agree on."""
+    overrides = [
+        *overrides,
+        *(f"autoencoder.path={tiny_autoencoder_path}", "optim.muon_lr=null"),
+    ]
+    world = [*overrides, "name=world", "model.patch_size=2", "train.steps=1", "train.batch_size=2"]
+    run_experiment(load_options(OPTIONS, world))
+    overrides += [
+        f"autoencoder.world_model={tmp_path}/world/exported",
+        *("autoencoder.predicted_frames=1", "autoencoder.lpips_weight=0", "optim.decay_steps=0"),
+        *("discriminator.weight=0.5", "discriminator.channels=8", "discriminator.frames=2"),
+    ]
+    file = ROOT / "options/dcae_doom_decoder.yml"
+    on_two("plain", [*overrides, "name=two", "train.batch_size=1"], file)
+    run_experiment(load_options(file, [*overrides, "name=one", "train.batch_size=2"]))
+    two, one = (state_of(tmp_path / name) for name in ("two", "one"))
+    assert_close(two, one)
+    assert one.critic is not None and two.critic is not None
+    for name, tensor in one.critic["model"].items():
+        assert (tensor - two.critic["model"][name]).abs().max() < TOLERANCE, name
+
+
 def test_a_lost_process_ends_the_run_and_is_named(overrides, tmp_path):
     """One that neither answers nor dies; the other waits for it in a collective operation."""
     overrides = [*overrides, "name=lost", "train.batch_size=1"]

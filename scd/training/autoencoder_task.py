@@ -43,7 +43,6 @@ from scd.utils.files import write_atomically
 from scd.utils.precision import resolve_precision, without_autocast
 from scd.utils.processes import processes
 from scd.utils.seeding import generator
-from scd.utils.sharding import unsharded
 
 RECONSTRUCTIONS_SHOWN = 16
 
@@ -93,8 +92,7 @@ class AutoencoderTask:
         batch = with_float_pixels(batch)
         if self.codec is None:
             return batch
-        with unsharded(self.network):
-            latents = self.codec.encode(batch["video"])
+        latents = self.codec.encode(batch["video"])
         if self.predictor is not None:
             latents = self.predictor.continue_clips(latents, batch)
         video = batch["video"][:, -latents.shape[1] :]

@@ -61,6 +61,9 @@ def make_accelerator(options: Options) -> Accelerator:
     """Build the accelerator for the processes and devices that `accelerate launch` set up.
 
     Its other variables are ignored; one line on stderr names those that contradict the options.
+
+    Raises:
+        ScdError: it shards a task whose weights every process holds whole.
     """
     ignored = pop_accelerate_settings()
     precision = run_precision(options)
@@ -81,6 +84,12 @@ def make_accelerator(options: Options) -> Accelerator:
             f"note: {', '.join(contradict)}: ignored, the options file decides",
             file=sys.stderr,
         )
+    plugin = sharding_plugin(precision)
+    if plugin is not None and options.task == "autoencoder":
+        raise ScdError(
+            "task=autoencoder is not sharded, its models are small: launch it without fsdp2.yaml "
+            "or hsdp.yaml (ACCELERATE_CONFIG)"
+        )
     # A step that updates the critic alone leaves the student without gradients.
     unused = DistributedDataParallelKwargs(
         find_unused_parameters=options.distill.method == "dmd"
@@ -89,7 +98,7 @@ def make_accelerator(options: Options) -> Accelerator:
     return Accelerator(
         mixed_precision=mixed_precision,
         kwargs_handlers=[unused],
-        fsdp_plugin=sharding_plugin(precision),
+        fsdp_plugin=plugin,
         log_with=trackers_of(options, "train") or None,
         project_config=ProjectConfiguration(str(options.output), str(options.output / "trackers")),
         cpu=not torch.cuda.is_available(),
