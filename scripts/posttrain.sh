@@ -12,6 +12,11 @@ for name in causal_dit_doom bidirectional_dit_doom scd_doom_consistency scd_doom
     [ -d "experiments/$name/exported" ] || bash scripts/train.sh "options/$name.yml"
     case "$name" in *_dit_doom) ;; *) exported+=("experiments/$name/exported") ;; esac
 done
+# Trained with one and two steps a frame, the student is used with one.
+one_step=experiments/scd_doom_one_step
+[ -d "$one_step" ] || "${scd[@]}" export experiments/scd_doom_distilled/exported --out "$one_step" \
+    name=scd_doom_one_step rollout.steps=1
+exported+=("$one_step")
 
 fetch_weights
 protocol=(eval.context_frames=36 eval.new_frames=64 eval.windows=4 eval.trajectories=2 'eval.seeds=[0,1]' "$@")

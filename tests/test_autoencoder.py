@@ -436,6 +436,7 @@ def test_a_variational_autoencoders_decoder_trains(options, kl_path):
             [*WORLD_MODEL, "discriminator.weight=0", "autoencoder.world_model=x"],
             "autoencoder.world_model=x: only task autoencoder trains a decoder",
         ),
+        (["autoencoder.latent_channels=8"], "keeps those of"),
         (["autoencoder.decoder_norm=batchnorm"], "did you mean 'batch_norm'?"),
     ],
 )
@@ -541,6 +542,7 @@ def test_the_decoder_stage_resumes_to_the_bit_and_leaves_the_encoder(decoder_opt
     assert last["psnr"] != last["predicted_psnr"] and 0 < last["predicted_psnr"] < 30
     exported = load_codec(str(o.output / "exported"))
     assert exported.factor == load_codec(o.autoencoder.path).factor
+    assert encoder_hash(str(o.output / "exported")) == encoder_hash(o.autoencoder.path)
 
 
 def test_a_world_model_of_other_latents_or_speed_is_refused(decoder_options, tmp_path):

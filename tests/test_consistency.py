@@ -12,7 +12,7 @@ from scd.distill.teacher import guided_velocity, load_teacher
 from scd.errors import ScdError
 from scd.flow.noise import draw_noise
 from scd.models import SCD, CausalDiT, CausalWorldModel
-from scd.models.autoencoder import PixelCodec
+from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import build_world_model, load_checkpoint_for_use
 from scd.options import Options, load_options
 from scd.training.launch import run_experiment
@@ -173,9 +173,22 @@ def test_another_teacher_does_not_fit(options, tmp_path: Path, fresh_accelerate:
     other = tmp_path / "other/checkpoints/step-00000002/ema.safetensors"
     o = options("name=refused", f"distill.teacher={other}")
     with pytest.raises(ScdError, match="patch_size is 8 in the teacher, 16 in the student"):
-        load_teacher(o, student, torch.device("cpu"))
+        load_teacher(o, student, PixelCodec(), torch.device("cpu"))
     with pytest.raises(ScdError, match="no-such"):
-        load_teacher(options("distill.teacher=no-such"), student, torch.device("cpu"))
+        load_teacher(options("distill.teacher=no-such"), student, PixelCodec(), torch.device("cpu"))
+
+
+def test_a_teacher_of_other_latents_or_without_frame_0_is_refused(
+    options, tiny_autoencoder_path: str, fresh_accelerate: None
+) -> None:
+    o, cpu = options(), torch.device("cpu")
+    student = build_world_model(o, PixelCodec())
+    load_teacher(o, student, PixelCodec(), cpu)
+    with pytest.raises(ScdError, match=r"its latents are not those of autoencoder\.path"):
+        load_teacher(o, student, load_codec(tiny_autoencoder_path), cpu)
+    beginner = build_world_model(options("model.first_frame=true"), PixelCodec())
+    with pytest.raises(ScdError, match="the student learns frame 0"):
+        load_teacher(o, beginner, PixelCodec(), cpu)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Distribution matching on own rollouts: replay, gradients, cadence, exits, resuming, processes."""
 
 import math
+import shutil
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from scd.models.world_model import FirstLook
 from scd.options import Options, RolloutOptions, load_options
 from scd.rollout import continue_videos
 from scd.training.checkpoint import load_checkpoint
-from scd.training.launch import run_experiment
+from scd.training.launch import build_task, make_accelerator, run_experiment
 from scd.training.run_log import read_log
 from tests.test_training import assert_same_state
 
@@ -332,6 +333,23 @@ def test_student_and_critic_learn_by_turns_from_their_own_losses(student: str) -
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)
 
 
+def test_the_controls_change_what_the_student_learns() -> None:
+    """Own rollouts or real histories, with the gradient through the history or without."""
+    latents, actions = make_clip()
+    batch = {"latents": latents, "actions": actions, "sample": [0, 1], "step": 2}
+    gradients = []
+    for own in (True, False):
+        for through in (True, False):
+            objective = objective_of(self_rollout=own, history_gradient=through)
+            values = objective(batch)
+            values["loss"].backward()
+            assert values["replay_error"] < 1e-4
+            gradients.append(objective.model.encoder.blocks[0].attention.qkv.weight.grad)
+    assert all(gradient.norm() > 0 for gradient in gradients)
+    for one, other in combinations(gradients, 2):
+        assert (one - other).norm() > 0.1 * other.norm()
+
+
 def test_a_batch_is_the_mean_of_its_clips() -> None:
     objective = objective_of()
     latents, actions = make_clip()
@@ -477,11 +495,35 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, weight: float, tmp_p
         ("distill.matching_weight=0", "learn nothing"),
         ("rollout.window=4", "sees fewer"),
         ("model.type=bidirectional_dit", "contradicts"),
+        ("flow.self_forcing_prob=0.5", "of teacher forcing alone"),
+        ("flow.encoder_input=noisy", "of teacher forcing alone"),
     ],
 )
 def test_options_that_cannot_work_are_refused(override: str, message: str, options) -> None:
     with pytest.raises(ScdError, match=message):
         options(override)
+
+
+def test_a_run_goes_on_with_its_teacher_and_its_steps(options, tmp_path: Path) -> None:
+    """The teacher may be moved; another one, or other rollouts, are another run."""
+    run_experiment(options("name=run", "train.steps=1"))
+    other = f"distill.teacher={tmp_path}/base/exported"
+    for override, difference in (
+        ("rollout.steps=1", "rollout.steps was 2, is 1"),
+        ("rollout.shift=5", "rollout.shift was 2.7, is 5"),
+        (other, "the weights at distill.teacher are others"),
+    ):
+        with pytest.raises(ScdError, match=f"belongs to another run: {difference}"):
+            run_experiment(options("name=run", "train.steps=2", override))
+    checkpoint = tmp_path / "teacher/checkpoints/step-00000001/ema.safetensors"
+    same = tmp_path / "ema.safetensors"
+    shutil.copy(checkpoint, same)
+    run_experiment(options("name=run", "train.steps=2", f"distill.teacher={same}"))
+
+
+def test_a_compiled_rollout_is_refused_before_the_first_step(options) -> None:
+    with pytest.raises(ScdError, match=r"set rollout\.compile=false"):
+        build_task(options("rollout.compile=true"), make_accelerator(options()))
 
 
 @pytest.mark.parametrize("kind", ["scd", "causal"])

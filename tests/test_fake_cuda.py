@@ -5,9 +5,11 @@ size, masks too large for memory. Forward only: autograd's engine wants a real d
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention.flex_attention import BlockMask
@@ -17,9 +19,12 @@ import scd.flow.sampler
 import scd.rollout.engine
 from scd.flow.objective import FlowObjective
 from scd.models import SCD, CausalDiT, WorldModel, attention, layers
+from scd.models.autoencoder import LatentCodec
 from scd.models.decoder import FUSIONS
-from scd.options import FlowOptions, RolloutOptions
+from scd.options import FlowOptions, Options, RolloutOptions
 from scd.rollout import Rollout
+from scd.training.faults import is_bad_step
+from scd.training.optimizer import OptimizedModel
 from scd.utils import seeding
 
 CUDA = torch.device("cuda:0")
@@ -130,6 +135,25 @@ def test_a_rollout(kind, config, inputs_on, settings, known, side):
     for _ in range(2):
         frame = rollout.step(torch.zeros(B, dtype=torch.long, device=inputs_on))
     assert frame.device == CUDA and frame.shape == (B, CHANNELS, side, side)
+
+
+def test_an_autoencoder_s_numbers_lie_where_its_weights_do():
+    with CUDA:
+        autoencoder = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+    codec = LatentCodec(autoencoder)
+    assert codec.shift.device == codec.factor.device == CUDA
+    latents = codec.encode(torch.empty(1, 2, 3, 8, 8, device=CUDA))
+    assert codec.decode(latents).device == CUDA
+
+
+def test_the_norm_of_no_gradient_lies_where_the_loss_does():
+    """As in the steps of distribution matching that update the critic alone."""
+    network = torch.nn.Linear(2, 2, device=CUDA)
+    learner = OptimizedModel(network, [{"params": list(network.parameters())}], Options(), True)
+    accelerator = SimpleNamespace(device=CUDA, clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
+    norm = learner.clip_gradient(accelerator)
+    assert norm.device == CUDA
+    assert is_bad_step(torch.zeros((), device=CUDA), [norm], None).device == CUDA
 
 
 def test_block_masks_are_never_dense():

@@ -158,11 +158,11 @@ def small(root: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def launch(launcher: list[str], overrides: list[str], **environment: str) -> None:
+def launch(launcher: list[str], overrides: list[str], options: Path = OPTIONS) -> None:
     command = [sys.executable, "-m", *launcher, "--module", "scd.cli", "train", "--opt"]
     done = subprocess.run(
-        [*command, str(OPTIONS), *overrides],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        [*command, str(options), *overrides],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -194,6 +194,37 @@ def test_a_run_resumes_where_it_was(doom_root, tmp_path, precision, compile_):
     for name, tensor in states[0].model.items():
         moved = (tensor - start[name]).norm()
         assert (tensor - states[1].model[name]).norm() <= 0.05 * moved + 1e-7, name
+
+
+def test_the_stages_of_an_autoencoder(doom_root, tmp_path):
+    """From scratch, then on a world model's predictions against a discriminator; both validate."""
+    steps = ["train.steps=4", "train.save_every=2", "train.sample_every=4", "train.workers=0"]
+    given = [f"data.root={doom_root}", f"output_root={tmp_path}", "eval.videos=2", *steps]
+    first = ["name=first", "train.batch_size=2", "data.frame_stride=9"]
+    launch(ONE, [*given, *first], ROOT / "options/dcae_doom.yml")
+    decoder = [
+        *("name=decoder", "data.frames=6", "train.batch_size=2", "optim.warmup_steps=0"),
+        *("optim.schedule=constant", "optim.decay_steps=0", "discriminator.weight=0.5"),
+    ]
+    launch(ONE, [*given, *decoder], ROOT / "options/dcae_doom_decoder.yml")
+    for name in ("first", "decoder"):
+        log = read_log(tmp_path / name / "log.jsonl")
+        print(name, log[-1])
+        assert (tmp_path / name / "exported/config.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["consistency", "distilled"])
+def test_a_run_of_post_training(doom_root, tmp_path, method):
+    """The shipped model, taught by itself; of distribution matching, the first step is the
+    critic's alone.
+    """
+    base = ROOT / "assets/pretrained/scd_doom"
+    given = small(doom_root, tmp_path, "name=run", f"init_from={base}", f"distill.teacher={base}")
+    given += ["data.frames=8", "distill.context_frames=4", "train.compile=false"]
+    launch(ONE, [*given, "train.steps=3"], ROOT / f"options/scd_doom_{method}.yml")
+    losses = [e["loss"] for e in read_log(tmp_path / "run/log.jsonl") if "loss" in e]
+    print(method, losses)
+    assert len(losses) == 3
 
 
 @pytest.mark.parametrize("gpus", sorted({1, torch.cuda.device_count() or 1}))

@@ -272,6 +272,11 @@ def test_options_that_cannot_work_are_refused(override, complaint):
         load_options(ROOT / "options/scd_wan.yml", [override])
 
 
+def test_without_videos_there_is_nothing_but_own_rollouts():
+    with pytest.raises(ScdError, match=r"with distill\.self_rollout=true"):
+        load_options(ROOT / "options/scd_wan_distilled.yml", ["distill.self_rollout=false"])
+
+
 def test_what_does_not_fit_is_refused(wan_folder, data_root, overrides, tmp_path):
     """Another model, a prompt without an embedding, a clip without a caption, a foreign command."""
     given = [*overrides, *SCD, "train.steps=1", "train.sample_every=0"]

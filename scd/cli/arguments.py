@@ -8,7 +8,7 @@ from scd.utils.paths import to_read
 Commands = Any
 """What `ArgumentParser.add_subparsers` returns; argparse does not name its type."""
 
-OWN_CHECKPOINT = "ema.safetensors of this project, or the reference's ema.pth"
+ANY_CHECKPOINT = "ema.safetensors, an exported folder, or the reference's ema.pth"
 
 
 def add_options_file(p: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_options_file(p: argparse.ArgumentParser) -> None:
     add_overrides(p)
 
 
-def add_checkpoint(p: argparse.ArgumentParser, help: str = OWN_CHECKPOINT) -> None:
+def add_checkpoint(p: argparse.ArgumentParser, help: str = ANY_CHECKPOINT) -> None:
     """Add a checkpoint, `--opt FILE` in place of the options that it carries, and overrides."""
     p.add_argument("checkpoint", type=to_read, help=help)
     p.add_argument("--opt", help="options file to use instead of the options in the checkpoint")

@@ -65,8 +65,8 @@ def add_commands(commands: Commands) -> None:
     p.add_argument(
         "checkpoints",
         nargs="+",
-        metavar="checkpoint",
-        help="ema.safetensors files or exported folders; then any key=value of their evaluation",
+        metavar="checkpoint|key=value",
+        help="ema.safetensors files or exported folders; then what all were evaluated with",
     )
     p.add_argument(
         "--out", type=from_user, default="experiments/compare", help="(default: %(default)s)"
@@ -85,7 +85,7 @@ def add_commands(commands: Commands) -> None:
     p.set_defaults(run=benchmark)
 
     p = commands.add_parser("probe", help="show what a model's layers repeat, attend to and need")
-    add_checkpoint(p, "ema.safetensors, the reference's ema.pth, or an exported folder")
+    add_checkpoint(p)
     p.add_argument(
         "--clips",
         default="16",

@@ -3,7 +3,7 @@
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 
-from scd.cli.arguments import OWN_CHECKPOINT, Commands, add_options_file, add_overrides
+from scd.cli.arguments import ANY_CHECKPOINT, Commands, add_options_file, add_overrides
 from scd.utils.paths import from_user, to_read
 
 
@@ -62,7 +62,7 @@ def add_commands(commands: Commands) -> None:
     p = commands.add_parser(
         "export", help="write a checkpoint as a pipeline with a model card, or as a web page"
     )
-    p.add_argument("checkpoint", type=to_read, help=f"{OWN_CHECKPOINT}; --web: or a folder")
+    p.add_argument("checkpoint", type=to_read, help=ANY_CHECKPOINT)
     p.add_argument("--out", type=from_user, help="folder; its name becomes the model's name")
     p.add_argument(
         "--dtype",

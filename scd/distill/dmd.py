@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from scd.distill.critic import Critic, early_features, input_gradient, relativistic_loss
 from scd.distill.teacher import clean_frames, guided_velocity
+from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FirstLook, WorldModel
 from scd.options import Options, RolloutOptions
@@ -192,6 +193,11 @@ class DMDObjective(nn.Module):
         self, model: CausalWorldModel, teacher: WorldModel, critic: Critic, options: Options
     ):
         super().__init__()
+        if options.rollout.compile:
+            raise ScdError(
+                "rollout.compile with distill.method=dmd: its rollouts leave the denoising after "
+                "any step, and a graph has no such exit; set rollout.compile=false for the training"
+            )
         self.model = model
         self.teacher = teacher
         self.critic = critic

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.flow.sampler import guide
+from scd.models.autoencoder import Codec, encode_alike
 from scd.models.load import load_checkpoint_for_use
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FirstLook, WorldModel
 from scd.options import Options
@@ -14,8 +15,10 @@ from scd.options import Options
 SAME = ("channels", "patch_size", "condition", "num_conditions")  # of teacher and student
 
 
-def load_teacher(options: Options, student: WorldModel, device: torch.device) -> WorldModel:
-    """Load the frozen teacher at `distill.teacher`, which must fit the student.
+def load_teacher(
+    options: Options, student: WorldModel, codec: Codec, device: torch.device
+) -> WorldModel:
+    """Load the frozen teacher at `distill.teacher`, which must fit the student and its latents.
 
     Raises:
         ScdError: it is missing or damaged, of other latents or conditions, or of a kind that the
@@ -31,6 +34,16 @@ def load_teacher(options: Options, student: WorldModel, device: torch.device) ->
     ]
     if differences:
         raise ScdError(f"distill.teacher={path}: does not fit: {'; '.join(differences)}")
+    if not encode_alike(loaded.codec, codec):
+        raise ScdError(
+            f"distill.teacher={path}: its latents are not those of autoencoder.path="
+            f"{options.autoencoder.path}"
+        )
+    generates_first = options.distill.method == "consistency" or not options.distill.context_frames
+    if student.config.first_frame and generates_first and not teacher.config.first_frame:
+        raise ScdError(
+            f"distill.teacher={path}: has model.first_frame=false, but the student learns frame 0"
+        )
     if options.distill.method == "consistency" and not isinstance(teacher, CausalWorldModel):
         raise ScdError(
             f"distill.teacher={path}: a {loaded.options.model.type}, but distill.method="

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
-from scd.models.weights import SHOWN_DIFFERENCES
+from scd.models.weights import SHOWN_DIFFERENCES, read_weights
 from scd.options import AutoencoderOptions
 from scd.utils.files import read_json, sha256
 from scd.utils.paths import to_read, why_missing
@@ -79,7 +79,10 @@ class LatentCodec(nn.Module):
         config = autoencoder.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         shift = config.get("shift_factor") or 0.0 if mean is None else mean  # of AutoencoderDC none
-        shift, std = (torch.tensor(x).view(-1, 1, 1) for x in (shift, 1.0 if std is None else std))
+        shift, std = (
+            torch.tensor(x, device=autoencoder.device).view(-1, 1, 1)
+            for x in (shift, 1.0 if std is None else std)
+        )
         self.register_buffer("shift", shift, persistent=False)  # (C or 1, 1, 1)
         self.register_buffer("factor", config.scaling_factor / std, persistent=False)
 
@@ -133,6 +136,21 @@ class LatentCodec(nn.Module):
 
 
 Codec = PixelCodec | LatentCodec
+
+
+def encode_alike(one: Codec, other: Codec) -> bool:
+    """Whether two codecs give the same latents: the numbers that they encode with are equal."""
+    if not (isinstance(one, LatentCodec) and isinstance(other, LatentCodec)):
+        return type(one) is type(other)
+    weights, others = (
+        {k: v.float() for k, v in c.autoencoder.state_dict().items() if k.startswith(ENCODING)}
+        for c in (one, other)
+    )
+    weights |= {"shift": one.shift, "factor": one.factor}
+    others |= {"shift": other.shift, "factor": other.factor}
+    return weights.keys() == others.keys() and all(
+        torch.equal(tensor, others[name].to(tensor)) for name, tensor in weights.items()
+    )
 
 
 def unscaled_latents(autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
@@ -297,6 +315,12 @@ def encoder_hash(path: str) -> str:
     except (SafetensorError, OSError) as error:
         raise ScdError(f"{weights}: not a readable weights file ({error})") from error
     return digest.hexdigest()
+
+
+def stored_dtype(path: str) -> torch.dtype:
+    """Read the type that an autoencoder's encoder is stored in; it is loaded in float32."""
+    tensors, _ = read_weights(_weight_file(path))
+    return next(tensor.dtype for name, tensor in tensors.items() if name.startswith(ENCODING))
 
 
 def _weight_file(path: str) -> Path:

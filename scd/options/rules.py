@@ -7,7 +7,7 @@ from dataclasses import Field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from scd.errors import ScdError
-from scd.options.schema import Options, RolloutOptions, items
+from scd.options.schema import AutoencoderOptions, Options, RolloutOptions, items
 from scd.options.wan_rules import NO_WAN, WAN, Rule
 
 ROLLOUT: list[Rule] = [
@@ -191,6 +191,17 @@ WORLD_MODEL: list[Rule] = [
         "sampled with rollout.solver=consistency",
     ),
     (
+        lambda o: (
+            o.distill.method == "none"
+            or (
+                (o.flow.encoder_input == "clean" and o.flow.history_noise_max == 0)
+                and o.flow.self_forcing_prob == 0
+            )
+        ),
+        "distill.method={distill.method}: flow.encoder_input, flow.history_noise_max and "
+        "flow.self_forcing_prob are of teacher forcing alone",
+    ),
+    (
         lambda o: o.distill.method != "dmd" or o.distill.context_frames < o.data.frames,
         "distill.context_frames={distill.context_frames} leaves none of data.frames={data.frames} "
         "to generate",
@@ -295,6 +306,8 @@ FIRST_STAGE: list[Rule] = [
     ),
 ]
 
+_OF_NO_FILE = (AutoencoderOptions().latent_channels, AutoencoderOptions().decoder_norm)
+
 DECODER_STAGE: list[Rule] = [
     (
         lambda o: o.discriminator.weight > 0 or o.autoencoder.world_model is not None,
@@ -313,6 +326,11 @@ DECODER_STAGE: list[Rule] = [
         )
         for side in ("encoder", "decoder")
         for key in (f"{side}_block_types", f"{side}_channels", f"{side}_layers")
+    ),
+    (
+        lambda o: (o.autoencoder.latent_channels, o.autoencoder.decoder_norm) == _OF_NO_FILE,
+        "autoencoder.latent_channels and autoencoder.decoder_norm: the decoder's stage keeps those "
+        "of {autoencoder.path}; leave them out",
     ),
     (
         lambda o: not (o.train.compile and o.discriminator.weight),

@@ -89,11 +89,12 @@ WAN: list[Rule] = [
                     o.distill.method != "dmd"
                     or o.distill.context_frames > 0
                     or o.distill.adversarial_weight > 0
+                    or not o.distill.self_rollout
                 )
             )
         ),
         "data.source=prompts has no videos: only distill.method=dmd learns without any, with "
-        "distill.context_frames=0 and distill.adversarial_weight=0",
+        "distill.self_rollout=true, distill.context_frames=0 and distill.adversarial_weight=0",
     ),
     (
         lambda o: (

@@ -23,15 +23,17 @@ from scd.evaluation.metrics import AvailableMetrics
 from scd.models.autoencoder import (
     ENCODING,
     Autoencoder,
-    Codec,
     LatentCodec,
     build_autoencoder,
     downsampling,
+    encode_alike,
     load_codec,
+    stored_dtype,
 )
 from scd.models.discriminator import PatchDiscriminator
 from scd.models.load import load_checkpoint_for_use
 from scd.models.weights import load_matching, read_all_weights
+from scd.models.world_model import CausalWorldModel
 from scd.options import Options
 from scd.rollout import Rollout
 from scd.training.autoencoder_objective import (
@@ -149,13 +151,17 @@ class AutoencoderTask:
         """Save in half precision, with the scaling factor that gives the latents unit variance.
 
         Rounding the weights moves a reconstruction by far less than its error. The second stage
-        leaves the latents alone, and hence their scaling factor.
+        leaves the latents alone: their scaling factor, and the precision of the encoder.
         """
+        dtype = torch.float16
         if self.codec is None:
-            codec = LatentCodec(network)
-            unscaled = codec.encode_images(self._validation_frames().flatten(0, 1))
+            frames = self._validation_frames().flatten(0, 1).to(network.device)
+            unscaled = LatentCodec(network).encode_images(frames)
             network.register_to_config(scaling_factor=round(1 / float(unscaled.std()), 4))
-        network.half().save_pretrained(folder)
+        else:
+            assert self.options.autoencoder.path is not None
+            dtype = stored_dtype(self.options.autoencoder.path)
+        network.to(dtype).save_pretrained(folder)
 
     def _validation_frames(self) -> Tensor:
         """Read fixed frames of `eval.videos` different clips, (n, 1, 3, H, W) in [0, 1]."""
@@ -182,17 +188,24 @@ class Predictor:
         codec: that of the decoder.
 
     Raises:
-        ScdError: it is missing or damaged, or of other latents, frames or frame rate.
+        ScdError: it is missing or damaged, not causal, or of other latents, frames or frame rate.
     """
 
     def __init__(self, options: Options, codec: LatentCodec, device: torch.device):
         path = str(options.autoencoder.world_model)
         loaded = load_checkpoint_for_use(Path(path)).for_rollouts()
+        # Compiled for each batch anew, a rollout would take longer than it saves.
         self.options = loaded.options
+        self.rollout = replace(loaded.options.rollout, compile=False)
         self.model = loaded.model.to(device).requires_grad_(False)
         self.seed = options.seed
         self.frames = options.autoencoder.predicted_frames
-        if not _encode_alike(loaded.codec, codec):
+        if not isinstance(loaded.model, CausalWorldModel):
+            raise ScdError(
+                f"autoencoder.world_model={path}: a {self.options.model.type}, but clips are "
+                f"continued frame by frame, by a causal model"
+            )
+        if not encode_alike(loaded.codec, codec):
             raise ScdError(
                 f"autoencoder.world_model={path}: its latents are not those of autoencoder.path="
                 f"{options.autoencoder.path}"
@@ -220,27 +233,12 @@ class Predictor:
         actions, labels = batch.get("actions"), batch.get("label")
         generators = [generator("cpu", self.seed, "decoder", n) for n in batch["sample"]]
         with without_autocast(latents.device):
-            rollout = Rollout(self.model, self.options.rollout, latents.shape[1])
+            rollout = Rollout(self.model, self.rollout, latents.shape[1])
             past = None if actions is None else actions[:, :known]
             rollout.reset(latents[:, :known], past, labels, generators)
             coming = range(known, latents.shape[1])
             frames = [rollout.step(None if actions is None else actions[:, i]) for i in coming]
         return torch.stack([latents[:, known - 1], *frames], dim=1)
-
-
-def _encode_alike(one: Codec, other: LatentCodec) -> bool:
-    """Whether two codecs give the same latents: the numbers that they encode with are equal."""
-    if not isinstance(one, LatentCodec):
-        return False
-    weights, others = (
-        {k: v.float() for k, v in c.autoencoder.state_dict().items() if k.startswith(ENCODING)}
-        for c in (one, other)
-    )
-    weights |= {"shift": one.shift, "factor": one.factor}
-    others |= {"shift": other.shift, "factor": other.factor}
-    return weights.keys() == others.keys() and all(
-        torch.equal(tensor, others[name].to(tensor)) for name, tensor in weights.items()
-    )
 
 
 def _with_frozen_encoder(options: Options) -> Autoencoder:

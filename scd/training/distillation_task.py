@@ -66,7 +66,7 @@ class DistillationTask(Distillation):
 
     def __init__(self, options: Options, device: torch.device):
         super().__init__(options, device)
-        self._learn_from(load_teacher(options, self.network, device), device)
+        self._learn_from(load_teacher(options, self.network, self.codec, device), device)
 
 
 class WanDistillationTask(Distillation, WanTask):

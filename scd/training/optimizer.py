@@ -167,7 +167,8 @@ class OptimizedModel:
     def clip_gradient(self, accelerator: Accelerator) -> Tensor:
         """Clip the gradient to `optim.max_grad_norm`; return its norm before that."""
         limit = self.options.optim.max_grad_norm
-        return full_tensor(accelerator.clip_grad_norm_(self.network.parameters(), limit))
+        norm = full_tensor(accelerator.clip_grad_norm_(self.network.parameters(), limit))
+        return norm.to(accelerator.device)  # without any gradient it would be on the CPU
 
     def step(self, apply: bool) -> None:
         """Apply the gradients, or drop them, and advance the schedule."""

@@ -20,12 +20,16 @@ from scd.utils.files import sha256
 from scd.utils.paths import why_missing
 from scd.utils.processes import error_barrier
 
+# Options with weights that a run depends on: the files may be moved, but not changed.
+WEIGHTS = ("init_from", "distill.teacher", "autoencoder.world_model")
 # Options that may change: paths, speed, length, what is measured.
 FREE = (
-    *("name", "output_root", "init_from", "distill.teacher", "data.max_broken_clips"),
+    *("name", "output_root", *WEIGHTS, "data.max_broken_clips"),
     *("data.root", "data.fps", "data.action_names", "data.val_list"),
     *("optim.", "rollout.", "eval.", "train."),
 )
+# Where rollouts are what is trained on, they may not.
+TRAINED_ON = tuple(f"rollout.{key}" for key in ("steps", "spacing", "shift", "first_frame_steps"))
 
 
 def resume(
@@ -77,22 +81,27 @@ def newest_checkpoint(folder: Path, main: bool) -> Path | None:
 
 
 def run_identity(options: Options, processes: int) -> dict[str, Any]:
-    """Describe a run for its checkpoints: every option, clips per step, hash of `init_from`.
+    """Describe a run for its checkpoints: every option, clips per step, hashes of `WEIGHTS`.
 
     Raises:
-        ScdError: there are no weights at `init_from`.
+        ScdError: there are no weights where one of them says.
     """
-    start = None
-    if options.init_from is not None:
-        weights = Path(options.init_from)
-        if not weights.exists():
-            raise ScdError(f"init_from={weights}: {why_missing(weights, 'weights file')}")
-        start = "-".join(map(sha256, weight_files(weights)))
+    values = options_to_dict(options)
+    paths = flatten_options(values)
     return {
-        "options": options_to_dict(options),
+        "options": values,
         "clips_per_step": clips_per_step(options, processes),
-        "init_from": start,
+        **{key: _hash_weights(key, paths[key]) for key in WEIGHTS},
     }
+
+
+def _hash_weights(key: str, path: str | None) -> str | None:
+    if path is None:
+        return None
+    weights = Path(path)
+    if not weights.exists():
+        raise ScdError(f"{key}={weights}: {why_missing(weights, 'weights file')}")
+    return "-".join(map(sha256, weight_files(weights)))
 
 
 def clips_per_step(options: Options, processes: int) -> int:
@@ -115,7 +124,7 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
     changes = [
         f"{key} was {before[key]}, is {after[key]}"
         for key in after
-        if key in before and before[key] != after[key] and not key.startswith(FREE)
+        if key in before and before[key] != after[key] and not _may_change(key, after)
     ]
     # The rate may change, but not which optimizer the saved state belongs to.
     muon = [values.get("optim.muon_lr") for values in (before, after)]
@@ -137,13 +146,20 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
             f"clips per step (processes x train.batch_size x train.gradient_accumulation) were "
             f"{was}, are {is_}"
         )
-    if saved.get("init_from") != now["init_from"]:  # hashes: the file may have been moved
-        changes.append("the weights at init_from are others")
+    for key in WEIGHTS:
+        if key in saved and saved[key] != now[key]:  # not in runs of before it was hashed
+            changes.append(f"the weights at {key} are others")
     if changes:
         raise ScdError(
             f"{checkpoint} belongs to another run: {'; '.join(changes)}. Set this back to resume "
             f"it, or start a new run under another name=..."
         )
+
+
+def _may_change(key: str, options: dict[str, Any]) -> bool:
+    if options["distill.method"] == "dmd" and key in TRAINED_ON:
+        return False
+    return key.startswith(FREE)
 
 
 def saved_precision(saved: dict[str, Any]) -> str | None:

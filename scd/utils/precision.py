@@ -18,6 +18,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from scd.errors import ScdError
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Module = TypeVar("Module", bound=nn.Module)
@@ -94,10 +97,18 @@ def with_weights_in(module: Module, precision: str) -> Module:
     """Return a diffusers model, or a copy of it, whose weights have a resolved precision's type.
 
     What diffusers keeps in float32 when it reads the model stays as it is.
+
+    Raises:
+        ScdError: the weights are sharded, and of another type.
     """
     dtype = DTYPES[precision]
     if module.dtype == dtype:
         return module
+    if isinstance(module, FSDPModule):
+        raise ScdError(
+            f"rollout.precision={precision}, but these weights are sharded in {module.dtype}, and "
+            f"sharded ones cannot be converted: set rollout.precision to that of the training"
+        )
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
     copy = deepcopy(module)
     for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
