@@ -436,7 +436,7 @@ def test_a_variational_autoencoders_decoder_trains(options, kl_path):
             [*WORLD_MODEL, "discriminator.weight=0", "autoencoder.world_model=x"],
             "autoencoder.world_model=x: only task autoencoder trains a decoder",
         ),
-        (["autoencoder.latent_channels=8"], "keeps those of"),
+        (["autoencoder.latent_channels=8"], "latent_channels: the decoder's stage"),
         (["autoencoder.decoder_norm=batchnorm"], "did you mean 'batch_norm'?"),
     ],
 )

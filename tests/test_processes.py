@@ -257,6 +257,19 @@ def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_p
         )
 
 
+def test_sharded_students_are_rolled_out_in_the_precision_of_their_training(overrides, tmp_path):
+    overrides = [*overrides, "data.frames=6", "optim.muon_lr=null"]
+    run_experiment(load_options(OPTIONS, [*overrides, "name=base", "train.steps=1"]))
+    base, file = tmp_path / "base/exported", ROOT / "options/scd_doom_distilled.yml"
+    overrides += [
+        *(f"init_from={base}", f"distill.teacher={base}", "distill.context_frames=2"),
+        *("train.compile=false", "train.batch_size=1", "rollout.precision=bf16"),
+    ]
+    on_two("sharded", [*overrides, "name=alike", "train.mixed_precision=bf16"], file)
+    with pytest.raises(AssertionError, match="sharded ones cannot be converted"):
+        on_two("sharded", [*overrides, "name=unlike", "train.mixed_precision=fp32"], file)
+
+
 def test_a_decoder_s_stage_on_two_processes_equals_one(overrides, tiny_autoencoder_path, tmp_path):
     """On what a world model predicts, against a discriminator whose weight both agree on."""
     overrides = [

@@ -193,10 +193,8 @@ WORLD_MODEL: list[Rule] = [
     (
         lambda o: (
             o.distill.method == "none"
-            or (
-                (o.flow.encoder_input == "clean" and o.flow.history_noise_max == 0)
-                and o.flow.self_forcing_prob == 0
-            )
+            or (o.flow.encoder_input, o.flow.history_noise_max, o.flow.self_forcing_prob)
+            == ("clean", 0, 0)
         ),
         "distill.method={distill.method}: flow.encoder_input, flow.history_noise_max and "
         "flow.self_forcing_prob are of teacher forcing alone",
@@ -306,8 +304,6 @@ FIRST_STAGE: list[Rule] = [
     ),
 ]
 
-_OF_NO_FILE = (AutoencoderOptions().latent_channels, AutoencoderOptions().decoder_norm)
-
 DECODER_STAGE: list[Rule] = [
     (
         lambda o: o.discriminator.weight > 0 or o.autoencoder.world_model is not None,
@@ -320,17 +316,14 @@ DECODER_STAGE: list[Rule] = [
     ),
     *(
         (
-            lambda o, key=key: not getattr(o.autoencoder, key),
+            lambda o, key=key: getattr(o.autoencoder, key) == getattr(AutoencoderOptions(), key),
             f"autoencoder.{key}: the decoder's stage keeps the sizes of {{autoencoder.path}}; "
             f"leave it out",
         )
-        for side in ("encoder", "decoder")
-        for key in (f"{side}_block_types", f"{side}_channels", f"{side}_layers")
-    ),
-    (
-        lambda o: (o.autoencoder.latent_channels, o.autoencoder.decoder_norm) == _OF_NO_FILE,
-        "autoencoder.latent_channels and autoencoder.decoder_norm: the decoder's stage keeps those "
-        "of {autoencoder.path}; leave them out",
+        for key in (
+            *("latent_channels", "encoder_block_types", "encoder_channels", "encoder_layers"),
+            *("decoder_block_types", "decoder_channels", "decoder_layers", "decoder_norm"),
+        )
     ),
     (
         lambda o: not (o.train.compile and o.discriminator.weight),

@@ -194,8 +194,8 @@ class Predictor:
     def __init__(self, options: Options, codec: LatentCodec, device: torch.device):
         path = str(options.autoencoder.world_model)
         loaded = load_checkpoint_for_use(Path(path)).for_rollouts()
-        # Compiled for each batch anew, a rollout would take longer than it saves.
         self.options = loaded.options
+        # Compiled for each batch anew, a rollout would take longer than it saves.
         self.rollout = replace(loaded.options.rollout, compile=False)
         self.model = loaded.model.to(device).requires_grad_(False)
         self.seed = options.seed

@@ -104,7 +104,7 @@ def with_weights_in(module: Module, precision: str) -> Module:
     dtype = DTYPES[precision]
     if module.dtype == dtype:
         return module
-    if isinstance(module, FSDPModule):
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
         raise ScdError(
             f"rollout.precision={precision}, but these weights are sharded in {module.dtype}, and "
             f"sharded ones cannot be converted: set rollout.precision to that of the training"
