@@ -1,5 +1,8 @@
 """Exceptions: a mistake that a user can fix, and a run that was stopped in order."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ScdError(Exception):
     """A wrong option, file or environment, in one line: what, where, and what to do."""
@@ -9,6 +12,15 @@ class ScdError(Exception):
         if message.startswith("Caught ScdError in "):
             message = message.rpartition("ScdError: ")[2]
         super().__init__(" ".join(message.split("\n")).strip())
+
+
+@contextmanager
+def naming_option(name: str) -> Iterator[None]:
+    """Put an option's name before an error about the path that is its value."""
+    try:
+        yield
+    except ScdError as error:
+        raise ScdError(f"{name}={error}") from error
 
 
 class Stopped(Exception):

@@ -156,6 +156,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert exported.options.rollout.solver == "consistency"
 
 
+@pytest.mark.parametrize("key", ["init_from", "distill.teacher"])
+def test_missing_weights_are_named_by_their_option(options, key: str, fresh_accelerate) -> None:
+    with pytest.raises(ScdError, match=f"^{key}=nowhere: no such weights file"):
+        run_experiment(options("name=refused", f"{key}=nowhere"))
+
+
 def test_another_teacher_does_not_fit(options, tmp_path: Path, fresh_accelerate: None) -> None:
     o = options("name=refused")
     student = build_world_model(o, PixelCodec())

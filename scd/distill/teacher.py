@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scd.errors import ScdError
+from scd.errors import ScdError, naming_option
 from scd.flow.sampler import guide
 from scd.models.autoencoder import Codec, encode_alike
 from scd.models.load import load_checkpoint_for_use
@@ -25,7 +25,8 @@ def load_teacher(
             method cannot use.
     """
     path = Path(str(options.distill.teacher))
-    loaded = load_checkpoint_for_use(path)
+    with naming_option("distill.teacher"):
+        loaded = load_checkpoint_for_use(path)
     teacher = loaded.model
     differences = [
         f"{name} is {teacher.config[name]} in the teacher, {student.config[name]} in the student"

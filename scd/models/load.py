@@ -219,6 +219,8 @@ def _own_options(path: Path, overrides: list[str] | None = None) -> Options | No
                 f"{path}: the folder of a run; give one of its models, {path}/exported or "
                 f"{path}/checkpoints/step-…/ema.safetensors"
             )
+        if (path / "ema.safetensors").is_file():
+            raise ScdError(f"{path}: the folder of a checkpoint; give {path}/ema.safetensors")
         if not (path / OPTIONS_FILE).is_file():
             raise ScdError(
                 f"{path}: no such weights file, and a folder without {OPTIONS_FILE} is no exported "

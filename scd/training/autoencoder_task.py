@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scd.data.clips import clip_folder, with_float_pixels
-from scd.errors import ScdError
+from scd.errors import ScdError, naming_option
 from scd.evaluation.metrics import AvailableMetrics
 from scd.models.autoencoder import (
     ENCODING,
@@ -32,7 +32,6 @@ from scd.models.autoencoder import (
 )
 from scd.models.discriminator import PatchDiscriminator
 from scd.models.load import load_checkpoint_for_use
-from scd.models.weights import load_matching, read_all_weights
 from scd.models.world_model import CausalWorldModel
 from scd.options import Options
 from scd.rollout import Rollout
@@ -41,6 +40,7 @@ from scd.training.autoencoder_objective import (
     ReconstructionLoss,
     ReconstructionObjective,
 )
+from scd.training.build import start_from
 from scd.utils.files import write_atomically
 from scd.utils.precision import resolve_precision, without_autocast
 from scd.utils.processes import processes
@@ -68,9 +68,7 @@ class AutoencoderTask:
         clips = options
         if options.autoencoder.path is None:
             self.network = build_autoencoder(options.autoencoder)
-            if options.init_from is not None:
-                tensors = read_all_weights(Path(options.init_from))
-                load_matching(self.network, tensors, options.init_from)
+            start_from(options.init_from, self.network)
             self.objective = ReconstructionObjective(self.network, reconstruction)
         else:
             # For 8-bit pixels, TF32 is precise enough, and fp32 takes many times as long.
@@ -193,7 +191,8 @@ class Predictor:
 
     def __init__(self, options: Options, codec: LatentCodec, device: torch.device):
         path = str(options.autoencoder.world_model)
-        loaded = load_checkpoint_for_use(Path(path)).for_rollouts()
+        with naming_option("autoencoder.world_model"):
+            loaded = load_checkpoint_for_use(Path(path)).for_rollouts()
         self.options = loaded.options
         # Compiled for each batch anew, a rollout would take longer than it saves.
         self.rollout = replace(loaded.options.rollout, compile=False)

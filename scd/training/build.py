@@ -1,10 +1,14 @@
 """Build what an experiment trains, and the codec of its latents: the house's own, or Wan's."""
 
+from pathlib import Path
 from typing import TypeAlias
 
-from scd.errors import ScdError
+from torch import nn
+
+from scd.errors import ScdError, naming_option
 from scd.models.autoencoder import Codec, load_codec
 from scd.models.load import build_world_model
+from scd.models.weights import load_matching, read_all_weights
 from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.wan.from_options import build_wan
@@ -33,6 +37,17 @@ def build_network(options: Options, codec: AnyCodec) -> WorldModel:
     if isinstance(codec, WanCodec):
         return build_wan(options, codec.channels, codec.downsampling)
     return build_world_model(options, codec)
+
+
+def start_from(init_from: str | None, network: nn.Module) -> None:
+    """Load the weights at `init_from` into a network, if there are any.
+
+    Raises:
+        ScdError: they are missing, damaged, or of another model.
+    """
+    if init_from is not None:
+        with naming_option("init_from"):
+            load_matching(network, read_all_weights(Path(init_from)), init_from)
 
 
 def latent_shape(codec: AnyCodec, options: Options) -> tuple[int, int, int]:

@@ -16,11 +16,10 @@ from scd.evaluation.evaluate import evaluate_in_passing
 from scd.flow.objective import LEVELS, errors_by_level, make_objective, with_scaled_latents
 from scd.models.autoencoder import load_codec
 from scd.models.load import build_world_model
-from scd.models.weights import load_matching, read_all_weights
 from scd.models.world_model import FirstLook, WorldModel
 from scd.options import OptimOptions, Options
 from scd.pipeline import pipeline_of
-from scd.training.build import AnyCodec
+from scd.training.build import AnyCodec, start_from
 from scd.training.encode import check_training_latents
 from scd.training.performance import ClipCost, clip_cost
 from scd.utils.precision import autocast, resolve_precision
@@ -54,9 +53,7 @@ class WorldModelTask:
         self.codec.precision = resolve_precision("tf32", device)
         torch.manual_seed(options.seed)
         self.network = build_world_model(options, self.codec)
-        if options.init_from is not None:
-            tensors = read_all_weights(Path(options.init_from))
-            load_matching(self.network, tensors, options.init_from)
+        start_from(options.init_from, self.network)
         self.network.set_gradient_checkpointing(options.train.gradient_checkpointing)
         self.objective: nn.Module = make_objective(self.network, options.flow, options.seed)
         self.training_data = clip_folder(options, options.data.train_list, options.data.source)

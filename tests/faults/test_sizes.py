@@ -237,9 +237,13 @@ def test_what_is_no_checkpoint_is_named(
     autoencoder = Path(tiny_autoencoder_path) / "diffusion_pytorch_model.safetensors"
     empty = tmp_path / "empty.safetensors"
     empty.touch()
+    step = tmp_path / "step-00000010"
+    step.mkdir()
+    (step / "ema.safetensors").touch()
     for path, told in (
         (text, "no checkpoint, neither safetensors nor"),
         (tmp_path, "no such weights file"),
+        (step, f"give {step}/ema.safetensors"),
         (tensors, "not a reference SCD checkpoint"),
         (autoencoder, "not a reference SCD checkpoint"),
         (empty, "not a readable safetensors file"),
