@@ -3,6 +3,7 @@
 import gc
 import json
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,7 @@ from scd.options import Options, load_options
 from scd.training import encode
 from scd.training.encode import encode_dataset
 from scd.utils import files
-from scd.utils.files import read_json, write_atomically, write_json
+from scd.utils.files import read_json, write_atomically, write_folder_atomically, write_json
 
 ROOT = Path(__file__).parent.parent
 REAL_CLIPS = ROOT.parent / "shared/real_clips"
@@ -74,6 +75,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     write_atomically(path, lambda aside: aside.write_text("new"))
     assert path.read_text() == "new"
+
+
+def test_those_who_may_read_other_files_may_read_weights(tmp_path: Path) -> None:
+    """Since 0.8, safetensors makes its files readable for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        file, folder = tmp_path / "a.safetensors", tmp_path / "folder"
+        write_atomically(file, lambda aside: save_file({"x": torch.zeros(1)}, aside))
+        write_folder_atomically(folder, lambda aside: save_file({}, aside / "b.safetensors"))
+    finally:
+        os.umask(before)
+    for path in (file, folder / "b.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o640
+        assert list(path.parent.glob("*.mode")) == []
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:

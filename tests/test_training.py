@@ -344,13 +344,18 @@ def test_failed_save_leaves_the_old_checkpoints(finished, monkeypatch):
     assert [p.name for p in sorted(finished.iterdir())] == ["step-00000004", "step-00000006"]
 
 
+def test_a_checkpoint_is_readable_for_those_who_may_read_its_manifest(finished):
+    files = [file for path in finished.iterdir() for file in path.iterdir()]
+    assert len({file.stat().st_mode for file in files}) == 1 and len(files) > 4
+
+
 def test_pruning_never_takes_the_newest(finished):
     """Later folders that were passed over as damaged do not count against the one just written."""
     (finished / "step-00000006/manifest.json").unlink()
     state = load_checkpoint(finished / "step-00000004")
     state.step = 5
-    checkpoint.save_checkpoint(finished, state, 1)
-    assert latest_checkpoint(finished).name == "step-00000005"
+    path = checkpoint.save_checkpoint(finished, state, 1)
+    assert latest_checkpoint(finished) == path and path.name == "step-00000005"
 
 
 def test_another_experiment_is_not_continued(options, finished):

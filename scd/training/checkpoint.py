@@ -27,7 +27,7 @@ from torch import Tensor
 from scd.errors import ScdError, reason
 from scd.options import with_present_names
 from scd.utils.environment import git_commit
-from scd.utils.files import flush, read_json, sha256, write_json
+from scd.utils.files import flush, read_json, set_usual_mode, sha256, write_json
 from scd.utils.processes import error_barrier
 from scd.utils.tensor_files import read_pt
 
@@ -238,6 +238,7 @@ def _remove(path: Path) -> None:
 def _write(path: Path, content: dict[str, Any], metadata: dict[str, str]) -> None:
     if path.suffix == ".safetensors":
         save_file(content, path, metadata)
+        set_usual_mode(path)
     else:
         torch.save(content, path)
 

@@ -38,6 +38,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
+        set_usual_mode(aside)
         flush(aside)
         os.replace(aside, path)
         flush(path.parent)
@@ -74,6 +75,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
         aside.mkdir(parents=True)
         write(aside)
         for part in [*aside.rglob("*"), aside]:
+            set_usual_mode(part)
             flush(part)
         if path.exists():
             path.rename(old)
@@ -95,6 +97,21 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.iterdir():
         if re.fullmatch(r"\..+\.\d+\.\w+", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def set_usual_mode(path: Path) -> None:
+    """Let those read a safetensors file who may read other new files in its folder.
+
+    Its library makes it readable for the owner alone (safetensors' issue 782), so that colleagues
+    could not use a checkpoint.
+    """
+    if path.suffix == ".safetensors" and not path.is_symlink():
+        other = path.with_suffix(".mode")
+        with suppress(OSError):  # where there are no modes to be set
+            other.touch()
+            path.chmod(other.stat().st_mode)
+        with suppress(OSError):
+            other.unlink()
 
 
 def flush(path: Path) -> None:
