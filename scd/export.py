@@ -199,6 +199,8 @@ def _training(options: Options, weights: Path, step: str | int | None) -> str:
         text += f", initialized from {options.init_from}"
     if options.distill.method != "none":
         text += f", distilled ({options.distill.method}) from {options.distill.teacher}"
+    if options.distill.weak_teacher is not None:
+        text += f", guided away from {options.distill.weak_teacher}"
     log = _experiment(weights) / "log.jsonl"
     if step is None or not log.is_file():
         return text

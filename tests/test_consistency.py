@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scd.distill.consistency import ConsistencyObjective
-from scd.distill.teacher import guided_velocity, load_teacher
+from scd.distill.teacher import load_teacher
 from scd.errors import ScdError
 from scd.flow.noise import draw_noise
 from scd.models import SCD, CausalDiT, CausalWorldModel
@@ -51,14 +51,17 @@ def make_clip() -> tuple[Tensor, Tensor]:
     return latents, torch.randint(0, 4, (2, FRAMES), generator=generator)
 
 
+@pytest.mark.parametrize("away_from", ["null condition", "weak teacher"])
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 @pytest.mark.parametrize("prediction", ["data", "velocity"])
-def test_the_loss_is_that_of_the_formula(prediction: str, scale: float) -> None:
+def test_the_loss_is_that_of_the_formula(prediction: str, scale: float, away_from: str) -> None:
     student, average = make_scd(1, prediction), make_scd(2, prediction)
     torch.manual_seed(0)
     teacher = perturbed(CausalDiT(**SIZES, layers=2, prediction=prediction), 3)
+    weak = perturbed(CausalDiT(**SIZES, layers=1, prediction=prediction), 5)
+    weak = weak if away_from == "weak teacher" else None
     options = options_of(levels=4, shift=2.0, guidance_scale=scale)
-    objective = ConsistencyObjective(student, teacher, options)
+    objective = ConsistencyObjective(student, teacher, options, weak)
     objective.set_target(dict(average.named_parameters()))
     latents, actions = make_clip()
     draws = draw_noise(options.flow, 0, [0, 1], latents, None)
@@ -76,15 +79,13 @@ def test_the_loss_is_that_of_the_formula(prediction: str, scale: float) -> None:
         s, f = (level[..., None, None, None] for level in (sigma, following))
         noisy = s * draws.noise[:, k, 1:] + (1 - s) * latents[:, 1:]
         with torch.no_grad():
-            v = guided_velocity(
-                teacher, latents, noisy[:, None], 1000 * sigma[:, None], conditions, scale
-            )[:, 0]
+            times = 1000 * sigma[:, None]
+            v = teacher(latents, noisy[:, None], times, conditions)[:, 0]
             if scale != 1:
-                times = 1000 * sigma[:, None]
                 null = torch.full_like(conditions, 4)
-                positive = teacher(latents, noisy[:, None], times, conditions)[:, 0]
-                negative = teacher(latents, noisy[:, None], times, null)[:, 0]
-                torch.testing.assert_close(v, negative + scale * (positive - negative))
+                other, under = (weak, conditions) if weak else (teacher, null)
+                negative = other(latents, noisy[:, None], times, under)[:, 0]
+                v = negative + scale * (v - negative)
             stepped = noisy - (s - f) * v
             ahead = average(latents, stepped[:, None], 1000 * following[:, None], conditions)[:, 0]
             own = student(latents, noisy[:, None], 1000 * sigma[:, None], conditions)[:, 0]
@@ -156,10 +157,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert exported.options.rollout.solver == "consistency"
 
 
-@pytest.mark.parametrize("key", ["init_from", "distill.teacher"])
+@pytest.mark.parametrize("key", ["init_from", "distill.teacher", "distill.weak_teacher"])
 def test_missing_weights_are_named_by_their_option(options, key: str, fresh_accelerate) -> None:
     with pytest.raises(ScdError, match=f"^{key}=nowhere: no such weights file"):
-        run_experiment(options("name=refused", f"{key}=nowhere"))
+        run_experiment(options("name=refused", "distill.guidance_scale=1.5", f"{key}=nowhere"))
 
 
 def test_another_teacher_does_not_fit(options, tmp_path: Path, fresh_accelerate: None) -> None:
@@ -204,6 +205,7 @@ def test_a_teacher_of_other_latents_or_without_frame_0_is_refused(
         ("init_from=null", "needs init_from"),
         ("rollout.solver=euler", "is sampled with rollout.solver=consistency"),
         ("distill.method=none", "and none has none"),
+        ("distill.weak_teacher=weak", "nothing leads away from it"),
         ("distill.score_range=[0.5,0.2]", "lowest and the highest"),
     ],
 )

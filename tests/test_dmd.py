@@ -230,16 +230,17 @@ def test_what_is_not_finite_is_no_gradient() -> None:
     assert matching_gradient(2 * same, real, same).abs().max() == 0
 
 
+@pytest.mark.parametrize("away_from", ["null condition", "weak teacher"])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("kind", ["bidirectional", "scd", "causal"])
 def test_clips_are_scored_by_teacher_and_critic_after_their_context(
-    kind: str, scale: float
+    kind: str, scale: float, away_from: str
 ) -> None:
     """A bidirectional one sees all frames under noise, a causal one the generated ones before."""
     student, teacher, critic = make("scd"), make(kind), make(kind, seed=2)
-    objective = DMDObjective(
-        student, teacher, Critic(critic, False), options_of(guidance_scale=scale)
-    )
+    weak = make(kind, seed=4) if away_from == "weak teacher" else None
+    options = options_of(guidance_scale=scale)
+    objective = DMDObjective(student, teacher, Critic(critic, False), options, weak)
     latents, actions = make_clip()
     context, frames = latents[:, :KNOWN], latents[:, KNOWN:]
     score = Score(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
@@ -255,8 +256,10 @@ def test_clips_are_scored_by_teacher_and_critic_after_their_context(
             velocity = model.velocity(latents, given, times, conditions)[:, KNOWN - 1 :]
         return noisy - sigma * velocity
 
-    real, null = clean(teacher, actions), clean(teacher, torch.full_like(actions, 4))
-    real = null + scale * (real - null)
+    real, worse = clean(teacher, actions), clean(teacher, torch.full_like(actions, 4))
+    if weak is not None:
+        worse = clean(weak, actions)
+    real = worse + scale * (real - worse)
     expected = matching_gradient(frames, real, clean(critic, actions))
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
@@ -519,6 +522,26 @@ def test_a_run_goes_on_with_its_teacher_and_its_steps(options, tmp_path: Path) -
     same = tmp_path / "ema.safetensors"
     shutil.copy(checkpoint, same)
     run_experiment(options("name=run", "train.steps=2", f"distill.teacher={same}"))
+
+
+def test_a_run_leads_away_from_the_weak_teacher_it_began_with(options, tmp_path: Path) -> None:
+    weak = tmp_path / "weak.safetensors"
+    shutil.copy(tmp_path / "base/checkpoints/step-00000001/ema.safetensors", weak)
+
+    def guided(*overrides: str) -> Options:
+        return options("distill.guidance_scale=2", f"distill.weak_teacher={weak}", *overrides)
+
+    run_experiment(guided("name=guided", "train.steps=2"))
+    run_experiment(options("name=plain", "train.steps=2"))
+    gradients = [
+        read_log(tmp_path / name / "log.jsonl")[-1]["dmd_gradient"] for name in ("guided", "plain")
+    ]
+    assert gradients[0] != gradients[1]
+    other = guided("name=guided", "train.steps=4")
+    other.distill.weak_teacher = other.distill.teacher
+    with pytest.raises(ScdError, match=r"the weights at distill\.weak_teacher are others"):
+        run_experiment(other)
+    run_experiment(guided("name=guided", "train.steps=3"))
 
 
 def test_a_compiled_rollout_is_refused_before_the_first_step(options) -> None:

@@ -16,7 +16,7 @@ from scd.distill.teacher import clean_frames, guided_velocity
 from scd.flow.noise import FlowDraws, draw_noise
 from scd.flow.objective import drop_conditions, dropped_text
 from scd.flow.sampler import noise_levels
-from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel
+from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, WorldModel
 from scd.options import Options
 from scd.utils.seeding import uniform_per_sample
 
@@ -27,12 +27,20 @@ class ConsistencyObjective(nn.Module):
     Args:
         model: the student.
         teacher: frozen; the student's initial weights are best the teacher's.
+        weak_teacher: see `guided_velocity`.
     """
 
-    def __init__(self, model: CausalWorldModel, teacher: CausalWorldModel, options: Options):
+    def __init__(
+        self,
+        model: CausalWorldModel,
+        teacher: CausalWorldModel,
+        options: Options,
+        weak_teacher: WorldModel | None = None,
+    ):
         super().__init__()
         self.model = model
         self.teacher = teacher
+        self.weak_teacher = weak_teacher
         self.target = deepcopy(model).requires_grad_(False)  # see `set_target`
         self.options = options
         d = options.distill
@@ -87,9 +95,8 @@ class ConsistencyObjective(nn.Module):
         look = draws.pure_look(first)  # the encoder learns for rollouts
         with torch.no_grad():
             scale = self.options.distill.guidance_scale
-            velocity = guided_velocity(
-                self.teacher, latents, noisy, times, conditions, scale, look, text, null_text
-            )
+            seen = latents, noisy, times, conditions, scale, look, text, null_text
+            velocity = guided_velocity(self.teacher, *seen, self.weak_teacher)
             stepped = noisy - (sigma - next_sigma) * velocity  # (B, K, F', C, H, W)
             ahead = self.target(
                 latents, stepped, next_times, conditions, first_look=look, text=text

@@ -190,7 +190,12 @@ class DMDObjective(nn.Module):
     """
 
     def __init__(
-        self, model: CausalWorldModel, teacher: WorldModel, critic: Critic, options: Options
+        self,
+        model: CausalWorldModel,
+        teacher: WorldModel,
+        critic: Critic,
+        options: Options,
+        weak_teacher: WorldModel | None = None,
     ):
         super().__init__()
         if options.rollout.compile:
@@ -200,6 +205,7 @@ class DMDObjective(nn.Module):
             )
         self.model = model
         self.teacher = teacher
+        self.weak_teacher = weak_teacher
         self.critic = critic
         self.options = options
 
@@ -285,8 +291,9 @@ class DMDObjective(nn.Module):
         clip = torch.cat([context, frames], dim=1)
         noisy, times = score.add_to(frames)
         scale = self.options.distill.guidance_scale
+        texts = text, null_text
         v_real = guided_velocity(
-            self.teacher, clip, noisy, times, conditions, scale, None, text, null_text
+            self.teacher, clip, noisy, times, conditions, scale, None, *texts, self.weak_teacher
         )
         v_fake = self.critic.score(clip, noisy, times, conditions, text=text)
         real, fake = (clean_frames(noisy, v, times)[:, 0] for v in (v_real, v_fake))

@@ -16,16 +16,23 @@ SAME = ("channels", "patch_size", "condition", "num_conditions")  # of teacher a
 
 
 def load_teacher(
-    options: Options, student: WorldModel, codec: Codec, device: torch.device
+    options: Options,
+    student: WorldModel,
+    codec: Codec,
+    device: torch.device,
+    option: str = "distill.teacher",
 ) -> WorldModel:
-    """Load the frozen teacher at `distill.teacher`, which must fit the student and its latents.
+    """Load the frozen teacher, which must fit the student and its latents.
+
+    Args:
+        option: that names it; `distill.weak_teacher` for the one to lead away from.
 
     Raises:
         ScdError: it is missing or damaged, of other latents or conditions, or of a kind that the
             method cannot use.
     """
-    path = Path(str(options.distill.teacher))
-    with naming_option("distill.teacher"):
+    path = Path(teacher_path(options, option))
+    with naming_option(option):
         loaded = load_checkpoint_for_use(path)
     teacher = loaded.model
     differences = [
@@ -34,34 +41,40 @@ def load_teacher(
         if teacher.config[name] != student.config[name]
     ]
     if differences:
-        raise ScdError(f"distill.teacher={path}: does not fit: {'; '.join(differences)}")
+        raise ScdError(f"{option}={path}: does not fit: {'; '.join(differences)}")
     if not encode_alike(loaded.codec, codec):
         raise ScdError(
-            f"distill.teacher={path}: its latents are not those of autoencoder.path="
+            f"{option}={path}: its latents are not those of autoencoder.path="
             f"{options.autoencoder.path}"
         )
     generates_first = options.distill.method == "consistency" or not options.distill.context_frames
     if student.config.first_frame and generates_first and not teacher.config.first_frame:
         raise ScdError(
-            f"distill.teacher={path}: has model.first_frame=false, but the student learns frame 0"
+            f"{option}={path}: has model.first_frame=false, but the student learns frame 0"
         )
     if options.distill.method == "consistency" and not isinstance(teacher, CausalWorldModel):
         raise ScdError(
-            f"distill.teacher={path}: a {loaded.options.model.type}, but distill.method="
+            f"{option}={path}: a {loaded.options.model.type}, but distill.method="
             f"consistency needs a causal model, scd or causal_dit"
         )
     if options.distill.method == "dmd" and teacher.takes_first_look:
         raise ScdError(
-            f"distill.teacher={path}: has model.encoder_frame={teacher.config.encoder_frame}, but "
+            f"{option}={path}: has model.encoder_frame={teacher.config.encoder_frame}, but "
             f"distill.method=dmd scores clips with a bidirectional_dit, a causal_dit, or an scd of "
             f"encoder_frame=shift"
         )
     if options.distill.adversarial_weight and teacher.has_context:
         raise ScdError(
-            f"distill.teacher={path}: an scd, but distill.adversarial_weight needs the features of "
+            f"{option}={path}: an scd, but distill.adversarial_weight needs the features of "
             f"a bidirectional_dit or a causal_dit"
         )
     return teacher.to(device).requires_grad_(False)
+
+
+def teacher_path(options: Options, option: str) -> str:
+    """Return the path of `distill.teacher` or `distill.weak_teacher`."""
+    d = options.distill
+    return str({"distill.teacher": d.teacher, "distill.weak_teacher": d.weak_teacher}[option])
 
 
 def guided_velocity(
@@ -74,14 +87,24 @@ def guided_velocity(
     first_look: FirstLook | None = None,
     text: Tensor | None = None,
     null_text: Tensor | None = None,
+    weak: WorldModel | None = None,
 ) -> Tensor:
-    """Predict velocities v⁻ + w·(v⁺ − v⁻), where v⁻ is under the null condition; 1: v⁺ alone.
+    """Predict velocities v⁻ + w·(v⁺ − v⁻); 1: v⁺ alone.
+
+    v⁻ is that of a weak model (autoguidance, arXiv 2406.02507), or, without one, the model's own
+    under the null condition.
 
     Args and returns as `WorldModel.forward`, and
         null_text: (1, T, text_dim), that of v⁻, with a text.
     """
-    if scale == 1 or (conditions is None and text is None):
+    if scale == 1 or (weak is None and conditions is None and text is None):
         return model(latents, noisy, timesteps, conditions, first_look=first_look, text=text)
+    if weak is not None:
+        positive, negative = (
+            each(latents, noisy, timesteps, conditions, first_look=first_look, text=text)
+            for each in (model, weak)
+        )
+        return guide(positive, negative, scale)
     both = (torch.cat([x, x]) for x in (latents, noisy, timesteps))
     if conditions is not None:
         null = model.null_conditions(conditions.shape[:2]).type_as(conditions)

@@ -27,7 +27,7 @@ OPTIONS_FILE = "options.yml"  # beside a model: the options it was trained with
 MAX_BYTES = 2**16  # of an options file; those of this project have about 2 KiB
 PATHS = (
     *("output_root", "init_from", "autoencoder.path", "autoencoder.world_model"),
-    "distill.teacher",
+    *("distill.teacher", "distill.weak_teacher"),
     *("data.root", "data.train_list", "data.val_list"),
 )
 # Former names of options and values, which files and checkpoints may have; none changes section.

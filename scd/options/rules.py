@@ -178,6 +178,15 @@ WORLD_MODEL: list[Rule] = [
         "a teacher, and none has none",
     ),
     (
+        lambda o: o.distill.weak_teacher is None or o.distill.guidance_scale != 1,
+        "distill.weak_teacher={distill.weak_teacher} with distill.guidance_scale=1: nothing leads "
+        "away from it; 1.25 or 1.5 are usual",
+    ),
+    (
+        lambda o: o.distill.weak_teacher is None or o.distill.teacher is not None,
+        "distill.weak_teacher={distill.weak_teacher} without distill.teacher",
+    ),
+    (
         lambda o: o.distill.method == "none" or o.init_from is not None,
         "distill.method={distill.method} needs init_from, the student's first weights",
     ),

@@ -240,8 +240,11 @@ class DistillOptions:
     teacher: str | None = None
     levels: int = positive(48)  # N: noise levels that consistency distillation goes through
     shift: float = positive(5.0)  # timestep shift of the levels; dmd: of those clips are scored at
-    # The teacher's guidance on the conditions, v⁻ + w·(v⁺ - v⁻). 1: none.
+    # The teacher's guidance, v⁻ + w·(v⁺ - v⁻). 1: none.
     guidance_scale: float = not_negative(1.0)
+    # What its guidance leads away from: a worse model of its kind, for example of an early
+    # checkpoint (autoguidance, arXiv 2406.02507). null: from itself under the null condition.
+    weak_teacher: str | None = None
     # Of dmd: given frames of a clip, the others are generated.
     context_frames: int = not_negative(16)
     critic_updates: int = positive(5)  # of dmd: updates of the critic for each one of the student

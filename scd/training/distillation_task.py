@@ -3,6 +3,7 @@
 The house's own models and Wans alike: the tasks differ in their data, and in where teachers lie.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -27,12 +28,19 @@ class Distillation(WorldModelTask):
 
     network: CausalWorldModel
 
-    def _learn_from(self, teacher: WorldModel, device: torch.device) -> None:
-        """Take the objective of `distill.method` in place of the task's own."""
+    def _learn_from(self, load: Callable[[str], WorldModel], device: torch.device) -> None:
+        """Take the objective of `distill.method` in place of the task's own.
+
+        Args:
+            load: the teacher that an option names.
+        """
         options = self.options
+        teacher, weak = load("distill.teacher"), None
+        if options.distill.weak_teacher is not None:
+            weak = load("distill.weak_teacher")
         if options.distill.method == "consistency":
             assert isinstance(teacher, CausalWorldModel)
-            self.objective = ConsistencyObjective(self.network, teacher, options)
+            self.objective = ConsistencyObjective(self.network, teacher, options, weak)
         else:
             # One family, one data domain: a critic of another kind tells student and teacher apart
             # by what has nothing to do with the student.
@@ -40,7 +48,7 @@ class Distillation(WorldModelTask):
             score.set_gradient_checkpointing(options.train.gradient_checkpointing)
             critic = Critic(score, options.distill.adversarial_weight > 0).to(device)
             self.critic = critic
-            self.objective = DMDObjective(self.network, teacher, critic, options)
+            self.objective = DMDObjective(self.network, teacher, critic, options, weak)
 
     def critic_groups(self) -> list[dict[str, Any]]:
         assert isinstance(self.critic, Critic)
@@ -66,7 +74,11 @@ class DistillationTask(Distillation):
 
     def __init__(self, options: Options, device: torch.device):
         super().__init__(options, device)
-        self._learn_from(load_teacher(options, self.network, self.codec, device), device)
+
+        def load(option: str) -> WorldModel:
+            return load_teacher(options, self.network, self.codec, device, option)
+
+        self._learn_from(load, device)
 
 
 class WanDistillationTask(Distillation, WanTask):
@@ -74,4 +86,4 @@ class WanDistillationTask(Distillation, WanTask):
 
     def __init__(self, options: Options, device: torch.device):
         WanTask.__init__(self, options, device)
-        self._learn_from(teacher_wan(options, self.network).to(device), device)
+        self._learn_from(lambda name: teacher_wan(options, self.network, name).to(device), device)

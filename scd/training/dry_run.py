@@ -121,7 +121,7 @@ def _on_noise(options: Options, folder: Path) -> Options:
 
 
 def _with_random_weights(options: Options, folder: Path) -> Options:
-    """Write random weights for `init_from` and `distill.teacher`, and name them in the options."""
+    """Write random weights for `init_from` and the teachers, and name them in the options."""
     codec = load_codec(options.autoencoder.path)
     start = folder / "start.safetensors"
     save_file(build_world_model(options, codec).state_dict(), start)
@@ -152,7 +152,9 @@ def _with_random_weights(options: Options, folder: Path) -> Options:
     about = {"options": json.dumps(options_to_dict(plain)), "step": "0"}
     save_file(build_world_model(plain, codec).state_dict(), teacher, about)
     # The only step updates the student too.
-    return replace(options, distill=replace(d, teacher=str(teacher), critic_updates=1))
+    weak = None if d.weak_teacher is None else str(teacher)
+    d = replace(d, teacher=str(teacher), weak_teacher=weak, critic_updates=1)
+    return replace(options, distill=d)
 
 
 def _write_clips(options: Options, evaluation_frames: int) -> None:

@@ -20,7 +20,7 @@ from scd.utils.files import sha256
 from scd.utils.processes import error_barrier
 
 # Options with weights that a run depends on: the files may be moved, but not changed.
-WEIGHTS = ("init_from", "distill.teacher", "autoencoder.world_model")
+WEIGHTS = ("init_from", "distill.teacher", "distill.weak_teacher", "autoencoder.world_model")
 # Options that may change: paths, speed, length, what is measured.
 FREE = (
     *("name", "output_root", *WEIGHTS, "data.max_broken_clips"),

@@ -146,8 +146,9 @@ def _of_distillation(
     working = 2 * own  # the weights in bf16
     kept = student.activation_bytes + _block_bytes(options, codec) + working
     sharded, flops = 20.0 * own, float(student.flops)  # weights, gradients, two moments, average
+    weak = 4 * (d.weak_teacher is not None)  # bytes a parameter: weights alone, as a teacher
     if d.method == "consistency":
-        return sharded + 8 * own, flops + (guided + 1) * forward, kept
+        return sharded + (8 + weak) * own, flops + (guided + 1) * forward, kept
     if d.method == "none":
         return sharded, flops, kept
     m = options.model
@@ -157,7 +158,7 @@ def _of_distillation(
     count, forward = _critic_parameters(both, codec), critic.flops / passes
     rolled_out, cached = _rollout(options, codec)
     # A critic has weights, gradients and moments, a teacher weights alone.
-    sharded += (16 + 4) * count
+    sharded += (16 + 4 + weak) * count
     updated = flops + (guided + 1) * forward  # a student's update
     flops = rolled_out + critic.flops + updated / d.critic_updates
     return sharded, flops, kept + critic.activation_bytes + cached

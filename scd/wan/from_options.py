@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from scd.distill.teacher import teacher_path
 from scd.errors import ScdError
 from scd.models.weights import (
     SHOWN_DIFFERENCES,
@@ -92,8 +93,10 @@ def start_wan(options: Options, channels: int, downsampling: int) -> WanWorldMod
     return with_weights(model, Path(options.init_from), "init_from")
 
 
-def teacher_wan(options: Options, student: WanWorldModel) -> WanWorldModel:
-    """Load the frozen teacher at `distill.teacher`, a folder or a checkpoint.
+def teacher_wan(
+    options: Options, student: WanWorldModel, option: str = "distill.teacher"
+) -> WanWorldModel:
+    """Load the frozen teacher, a folder or a checkpoint; see `scd.distill.teacher.load_teacher`.
 
     It has the student's sizes. For consistency distillation it is of the student's kind, for
     distribution matching it is Wan itself, as deep as it is there: a download, what `scd wan
@@ -103,8 +106,8 @@ def teacher_wan(options: Options, student: WanWorldModel) -> WanWorldModel:
         ScdError: it is missing, damaged, or does not fit. A causal Wan has the tensors of Wan
             itself, so its kind decides.
     """
-    path = Path(str(options.distill.teacher))
-    source, own, config = f"distill.teacher={path}", type(student).__name__, own_config(student)
+    path = Path(teacher_path(options, option))
+    source, own, config = f"{option}={path}", type(student).__name__, own_config(student)
     found = _config(path, student.channels) or {}
     consistency = options.distill.method == "consistency"
     if found.get("_class_name") not in ((own,) if consistency else WAN_ITSELF):
@@ -128,7 +131,7 @@ def teacher_wan(options: Options, student: WanWorldModel) -> WanWorldModel:
             known = inspect.signature(BidirectionalWan.__init__).parameters
             shared = {key: value for key, value in config.items() if key in known}
             teacher = BidirectionalWan(**{**shared, "num_layers": layers})
-    return with_weights(teacher, path, "distill.teacher").requires_grad_(False)
+    return with_weights(teacher, path, option).requires_grad_(False)
 
 
 def with_weights(model: WanWorldModel, path: Path, option: str) -> WanWorldModel:
