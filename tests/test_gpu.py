@@ -221,6 +221,7 @@ def test_a_run_of_post_training(doom_root, tmp_path, method):
     base = ROOT / "assets/pretrained/scd_doom"
     given = small(doom_root, tmp_path, "name=run", f"init_from={base}", f"distill.teacher={base}")
     given += ["data.frames=8", "distill.context_frames=4", "train.compile=false"]
+    given += [f"distill.weak_teacher={base}", "distill.guidance_scale=1.5"]
     launch(ONE, [*given, "train.steps=3"], ROOT / f"options/scd_doom_{method}.yml")
     losses = [e["loss"] for e in read_log(tmp_path / "run/log.jsonl") if "loss" in e]
     print(method, losses)

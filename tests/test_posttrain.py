@@ -43,13 +43,15 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
     assert main(["split", str(teacher), *layers, "--out", str(split)]) == 0
     student = train(split / "options.yml", "student", 4, f"init_from={split}/model.safetensors")
     sizes = ["model.encoder_layers=2", "model.decoder_layers=2"]
+    weak = train("options/scd_doom_weak.yml", "weak", 2, *sizes)
+    guidance = [f"distill.weak_teacher={weak}", "distill.guidance_scale=1.5"]
     consistent = train(
         *("options/scd_doom_consistency.yml", "consistency", 4, *sizes, "distill.levels=6"),
-        *(f"init_from={student}/{weights}", f"distill.teacher={student}"),
+        *(f"init_from={student}/{weights}", f"distill.teacher={student}", *guidance),
     )
     distilled = train(
         *("options/scd_doom_distilled.yml", "distilled", 4, *sizes, "distill.critic_updates=2"),
-        *(f"init_from={consistent}/{weights}", f"distill.teacher={teacher}"),
+        *(f"init_from={consistent}/{weights}", f"distill.teacher={teacher}", *guidance),
     )
     # Each stage has moved the weights of the one before.
     kept = [load_checkpoint_for_use(folder) for folder in (student, consistent, distilled)]
@@ -73,4 +75,5 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
     assert "frame by frame" not in text and "distill.teacher=teacher_card" in text
     card = tmp_path / "card"
     assert main(["export", str(distilled), "--out", str(card)]) == 0
-    assert f"distilled (dmd) from {teacher}" in (card / "README.md").read_text()
+    text = (card / "README.md").read_text()
+    assert f"distilled (dmd) from {teacher}, guided away from {weak}" in text

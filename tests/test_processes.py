@@ -235,6 +235,7 @@ def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_p
     overrides += [
         *(f"init_from={weights[0]}/ema.safetensors", "train.compile=false"),
         *(f"distill.teacher={scored_by}/ema.safetensors", "distill.context_frames=2"),
+        *(f"distill.weak_teacher={weights[0]}/ema.safetensors", "distill.guidance_scale=1.5"),
         "distill.critic_updates=2",
         f"distill.adversarial_weight={0.1 if method == 'distilled' else 0}",
     ]
