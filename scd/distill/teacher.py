@@ -63,7 +63,8 @@ def load_teacher(
             f"distill.method=dmd scores clips with a bidirectional_dit, a causal_dit, or an scd of "
             f"encoder_frame=shift"
         )
-    if options.distill.adversarial_weight and teacher.has_context:
+    judges = options.distill.adversarial_weight > 0 and option == "distill.teacher"
+    if judges and teacher.has_context:
         raise ScdError(
             f"{option}={path}: an scd, but distill.adversarial_weight needs the features of "
             f"a bidirectional_dit or a causal_dit"
