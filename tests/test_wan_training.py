@@ -136,7 +136,8 @@ def test_every_stage_runs_by_its_command(wan_folder, data_root, overrides, tmp_p
     train("scd_wan", *given, start, "name=forced")
     runs = tmp_path / "runs"
     stage = [f"init_from={runs}/forced/exported", f"distill.teacher={runs}/forced/exported"]
-    train("scd_wan_consistency", *given, *stage, "name=consistent", "distill.levels=6")
+    weak = [f"distill.weak_teacher={wan_folder}/scd", "distill.guidance_scale=1.5"]
+    train("scd_wan_consistency", *given, *stage, *weak, "name=consistent", "distill.levels=6")
     stage = [f"init_from={runs}/consistent/exported", f"distill.teacher={wan_folder}/wan"]
     (data_root / "train.json").unlink()
     few = ["distill.critic_updates=2", "distill.critic_lr=1e-3", "train.sample_every=4"]
