@@ -30,6 +30,7 @@ from scd.options import Options, RolloutOptions, load_options
 from scd.rollout import continue_videos
 from scd.training.checkpoint import load_checkpoint
 from scd.training.launch import build_task, make_accelerator, run_experiment
+from scd.training.resume import refuse_other_run, run_identity
 from scd.training.run_log import read_log
 from tests.test_training import assert_same_state
 
@@ -542,6 +543,11 @@ def test_a_run_leads_away_from_the_weak_teacher_it_began_with(options, tmp_path:
     with pytest.raises(ScdError, match=r"the weights at distill\.weak_teacher are others"):
         run_experiment(other)
     run_experiment(guided("name=guided", "train.steps=3"))
+    # Nor can one begin in a run of a version that knew none.
+    saved, now = (run_identity(o, 1) for o in (options("distill.guidance_scale=2"), guided()))
+    del saved["distill.weak_teacher"], saved["options"]["distill"]["weak_teacher"]
+    with pytest.raises(ScdError, match=r"the weights at distill\.weak_teacher are others"):
+        refuse_other_run(saved, now, "checkpoint")
 
 
 def test_a_compiled_rollout_is_refused_before_the_first_step(options) -> None:

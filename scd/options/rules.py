@@ -180,7 +180,7 @@ WORLD_MODEL: list[Rule] = [
     (
         lambda o: o.distill.weak_teacher is None or o.distill.guidance_scale != 1,
         "distill.weak_teacher={distill.weak_teacher} with distill.guidance_scale=1: nothing leads "
-        "away from it; 1.25 or 1.5 are usual",
+        "away from it; begin with 1.25",
     ),
     (
         lambda o: o.distill.weak_teacher is None or o.distill.teacher is not None,

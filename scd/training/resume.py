@@ -137,7 +137,10 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
             f"{was}, are {is_}"
         )
     for key in WEIGHTS:
-        if key in saved and saved[key] != now[key]:  # not in runs of before it was hashed
+        # A run from before the option was made had none; of one from before it was hashed, it is
+        # not known which.
+        unknown = key in before and key not in saved
+        if not unknown and saved.get(key) != now[key]:
             changes.append(f"the weights at {key} are others")
     if changes:
         raise ScdError(
