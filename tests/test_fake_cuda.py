@@ -137,6 +137,22 @@ def test_a_rollout(kind, config, inputs_on, settings, known, side):
     assert frame.device == CUDA and frame.shape == (B, CHANNELS, side, side)
 
 
+def test_a_rollout_asks_no_kernel_that_plans_for_each_length(monkeypatch):
+    """cuDNN does, torch's first choice on Hopper in bf16: each frame has more keys than the last."""
+    asked = []
+
+    def watched(q, k, v, **keywords):
+        asked.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, **keywords)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    rollout = Rollout(make(SCD).eval(), RolloutOptions(3, guidance="none"), 7)
+    rollout.reset(torch.empty(B, 5, CHANNELS, 2, 2), torch.zeros(B, 5, dtype=torch.long))
+    rollout.step(torch.zeros(B, dtype=torch.long))
+    assert asked and not any(asked)
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # elsewhere as before
+
+
 def test_an_autoencoder_s_numbers_lie_where_its_weights_do():
     with CUDA:
         autoencoder = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)

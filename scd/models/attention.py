@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -19,6 +20,9 @@ from scd.models.masks import MaskMod, block_causal, clean_context, dense_mask, t
 # would be the largest thing in memory.
 MASKED_TOKENS = 1024
 BLOCK = 128  # queries and keys in a block of FlexAttention
+# All but cuDNN, which torch prefers on Hopper in bf16, and which makes a plan, in up to half a second
+# (github.com/modelscope/FunASR/issues/3704), for every number of keys: in a rollout, every frame.
+ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -30,7 +34,8 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     """
     if q.device.type != "cuda":
         return cpu.full_attention(q, k, v, mask)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with sdpa_kernel(ANY_LENGTH):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def block_causal_attention(
