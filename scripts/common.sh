@@ -22,6 +22,11 @@ fetch_weights() {
         echo "note: LPIPS and FVD will be reported as missing until 'scd fetch-weights' succeeds" >&2
 }
 
+# Print how many GPUs are visible, or NUM_GPUS.
+count_gpus() {
+    echo "${NUM_GPUS:-$("$(find_python)" -c "import torch; print(torch.cuda.device_count())")}"
+}
+
 # Launch a scd command on all visible GPUs (NUM_GPUS and PORT override), or on the CPU: one process,
 # or NUM_PROCS. ACCELERATE_CONFIG names a file of scripts/accelerate/ instead (see scripts/README.md).
 # Replaces the script's process, so that signals of a scheduler and the exit code pass through.
@@ -31,7 +36,7 @@ launch() {
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
     python=$(find_python)
-    gpus=${NUM_GPUS:-$("$python" -c "import torch; print(torch.cuda.device_count())")}
+    gpus=$(count_gpus)
     if [ -n "${ACCELERATE_CONFIG:-}" ]; then
         # The sizes of parallelism_config only take effect if the file enables it (hsdp.yaml).
         exec "$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" \

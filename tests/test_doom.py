@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from scd.data.video import VideoFile
 from scd.doom import record
 from scd.doom.navigator import CELL, FreeSpace, KeyNavigator, Navigator
 from scd.doom.record import ATTEMPT_SEED, SPLIT_SEEDS, SPLIT_SIZE_LIMIT, record_dataset
+from scd.doom.replay import Replay
 from scd.doom.simulator import (
     ACTIONS,
     FORWARD,
@@ -33,7 +35,7 @@ from scd.doom.simulator import (
     Pose,
 )
 from scd.errors import ScdError
-from scd.utils.files import read_json
+from scd.utils.files import read_json, read_npz
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,38 @@ def test_recorded_turns_turn_the_recorded_heading(doom_root: Path) -> None:
     np.testing.assert_allclose(turned, expected, atol=0.01)  # Doom's angles are 1/2^32 turns
     moved = np.linalg.norm(np.diff(poses[:, :2], axis=0), axis=1)
     assert moved[actions[1:] == FORWARD].max() > 20  # map units
+
+
+def test_a_recorded_episode_is_entered_again(doom_root: Path) -> None:
+    """Under its own keys it goes on as it was recorded, under others it does not."""
+    episode = doom_root / "val/00001.mp4"
+    actions = read_npz(episode.with_suffix(".npz"), "actions")
+    recorded = VideoFile(episode).frames(np.arange(10, 40)).astype(float)
+    with closing(Replay(doom_root)) as replay:
+        played = replay.play_on(episode, 9, actions[10:])
+        others = replay.play_on(episode, 9, np.where(actions[10:] == 1, 2, 1))
+    assert played is not None and others is not None
+    of_compression = np.abs(played - recorded).mean()
+    assert of_compression < 6
+    assert np.abs(others - recorded).mean() > 3 * of_compression
+
+
+def test_only_a_recording_can_be_entered(doom_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ScdError, match=r"recording\.json is missing"):
+        Replay(tmp_path)
+    copied = shutil.copytree(doom_root, tmp_path / "renamed")
+    (copied / "val/00000.npz").replace(copied / "val/00001.npz")
+    with closing(Replay(copied)) as replay, pytest.raises(ScdError, match="renamed"):
+        replay.play_on(copied / "val/00001.mp4", 5, [1])
+
+
+def test_an_episode_may_end_under_other_keys(doom_root: Path, monkeypatch) -> None:
+    with closing(Replay(doom_root)) as replay:
+        step, steps = replay._simulator.step, iter([True] * 7 + [False])
+        monkeypatch.setattr(
+            replay._simulator, "step", lambda action: step(action) if next(steps) else None
+        )
+        assert replay.play_on(doom_root / "val/00000.mp4", 5, [1, 1, 1]) is None
 
 
 def test_several_keys_at_once(tmp_path: Path, simulator: DoomSimulator) -> None:

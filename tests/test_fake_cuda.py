@@ -138,7 +138,7 @@ def test_a_rollout(kind, config, inputs_on, settings, known, side):
 
 
 def test_a_rollout_asks_no_kernel_that_plans_for_each_length(monkeypatch):
-    """cuDNN does, torch's first choice on Hopper in bf16: each frame has more keys than the last."""
+    """cuDNN does, torch's first choice on Hopper in bf16: a plan for every frame of a rollout."""
     asked = []
 
     def watched(q, k, v, **keywords):

@@ -1,6 +1,8 @@
 """The whole post-training by its commands, in miniature: every stage starts from the one before."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,11 @@ import torch
 
 from scd.cli import main
 from scd.models.load import load_checkpoint_for_use
+from scd.options import load_options
 from scd.training.run_log import read_log
+
+ROOT = Path(__file__).parent.parent
+TRAINING = 'echo "$@" >>trainings && mkdir -p "experiments/$(basename "$1" .yml)/exported"'
 
 
 @pytest.fixture
@@ -77,3 +83,33 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
     assert main(["export", str(distilled), "--out", str(card)]) == 0
     text = (card / "README.md").read_text()
     assert f"distilled (dmd) from {teacher}, guided away from {weak}" in text
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_the_script_asks_for_trainings_that_exist(gpus: int, tmp_path: Path) -> None:
+    """Each starts from what an earlier one leaves, and a second call repeats none."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("posttrain.sh", "common.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    (tmp_path / "scripts/train.sh").write_text(TRAINING)
+    (tmp_path / "scripts/inference.sh").write_text('echo "$1" >>evaluations')
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n[ $1 = -m ] || echo {gpus}\n")
+    python.chmod(0o755)
+    for _ in range(2):
+        command = ["bash", str(tmp_path / "scripts/posttrain.sh")]
+        subprocess.run(command, check=True, capture_output=True)
+    trainings = [line.split() for line in (tmp_path / "trainings").read_text().splitlines()]
+    made = []
+    for file, *overrides in trainings:
+        options = load_options(ROOT / file, overrides)
+        teachers = (options.distill.teacher, options.distill.weak_teacher)
+        for needed in filter(None, (options.init_from, *teachers)):
+            assert needed.startswith("assets/") or Path(needed).parts[1] in made, needed
+        made.append(options.name)
+        assert file == f"options/{options.name}.yml"
+        assert (options.train.batch_size > 4) == bool(gpus)
+    assert len(made) == len(set(made)) == 5
+    first = "experiments/scd_doom/exported" if gpus else "assets/pretrained/scd_doom"
+    assert (tmp_path / "evaluations").read_text().splitlines()[0] == first

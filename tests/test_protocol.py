@@ -18,6 +18,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from scd.cli import main
 from scd.data.clips import clip_folder
 from scd.data.video import VideoFile
+from scd.doom.replay import Replay
 from scd.errors import ScdError
 from scd.evaluation import frechet_distance, generate, measure, metric_weights, metrics, protocol
 from scd.evaluation.compare import compare_checkpoints
@@ -45,10 +46,15 @@ from scd.evaluation.protocol import (
     AUTOENCODED_SET,
     MODEL,
     OTHER,
+    OTHER_KEYS,
+    OTHER_KEYS_AUTOENCODED,
+    OTHER_KEYS_AUTOENCODED_SET,
+    OTHER_KEYS_SET,
     OTHER_SET,
     REAL_SET,
     REPEAT,
     REPEAT_SET,
+    play_with_other_keys,
     read_evaluation_batch,
     swap_new_actions,
 )
@@ -211,6 +217,7 @@ def test_real_frames_through_the_autoencoder(
     measured, plain = [], measure._read
     monkeypatch.setattr(measure, "_read", lambda *a: measured.append(a[1]) or plain(*a))
     options.model.patch_size = 1
+    options.eval.comparisons = ["repeat", "autoencoder", "other_keys"]
 
     def evaluated(autoencoder: str, steps: int):
         measured.clear()
@@ -225,16 +232,20 @@ def test_real_frames_through_the_autoencoder(
     real = read_evaluation_batch(data, [0, 1, 2], options, CPU)["video"][:, 3:]
     expected = psnr((codec.decode(codec.encode(real)) * 255).round() / 255, real).mean()
     assert found.rows[AUTOENCODED]["psnr"] == pytest.approx(float(expected), rel=1e-4)
-    assert AUTOENCODED_SET in measured
+    of_autoencoder = {AUTOENCODED_SET, OTHER_KEYS_AUTOENCODED_SET}
+    assert of_autoencoder < set(measured)
     _, again = evaluated(tiny_autoencoder_path, 2)
-    assert again.rows[AUTOENCODED] == found.rows[AUTOENCODED]
-    assert AUTOENCODED_SET not in measured
+    assert not of_autoencoder & set(measured)
+    for row in (AUTOENCODED, OTHER_KEYS_AUTOENCODED):
+        assert again.rows[row] == found.rows[row]
     other = shutil.copytree(tiny_autoencoder_path, tmp_path / "other")
     file = other / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 0.9 for name, tensor in load_file(file).items()}, file)
     _, another = evaluated(str(other), 1)
-    assert another.rows[AUTOENCODED] != found.rows[AUTOENCODED]
-    assert another.rows[REPEAT] == found.rows[REPEAT]
+    for row in (AUTOENCODED, OTHER_KEYS_AUTOENCODED):
+        assert another.rows[row] != found.rows[row]
+    for row in (REPEAT, OTHER_KEYS):
+        assert another.rows[row] == found.rows[row]
 
 
 def test_swap_changes_only_the_frames_to_come(options):
@@ -346,6 +357,50 @@ def test_other_clips_are_other_clips(options, data):
     others = read_evaluation_batch(data, [2, 3], options, CPU)
     assert torch.equal(ours["video"], again["video"].flip(0))
     assert not torch.equal(ours["video"], others["video"])
+
+
+def test_doom_is_played_on_with_other_keys(options, model, data, no_weights, tmp_path, monkeypatch):
+    """From where a clip's context ends, with the keys of the new frames of the next clip."""
+    options.eval.comparisons = ["other_keys"]
+    known, played = options.eval.context_frames, []
+    play_on = Replay.play_on
+
+    def watched(replay, episode, frame, actions):
+        frames = play_on(replay, episode, frame, actions)
+        played.append((episode, frame, actions, frames))
+        return frames
+
+    monkeypatch.setattr(Replay, "play_on", watched)
+    found = evaluate(model, PixelCodec(), data, options, tmp_path, UNSAVED)
+    assert [*found.rows] == [MODEL, SWAPPED, OTHER_KEYS]
+    described = {"sharpness", "motion", "sharpness_by_quarter", "motion_by_quarter"}
+    assert set(found.rows[OTHER_KEYS]) == described  # no frame has a partner to be compared with
+    batch = read_evaluation_batch(data, [0, 1, 2], options, CPU)
+    samples = SampleFolder(tmp_path)
+    for number, (episode, frame, actions, frames) in enumerate(played):
+        assert (np.array(actions) == batch["actions"][(number + 1) % 3, known:].numpy()).all()
+        real = VideoFile(episode).frames(np.array([frame]))[0]
+        assert torch.equal(
+            torch.from_numpy(real).permute(2, 0, 1), batch["video"][number, known - 1] * 255
+        )
+        clip = samples.read_clip(OTHER_KEYS_SET, number)
+        assert torch.equal(clip[:known], batch["video"][number, :known])
+        assert (clip[known:] * 255 == torch.from_numpy(frames).permute(0, 3, 1, 2)).all()
+    assert len(played) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"frame_size": 32}, "data.frame_size=64 data.frame_stride=1"),
+        ({"frame_stride": 2}, "data.frame_size=64 data.frame_stride=1"),
+    ],
+)
+def test_other_keys_need_the_frames_of_the_recording(options, data, change, message):
+    for name, value in change.items():
+        setattr(options.data, name, value)
+    with pytest.raises(ScdError, match=message):
+        play_with_other_keys(data, options, [0], CPU)
 
 
 def test_too_few_clips_are_refused_before_anything_is_made(options, model, data, tmp_path):

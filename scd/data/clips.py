@@ -147,7 +147,7 @@ class ClipFolder:
         opened, length, path = self._open(entry)
         if length < span:
             raise ScdError(f"{path}: {length} frames, but the clip needs {span}")
-        start = self._start(length - span, rng)
+        start = self.first_frame(length - span, rng)
         indices = np.arange(start, start + span, stride)
         if isinstance(opened, LatentFile):
             key, values = "latents", opened.frames(indices).float()
@@ -167,7 +167,7 @@ class ClipFolder:
             clip["label"] = torch.tensor(self._checked_label(number))
         return clip
 
-    def _start(self, last: int, rng: np.random.Generator | None) -> int:
+    def first_frame(self, last: int, rng: np.random.Generator | None) -> int:
         """Choose the first frame of a clip, which is at most `last`."""
         return 0 if rng is None else int(rng.integers(last + 1))
 

@@ -26,6 +26,8 @@ from scd.utils.files import read_json, read_npz, write_atomically, write_json
 
 SPLIT_SEEDS = {"train": 0, "val": 1_000_000}  # first episode seed of each split; no overlap
 ATTEMPT_SEED = 10_000_000
+ATTEMPTS = 100
+RECORDING = "recording.json"  # the settings of a recording
 SPLIT_SIZE_LIMIT = 1_000_000
 COVERAGE_CELL = 32  # map units
 
@@ -54,7 +56,7 @@ def record_dataset(
         )
     names = KEYS if keys else ACTIONS
     settings = {"frames": frames, "frame_size": size, "actions": list(names)}
-    note = root / "recording.json"
+    note = root / RECORDING
     if note.exists() and read_json(note) != settings:
         raise ScdError(
             f"{root} holds a recording with other settings ({note}): choose another folder"
@@ -117,7 +119,7 @@ def _play_episode(
     simulator: DoomSimulator, space: FreeSpace, seed: int, frames: int, keys: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Play an episode; return frames (F, H, W, 3), actions (F,) or (F, 3) and poses (F, 3)."""
-    for attempt in range(100):
+    for attempt in range(ATTEMPTS):
         # An episode ends early when the player touches the vest. The next attempt is a function of
         # the seed as well.
         start_seed = seed + attempt * ATTEMPT_SEED
@@ -135,7 +137,9 @@ def _play_episode(
         else:
             table = np.array([(p.x, p.y, p.heading) for p in poses])
             return np.stack(video), np.array(actions, np.uint8 if keys else np.int64), table
-    raise ScdError(f"record: episode seed {seed} ended before {frames} frames in 100 attempts")
+    raise ScdError(
+        f"record: episode seed {seed} ended before {frames} frames in {ATTEMPTS} attempts"
+    )
 
 
 def navigator_of(space: FreeSpace, seed: int, keys: bool) -> Navigator:

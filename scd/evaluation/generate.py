@@ -7,9 +7,12 @@ from scd.data.clips import ClipFolder
 from scd.errors import ScdError
 from scd.evaluation.protocol import (
     AUTOENCODED_SET,
+    OTHER_KEYS_AUTOENCODED_SET,
+    OTHER_KEYS_SET,
     OTHER_SET,
     REAL_SET,
     autoencode_frames,
+    play_with_other_keys,
     predict_frames,
     predictions,
     read_evaluation_batch,
@@ -40,8 +43,9 @@ def generate_samples(
     if [OTHER_SET] not in samples.rows.values():
         del sets_of_reals[OTHER_SET]
     sets_to_make = [prediction.name for prediction in predictions(options)]
-    if [AUTOENCODED_SET] in samples.rows.values():
-        sets_to_make.append(AUTOENCODED_SET)
+    for made in (AUTOENCODED_SET, OTHER_KEYS_SET, OTHER_KEYS_AUTOENCODED_SET):
+        if [made] in samples.rows.values():
+            sets_to_make.append(made)
     with error_barrier():
         # Read the last clip that is needed: report too few now, not after hours.
         read_evaluation_clip(data, max(sets_of_reals.values()) + count - 1, options)
@@ -88,14 +92,19 @@ def _make(
 ) -> None:
     """Generate a batch of a set and save those of its clips that the folder lacks."""
     batch = read_evaluation_batch(data, numbers, options, model.device)
+    known = samples.context_frames
     if set_ == AUTOENCODED_SET:
-        new = autoencode_frames(codec, options, batch["video"])
+        new = autoencode_frames(codec, batch["video"][:, known:])
+    elif set_ in (OTHER_KEYS_SET, OTHER_KEYS_AUTOENCODED_SET):
+        new = play_with_other_keys(data, options, numbers, model.device)
+        if set_ == OTHER_KEYS_AUTOENCODED_SET:
+            new = autoencode_frames(codec, new)
     else:
         (prediction,) = (p for p in predictions(options) if p.name == set_)
         if prediction.swapped:
             batch["actions"] = swap_new_actions(batch["actions"], options)
         new = predict_frames(model, codec, options, batch, numbers, prediction.seed)
-    whole = torch.cat([batch["video"][:, : samples.context_frames], new], dim=1).cpu()
+    whole = torch.cat([batch["video"][:, :known], new], dim=1).cpu()
     broken = []
     for number in _lacking(samples, set_, numbers):
         clip = whole[numbers.index(number)]

@@ -23,7 +23,13 @@ from scd.evaluation.metrics import (
     TrajectoryMetric,
     by_window,
 )
-from scd.evaluation.protocol import AUTOENCODED_SET, OTHER_SET, REAL_SET, REPEAT_SET
+from scd.evaluation.protocol import (
+    AUTOENCODED_SET,
+    OTHER_KEYS_AUTOENCODED_SET,
+    REAL_SET,
+    REPEAT_SET,
+    UNPAIRED_SETS,
+)
 from scd.evaluation.samples import SampleFolder, batches, siblings
 from scd.utils.processes import error_barrier, processes, split_between_processes
 
@@ -48,7 +54,7 @@ def quantities(
 ) -> dict[str, Quantity]:
     """List the quantities of a set's clips by name."""
     known = samples.setting.context_frames
-    compared, other = set_ not in (REAL_SET, OTHER_SET), samples.next_trajectory(set_)
+    compared, other = set_ not in (REAL_SET, *UNPAIRED_SETS), samples.next_trajectory(set_)
     wanted: dict[str, Quantity] = {}
     for key, metric in available.metrics.items():
         weights = None if metric.weights is None else available.hashes[metric.weights]
@@ -140,9 +146,10 @@ def _copy_from_siblings(samples: SampleFolder, wanted: dict[str, dict[str, Quant
 
     In a sweep, and for one checkpoint after another, those are three quarters of the work.
     """
+    of_autoencoder = (AUTOENCODED_SET, OTHER_KEYS_AUTOENCODED_SET)
     weights = {
         set_: _weights(wanted[set_])
-        for set_ in (REAL_SET, OTHER_SET, REPEAT_SET, AUTOENCODED_SET)
+        for set_ in (REAL_SET, REPEAT_SET, AUTOENCODED_SET, *UNPAIRED_SETS)
         if set_ in wanted
     }
     lacking = {  # clip -> quantities
@@ -153,7 +160,7 @@ def _copy_from_siblings(samples: SampleFolder, wanted: dict[str, dict[str, Quant
     }
     for other in siblings(samples):
         for (set_, number), missing in list(lacking.items()):
-            if set_ == AUTOENCODED_SET and other.autoencoder != samples.autoencoder:
+            if set_ in of_autoencoder and other.autoencoder != samples.autoencoder:
                 continue
             offered = missing & other.measured_quantities(set_, number, weights[set_])
             if not offered:

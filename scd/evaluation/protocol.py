@@ -5,13 +5,16 @@ to 8 bits and saved (`scd.evaluation.samples`) before anything is measured
 (`scd.evaluation.measure`).
 """
 
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scd.data.clips import ClipFolder
+from scd.data.clips import ClipFolder, read_actions
+from scd.doom.replay import Replay
 from scd.errors import ScdError
 from scd.models.autoencoder import Codec
 from scd.models.world_model import WorldModel
@@ -22,9 +25,14 @@ from scd.utils.seeding import generator
 EVALUATION_STREAM = 3
 MODEL, REPEAT, OTHER = "model", "repeat last context frame", "other real clips"  # rows
 AUTOENCODED = "real frames through the autoencoder"  # an upper bound for the model
+# What a perfect model would get that has forgotten where it is: see `play_with_other_keys`.
+OTHER_KEYS = "real Doom under other clips' keys"
+OTHER_KEYS_AUTOENCODED = f"{OTHER_KEYS}, through the autoencoder"
 # Sets of clips, one for each video: the real ones, real ones of other numbers, the repeated frame,
-# real ones whose new frames went through the autoencoder.
+# real ones whose new frames went through the autoencoder; and the simulator's under other keys.
 REAL_SET, OTHER_SET, REPEAT_SET, AUTOENCODED_SET = "real", "other", "repeat", "autoencoded"
+OTHER_KEYS_SET, OTHER_KEYS_AUTOENCODED_SET = "other-keys", "other-keys-autoencoded"
+UNPAIRED_SETS = (OTHER_SET, OTHER_KEYS_SET, OTHER_KEYS_AUTOENCODED_SET)  # not to compare by frame
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ def table_rows(options: Options) -> dict[str, list[str]]:
         rows[AUTOENCODED] = [AUTOENCODED_SET]
     if "other" in comparisons:
         rows[OTHER] = [OTHER_SET]
+    if "other_keys" in comparisons:
+        rows[OTHER_KEYS] = [OTHER_KEYS_SET]
+        if options.autoencoder.path is not None:
+            rows[OTHER_KEYS_AUTOENCODED] = [OTHER_KEYS_AUTOENCODED_SET]
     return rows
 
 
@@ -69,15 +81,14 @@ def read_evaluation_clip(data: ClipFolder, number: int, options: Options) -> dic
     Start frames come from a generator of the clip's number. Numbers from `eval.videos` on are the
     other real clips.
     """
-    frames = options.eval.context_frames + options.eval.new_frames
+    frames = _clip_frames(options)
     round_, entry = divmod(number, len(data))
     if round_ and data.length(entry) == (frames - 1) * options.data.frame_stride + 1:
         raise ScdError(
             f"{data.list_path}: {len(data)} clips of just {frames} frames: too few for "
             f"eval.videos={options.eval.videos} and as many other real clips; lower eval.videos"
         )
-    rng = np.random.default_rng([EVALUATION_STREAM, number])
-    return data.read(entry, frames, options.data.frame_stride, rng)
+    return data.read(entry, frames, options.data.frame_stride, _start_generator(number))
 
 
 def read_evaluation_batch(
@@ -115,9 +126,45 @@ def predict_frames(
     return _rounded(codec.decode(new))
 
 
-def autoencode_frames(codec: Codec, options: Options, video: Tensor) -> Tensor:
-    """Encode and decode the real frames after the context; returns as `predict_frames`."""
-    return _rounded(codec.decode(codec.encode(video[:, options.eval.context_frames :])))
+def autoencode_frames(codec: Codec, video: Tensor) -> Tensor:
+    """Encode and decode real frames (B, F, 3, H, W); returns as `predict_frames`."""
+    return _rounded(codec.decode(codec.encode(video)))
+
+
+def play_with_other_keys(
+    data: ClipFolder, options: Options, numbers: list[int], device: torch.device
+) -> Tensor:
+    """Continue the contexts of clips in the simulator, with the keys of the clips after them.
+
+    FVD compares clips under the same keys, which fit the place where they were pressed. This is
+    what real frames get for keys that were meant for another place.
+
+    Returns:
+        As `predict_frames`. Where an episode ends on the way, the next clip's keys are taken.
+
+    Raises:
+        ScdError: the clips are not as `scd record` recorded them, or no keys lead to an end.
+    """
+    known, new, count = options.eval.context_frames, options.eval.new_frames, options.eval.videos
+    clips = []
+    with closing(Replay(data.root)) as replay:
+        if replay.frame_size != options.data.frame_size or options.data.frame_stride != 1:
+            raise ScdError(
+                f"eval.comparisons has other_keys, which needs every frame of {data.root} as it "
+                f"was recorded: data.frame_size={replay.frame_size} data.frame_stride=1"
+            )
+        for number in numbers:
+            path, start = _place(data, number, options)
+            for other in range(number + 1, number + count):
+                keys, first = _place(data, other % count, options)
+                actions = read_actions(keys.with_suffix(".npz"))[first + known :][:new]
+                frames = replay.play_on(path, start + known - 1, actions)
+                if frames is not None:
+                    clips.append(torch.from_numpy(frames).movedim(-1, 1).float() / 255)
+                    break
+            else:
+                raise ScdError(f"{path}: under all other clips' keys the episode ends too early")
+    return torch.stack(clips).to(device)
 
 
 def swap_new_actions(actions: Tensor, options: Options) -> Tensor:
@@ -131,6 +178,23 @@ def swap_new_actions(actions: Tensor, options: Options) -> Tensor:
     else:
         exchanged = torch.where(new == one, other, torch.where(new == other, one, new))
     return torch.cat([actions[:, : options.eval.context_frames], exchanged], dim=1)
+
+
+def _clip_frames(options: Options) -> int:
+    return options.eval.context_frames + options.eval.new_frames
+
+
+def _start_generator(number: int) -> np.random.Generator:
+    """Return what draws the first frame of an evaluation's clip."""
+    return np.random.default_rng([EVALUATION_STREAM, number])
+
+
+def _place(data: ClipFolder, number: int, options: Options) -> tuple[Path, int]:
+    """Find the video of an evaluation's clip, and the clip's first frame in it."""
+    entry = number % len(data)
+    last = data.length(entry) - _clip_frames(options)
+    path = data.root / str(data.entries[entry].video_path)
+    return path, data.first_frame(last, _start_generator(number))
 
 
 def _rounded(video: Tensor) -> Tensor:

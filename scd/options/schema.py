@@ -385,8 +385,9 @@ class EvalOptions:
     batch_size: int = positive(16)  # clips generated at a time
     saved_videos: int = not_negative(16)  # how many predictions are kept as mp4 to look at
     swapped_actions: list[int] = field(default_factory=list)  # two actions that a table row swaps
-    # Extra rows of the table; each takes as long to measure as the model's own.
-    comparisons: list[Literal["repeat", "autoencoder", "other"]] = field(
+    # Extra rows of the table; each takes as long to measure as the model's own. `other_keys` (two
+    # rows) needs clips of `scd record`: the simulator plays on with the keys of other clips.
+    comparisons: list[Literal["repeat", "autoencoder", "other", "other_keys"]] = field(
         default_factory=lambda: ["repeat", "autoencoder", "other"]
     )
     # Precision of the FVD network. bf16: half the time where the device has it.
