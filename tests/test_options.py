@@ -326,7 +326,11 @@ def test_what_cannot_work_is_refused(file: Path, overrides: list[str], complaint
         ("rollout.solver", "heun", "is 'heun', not one of euler, multistep, consistency"),
         ("rollout.solver", "null", "is None, not one of euler, multistep, consistency"),
         ("train.trackers", "[wandb, wandbb]", "has 'wandbb', not one of tensorboard, wandb; did"),
-        ("eval.comparisons", "[others]", "has 'others', not one of repeat, autoencoder, other, other_keys;"),
+        (
+            "eval.comparisons",
+            "[others]",
+            "has 'others', not one of repeat, autoencoder, other, other_keys;",
+        ),
         ("autoencoder.encoder_block_types", "[Resblock]", "not one of ResBlock, EfficientViTBl"),
     ],
 )

