@@ -14,11 +14,15 @@ if [ "$(count_gpus)" -gt 0 ]; then
     base=experiments/scd_doom/exported
     large="train.batch_size=64 train.workers=4"
     small="train.batch_size=16 train.mixed_precision=fp32 train.compile=false"
-    weak="distill.weak_teacher=experiments/scd_doom/checkpoints/step-00000125/ema.safetensors"
+    weak=experiments/scd_doom/checkpoints/step-00000125/ema.safetensors
+    if [ -d "$base" ] && [ ! -f "$weak" ]; then
+        echo "error: experiments/scd_doom is of another training ($weak is missing): move it away" >&2
+        exit 1
+    fi
     stages=(
         "scd_doom $large train.steps=2500 train.save_every=125 train.keep_checkpoints=20"
         "bidirectional_dit_doom $large train.steps=2200 init_from=null optim.lr=1.5e-3 optim.muon_lr=0.02"
-        "scd_doom_consistency $small train.steps=300 init_from=$base distill.teacher=$base $weak distill.guidance_scale=1.25"
+        "scd_doom_consistency $small train.steps=300 init_from=$base distill.teacher=$base distill.weak_teacher=$weak distill.guidance_scale=1.25"
         "scd_doom_distilled $small train.steps=362 optim.lr=1e-4 distill.critic_lr=2e-4 distill.critic_updates=4"
         "scd_doom_continued $large train.steps=2300 init_from=$base"
     )

@@ -14,7 +14,11 @@ from scd.options import load_options
 from scd.training.run_log import read_log
 
 ROOT = Path(__file__).parent.parent
-TRAINING = 'echo "$@" >>trainings && mkdir -p "experiments/$(basename "$1" .yml)/exported"'
+TRAINING = """
+echo "$@" >>trainings
+mkdir -p "experiments/$(basename "$1" .yml)/exported" experiments/scd_doom/checkpoints/step-00000125
+touch experiments/scd_doom/checkpoints/step-00000125/ema.safetensors
+"""
 
 
 @pytest.fixture
@@ -97,8 +101,8 @@ def test_the_script_asks_for_trainings_that_exist(gpus: int, tmp_path: Path) -> 
     python.parent.mkdir(parents=True)
     python.write_text(f"#!/bin/sh\n[ $1 = -m ] || echo {gpus}\n")
     python.chmod(0o755)
+    command = ["bash", str(tmp_path / "scripts/posttrain.sh")]
     for _ in range(2):
-        command = ["bash", str(tmp_path / "scripts/posttrain.sh")]
         subprocess.run(command, check=True, capture_output=True)
     trainings = [line.split() for line in (tmp_path / "trainings").read_text().splitlines()]
     made = []
@@ -113,3 +117,7 @@ def test_the_script_asks_for_trainings_that_exist(gpus: int, tmp_path: Path) -> 
     assert len(made) == len(set(made)) == 5
     first = "experiments/scd_doom/exported" if gpus else "assets/pretrained/scd_doom"
     assert (tmp_path / "evaluations").read_text().splitlines()[0] == first
+    if gpus:
+        shutil.rmtree(tmp_path / "experiments/scd_doom/checkpoints")
+        refused = subprocess.run(command, capture_output=True, text=True)
+        assert refused.returncode == 1 and "is of another training" in refused.stderr
