@@ -165,6 +165,9 @@ def test_a_recorded_episode_is_entered_again(doom_root: Path) -> None:
 def test_only_a_recording_can_be_entered(doom_root: Path, tmp_path: Path) -> None:
     with pytest.raises(ScdError, match=r"recording\.json is missing"):
         Replay(tmp_path)
+    (tmp_path / "recording.json").write_text("{}")
+    with pytest.raises(ScdError, match="not the settings of a recording"):
+        Replay(tmp_path)
     copied = shutil.copytree(doom_root, tmp_path / "renamed")
     (copied / "val/00000.npz").replace(copied / "val/00001.npz")
     with closing(Replay(copied)) as replay, pytest.raises(ScdError, match="renamed"):

@@ -31,6 +31,8 @@ class Replay:
                 f"play on in its episodes"
             )
         settings = read_json(root / RECORDING)
+        if not isinstance(settings, dict) or not {"actions", "frame_size"} <= settings.keys():
+            raise ScdError(f"{root / RECORDING}: not the settings of a recording by `scd record`")
         self.several_keys = settings["actions"] == list(KEYS)
         self._simulator = DoomSimulator(settings["frame_size"])
 
