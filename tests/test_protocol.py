@@ -394,11 +394,12 @@ def test_doom_is_played_on_with_other_keys(options, model, data, no_weights, tmp
     [
         ({"frame_size": 32}, "data.frame_size=64 data.frame_stride=1"),
         ({"frame_stride": 2}, "data.frame_size=64 data.frame_stride=1"),
+        ({"videos": 1}, "eval.videos of 2 or more"),
     ],
 )
-def test_other_keys_need_the_frames_of_the_recording(options, data, change, message):
+def test_other_keys_need_clips_as_they_were_recorded(options, data, change, message):
     for name, value in change.items():
-        setattr(options.data, name, value)
+        setattr(options.eval if name == "videos" else options.data, name, value)
     with pytest.raises(ScdError, match=message):
         play_with_other_keys(data, options, [0], CPU)
 

@@ -146,6 +146,8 @@ def play_with_other_keys(
         ScdError: the clips are not as `scd record` recorded them, or no keys lead to an end.
     """
     known, new, count = options.eval.context_frames, options.eval.new_frames, options.eval.videos
+    if count < 2:
+        raise ScdError("eval.comparisons has other_keys, which needs eval.videos of 2 or more")
     clips = []
     with closing(Replay(data.root)) as replay:
         if replay.frame_size != options.data.frame_size or options.data.frame_stride != 1:
