@@ -24,7 +24,6 @@ class Replay:
     """
 
     def __init__(self, root: Path):
-        self.root = root
         if not (root / RECORDING).is_file():
             raise ScdError(
                 f"{root}: not recorded by `scd record` ({RECORDING} is missing), so nobody can "

@@ -21,7 +21,7 @@ from scd.models.masks import MaskMod, block_causal, clean_context, dense_mask, t
 MASKED_TOKENS = 1024
 BLOCK = 128  # queries and keys in a block of FlexAttention
 # All but cuDNN, which torch prefers on Hopper in bf16: for every number of keys, in a rollout every
-# frame, it makes a plan, in up to half a second (github.com/modelscope/FunASR/issues/3704).
+# frame, that makes a plan, in up to half a second (github.com/modelscope/FunASR/issues/3704).
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
