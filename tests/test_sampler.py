@@ -94,14 +94,15 @@ def test_noise_that_a_frame_takes(solver, fresh):
         return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
 
     used, plain = seeds(), seeds()
-    noise = frame_noise(shape, 4, solver, used, device)
+    noise = frame_noise(shape, 4, solver, 1.0, used, device)
     assert noise.shape == (2, 1 + fresh, 3, 4, 4)
     for sample, generator in enumerate(plain):
         initial = torch.randn(1, 3, 4, 4, generator=generator)
         rest = torch.randn(1, fresh, 3, 4, 4, generator=generator)
         assert torch.equal(noise[sample], torch.cat([initial[:, None], rest], dim=1)[0])
         assert torch.equal(generator.get_state(), used[sample].get_state())
-    given = frame_noise(shape, 4, solver, seeds(), device, noise[:, 0])
+    given = frame_noise(shape, 4, solver, 0.5, seeds(), device, noise[:, 0])
     assert torch.equal(given[:, 0], noise[:, 0])
     drawn = torch.randn(1, fresh, 3, 4, 4, generator=seeds()[1])
-    assert torch.equal(given[1:, 1:], drawn)
+    assert torch.equal(given[1:, 1:], 0.5 * drawn)
+    assert torch.equal(frame_noise(shape, 4, solver, 0.5, seeds(), device), 0.5 * noise)

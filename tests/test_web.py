@@ -87,7 +87,7 @@ def largest_difference(
     [
         {"solver": "multistep", "sink_frames": 1},
         {"solver": "euler", "steps": 3},
-        {"solver": "consistency", "steps": 3},
+        {"solver": "consistency", "steps": 3, "temperature": 0.5},
         {"guidance": "context", "guidance_scale": 1.5, "steps": 1},
     ],
     ids=lambda changes: next(iter(changes.values())),
@@ -218,7 +218,8 @@ const about = {
   layers: 1000, levels: [1], steps: { 1: [1, 0] }, rotary: { theta: 10000, dims: 16 },
   shapes: { latents: [16], context: [1] },
   rollout: {
-    solver: "euler", guidance_noise: 0, guidance_interval: [0, 1], window: 5, sink_frames: 0,
+    solver: "euler", temperature: 1, guidance_noise: 0, guidance_interval: [0, 1], window: 5,
+    sink_frames: 0,
   },
 };
 """

@@ -132,7 +132,7 @@ def teacher_forced(
         torch.stack([torch.randn(real.shape[1:], generator=g) for g in generators]).to(real)
         for _ in range(2)
     )
-    noisy = level * noise + (1 - level) * real
+    noisy = level * settings.temperature * noise + (1 - level) * real
     times = torch.full(real.shape[:2], MAX_TIMESTEP * level, device=real.device)
     first_look = FirstLook.pure(look) if model.takes_first_look else None
     generated = Generated(real, clip, noisy, times, first_look)

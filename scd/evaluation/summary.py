@@ -278,6 +278,7 @@ def rollout_text(r: RolloutOptions) -> str:
             f"{r.steps} step{'s' * (r.steps > 1)}" + first,
             r.solver,
             f"spacing {r.spacing}",
+            *([f"temperature {r.temperature}"] if r.temperature != 1 else []),
             f"{r.guidance} guidance {r.guidance_scale}" if guided else "no guidance",
             f"window of {r.window} frames" if r.window else "all past frames",
             r.precision,

@@ -32,6 +32,7 @@ def frame_noise(
     shape: tuple[int, ...],
     num_steps: int,
     solver: str,
+    temperature: float,
     generator: Generators,
     device: torch.device,
     initial: Tensor | None = None,
@@ -41,15 +42,16 @@ def frame_noise(
     Args:
         shape: (B, C, H, W), of the frame.
         solver: `consistency` takes fresh noise at every step but the last, the others none.
+        temperature: standard deviation of what is drawn.
         initial: (B, C, H, W), instead of drawing it.
     """
     if initial is None:
-        initial = randn_tensor(shape, generator, device)
+        initial = temperature * randn_tensor(shape, generator, device)
     noise = initial.to(device, torch.float32)[:, None]
     if solver != "consistency":
         return noise
     fresh = randn_tensor((shape[0], num_steps - 1, *shape[1:]), generator, device)
-    return torch.cat([noise, fresh], dim=1)
+    return torch.cat([noise, temperature * fresh], dim=1)
 
 
 def integrate(

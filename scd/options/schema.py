@@ -354,6 +354,9 @@ class RolloutOptions:
     # Denoising steps of a rollout's first new frame, which later frames build on. 0: as many as
     # `steps`.
     first_frame_steps: int = not_negative(0)
+    # Standard deviation of the noise that frames are made from. Below 1: nearer to the expected,
+    # less varied.
+    temperature: float = positive(1.0)
     # The negative branch: a perturbed context (scd only), or the null condition.
     guidance: Guidance = "context"
     guidance_scale: float = not_negative(1.5)  # 1: no guidance

@@ -217,7 +217,7 @@ class Rollout:
         tokens = model.tokens_per_frame(*self._newest.shape[-2:])
         s, shape, steps = self.settings, (self._batch, *self._newest.shape[2:]), len(levels) - 1
         each = [
-            frame_noise(shape, steps, s.solver, self._generator, model.device, noise)
+            frame_noise(shape, steps, s.solver, s.temperature, self._generator, model.device, noise)
             for _ in range(self._chunk)
         ]
         noises = torch.stack(each, dim=2)  # (B, 1 + fresh, 1 or a chunk, C, H, W)

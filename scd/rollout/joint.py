@@ -49,9 +49,10 @@ def denoise_jointly(
         if conditions is None:
             raise ScdError("condition guidance needs a model with a condition")
         conditions = torch.cat([conditions, model.null_conditions(conditions.shape[:2])])
-    shape, steps, solver = (batch, *context.shape[2:]), settings.steps, settings.solver
+    shape, steps = (batch, *context.shape[2:]), settings.steps
+    solver, temperature = settings.solver, settings.temperature
     noises = [
-        frame_noise(shape, steps, solver, generator, model.device, initial)
+        frame_noise(shape, steps, solver, temperature, generator, model.device, initial)
         for initial in ([None] * num_frames if noise is None else noise.unbind(dim=1))
     ]
     start, *fresh = torch.stack(noises, dim=2).unbind(dim=1)  # (B, num_frames, C, H, W) each

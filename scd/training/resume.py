@@ -28,7 +28,9 @@ FREE = (
     *("optim.", "rollout.", "eval.", "train."),
 )
 # Where rollouts are what is trained on, they may not.
-TRAINED_ON = tuple(f"rollout.{key}" for key in ("steps", "spacing", "shift", "first_frame_steps"))
+TRAINED_ON = tuple(
+    f"rollout.{key}" for key in ("steps", "spacing", "shift", "temperature", "first_frame_steps")
+)
 
 
 def resume(

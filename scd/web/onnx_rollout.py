@@ -86,7 +86,7 @@ class OnnxRollout:
         """
         s = self._settings
         shape = tuple(self._newest.shape)
-        drawn = frame_noise(shape, s.steps, s.solver, self._generator, CPU, noise)
+        drawn = frame_noise(shape, s.steps, s.solver, s.temperature, self._generator, CPU, noise)
         initial, *fresh = drawn.unbind(dim=1)  # (1, C, H, W) each
         perturbation = np.zeros(self._context_shape, np.float32)
         if self._guided:

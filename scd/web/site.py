@@ -178,6 +178,7 @@ def _write_manifest(folder: Path, catalog: Catalog, weights: Format) -> None:
         "fps": Limits().fps,
         "rollout": {
             "solver": rollout.solver,
+            "temperature": rollout.temperature,
             "guidance_noise": rollout.guidance_noise,
             "guidance_interval": rollout.guidance_interval,
             "window": rollout.window,

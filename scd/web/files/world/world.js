@@ -67,10 +67,11 @@ export class World {
     const begun = performance.now();
     const schedule = steps[s.steps];
     const size = product(shapes.latents);
-    const noise = generator.normal(size);
+    const draw = (count) => generator.normal(count).map((value) => rollout.temperature * value);
+    const noise = draw(size);
     let fresh = [];
     if (rollout.solver === "consistency" && s.steps > 1) {
-      const drawn = generator.normal(size * (s.steps - 1));
+      const drawn = draw(size * (s.steps - 1));
       fresh = schedule.slice(2).map((_, i) => drawn.subarray(i * size, (i + 1) * size));
     }
     const guided = s.guidance_scale !== 1;
