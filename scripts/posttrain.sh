@@ -36,10 +36,10 @@ for stage in "${stages[@]}"; do
     [ -d "experiments/$name/exported" ] || bash scripts/train.sh "options/$name.yml" $overrides
     case "$name" in scd_doom_*) exported+=("experiments/$name/exported") ;; esac
 done
-# Trained with one and two steps a frame, the student is used with one.
+# Trained with one and two steps a frame, the student is used with one, from less noise.
 one_step=experiments/scd_doom_one_step
 [ -d "$one_step" ] || "${scd[@]}" export experiments/scd_doom_distilled/exported --out "$one_step" \
-    name=scd_doom_one_step rollout.steps=1
+    name=scd_doom_one_step rollout.steps=1 rollout.temperature=0.7
 exported+=("$one_step")
 
 fetch_weights
