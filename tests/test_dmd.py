@@ -515,6 +515,7 @@ def test_a_run_goes_on_with_its_teacher_and_its_steps(options, tmp_path: Path) -
     for override, difference in (
         ("rollout.steps=1", "rollout.steps was 2, is 1"),
         ("rollout.shift=5", "rollout.shift was 2.7, is 5"),
+        ("rollout.temperature=0.5", "rollout.temperature was 1.0, is 0.5"),
         (other, "the weights at distill.teacher are others"),
     ):
         with pytest.raises(ScdError, match=f"belongs to another run: {difference}"):

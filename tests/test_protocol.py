@@ -556,6 +556,7 @@ def test_rollouts_in_words():
         "frames, fp32"
     )
     assert rollout_text(RolloutOptions(8)).startswith("8 steps, euler, ")
+    assert ", temperature 0.7, " in rollout_text(RolloutOptions(8, temperature=0.7))
 
 
 def test_sharpness_and_motion_of_known_clips(whole):

@@ -270,6 +270,20 @@ def test_an_exit_is_what_teacher_forcing_predicts(inputs, make, exit_step):
         history = torch.cat([history, frame[:, None]], dim=1)
 
 
+def test_temperature_scales_the_noise(model, inputs):
+    context, _, actions = inputs
+    seed = torch.Generator().manual_seed(3)
+    drawn = torch.randn(B, C, H, W, generator=seed)
+    made = continue_videos(
+        *(model, plain(STEPS, temperature=0.5), context, 1, actions[:, : K + 1]),
+        generator=seed.manual_seed(3),
+    )
+    given = continue_videos(
+        *(model, plain(STEPS), context, 1, actions[:, : K + 1]), noise=0.5 * drawn[:, None]
+    )
+    assert torch.equal(made, given)
+
+
 @pytest.mark.parametrize("guidance", ["none", "condition", "context"])
 def test_the_last_exit_is_the_frame(model, inputs, guidance):
     """To the bit, also where the first frame has more steps; then an exit is one of its steps."""
