@@ -184,7 +184,7 @@ def test_guidance_slider(page, site):
     page.step()
     found = pixels(page)
     start, settings = load_starts(STARTS, 64, 4)[0], Settings(2, 2.0, seed=0)
-    (expected,) = pictures_by_onnx(site, load_pretrained(MODEL), start, settings, [0])
+    (expected,) = pictures_by_onnx(site, load_pretrained(MODEL, OVERRIDES), start, settings, [0])
     assert abs(found.astype(int) - expected).max() <= LEVELS
     assert abs(found.astype(int) - plain).mean() > MEAN_LEVELS
 
