@@ -83,6 +83,11 @@ def driver(downloads) -> Iterator[Any]:
     driver.quit()
 
 
+def limit_storage(driver, address: str, room: int) -> None:
+    """Let the host at an address keep so many bytes in the browser."""
+    driver.execute_cdp_cmd("Storage.overrideQuotaForOrigin", {"origin": address, "quotaSize": room})
+
+
 @pytest.fixture
 def page(driver, address) -> Iterator[Page]:
     page = Page(driver)
@@ -207,6 +212,7 @@ def test_offline_once_loaded(driver, site):
     """Threads by the service worker's headers; the host gone, the page still begins and plays."""
     page = Page(driver)
     with serving(site) as address:
+        limit_storage(driver, address, 1 << 30)  # so much, on whatever disk the tests run
         page.open(address)
         assert page.js("return crossOriginIsolated")
         asked = page.js("return performance.getEntriesByType('resource').map(({name}) => name)")
@@ -219,6 +225,17 @@ def test_offline_once_loaded(driver, site):
     page.all("#starts button")[-1].click()
     page.wait(lambda: page.frame == BEGIN and not page.all("#branches button"), "another start")
     page.step()
+
+
+@pytest.mark.parametrize("room", [0, 5 << 20], ids=["none", "5 MB"])
+def test_plays_where_nothing_can_be_kept(driver, site, room):
+    """A full disk: the browser refuses to keep files, all of them or the large ones."""
+    page = Page(driver)
+    with serving(site) as address:
+        limit_storage(driver, address, room)
+        page.open(address)
+        assert page.js("return crossOriginIsolated")
+        page.step()
 
 
 @pytest.mark.parametrize(

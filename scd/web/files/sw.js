@@ -12,7 +12,8 @@ const HEADERS = {
 
 addEventListener("install", (event) => {
   const fresh = PAGE.map((name) => new Request(name, { cache: "reload" }));
-  event.waitUntil(caches.open(CACHE).then((kept) => kept.addAll(fresh)).then(() => skipWaiting()));
+  const kept = caches.open(CACHE).then((cache) => cache.addAll(fresh));
+  event.waitUntil(kept.catch(playOnlineOnly).then(() => skipWaiting()));
 });
 
 addEventListener("activate", (event) => {
@@ -31,13 +32,18 @@ addEventListener("fetch", (event) => {
   event.respondWith(answer(event.request));
 });
 
+// On a full disk, or where a browser keeps nothing for a site, the page plays all the same.
+function playOnlineOnly(error) {
+  console.warn("not kept for use offline:", error);
+}
+
 async function answer(request) {
-  const kept = await caches.open(CACHE);
+  const kept = await caches.open(CACHE).catch(playOnlineOnly);
   // Parameters of the address are for the page, not for the host.
-  let found = await kept.match(request, { ignoreSearch: true });
+  let found = await kept?.match(request, { ignoreSearch: true });
   if (!found) {
     found = await fetch(request);
-    if (found.status === 200) await kept.put(request, found.clone());
+    if (found.status === 200) await kept?.put(request, found.clone()).catch(playOnlineOnly);
   }
   const headers = new Headers(found.headers);
   for (const [name, value] of Object.entries(HEADERS)) headers.set(name, value);
