@@ -556,6 +556,14 @@ def test_a_compiled_rollout_is_refused_before_the_first_step(options) -> None:
         build_task(options("rollout.compile=true"), make_accelerator(options()))
 
 
+def test_a_run_keeps_the_temperature_that_it_began_with_before_the_option(options) -> None:
+    saved, now = (run_identity(o, 1) for o in (options(), options("rollout.temperature=0.5")))
+    del saved["options"]["rollout"]["temperature"]
+    refuse_other_run(saved, run_identity(options(), 1), "checkpoint")
+    with pytest.raises(ScdError, match=r"rollout\.temperature was 1\.0, is 0\.5"):
+        refuse_other_run(saved, now, "checkpoint")
+
+
 @pytest.mark.parametrize("kind", ["scd", "causal"])
 def test_a_causal_score_of_a_frame_depends_on_no_later_one(kind: str) -> None:
     critic = Critic(make(kind, seed=2), False)

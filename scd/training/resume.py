@@ -112,11 +112,14 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
     Raises:
         ScdError: naming every difference.
     """
-    before, after = flatten_options(saved["options"]), flatten_options(now["options"])
+    defaults = flatten_options(options_to_dict(Options()))
+    # An option that is newer than the run did in it what its default does.
+    written, after = (flatten_options(run["options"]) for run in (saved, now))
+    before = defaults | written
     changes = [
         f"{key} was {before[key]}, is {after[key]}"
         for key in after
-        if key in before and before[key] != after[key] and not _may_change(key, after)
+        if before[key] != after[key] and not _may_change(key, after)
     ]
     # The rate may change, but not which optimizer the saved state belongs to.
     muon = [values.get("optim.muon_lr") for values in (before, after)]
@@ -141,7 +144,7 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
     for key in WEIGHTS:
         # A run from before the option was made had none; of one from before it was hashed, it is
         # not known which.
-        unknown = key in before and key not in saved
+        unknown = key in written and key not in saved
         if not unknown and saved.get(key) != now[key]:
             changes.append(f"the weights at {key} are others")
     if changes:
