@@ -80,6 +80,17 @@ def test_given_frames_are_seen_clean_and_noisy_ones_noisy() -> None:
         tensor[:, frame] -= 1
 
 
+@pytest.mark.parametrize("given", [2, 3, 5])
+def test_given_frames_need_no_noise(given: int) -> None:
+    """F' noisy frames after F - F' given ones, also more given than noisy ones."""
+    model, (latents, actions) = make_model(), make_clip()
+    noisy, times = torch.randn(2, FRAMES, 3, 4, 4), torch.full((2, FRAMES), 600.0)
+    times[:, :given] = CLEAN_TIMESTEP
+    whole = model(latents, noisy[:, None], times[:, None], actions)
+    fewer = model(latents, noisy[:, None, given:], times[:, None, given:], actions)
+    torch.testing.assert_close(fewer, whole[:, :, given:], rtol=1e-5, atol=1e-5)
+
+
 def test_draws_do_not_see_each_other() -> None:
     model = make_model()
     latents, actions = make_clip()

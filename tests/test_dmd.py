@@ -16,6 +16,7 @@ from scd.distill.dmd import (
     Generated,
     Score,
     draw_exit,
+    draw_start,
     loss_with_gradient,
     matching_gradient,
     replay,
@@ -432,6 +433,58 @@ def test_the_head_tells_blurred_from_real_clips_of_the_same_contexts() -> None:
     assert loss < 0.3  # chance is log 2
 
 
+# --- Windows of long rollouts
+
+
+def windowed(window_frames: int, frames: int) -> DMDObjective:
+    objective = objective_of(window_frames=window_frames)
+    objective.options.data.frames = frames
+    return objective
+
+
+def test_a_later_window_follows_own_frames_under_its_own_keys() -> None:
+    objective, (latents, actions) = windowed(5, KNOWN + NEW), make_clip()
+    clips = {"latents": latents, "actions": actions}
+    first = objective.window(clips, 0, 0.9, generators())
+    assert torch.equal(first["latents"], latents[:, :5])
+    assert torch.equal(first["actions"], actions[:, :5])
+    later = objective.window(clips, 2, 0.9, generators())
+    context = latents[:, :KNOWN]
+    own = continue_videos(
+        objective.model, SETTINGS, context, 2, actions[:, :5], generator=generators()
+    )
+    given, rest = later["latents"].split([KNOWN, 2], dim=1)
+    torch.testing.assert_close(given, torch.cat([context[:, 2:], own], 1), rtol=0, atol=0)
+    assert torch.equal(rest, latents[:, 5:])
+    assert torch.equal(later["actions"], actions[:, 2:])
+
+
+def test_windows_begin_all_over_a_clip_as_the_step_says() -> None:
+    options = windowed(KNOWN + 2, 3 * KNOWN + 2).options
+    starts = [draw_start(options, step) for step in range(300)]
+    assert starts == [draw_start(options, step) for step in range(300)]
+    assert set(starts) == {0, KNOWN, 2 * KNOWN}
+    assert {starts.count(start) for start in starts} <= set(range(70, 131))
+    assert draw_start(options_of(), 1) == 0
+
+
+def test_a_window_is_learned_from_as_a_clip_is() -> None:
+    """That at the beginning exactly; of one further on, the replay equals the rollout."""
+    objective, (latents, actions) = windowed(KNOWN + 2, 2 * KNOWN + 2), make_clip()
+    long = {"latents": latents.repeat(1, 2, 1, 1, 1)[:, :8], "actions": actions.repeat(1, 2)[:, :8]}
+    short = {key: value[:, :5] for key, value in long.items()}
+    steps = {draw_start(objective.options, step): step for step in range(2, 40, 2)}
+    assert set(steps) == {0, KNOWN}
+    losses = []
+    for step in steps.values():
+        others = {"sample": [0, 1], "step": step}
+        values = objective({**long, **others})
+        assert values["replay_error"] < 1e-4
+        losses.append((values["loss"], objective_of()({**short, **others})["loss"]))
+    assert torch.equal(*losses[list(steps).index(0)])
+    assert not torch.equal(*losses[list(steps).index(KNOWN)])
+
+
 def test_exits_are_uniform_and_depend_on_the_step_alone() -> None:
     exits = [int(4 * draw_exit(3, step)) for step in range(400)]
     assert exits == [int(4 * draw_exit(3, step)) for step in range(400)]
@@ -468,13 +521,20 @@ def options(doom_root: Path, tmp_path: Path, fresh_accelerate: None):
     return lambda *o: load("scd_doom_distilled", *student, *own, *places, *o)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.1])
-def test_a_resumed_run_equals_an_uninterrupted_one(options, weight: float, tmp_path: Path) -> None:
-    adversarial = f"distill.adversarial_weight={weight}"
-    whole = options("name=whole", "train.steps=4", adversarial)
+@pytest.mark.parametrize(
+    "further",
+    [
+        ["distill.adversarial_weight=0"],
+        ["distill.adversarial_weight=0.1"],
+        ["data.frames=8", "distill.window_frames=6", "rollout.window=5"],
+    ],
+    ids=["matching", "adversarial", "windows"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(options, further, tmp_path: Path) -> None:
+    whole = options("name=whole", "train.steps=4", *further)
     run_experiment(whole)
     for steps in (1, 3, 4):
-        run_experiment(options("name=parts", f"train.steps={steps}", adversarial))
+        run_experiment(options("name=parts", f"train.steps={steps}", *further))
     assert_same_state(*(tmp_path / name / "checkpoints" for name in ("whole", "parts")))
     # The critic moves in every step, the student and its average in every second one.
     folder = whole.output / "checkpoints"
@@ -498,6 +558,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, weight: float, tmp_p
         ("rollout.guidance_scale=1.5", "without guidance"),
         ("distill.matching_weight=0", "learn nothing"),
         ("rollout.window=4", "sees fewer"),
+        ("distill.window_frames=7", "at most data.frames=6"),
+        ("distill.window_frames=2", "must be more than distill.context_frames=2"),
         ("model.type=bidirectional_dit", "contradicts"),
         ("flow.self_forcing_prob=0.5", "of teacher forcing alone"),
         ("flow.encoder_input=noisy", "of teacher forcing alone"),
@@ -506,6 +568,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, weight: float, tmp_p
 def test_options_that_cannot_work_are_refused(override: str, message: str, options) -> None:
     with pytest.raises(ScdError, match=message):
         options(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["distill.method=consistency", "distill.self_rollout=false", "distill.adversarial_weight=1"],
+)
+def test_windows_are_of_own_rollouts(override: str, options) -> None:
+    with pytest.raises(ScdError, match="on own rollouts"):
+        options("distill.window_frames=5", override)
 
 
 def test_a_run_goes_on_with_its_teacher_and_its_steps(options, tmp_path: Path) -> None:

@@ -143,6 +143,12 @@ def test_the_bidirectional_model_is_diffusers_own(inputs):
     given = model.velocity(latents, noisy, times, text)[:, 2:]
     fewer = model(latents, noisy[:, None, 2:], times[:, None, 2:], None, text=text)[:, 0]
     assert (given - expected).abs().max() < 1e-5 and (fewer - expected).abs().max() < 1e-5
+    times[:, :3] = -1  # more given than noisy frames
+    given = model.velocity(latents, noisy, times, text)[:, 2:]
+    fewer = model(latents, noisy[:, None, 3:], times[:, None, 3:], None, text=text)[:, 0]
+    assert (given[:, 1:] - fewer).abs().max() < 1e-5
+    times[:, 2] = level
+    given = model.velocity(latents, noisy, times, text)[:, 2:]
     acting = BidirectionalWan.from_wan(wan, num_actions=3)
     actions = torch.tensor([[0, 1, 2, 0]] * B)
     assert torch.equal(acting.velocity(latents, noisy, times, text, actions)[:, 2:], given)

@@ -13,6 +13,10 @@ The rollout has no gradient. It records the noisy input of every frame at the de
 it stopped; one parallel pass of the student over the finished clip, which is its ordinary training
 forward, gives the same frames with a gradient, also through the generated history (arXiv
 2607.20368). In an SCD, writing the history and denoising have parameters of their own.
+
+Rollouts that are longer than what a teacher scores are matched window by window: a window begins
+somewhere in the student's own rollout, and its given frames are own ones (streaming long tuning,
+arXiv 2509.22622). So the student learns to go on from what it makes of a video after a while.
 """
 
 from typing import NamedTuple
@@ -217,12 +221,13 @@ class DMDObjective(nn.Module):
         """
         options, d = self.options, self.options.distill
         samples, step = [int(number) for number in batch["sample"]], int(batch["step"])
+        exit_at = draw_exit(options.seed, step)
+        generators = [generator("cpu", options.seed, "rollout", sample) for sample in samples]
+        batch = self.window(batch, draw_start(options, step), exit_at, generators)
         latents, known = batch["latents"], d.context_frames
         context = latents[:, :known]
         actions, labels, text = (batch.get(key) for key in ("actions", "label", "text"))
         conditions = self.model.frame_conditions(latents.shape[:2], actions, labels)
-        exit_at = draw_exit(options.seed, step)
-        generators = [generator("cpu", options.seed, "rollout", sample) for sample in samples]
         if d.self_rollout:
             generated = roll_out(
                 self.model,
@@ -272,6 +277,42 @@ class DMDObjective(nn.Module):
             loss = loss + loss_with_gradient(frames, gradient)
             values["replay_error"] = (frames.detach() - generated.frames).abs().max()
         return {"loss": loss, **values}
+
+    def window(
+        self,
+        batch: dict[str, Tensor],
+        start: int,
+        exit_at: float,
+        generators: list[torch.Generator],
+    ) -> dict[str, Tensor]:
+        """Cut the window of `distill.window_frames` frames out of clips that begins at `start`.
+
+        Further into a clip, the window's given frames are own ones, continued as in use from the
+        clip's first frames to there.
+        """
+        frames, known = self.options.distill.window_frames, self.options.distill.context_frames
+        if frames is None:
+            return batch
+        latents, actions = batch["latents"], batch.get("actions")
+        given = latents[:, :known]
+        if start:
+            past = None if actions is None else actions[:, : known + start]
+            own = roll_out(
+                self.model,
+                self.options.rollout,
+                given,
+                start,
+                exit_at,
+                past,
+                batch.get("label"),
+                generators,
+                batch.get("text"),
+            )
+            given = own.history[:, start:]
+        cut = {"latents": torch.cat([given, latents[:, start + known : start + frames]], dim=1)}
+        if actions is not None:
+            cut["actions"] = actions[:, start : start + frames]
+        return {**batch, **cut}
 
     @torch.no_grad()
     def gradient(
@@ -385,6 +426,16 @@ class DMDObjective(nn.Module):
 def trains_student(options: Options, step: int) -> bool:
     """Whether the student is updated in a step, from 1: in the last of every few of the critic."""
     return step % options.distill.critic_updates == 0
+
+
+def draw_start(options: Options, step: int) -> int:
+    """Draw where the windows of all clips begin: a multiple of the number of their given frames."""
+    d = options.distill
+    if d.window_frames is None:
+        return 0
+    starts = (options.data.frames - d.window_frames) // d.context_frames + 1
+    drawn = torch.randint(starts, (), generator=generator("cpu", options.seed, "window", step))
+    return d.context_frames * int(drawn)
 
 
 def draw_exit(seed: int, step: int) -> float:

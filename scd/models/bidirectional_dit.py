@@ -49,7 +49,7 @@ class BidirectionalDiT(DiT):
         frames = torch.cat(
             [clean[:, :first], torch.where(given, clean[:, first:], noisy)], dim=1
         )  # (B·K, F, C, H, W)
-        start = torch.full_like(times[:, :first], CLEAN_TIMESTEP)  # (B·K, F - F')
+        start = times.new_full((len(times), first), CLEAN_TIMESTEP)  # (B·K, F - F')
         if conditions is not None:
             conditions = repeat(conditions, "b f ... -> (b k) f ...", k=draws)  # (B·K, F, ...)
         e = self.conditioning(torch.cat([start, times], dim=1), conditions)  # (B·K, F, D)

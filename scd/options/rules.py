@@ -214,13 +214,36 @@ WORLD_MODEL: list[Rule] = [
         "to generate",
     ),
     (
+        lambda o: (
+            o.distill.window_frames is None
+            or 0 < o.distill.context_frames < o.distill.window_frames <= o.data.frames
+        ),
+        "distill.window_frames={distill.window_frames} must be more than "
+        "distill.context_frames={distill.context_frames}, of which there must be one at least, and "
+        "at most data.frames={data.frames}",
+    ),
+    (
+        lambda o: (
+            o.distill.window_frames is None
+            or (o.distill.method, o.distill.self_rollout, o.distill.adversarial_weight)
+            == ("dmd", True, 0)
+        ),
+        "distill.window_frames={distill.window_frames} is of distill.method=dmd on own rollouts "
+        "(distill.self_rollout), without distill.adversarial_weight: real frames do not follow own "
+        "ones",
+    ),
+    (
         lambda o: o.distill.method != "dmd" or o.distill.context_frames > 0 or o.model.first_frame,
         "distill.context_frames=0 needs model.first_frame=true: frame 0 must have been learned",
     ),
     (
-        lambda o: o.distill.method != "dmd" or not 0 < o.rollout.window < o.data.frames - 1,
+        lambda o: (
+            o.distill.method != "dmd"
+            or not 0 < o.rollout.window < (o.distill.window_frames or o.data.frames) - 1
+        ),
         "rollout.window={rollout.window} with distill.method=dmd: a frame of a rollout then sees "
-        "fewer past frames than the {data.frames} of data.frames, all of which its replay sees",
+        "fewer past frames than distill.window_frames={distill.window_frames} (null: "
+        "data.frames={data.frames}) has, all of which its replay sees",
     ),
     (
         lambda o: o.distill.method != "dmd" or any(_student_weights(o)),

@@ -247,6 +247,10 @@ class DistillOptions:
     weak_teacher: str | None = None
     # Of dmd: given frames of a clip, the others are generated.
     context_frames: int = not_negative(16)
+    # Of dmd: length of the windows that are generated and scored after their given frames. null:
+    # whole clips. Fewer than data.frames: windows begin further into a clip too, and their given
+    # frames are then the student's own (streaming long tuning, arXiv 2509.22622).
+    window_frames: int | None = positive(None)
     critic_updates: int = positive(5)  # of dmd: updates of the critic for each one of the student
     critic_lr: float = positive(1e-4)  # of dmd: learning rate of the critic
     # Of dmd: whether the student generates its clips as in use. false: from real frames, by teacher

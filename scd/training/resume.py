@@ -28,8 +28,9 @@ FREE = (
     *("optim.", "rollout.", "eval.", "train."),
 )
 # Where rollouts are what is trained on, they may not.
-TRAINED_ON = tuple(
-    f"rollout.{key}" for key in ("steps", "spacing", "shift", "temperature", "first_frame_steps")
+TRAINED_ON = (
+    *("rollout.steps", "rollout.spacing", "rollout.shift", "rollout.temperature"),
+    *("rollout.first_frame_steps", "rollout.window", "rollout.sink_frames"),
 )
 
 

@@ -88,7 +88,7 @@ class BidirectionalWan(WanStack, WanWorldModel):
         given = times == GIVEN  # (B·K, F')
         new = torch.where(given[..., None, None, None], clean[:, first:], noisy)
         frames = torch.cat([clean[:, :first], new], dim=1)  # (B·K, F, C, H, W)
-        start = torch.full_like(times[:, :first], CLEAN_TIMESTEP)  # (B·K, F - F')
+        start = times.new_full((len(times), first), CLEAN_TIMESTEP)  # (B·K, F - F')
         times = torch.cat([start, times.masked_fill(given, CLEAN_TIMESTEP)], dim=1)  # (B·K, F)
         if conditions is not None:
             conditions = repeat(conditions, "b f -> (b k) f", k=draws)  # (B·K, F)
