@@ -68,6 +68,7 @@ def test_every_options_file_runs_dry(file, monkeypatch, capsys):
         overrides += [f"model.{side.removesuffix('layers')}layers=1" for side in layers]
         overrides += ["eval.context_frames=0"] if not options.eval.context_frames else []
         overrides += ["distill.context_frames=1"] if options.distill.method == "dmd" else []
+        overrides += ["distill.window_frames=2"] if options.distill.window_frames else []
         if options.model.type == "bidirectional_dit":
             overrides += ["flow.prefix_frames=[1,2]", "eval.context_frames=1", "eval.new_frames=2"]
     elif options.autoencoder.world_model is not None:

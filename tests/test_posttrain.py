@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,17 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
         *("options/scd_doom_distilled.yml", "distilled", 4, *sizes, "distill.critic_updates=2"),
         *(f"init_from={consistent}/{weights}", f"distill.teacher={teacher}", *guidance),
     )
+    tuned = train(
+        *("options/scd_doom_long.yml", "long", 4, *sizes, "data.frames=16"),
+        *("distill.window_frames=8", f"init_from={distilled}/{weights}"),
+        *(f"distill.teacher={teacher}", *guidance),
+    )
     # Each stage has moved the weights of the one before.
-    kept = [load_checkpoint_for_use(folder) for folder in (student, consistent, distilled)]
+    stages = (student, consistent, distilled, tuned)
+    kept = [load_checkpoint_for_use(folder) for folder in stages]
     name = "encoder.blocks.0.mlp.up.weight"
     tensors = [loaded.model.state_dict()[name] for loaded in kept]
-    assert not torch.equal(tensors[0], tensors[1]) and not torch.equal(tensors[1], tensors[2])
+    assert not any(torch.equal(before, after) for before, after in pairwise(tensors))
     assert kept[2].options.rollout.solver == "consistency" and kept[2].options.rollout.steps == 2
 
     folders = [str(teacher), str(student), str(distilled)]

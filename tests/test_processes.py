@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from scd.distill.dmd import draw_start
 from scd.options import load_options
 from scd.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
 from scd.training.launch import run_experiment
@@ -208,9 +209,12 @@ def test_sharded_with_an_autoencoder_trains_as_data_parallel(
 
 
 @pytest.mark.parametrize("kind", ["plain", "sharded"])
-@pytest.mark.parametrize("method", ["consistency", "distilled"])
+@pytest.mark.parametrize("method", ["consistency", "distilled", "long"])
 def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_path):
-    """With teacher, target or critic beside the student; all processes leave at the same step."""
+    """With teacher, target or critic beside the student; all processes leave at the same step.
+
+    Long tuning: in the second step, that of the student, windows begin at the third frame.
+    """
     overrides = [*overrides, "data.frames=6", "optim.muon_lr=null", "train.keep_checkpoints=9"]
     base = load_options(OPTIONS, [*overrides, "name=base", "train.steps=1"])
     teacher = load_options(
@@ -228,10 +232,11 @@ def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_p
             "train.batch_size=2",
         ],
     )
-    for options in (base, teacher) if method == "distilled" else (base,):
+    matching = method != "consistency"
+    for options in (base, teacher) if matching else (base,):
         run_experiment(options)
     weights = [tmp_path / name / "checkpoints/step-00000001" for name in ("base", "teacher")]
-    scored_by = weights[1] if method == "distilled" else weights[0]
+    scored_by = weights[1] if matching else weights[0]
     overrides += [
         *(f"init_from={weights[0]}/ema.safetensors", "train.compile=false"),
         *(f"distill.teacher={scored_by}/ema.safetensors", "distill.context_frames=2"),
@@ -240,13 +245,16 @@ def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_p
         f"distill.adversarial_weight={0.1 if method == 'distilled' else 0}",
     ]
     file = ROOT / f"options/scd_doom_{method}.yml"
+    if method == "long":
+        overrides += ["distill.window_frames=4", "seed=2"]
+        assert draw_start(load_options(file, overrides), 2) == 2
     on_two(kind, [*overrides, "name=two", "train.batch_size=1"], file)
     run_experiment(load_options(file, [*overrides, "name=one", "train.batch_size=2"]))
     two, one = (state_of(tmp_path / name) for name in ("two", "one"))
     assert_close(two, one)
     first = load_checkpoint(weights[0])
     assert any(not torch.equal(t, first.ema[name]) for name, t in one.model.items())
-    if method == "distilled":
+    if matching:
         assert one.critic is not None and two.critic is not None
         before = load_checkpoint(weights[1])
         for name, tensor in one.critic["model"].items():

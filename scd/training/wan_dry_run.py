@@ -254,6 +254,7 @@ def miniature(options: Options, folder: Path) -> Options:
             d,
             teacher=None if d.method == "none" else str(folder / "teacher"),
             context_frames=min(d.context_frames, 1),
+            window_frames=None,
             critic_updates=1,  # the only step updates the student too
         ),
         train=replace(
