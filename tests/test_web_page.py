@@ -227,6 +227,35 @@ def test_offline_once_loaded(driver, site):
     page.step()
 
 
+def test_an_incomplete_update_leaves_what_is_kept(driver, site):
+    shutil.copytree(site, copy := site.parent / "updated", copy_function=shutil.copy)
+    page = Page(driver)
+    with serving(copy) as address:
+        limit_storage(driver, address, 1 << 30)
+        page.open(address)
+        before = page.js("return caches.keys()")
+        text = (copy / "sw.js").read_text()
+        version = re.search(r'const VERSION = "(.+?)"', text).group(1)
+        (copy / "sw.js").write_text(text.replace(version, "of an update"))
+        (copy / "manifest.json").unlink()
+        state = driver.execute_async_script(
+            """
+            const done = arguments[0];
+            navigator.serviceWorker.ready.then(async (registration) => {
+              registration.onupdatefound = () => {
+                const worker = registration.installing, ends = ["redundant", "activated"];
+                worker.onstatechange = () => ends.includes(worker.state) && done(worker.state);
+              };
+              registration.update();
+            });
+            """
+        )
+        assert state == "redundant" and set(before) <= set(page.js("return caches.keys()"))
+    driver.get("about:blank")
+    page.open(address)  # offline
+    page.step()
+
+
 @pytest.mark.parametrize("room", [0, 5 << 20], ids=["none", "5 MB"])
 def test_plays_where_nothing_can_be_kept(driver, site, room):
     """A full disk: the browser refuses to keep files, all of them or the large ones."""

@@ -13,7 +13,7 @@ const HEADERS = {
 addEventListener("install", (event) => {
   const fresh = PAGE.map((name) => new Request(name, { cache: "reload" }));
   const kept = caches.open(CACHE).then((cache) => cache.addAll(fresh));
-  event.waitUntil(kept.catch(playOnlineOnly).then(() => skipWaiting()));
+  event.waitUntil(kept.catch(unlessIncomplete).then(() => skipWaiting()));
 });
 
 addEventListener("activate", (event) => {
@@ -31,6 +31,13 @@ addEventListener("fetch", (event) => {
   if (event.request.method !== "GET" || url.origin !== location.origin) return;
   event.respondWith(answer(event.request));
 });
+
+// What could not be fetched is a TypeError: an earlier version of the site then goes on, with what
+// was kept of it.
+function unlessIncomplete(error) {
+  if (error instanceof TypeError) throw error;
+  playOnlineOnly(error);
+}
 
 // On a full disk, or where a browser keeps nothing for a site, the page plays all the same.
 function playOnlineOnly(error) {
