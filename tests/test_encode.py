@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import shutil
-import socket
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from scd.errors import ScdError
 from scd.models.autoencoder import load_codec
 from scd.options import Options, load_options
 from scd.training.encode import check_training_latents, encode_dataset, encoding_name
+from tests.faults.runs import free_port
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "options/scd_doom_tiny.yml"
@@ -45,12 +45,6 @@ def overrides(root: Path, tiny_autoencoder_path: str) -> list[str]:
 @pytest.fixture
 def options(overrides: list[str]) -> Options:
     return load_options(TINY, overrides)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def encode_twice(

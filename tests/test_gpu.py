@@ -25,6 +25,7 @@ from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.run_log import read_log
 from scd.utils import seeding
 from scd.utils.precision import has_bf16
+from tests.faults.runs import free_port
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 ROOT = Path(__file__).parent.parent
@@ -172,7 +173,7 @@ def launch(launcher: list[str], overrides: list[str], options: Path = OPTIONS) -
     command = [sys.executable, "-m", *launcher, "--module", "scd.cli", "train", "--opt"]
     done = subprocess.run(
         [*command, str(options), *overrides],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -181,7 +182,7 @@ def launch(launcher: list[str], overrides: list[str], options: Path = OPTIONS) -
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-ONE = ["torch.distributed.run", "--nproc_per_node=1"]
+ONE = ["torch.distributed.run", "--standalone", "--nproc_per_node=1"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -247,6 +248,7 @@ def test_sharded_trains_as_data_parallel(doom_root, tmp_path, gpus, precision):
     for name in ("ddp", "fsdp2"):
         config = ["--config_file", str(ROOT / f"scripts/accelerate/{name}.yaml")]
         launcher = ["accelerate.commands.launch", *config, "--num_processes", str(gpus)]
+        launcher += ["--main_process_port", str(free_port())]  # other workers have runs too
         launch(launcher, small(doom_root, tmp_path, f"name={name}", *options))
     ddp, fsdp = (
         [e["loss"] for e in read_log(tmp_path / name / "log.jsonl") if "loss" in e]

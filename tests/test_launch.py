@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from argparse import Namespace
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+
+from tests.faults.runs import free_port
 
 ROOT = Path(__file__).parent.parent
 # In place of the environment's python: it prints what it is told to run.
@@ -37,12 +38,6 @@ def run(project: Path, *command: str, **environment: str) -> list[str]:
     ).stdout.splitlines()  # fmt: skip
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
 def as_accelerate_reads(printed: list[str]) -> tuple[Namespace, dict[str, str]]:
     """The launch, and the variables that its processes get."""
     assert printed[:2] == ["-m", "accelerate.commands.launch"]
@@ -57,7 +52,7 @@ def test_train_sh_takes_each_configuration(name, nodes, project, monkeypatch):
     printed = run(
         project, "scripts/train.sh", "options/x.yml", "a.b=c",
         ACCELERATE_CONFIG=f"scripts/accelerate/{name}.yaml", NUM_NODES=str(nodes),
-        NODE_RANK=str(nodes - 1), MAIN_HOST="10.0.0.1", PORT=free_port(),
+        NODE_RANK=str(nodes - 1), MAIN_HOST="10.0.0.1", PORT=str(free_port()),
     )  # fmt: skip
     launch, variables = as_accelerate_reads(printed)
     assert launch.module and launch.training_script == "scd.cli"
