@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from scd.distill.critic import Critic, relativistic_loss
 from scd.distill.dmd import (
     DMDObjective,
-    Generated,
     Score,
     draw_exit,
     draw_start,
     loss_with_gradient,
     matching_gradient,
-    replay,
-    roll_out,
-    teacher_forced,
     trains_student,
 )
+from scd.distill.self_rollout import Generated, replay, roll_out, teacher_forced
 from scd.errors import ScdError
 from scd.models import SCD, BidirectionalDiT, CausalDiT, CausalWorldModel
 from scd.models.world_model import FirstLook

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scd.distill.dmd import Generated, replay, roll_out
+from scd.distill.self_rollout import Generated, replay, roll_out
 from scd.distill.teacher import guided_velocity
 from scd.flow.objective import FlowObjective, dropped_text
 from scd.models.world_model import FirstLook
