@@ -334,10 +334,11 @@ def test_first_looks_are_noisy_and_change_no_other_draw(inputs):
     for name in draws._fields:
         drawn = getattr(draws, name)
         assert torch.equal(drawn[1:], getattr(alone, name)), name
-        if name != "look_noise":
+        if name not in ("look_level", "look_noise"):
             assert torch.equal(drawn, getattr(without, name)), name
     assert without.first_look(latents, 1) is None and without.pure_look(1) is None
-    many = draw_noise(options, 3, list(range(400)), latents[:1].expand(400, -1, -1, -1, -1), None)
+    videos = latents[:1].expand(400, -1, -1, -1, -1)
+    many = draw_noise(options, 3, list(range(400)), videos, None, looks=True)
     levels = many.look_level
     assert levels.min() >= 0.8 and levels.max() <= 1
     assert levels.min() < 0.801 and levels.max() > 0.999 and abs(levels.mean() - 0.9) < 0.005

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from scd.models.world_model import MAX_TIMESTEP, FirstLook
@@ -59,22 +60,26 @@ def draw_noise(
     frames, picture = latents.shape[1], tuple(latents.shape[2:])
     k = options.noise_draws
     where = latents.device
+    dropout, self_forcing = options.condition_dropout, options.self_forcing_prob
+    mixed, history_noise = options.encoder_input == "mixed", options.history_noise_max
 
     def normal(stream: str, *shape: int) -> Tensor:
         return normal_per_sample(shape, samples, where, seed, stream)
 
-    def uniform(stream: str, *shape: int) -> Tensor:
+    def uniform(stream: str, *shape: int, used: bool = True) -> Tensor:
+        if not used:  # a draw makes a generator for every clip, which takes a GPU's host its time
+            return torch.zeros(len(samples), *shape, device=where)
         return uniform_per_sample(shape, samples, where, seed, stream)
 
     return FlowDraws(
         level=normal("level", k, frames),
         noise=normal("noise", k, frames, *picture),
         context_noise=None if context_shape is None else normal("context", frames, *context_shape),
-        drop_condition=uniform("drop", 1)[:, 0] < options.condition_dropout,
-        clean_frame=uniform("clean", frames) < options.clean_fraction,
-        history_noise=options.history_noise_max * uniform("history", 1)[:, 0],
-        self_forced=uniform("own", 1)[:, 0] < options.self_forcing_prob,
+        drop_condition=uniform("drop", 1, used=dropout > 0)[:, 0] < dropout,
+        clean_frame=uniform("clean", frames, used=mixed) < options.clean_fraction,
+        history_noise=history_noise * uniform("history", 1, used=history_noise > 0)[:, 0],
+        self_forced=uniform("own", 1, used=self_forcing > 0)[:, 0] < self_forcing,
         prefix=uniform("prefix", k),
-        look_level=1 - LOOK_RANGE * uniform("look level", frames),
+        look_level=1 - LOOK_RANGE * uniform("look level", frames, used=looks),
         look_noise=normal("look", frames, *picture) if looks else None,
     )
