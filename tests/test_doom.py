@@ -122,6 +122,16 @@ def test_a_seed_decides_its_episode(doom_root: Path, tmp_path: Path) -> None:
     assert len({actions.tobytes() for _, actions, _ in episodes}) == 5
 
 
+def test_simulators_side_by_side_record_the_same(
+    doom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "usable_cores", lambda: list(range(6)))
+    record_dataset(tmp_path, train_episodes=3, val_episodes=2, frames=40, size=64)
+    for split in ("train", "val"):
+        for path in [doom_root / f"{split}.json", *(doom_root / split).iterdir()]:
+            assert (tmp_path / path.relative_to(doom_root)).read_bytes() == path.read_bytes()
+
+
 def test_no_seed_is_in_both_splits() -> None:
     starts = sorted(SPLIT_SEEDS.values())
     ends = [*starts[1:], ATTEMPT_SEED]  # further attempts add multiples of it

@@ -32,6 +32,7 @@ from scd.options import Options, load_options
 from scd.training.performance import estimate_step
 from scd.utils.files import write_atomically
 from scd.utils.paths import project_file
+from scd.utils.startup import usable_cores
 from scd.utils.table import Table
 
 SETTING = project_file("options/scd_minecraft.yml")
@@ -52,7 +53,7 @@ def run_data(case: DataCase, folder: Path) -> dict[str, Any]:
         clips = TrainingClips(
             clip_folder(options, data.train_list, data.source), data.frames, 1, options.seed
         )
-        counts = worker_counts(_cores()) if case.workers is None else case.workers
+        counts = worker_counts(len(usable_cores())) if case.workers is None else case.workers
         rates = [
             {"workers": workers, **_measure_rate(case, clips, options, workers, accelerator)}
             for workers in counts
@@ -114,10 +115,6 @@ def data_table(results: list[tuple[DataCase, dict[str, Any]]]) -> Table:
         "of videos. Cores for it: CPU time of a clip times those clips."
     ]
     return Table(heads, lines, 1, notes)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _options(case: DataCase, root: str) -> Options:

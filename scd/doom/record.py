@@ -1,9 +1,10 @@
 """Record episodes: mp4 videos, one action per frame, list files, and a map of visited places."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from scd.doom.simulator import (
 )
 from scd.errors import ScdError
 from scd.utils.files import read_json, read_npz, write_atomically, write_json
+from scd.utils.startup import usable_cores
 
 SPLIT_SEEDS = {"train": 0, "val": 1_000_000}  # first episode seed of each split; no overlap
 ATTEMPT_SEED = 10_000_000
@@ -30,12 +32,13 @@ ATTEMPTS = 100
 RECORDING = "recording.json"  # the settings of a recording
 SPLIT_SIZE_LIMIT = 1_000_000
 COVERAGE_CELL = 32  # map units
+MAX_SIMULATORS = 8  # each is a process of its own; more would wait for this one's Python
 
 
 def record_dataset(
     root: Path, train_episodes: int, val_episodes: int, frames: int, size: int, keys: bool = False
 ) -> None:
-    """Record both splits under `root`, skipping episodes that exist already.
+    """Record both splits under `root`, on all cores, skipping episodes that exist already.
 
     Writes `train.json`, `val.json`, `recording.json` (the settings), `coverage.png`, and for every
     episode `SPLIT/NNNNN.mp4` and `.npz` with `actions` (int64, one per frame; action i leads to
@@ -68,8 +71,7 @@ def record_dataset(
         pose = simulator.pose
         space = FreeSpace(simulator.walls(), simulator.items(), (pose.x, pose.y))
         news = [
-            _record_split(root, split, n, frames, simulator, space, keys)
-            for split, n in counts.items()
+            _record_split(root, split, n, frames, size, space, keys) for split, n in counts.items()
         ]
         if any(news) or not (root / "coverage.png").exists():
             _draw_coverage(root, simulator.walls(), names)
@@ -80,7 +82,7 @@ def _record_split(
     split: str,
     count: int,
     frames: int,
-    simulator: DoomSimulator,
+    size: int,
     space: FreeSpace,
     keys: bool,
 ) -> bool:
@@ -88,24 +90,35 @@ def _record_split(
     list_path = root / f"{split}.json"
     listed = read_list(list_path) if list_path.exists() else []
     known = {entry.video_path: entry for entry in listed}  # with the latents `scd encode` made
-    entries = []
-    recorded: list[str] = []
-    written: Future[None] | None = None
-    with ThreadPoolExecutor(1) as writer:  # one episode is compressed while the next is played
-        for episode in tqdm(range(count), desc=f"record {split}", unit="episode"):
-            name = f"{split}/{episode:05d}"
-            video_path, action_path = f"{name}.mp4", f"{name}.npz"
-            if not ((root / video_path).exists() and (root / action_path).exists()):
-                seed = SPLIT_SEEDS[split] + episode
-                played = _play_episode(simulator, space, seed, frames, keys)
-                if written is not None:
-                    written.result()
-                written = writer.submit(_write_episode, root / name, *played)
-                known.pop(video_path, None)
-                recorded.append(video_path)
-            entries.append(known.get(video_path, ClipEntry(video_path, action_path)))
-        if written is not None:
-            written.result()
+    names = [f"{split}/{episode:05d}" for episode in range(count)]
+    missing = {
+        episode: name
+        for episode, name in enumerate(names)
+        if not ((root / f"{name}.mp4").exists() and (root / f"{name}.npz").exists())
+    }
+    recorded = [f"{name}.mp4" for name in missing.values()]
+    free: SimpleQueue[DoomSimulator] = SimpleQueue()
+
+    def record(episode: int) -> None:
+        simulator = free.get()
+        try:
+            played = _play_episode(simulator, space, SPLIT_SEEDS[split] + episode, frames, keys)
+        finally:
+            free.put(simulator)
+        _write_episode(root / missing[episode], *played)
+
+    with ExitStack() as stack:
+        # While an episode is compressed, its simulator plays the next.
+        simulators = min(max(len(usable_cores()) // 2, 1), len(missing), MAX_SIMULATORS)
+        for _ in range(simulators):
+            free.put(stack.enter_context(closing(DoomSimulator(size))))
+        pool = stack.enter_context(ThreadPoolExecutor(2 * simulators or 1))
+        done = pool.map(record, missing)
+        for _ in tqdm(done, desc=f"record {split}", total=len(missing), unit="episode"):
+            pass
+    for video_path in recorded:
+        known.pop(video_path, None)
+    entries = [known.get(f"{n}.mp4", ClipEntry(f"{n}.mp4", f"{n}.npz")) for n in names]
     if entries == listed:
         return False
     checks = VideoChecks(root)

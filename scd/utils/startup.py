@@ -64,12 +64,18 @@ def choose_wait_policy() -> None:
     )
 
 
+def usable_cores() -> list[int]:
+    """List the cores that this process may use."""
+    count = os.cpu_count() or 1
+    return sorted(getattr(os, "sched_getaffinity", lambda _: range(count))(0))
+
+
 def busy_cores() -> tuple[float, int]:
     """Measure how many of this process's cores other programs use; return that and their number."""
     import psutil
 
     shares = psutil.cpu_percent(SAMPLE_SECONDS, percpu=True)
-    mine = getattr(os, "sched_getaffinity", lambda _: range(len(shares)))(0)
+    mine = usable_cores()
     return sum(shares[core] / 100 for core in mine if core < len(shares)), len(mine)
 
 
