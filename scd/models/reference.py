@@ -47,7 +47,10 @@ def load_reference_checkpoint(
         configuration = _configuration(tensors, patch_size, fusion)
         converted = _convert(tensors, fusion)
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
-        raise ScdError(f"{name}: not a reference SCD checkpoint ({reason(error)})") from error
+        raise ScdError(
+            f"{name}: not a reference SCD checkpoint ({reason(error)}), nor one of this project, "
+            f"whose options are in the file's metadata"
+        ) from error
     return build_to_fit(lambda: SCD(**configuration), converted, name).eval()
 
 
