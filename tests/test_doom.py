@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from scipy import ndimage
@@ -34,7 +37,7 @@ from scd.doom.simulator import (
     DoomSimulator,
     Pose,
 )
-from scd.errors import ScdError
+from scd.errors import ScdError, Stopped
 from scd.utils.files import read_json, read_npz
 
 
@@ -130,6 +133,26 @@ def test_simulators_side_by_side_record_the_same(
     for split in ("train", "val"):
         for path in [doom_root / f"{split}.json", *(doom_root / split).iterdir()]:
             assert (tmp_path / path.relative_to(doom_root)).read_bytes() == path.read_bytes()
+
+
+def test_a_stopped_recording_goes_on(doom_root: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    write = record._write_episode
+
+    def stopped(stem: Path, *played: np.ndarray) -> None:
+        write(stem, *played)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(record, "_write_episode", stopped)
+    monkeypatch.setattr(record, "usable_cores", lambda: [0])
+    with pytest.raises(Stopped):
+        record_dataset(tmp_path, train_episodes=9, val_episodes=1, frames=40, size=64)
+    assert "record train: stopped by SIGTERM; run the same command" in capfd.readouterr().err
+    assert len(list((tmp_path / "train").glob("*.mp4"))) < 9
+    assert not [c for c in psutil.Process().children() if "vizdoom" in c.name()]
+    monkeypatch.setattr(record, "_write_episode", write)
+    record_dataset(tmp_path, train_episodes=3, val_episodes=2, frames=40, size=64)
+    name = "train/00002.mp4"
+    assert (tmp_path / name).read_bytes() == (doom_root / name).read_bytes()
 
 
 def test_no_seed_is_in_both_splits() -> None:

@@ -1,5 +1,6 @@
 """Record episodes: mp4 videos, one action per frame, list files, and a map of visited places."""
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -22,8 +23,9 @@ from scd.doom.simulator import (
     Action,
     DoomSimulator,
 )
-from scd.errors import ScdError
+from scd.errors import ScdError, Stopped
 from scd.utils.files import read_json, read_npz, write_atomically, write_json
+from scd.utils.signals import stop_request
 from scd.utils.startup import usable_cores
 
 SPLIT_SEEDS = {"train": 0, "val": 1_000_000}  # first episode seed of each split; no overlap
@@ -38,7 +40,7 @@ MAX_SIMULATORS = 8  # each is a process of its own; more would wait for this one
 def record_dataset(
     root: Path, train_episodes: int, val_episodes: int, frames: int, size: int, keys: bool = False
 ) -> None:
-    """Record both splits under `root`, on all cores, skipping episodes that exist already.
+    """Record both splits under `root`, skipping episodes that exist already.
 
     Writes `train.json`, `val.json`, `recording.json` (the settings), `coverage.png`, and for every
     episode `SPLIT/NNNNN.mp4` and `.npz` with `actions` (int64, one per frame; action i leads to
@@ -50,6 +52,7 @@ def record_dataset(
 
     Raises:
         ScdError: `root` holds a recording with other settings, or the numbers are out of range.
+        Stopped: see `_record_episodes`.
     """
     counts = {"train": train_episodes, "val": val_episodes}
     if max(counts.values()) > SPLIT_SIZE_LIMIT or min(counts.values()) < 1 or frames < 2:
@@ -96,26 +99,10 @@ def _record_split(
         for episode, name in enumerate(names)
         if not ((root / f"{name}.mp4").exists() and (root / f"{name}.npz").exists())
     }
+    if missing:
+        seeds = {root / name: SPLIT_SEEDS[split] + episode for episode, name in missing.items()}
+        _record_episodes(seeds, frames, size, space, keys, f"record {split}")
     recorded = [f"{name}.mp4" for name in missing.values()]
-    free: SimpleQueue[DoomSimulator] = SimpleQueue()
-
-    def record(episode: int) -> None:
-        simulator = free.get()
-        try:
-            played = _play_episode(simulator, space, SPLIT_SEEDS[split] + episode, frames, keys)
-        finally:
-            free.put(simulator)
-        _write_episode(root / missing[episode], *played)
-
-    with ExitStack() as stack:
-        # While an episode is compressed, its simulator plays the next.
-        simulators = min(max(len(usable_cores()) // 2, 1), len(missing), MAX_SIMULATORS)
-        for _ in range(simulators):
-            free.put(stack.enter_context(closing(DoomSimulator(size))))
-        pool = stack.enter_context(ThreadPoolExecutor(2 * simulators or 1))
-        done = pool.map(record, missing)
-        for _ in tqdm(done, desc=f"record {split}", total=len(missing), unit="episode"):
-            pass
     for video_path in recorded:
         known.pop(video_path, None)
     entries = [known.get(f"{n}.mp4", ClipEntry(f"{n}.mp4", f"{n}.npz")) for n in names]
@@ -126,6 +113,43 @@ def _record_split(
     checks.check_all(str(entry.video_path) for entry in entries)
     write_list(list_path, entries)
     return True
+
+
+def _record_episodes(
+    seeds: dict[Path, int], frames: int, size: int, space: FreeSpace, keys: bool, progress: str
+) -> None:
+    """Play and write episodes side by side.
+
+    Args:
+        seeds: of each episode, by its file name without ending.
+
+    Raises:
+        Stopped: a signal asked for it; what is written is whole, and no simulator is left behind.
+    """
+    free: SimpleQueue[DoomSimulator] = SimpleQueue()
+
+    def record(stem: Path) -> None:
+        simulator = free.get()
+        try:
+            played = _play_episode(simulator, space, seeds[stem], frames, keys)
+        finally:
+            free.put(simulator)
+        _write_episode(stem, *played)
+
+    with stop_request() as request, ExitStack() as stack:
+        # While an episode is compressed, its simulator plays the next.
+        count = min(max(len(usable_cores()) // 2, 1), len(seeds), MAX_SIMULATORS)
+        for _ in range(count):
+            free.put(stack.enter_context(closing(DoomSimulator(size))))
+        pool = ThreadPoolExecutor(2 * count)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for _ in tqdm(pool.map(record, seeds), desc=progress, total=len(seeds), unit="episode"):
+            if request.signal is not None:
+                break
+        if request.signal is not None:
+            why = f"{progress}: stopped by {request.signal.name}; run the same command to go on"
+            print(why, file=sys.stderr)
+            raise Stopped(why)
 
 
 def _play_episode(

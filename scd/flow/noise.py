@@ -67,7 +67,7 @@ def draw_noise(
         return normal_per_sample(shape, samples, where, seed, stream)
 
     def uniform(stream: str, *shape: int, used: bool = True) -> Tensor:
-        if not used:  # a draw makes a generator for every clip, which takes a GPU's host its time
+        if not used:  # each draw makes a generator for every clip
             return torch.zeros(len(samples), *shape, device=where)
         return uniform_per_sample(shape, samples, where, seed, stream)
 
