@@ -1,20 +1,25 @@
 """Every options file is built and run once, at reduced width, and the step estimate is right."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from scd.distill import dmd
 from scd.errors import ScdError
 from scd.evaluation import metrics
 from scd.evaluation.metric_weights import MetricUnavailable, weights_hash
+from scd.models import cpu
 from scd.models.autoencoder import PixelCodec
 from scd.options import AutoencoderOptions, load_options
 from scd.training import dry_run
+from scd.training.distillation_cost import distillation_cost
+from scd.training.distillation_task import DistillationTask
 from scd.training.dry_run import counterpart
-from scd.training.performance import estimate_step
+from scd.training.step_cost import estimate_step
 
 ROOT = Path(__file__).parent.parent
 # Those of Wans run in miniature (tests/test_wan_training.py).
@@ -84,7 +89,9 @@ def test_every_options_file_runs_dry(file, monkeypatch, capsys):
     dry_run.dry_run(load_options(file, overrides))
     out = capsys.readouterr().out
     assert f"{options.name}: a step, a rollout and an evaluation on noise succeeded" in out
-    assert ("(for comparison)" in out) == (options.task == "world_model")
+    compared = options.task == "world_model" and options.distill.method == "none"
+    assert ("(for comparison)" in out) == compared
+    assert ("beside it    teacher" in out) == (options.distill.method != "none")
 
 
 def test_an_autoencoder_that_nothing_describes():
@@ -121,6 +128,68 @@ def test_estimate_is_what_a_real_step_takes(name):
     with FlopCounterMode(display=False) as counter:
         FlowObjective(model, options.flow, 0)(batch)["loss"].backward()
     assert abs(found.flops / counter.get_total_flops() - 1) < 0.01
+
+
+DENSE = ["model.type=causal_dit", "model.layers=3"]
+DENSE += ["model.encoder_layers=0", "model.decoder_layers=0"]
+VECTORS = ["model.condition=action_vector", "eval.swapped_actions=[]"]
+LONG = ["data.frames=14", "distill.window_frames=6"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("consistency", []),
+        ("consistency", ["distill.guidance_scale=2"]),
+        ("distilled", []),
+        ("distilled", ["distill.guidance_scale=2", *VECTORS]),
+        ("distilled", ["distill.self_rollout=false"]),
+        ("distilled", DENSE),
+        ("long", LONG),
+        ("long", [*LONG, "rollout.window=6"]),
+    ],
+)
+def test_post_training_costs_what_its_steps_take(stage, more, tmp_path, monkeypatch):
+    """The count against real steps, averaged over every exit and every place of the window."""
+    options = load_options(
+        ROOT / f"options/scd_doom_{stage}.yml",
+        [
+            *("data.source=video", "autoencoder.path=null", "model.patch_size=16"),
+            *("data.frames=8", "train.batch_size=1", "model.heads=2", "train.compile=false"),
+            *(["distill.context_frames=2"] if stage != "consistency" else []),
+            *("model.encoder_layers=3", "model.decoder_layers=2", "eval.context_frames=2"),
+            *more,
+        ],
+    )
+    options = dry_run._with_random_weights(options, tmp_path)
+    found = distillation_cost(options, PixelCodec())
+    objective = DistillationTask(options, torch.device("cpu")).objective
+    networks = dict(objective.named_children())
+    counts = {name: sum(p.numel() for p in n.parameters()) for name, n in networks.items()}
+    own = counts.pop("model")
+    assert sorted(found.networks.values()) == sorted(counts.values())
+    moments = counts.get("critic", 0)
+    assert found.state_bytes == 20 * own + 4 * sum(counts.values()) + 12 * moments
+    actions = (4,) if options.model.condition == "action_vector" else ()
+    clip = {
+        "sample": torch.arange(1),
+        "latents": torch.rand(1, options.data.frames, 3, 64, 64),
+        "actions": torch.zeros(1, options.data.frames, *actions, dtype=torch.long),
+    }
+    monkeypatch.setattr(cpu, "_packable", lambda weight: False)  # those products are not counted
+    taken = []
+    starts = (0, 2, 4, 6, 8) if stage == "long" else (0,)
+    for exit_at, start in product((0.25, 0.75), starts):
+        monkeypatch.setattr(dmd, "draw_exit", lambda *_, at=exit_at: at)
+        monkeypatch.setattr(dmd, "draw_start", lambda *_, at=start: at)
+        with FlopCounterMode(display=False) as counter:
+            objective({**clip, "step": 1})["loss"].backward()
+        taken.append(counter.get_total_flops())
+    assert found.flops == pytest.approx(sum(taken) / len(taken), rel=0.03)
+    if stage != "consistency":
+        seldom = replace(options, distill=replace(options.distill, critic_updates=4))
+        slower = distillation_cost(seldom, PixelCodec())
+        assert found.flops - slower.flops == pytest.approx(0.75 * found.student)
 
 
 def test_counterparts_have_as_many_layers():

@@ -20,9 +20,9 @@ from scd.models.weights import read_all_weights
 from scd.options import RolloutOptions, load_options, options_to_dict
 from scd.rollout import Rollout
 from scd.training.launch import run_experiment
-from scd.training.performance import estimate_step
 from scd.training.run_log import read_log
-from scd.training.wan_dry_run import count_parameters, estimate_by_depth, frame_flops
+from scd.training.step_cost import estimate_by_depth, estimate_step, frame_flops
+from scd.training.wan_dry_run import count_parameters
 from scd.wan import BidirectionalWan, CausalWan, SCDWan
 from scd.wan.captioned import CaptionedLatents
 from scd.wan.from_options import build_wan, start_wan, teacher_wan
@@ -182,12 +182,12 @@ def test_costs_are_those_of_a_real_step_and_a_real_frame():
         codec = WanCodec(AutoencoderKLWan())
         model = build_wan(options, 16, 8)
     whole = estimate_step(options, codec, counts_scores=False)
-    found = estimate_by_depth(options, codec)
+    found = estimate_by_depth(options, codec, counts_scores=False)
     assert (found.flops, found.activation_bytes) == (whole.flops, whole.activation_bytes)
     assert whole.total_parameters == count_parameters(model)
     n, d, f, t = 6, 256, 512, 8  # tokens of a frame, width, inside, of the text
     past = 3
-    once, each = frame_flops(model, (16, 4, 6), t, past)
+    once, each = frame_flops(model, (16, 4, 6), past, t)
 
     def block(tokens: int, keys: int, kept: int | None = None) -> int:
         kept = kept or tokens

@@ -23,8 +23,9 @@ from scd.options import Options, load_options
 from scd.training import launch, performance, world_model_task
 from scd.training.encode import encode_dataset
 from scd.training.launch import make_accelerator
-from scd.training.performance import ClipCost, ThroughputMeter, clip_cost, estimate_step, peak_flops
+from scd.training.performance import ThroughputMeter, peak_flops
 from scd.training.run_log import read_log
+from scd.training.step_cost import ClipCost, clip_cost, estimate_step
 from scd.training.world_model_task import HeldOutLoss
 from scd.utils import tracking
 from tests.test_training import assert_same_state, train

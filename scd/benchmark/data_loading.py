@@ -29,7 +29,7 @@ from scd.data.video import write_video
 from scd.data.video_checks import VideoChecks
 from scd.models.autoencoder import PUBLISHED_SCALING, LatentCodec, build_autoencoder
 from scd.options import Options, load_options
-from scd.training.performance import estimate_step
+from scd.training.step_cost import estimate_step
 from scd.utils.files import write_atomically
 from scd.utils.paths import project_file
 from scd.utils.startup import usable_cores

@@ -20,7 +20,8 @@ from scd.benchmark.rollouts import fill_cache
 from scd.models.world_model import CausalWorldModel
 from scd.options import RolloutOptions
 from scd.rollout import Rollout
-from scd.training.wan_dry_run import count_parameters, frame_flops
+from scd.training.step_cost import frame_flops
+from scd.training.wan_dry_run import count_parameters
 from scd.utils.precision import DTYPES, resolve_precision, with_weights_in
 from scd.utils.table import Table
 from scd.wan import CausalWan, SCDWan, SCDWanPipeline
@@ -219,7 +220,7 @@ def frame_seconds(rollout: Rollout, device: torch.device) -> tuple[float, float]
 def flops_of_frame(case: WanCase, name: str) -> dict[int, int]:
     """Count the operations of a frame behind `case.past` others, by its number of steps."""
     model = empty_model(case, name, "fp32")
-    once, each = frame_flops(model, latent_shape(case), case.text_length, case.past)
+    once, each = frame_flops(model, latent_shape(case), case.past, case.text_length)
     return {steps: once + steps * each for steps in case.steps}
 
 

@@ -31,9 +31,15 @@ from scd.options import (
     options_to_dict,
 )
 from scd.training.build import latent_shape
+from scd.training.distillation_cost import (
+    describe_networks,
+    describe_shares,
+    distillation_cost,
+    teacher_options,
+)
 from scd.training.encode import encoding_name
 from scd.training.launch import run_experiment
-from scd.training.performance import estimate_step
+from scd.training.step_cost import estimate_step
 from scd.training.wan_dry_run import describe_wan, miniature
 from scd.utils.files import write_atomically
 from scd.utils.paths import to_read
@@ -64,20 +70,32 @@ def dry_run(options: Options) -> None:
 
 
 def describe(options: Options) -> str:
-    """Describe the costs of one process's step, beside those of the other kind of model."""
-    codec = load_codec(options.autoencoder.path)
+    """Describe the costs of one process's step, beside those of the other kind of model.
+
+    Of post-training, with those of the networks that the student learns from.
+    """
+    codec, distilled = load_codec(options.autoencoder.path), options.distill.method != "none"
     lines = []
-    for kind in (options, counterpart(options)):
+    for kind in (options,) if distilled else (options, counterpart(options)):
         m, found = kind.model, estimate_step(kind, codec)
         layers = f"{m.encoder_layers} + {m.decoder_layers}" if m.type == "scd" else f"{m.layers}"
         parts = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in found.parameters.items())
+        flops: float = found.flops
+        state, kept = found.state_bytes, found.activation_bytes
+        beside, shares = [], ""
+        if distilled:
+            cost = distillation_cost(options, codec)
+            flops, state, kept = cost.flops, cost.state_bytes, cost.activation_bytes
+            beside = [f"  beside it    {describe_networks(cost)}"]
+            shares = describe_shares(cost)
         lines += [
             f"{m.type}, {64 * m.heads} wide, {layers} layers"
             + ("" if kind is options else " (for comparison)"),
             f"  parameters   {found.total_parameters / 1e6:.1f} M ({parts})",
-            f"  a step       {found.tokens} tokens of clips, {found.flops / 1e12:.3g} TFLOP",
-            f"  memory       {_gib(found.state_bytes)} weights, gradients, Adam and EMA; about "
-            f"{_gib(found.activation_bytes)} kept for the backward pass",
+            *beside,
+            f"  a step       {found.tokens} tokens of clips, {flops / 1e12:.3g} TFLOP{shares}",
+            f"  memory       {_gib(state)} weights, gradients, Adam and EMA; about "
+            f"{_gib(kept)} kept for the backward pass",
         ]
     return "\n".join(lines)
 
@@ -131,16 +149,7 @@ def _with_random_weights(options: Options, folder: Path) -> Options:
         return options
     teacher, kind, flow = folder / "teacher.safetensors", m, options.flow
     if d.method == "dmd":
-        layers = m.encoder_layers + m.decoder_layers + m.layers
-        kind = replace(
-            m,
-            type="bidirectional_dit",
-            layers=layers,
-            encoder_layers=0,
-            decoder_layers=0,
-            encoder_frame="shift",
-        )
-        flow = replace(flow, prefix_frames=[1, 1])
+        kind, flow = teacher_options(m), replace(flow, prefix_frames=[1, 1])
     plain = replace(
         options,
         init_from=None,

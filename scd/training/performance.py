@@ -1,147 +1,18 @@
-"""Work out what a training step costs, and measure how fast steps run.
-
-Costs are counted on tensors that have no memory: tokens, FLOPs, bytes. With them, a run logs tokens
-per second, TFLOP/s and MFU, beside its peak memory and traces of torch's profiler.
-"""
+"""Measure how fast training steps run: throughput, MFU, peak memory, traces of torch's profiler."""
 
 import re
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils.flop_counter import FlopCounterMode
 
-from scd.models.world_model import FirstLook, WorldModel
-from scd.options import Options
-from scd.training.build import AnyCodec, build_network, latent_shape
+from scd.training.step_cost import ClipCost
 from scd.utils.files import write_atomically
-from scd.utils.precision import DTYPES, resolve_precision
-
-
-@dataclass
-class StepEstimate:
-    """The costs of a training step of one process, on `train.batch_size` clips."""
-
-    parameters: dict[str, int]  # by part of the model
-    tokens: int  # of the clips, each counted once
-    flops: int  # forward and backward, matrix products and attention only
-    state_bytes: int  # weights, gradients, Adam's moments and averages, in float32
-    activation_bytes: int  # kept for the backward pass
-
-    @property
-    def total_parameters(self) -> int:
-        return sum(self.parameters.values())
-
-
-def estimate_step(options: Options, codec: AnyCodec, counts_scores: bool = True) -> StepEstimate:
-    """Run one forward and backward pass at the options' true shapes, and count what it costs.
-
-    Args:
-        counts_scores: False: attention's scores of many queries by many keys do not count as kept,
-            as with the kernels of GPUs.
-    """
-    with torch.device("meta"):
-        model = build_network(options, codec)
-    model.set_gradient_checkpointing(options.train.gradient_checkpointing)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(options.train.mixed_precision, device)
-    # Not diffusers' own `to`, whose warning does not matter here.
-    nn.Module.to(model, DTYPES[precision])
-    kept: dict[int, int] = {}  # storage -> bytes; a tensor is saved once for all that need it
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    widths = {size for p in model.parameters() for size in p.shape}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        many = tensor.ndim > 2 and min(tensor.shape[-2:]) > model.head_dim
-        scores = many and tensor.shape[-1] not in widths  # queries by keys
-        if storage._cdata not in parameters and (counts_scores or not scores):
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as counter:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model(**_inputs(model, options, codec)).square().mean()
-        loss.backward()
-    sizes = {
-        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
-    }
-    total = sum(p.numel() for p in model.parameters())
-    averages = len(options.optim.ema_sigma_rel) if options.train.snapshot_every else 0
-    _, height, width = latent_shape(codec, options)
-    frames = options.train.batch_size * options.data.frames
-    return StepEstimate(
-        parameters={name: size for name, size in sizes.items() if size},
-        tokens=frames * model.tokens_per_frame(height, width),
-        flops=counter.get_total_flops(),
-        state_bytes=total * 4 * (5 + averages),
-        activation_bytes=sum(kept.values()),
-    )
-
-
-class ClipCost(NamedTuple):
-    """The cost of one clip in a training step."""
-
-    tokens: int  # each counted once, however often it is noised
-    flops: int  # as in `StepEstimate`, without what gradient checkpointing computes a second time
-
-
-def clip_cost(options: Options, codec: AnyCodec) -> ClipCost:
-    """Count the tokens and FLOPs of the model itself, which MFU is based on.
-
-    Attention counts the keys that a query may see. A frozen autoencoder and a history of the
-    model's own frames (`flow.self_forcing_prob`) are left out.
-
-    Only models of one and two layers are counted, since every further layer costs as much as the
-    second: all twelve of the dense baseline, on 300 frames, would delay a run's start by a minute.
-    """
-    train = replace(options.train, batch_size=1, gradient_checkpointing=False)
-    names = ("encoder_layers", "decoder_layers", "layers")
-    depths = {name: depth for name in names if (depth := getattr(options.model, name))}
-
-    def count(**layers: int) -> StepEstimate:
-        shallow: dict[str, Any] = {**dict.fromkeys(depths, 1), **layers}
-        model = replace(options.model, **shallow)
-        wan = replace(options.wan, decoder_first=0)  # one layer costs as much as another
-        return estimate_step(replace(options, model=model, wan=wan, train=train), codec)
-
-    one = count()
-    further = {name: count(**{name: 2}).flops - one.flops for name in depths if depths[name] > 1}
-    flops = one.flops + sum((depths[name] - 1) * more for name, more in further.items())
-    return ClipCost(one.tokens, flops)
-
-
-def _inputs(model: WorldModel, options: Options, codec: AnyCodec) -> dict[str, Any]:
-    b, f, k = options.train.batch_size, options.data.frames, options.flow.noise_draws
-    shape = latent_shape(codec, options)
-    predicted = f - model.first_predicted
-    with torch.device("meta"):
-        latents = torch.empty(b, f, *shape)
-        noisy = torch.empty(b, k, predicted, *shape)
-        timesteps = torch.empty(b, k, predicted)
-        conditions = model.null_conditions((b, f))
-        tokens = model.tokens_per_frame(*shape[1:])
-        text = torch.empty(b, options.wan.text_length, options.wan.text_dim)
-        perturbation = torch.empty(b, predicted, tokens, model.width, dtype=model.dtype)
-    return {
-        "latents": latents,
-        "noisy": noisy,
-        "timesteps": timesteps,
-        "conditions": conditions if options.model.condition != "none" else None,
-        "perturbation": perturbation if model.has_context else None,
-        "first_look": FirstLook(noisy[:, 0], timesteps[:, 0]) if model.takes_first_look else None,
-        "text": text if model.has_text else None,
-    }
-
 
 # TFLOP/s of dense matrix products in bf16, and of float32 ones as TF32, by CUDA's name of the
 # device: from NVIDIA's data sheets, halved where they count sparsity. Laptop cards and slices of a

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from scd.errors import ScdError
 from scd.options import OPTIONS_FILE, Options, options_to_dict, options_to_yaml
-from scd.training.performance import ClipCost, ProfilerTrace, ThroughputMeter, peak_flops
+from scd.training.performance import ProfilerTrace, ThroughputMeter, peak_flops
 from scd.training.resume import clips_per_step, flatten_options
+from scd.training.step_cost import ClipCost
 from scd.utils.environment import environment
 from scd.utils.files import write_atomically, write_json
 from scd.utils.processes import error_barrier
@@ -205,7 +206,9 @@ def draw_loss_curve(log: Path, picture: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     axis.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
     axis.plot(steps, smooth, color="tab:blue")
-    axis.set(xlabel="step", ylabel="training loss", yscale="log")
+    # A student that is its own teacher begins with a loss of 0.
+    scale = "log" if max(losses) > 0 else "linear"
+    axis.set(xlabel="step", ylabel="training loss", yscale=scale)
     axis.grid(alpha=0.3, which="both")
     write_atomically(picture, lambda aside: figure.savefig(aside, dpi=110))
     plt.close(figure)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scd.data.clips import Clips
 from scd.options import Options
-from scd.training.performance import ClipCost
+from scd.training.step_cost import ClipCost
 
 
 class Task(Protocol):

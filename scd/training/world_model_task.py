@@ -21,7 +21,7 @@ from scd.options import OptimOptions, Options
 from scd.pipeline import pipeline_of
 from scd.training.build import AnyCodec, start_from
 from scd.training.encode import check_training_latents
-from scd.training.performance import ClipCost, clip_cost
+from scd.training.step_cost import ClipCost, clip_cost
 from scd.utils.precision import autocast, resolve_precision
 from scd.utils.processes import error_barrier, processes, split_between_processes
 from scd.utils.seeding import generator
