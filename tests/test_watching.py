@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from scd.training import launch, performance, world_model_task
 from scd.training.encode import encode_dataset
 from scd.training.launch import make_accelerator
 from scd.training.performance import ThroughputMeter, peak_flops
-from scd.training.run_log import read_log
+from scd.training.run_log import draw_loss_curve, read_log
 from scd.training.step_cost import ClipCost, clip_cost, estimate_step
 from scd.training.world_model_task import HeldOutLoss
 from scd.utils import tracking
@@ -447,3 +448,14 @@ def test_after_a_kill_tensorboard_has_each_step_once(options):
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
     losses = [e["loss"] for e in read_log(options().output / "log.jsonl") if "loss" in e]
     assert [event.value for event in events] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("losses", [[0.0], [0.0, 0.5], [0.5, 0.25]])
+def test_every_loss_can_be_plotted(losses, tmp_path):
+    """Also that of a student which is still its own teacher."""
+    lines = [json.dumps({"step": i, "loss": loss}) for i, loss in enumerate(losses)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_loss_curve(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
