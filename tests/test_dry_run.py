@@ -1,5 +1,6 @@
 """Every options file is built and run once, at reduced width, and the step estimate is right."""
 
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -190,6 +191,24 @@ def test_post_training_costs_what_its_steps_take(stage, more, tmp_path, monkeypa
         seldom = replace(options, distill=replace(options.distill, critic_updates=4))
         slower = distillation_cost(seldom, PixelCodec())
         assert found.flops - slower.flops == pytest.approx(0.75 * found.student)
+
+
+def test_a_step_has_all_its_batches():
+    """With accumulated gradients a step costs a multiple of one batch, and no more memory."""
+    file, small = ROOT / "options/scd_doom_distilled.yml", ["model.heads=1", "model.patch_size=4"]
+    one, three = (
+        dry_run.describe(load_options(file, [*small, f"train.gradient_accumulation={n}"]))
+        for n in (1, 3)
+    )
+    step = re.compile(
+        r"a step +(\S+) tokens of clips, (\S+) TFLOP, on average: rollouts (\S+), critic (\S+), "
+        r"in one of 2 steps the student (\S+)\n(.*)"
+    )
+    (*parts, memory), (*all_parts, all_memory) = (
+        step.search(text).groups() for text in (one, three)
+    )
+    assert [float(n) for n in all_parts] == pytest.approx([3 * float(n) for n in parts], rel=0.01)
+    assert memory == all_memory
 
 
 def test_counterparts_have_as_many_layers():

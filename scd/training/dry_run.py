@@ -75,6 +75,7 @@ def describe(options: Options) -> str:
     Of post-training, with those of the networks that the student learns from.
     """
     codec, distilled = load_codec(options.autoencoder.path), options.distill.method != "none"
+    batches = options.train.gradient_accumulation
     lines = []
     for kind in (options,) if distilled else (options, counterpart(options)):
         m, found = kind.model, estimate_step(kind, codec)
@@ -87,13 +88,14 @@ def describe(options: Options) -> str:
             cost = distillation_cost(options, codec)
             flops, state, kept = cost.flops, cost.state_bytes, cost.activation_bytes
             beside = [f"  beside it    {describe_networks(cost)}"]
-            shares = describe_shares(cost)
+            shares = describe_shares(cost, batches)
         lines += [
             f"{m.type}, {64 * m.heads} wide, {layers} layers"
             + ("" if kind is options else " (for comparison)"),
             f"  parameters   {found.total_parameters / 1e6:.1f} M ({parts})",
             *beside,
-            f"  a step       {found.tokens} tokens of clips, {flops / 1e12:.3g} TFLOP{shares}",
+            f"  a step       {batches * found.tokens} tokens of clips, "
+            f"{batches * flops / 1e12:.3g} TFLOP{shares}",
             f"  memory       {_gib(state)} weights, gradients, Adam and EMA; about "
             f"{_gib(kept)} kept for the backward pass",
         ]
