@@ -117,7 +117,7 @@ def _forward(options: Options, step: StepEstimate) -> float:
 
 def _count_parameters(options: Options, codec: AnyCodec) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in build_network(options, codec).parameters())
+        return build_network(options, codec).num_parameters()
 
 
 def _rollout(options: Options, codec: AnyCodec) -> tuple[float, int]:
