@@ -151,8 +151,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     for steps in (2, 4):
         run_experiment(options("name=halves", f"train.steps={steps}"))
     assert_same_state(*(tmp_path / name / "checkpoints" for name in ("whole", "halves")))
-    losses = [entry["loss"] for entry in read_log(whole.output / "log.jsonl") if "loss" in entry]
-    assert len(losses) == 4 and all(loss > 0 for loss in losses)
+    logged = [entry for entry in read_log(whole.output / "log.jsonl") if "loss" in entry]
+    assert len(logged) == 4 and all(entry["loss"] > 0 and entry["tflops"] > 0 for entry in logged)
     exported = load_checkpoint_for_use(whole.output / "exported")
     assert exported.options.rollout.solver == "consistency"
 

@@ -17,7 +17,7 @@ from scd.models import cpu
 from scd.models.autoencoder import PixelCodec
 from scd.options import AutoencoderOptions, load_options
 from scd.training import dry_run
-from scd.training.distillation_cost import distillation_cost
+from scd.training.distillation_cost import distillation_cost, teacher_options
 from scd.training.distillation_task import DistillationTask
 from scd.training.dry_run import counterpart
 from scd.training.step_cost import estimate_step
@@ -138,20 +138,25 @@ LONG = ["data.frames=10", "distill.window_frames=6"]
 
 
 @pytest.mark.parametrize(
-    ("stage", "more"),
+    ("stage", "more", "deeper"),
     [
-        ("consistency", []),
-        ("consistency", ["distill.guidance_scale=2"]),
-        ("distilled", []),
-        ("distilled", ["distill.guidance_scale=2", *VECTORS]),
-        ("distilled", ["distill.self_rollout=false"]),
-        ("distilled", DENSE),
-        ("long", LONG),
-        ("long", [*LONG, "rollout.window=6"]),
+        ("consistency", [], 0),
+        ("consistency", ["distill.guidance_scale=2"], 0),
+        ("distilled", [], 0),
+        ("distilled", [], 2),
+        ("distilled", ["distill.guidance_scale=2", *VECTORS], 0),
+        ("distilled", ["distill.self_rollout=false"], 0),
+        ("distilled", DENSE, 0),
+        ("long", LONG, 0),
+        ("long", [*LONG, "rollout.window=6"], 0),
     ],
 )
-def test_post_training_costs_what_its_steps_take(stage, more, tmp_path, monkeypatch):
-    """The count against real steps, averaged over every exit and every place of the window."""
+def test_post_training_costs_what_its_steps_take(stage, more, deeper, tmp_path, monkeypatch):
+    """The count against real steps, averaged over every exit and every place of the window.
+
+    Args:
+        deeper: how many layers more than a student a bidirectional teacher has.
+    """
     options = load_options(
         ROOT / f"options/scd_doom_{stage}.yml",
         [
@@ -162,9 +167,15 @@ def test_post_training_costs_what_its_steps_take(stage, more, tmp_path, monkeypa
             *more,
         ],
     )
+    kind = teacher_options(options.model)
+    kind = replace(kind, layers=kind.layers + deeper)
+    monkeypatch.setattr(dry_run, "teacher_options", lambda _: kind)
     options = dry_run._on_noise(options, tmp_path)
-    found = distillation_cost(options, PixelCodec())
-    objective = DistillationTask(options, torch.device("cpu")).objective
+    task = DistillationTask(options, torch.device("cpu"))
+    found, objective = distillation_cost(options, PixelCodec(), task.teacher_kind), task.objective
+    if not deeper:
+        assert distillation_cost(options, PixelCodec()) == found
+    assert task.clip_cost() == (found.tokens, found.flops)  # what a training logs
     networks = dict(objective.named_children())
     counts = {name: sum(p.numel() for p in n.parameters()) for name, n in networks.items()}
     own = counts.pop("model")
@@ -189,7 +200,7 @@ def test_post_training_costs_what_its_steps_take(stage, more, tmp_path, monkeypa
     assert found.flops == pytest.approx(sum(taken) / len(taken), rel=0.03)
     if stage != "consistency":
         seldom = replace(options, distill=replace(options.distill, critic_updates=4))
-        slower = distillation_cost(seldom, PixelCodec())
+        slower = distillation_cost(seldom, PixelCodec(), task.teacher_kind)
         assert found.flops - slower.flops == pytest.approx(0.75 * found.student)
 
 

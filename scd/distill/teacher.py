@@ -8,7 +8,7 @@ from torch import Tensor
 from scd.errors import ScdError, naming_option
 from scd.flow.sampler import guide
 from scd.models.autoencoder import Codec, encode_alike
-from scd.models.load import load_checkpoint_for_use
+from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FirstLook, WorldModel
 from scd.options import Options
 
@@ -21,7 +21,7 @@ def load_teacher(
     codec: Codec,
     device: torch.device,
     option: str = "distill.teacher",
-) -> WorldModel:
+) -> LoadedModel:
     """Load the frozen teacher, which must fit the student and its latents.
 
     Args:
@@ -69,7 +69,8 @@ def load_teacher(
             f"{option}={path}: an scd, but distill.adversarial_weight needs the features of "
             f"a bidirectional_dit or a causal_dit"
         )
-    return teacher.to(device).requires_grad_(False)
+    teacher.to(device).requires_grad_(False)
+    return loaded
 
 
 def teacher_path(options: Options, option: str) -> str:

@@ -18,6 +18,7 @@ class DistillationCost:
     """The costs of a step of one process, on `train.batch_size` clips.
 
     Attributes:
+        tokens: of the clips that are scored, each counted once.
         student: FLOPs of its update: with a gradient, and by teacher and critic without one.
         student_every: steps from one such update to the next.
         rollout: FLOPs of generating the clips, in every step.
@@ -28,6 +29,7 @@ class DistillationCost:
         activation_bytes: kept for the backward passes, and the rollout's key-value cache.
     """
 
+    tokens: int
     student: float
     student_every: int
     rollout: float
@@ -43,13 +45,16 @@ class DistillationCost:
 
 
 def distillation_cost(
-    options: Options, codec: AnyCodec, counts_scores: bool = True
+    options: Options,
+    codec: AnyCodec,
+    teacher: ModelOptions | None = None,
+    counts_scores: bool = True,
 ) -> DistillationCost:
-    """Count a step of `distill.method`, with `teacher_options` as the teacher of `dmd`.
-
-    An adversarial term is left out.
+    """Count a step of `distill.method`. An adversarial term is left out.
 
     Args:
+        teacher: its kind and sizes, which are a weak teacher's too; None: for consistency
+            distillation the student's, otherwise `teacher_options`.
         counts_scores: see `estimate_step`.
     """
     d, o = options.distill, options
@@ -59,29 +64,37 @@ def distillation_cost(
         o = replace(o, flow=replace(o.flow, noise_draws=1))
     own = _count_parameters(o, codec)
     student = estimate_by_depth(o, codec, counts_scores)
-    guided = 1 if d.guidance_scale == 1 else 2
-    weak = {} if d.weak_teacher is None else {"weak teacher": own}
-    if d.method == "consistency":
-        networks = {"teacher": own, "moving average": own, **weak}
-        without = (guided + 1) * _forward(o, student)
-        state = 20 * own + 4 * sum(networks.values())
-        return DistillationCost(
-            student.flops + without, 1, 0, 0, networks, state, student.activation_bytes
-        )
-    of_teacher = replace(o, model=teacher_options(o.model))
-    critic = estimate_by_depth(of_teacher, codec, counts_scores)
+    consistency = d.method == "consistency"
+    kind = teacher or (o.model if consistency else teacher_options(o.model))
+    of_teacher = replace(o, model=kind)
+    score = student if kind == o.model else estimate_by_depth(of_teacher, codec, counts_scores)
     count = _count_parameters(of_teacher, codec)
-    weak = dict.fromkeys(weak, count)
+    guided = 1 if d.guidance_scale == 1 else 2
+    weak = {} if d.weak_teacher is None else {"weak teacher": count}
+    if consistency:
+        networks = {"teacher": count, "moving average": own, **weak}
+        without = guided * _forward(of_teacher, score) + _forward(o, student)
+        return DistillationCost(
+            tokens=student.tokens,
+            student=student.flops + without,
+            student_every=1,
+            rollout=0,
+            critic=0,
+            networks=networks,
+            state_bytes=20 * own + 4 * sum(networks.values()),
+            activation_bytes=student.activation_bytes,
+        )
     generated, cached = _rollout(options, codec)
     return DistillationCost(
-        student=student.flops + (guided + 1) * _forward(of_teacher, critic),
+        tokens=student.tokens,
+        student=student.flops + (guided + 1) * _forward(of_teacher, score),
         student_every=d.critic_updates,
         rollout=generated if d.self_rollout else _forward(o, student),
-        critic=critic.flops,
+        critic=score.flops,
         networks={"teacher": count, "critic": count, **weak},
         # A critic has weights, gradients and moments, a teacher weights alone.
         state_bytes=20 * own + (16 + 4) * count + 4 * sum(weak.values()),
-        activation_bytes=student.activation_bytes + critic.activation_bytes + cached,
+        activation_bytes=student.activation_bytes + score.activation_bytes + cached,
     )
 
 

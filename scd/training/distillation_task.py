@@ -5,6 +5,7 @@ The house's own models and Wans alike: the tasks differ in their data, and in wh
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from scd.distill.critic import Critic
 from scd.distill.dmd import DMDObjective, trains_student
 from scd.distill.teacher import load_teacher
 from scd.models.world_model import CausalWorldModel, WorldModel
-from scd.options import Options
+from scd.options import ModelOptions, Options
+from scd.training.distillation_cost import distillation_cost, teacher_options
+from scd.training.step_cost import ClipCost
 from scd.training.wan_task import WanTask
 from scd.training.world_model_task import WorldModelTask
 from scd.wan.from_options import teacher_wan
@@ -28,16 +31,18 @@ class Distillation(WorldModelTask):
 
     network: CausalWorldModel
 
-    def _learn_from(self, load: Callable[[str], WorldModel], device: torch.device) -> None:
+    def _learn_from(
+        self, load: Callable[[str], tuple[WorldModel, ModelOptions]], device: torch.device
+    ) -> None:
         """Take the objective of `distill.method` in place of the task's own.
 
         Args:
-            load: the teacher that an option names.
+            load: the teacher that an option names, and its kind and sizes.
         """
         options = self.options
-        teacher, weak = load("distill.teacher"), None
+        (teacher, self.teacher_kind), weak = load("distill.teacher"), None
         if options.distill.weak_teacher is not None:
-            weak = load("distill.weak_teacher")
+            weak, _ = load("distill.weak_teacher")
         if options.distill.method == "consistency":
             assert isinstance(teacher, CausalWorldModel)
             self.objective = ConsistencyObjective(self.network, teacher, options, weak)
@@ -65,8 +70,12 @@ class Distillation(WorldModelTask):
         if isinstance(self.objective, ConsistencyObjective):
             self.objective.set_target(average)
 
-    def clip_cost(self) -> None:  # type: ignore[override]
-        return None
+    def clip_cost(self) -> ClipCost:
+        """Count what a clip costs in all networks, with the student's share of an average step."""
+        train = replace(self.options.train, batch_size=1, gradient_checkpointing=False)
+        options = replace(self.options, train=train)
+        cost = distillation_cost(options, self.codec, self.teacher_kind)
+        return ClipCost(cost.tokens, cost.flops)
 
 
 class DistillationTask(Distillation):
@@ -75,8 +84,9 @@ class DistillationTask(Distillation):
     def __init__(self, options: Options, device: torch.device):
         super().__init__(options, device)
 
-        def load(option: str) -> WorldModel:
-            return load_teacher(options, self.network, self.codec, device, option)
+        def load(option: str) -> tuple[WorldModel, ModelOptions]:
+            loaded = load_teacher(options, self.network, self.codec, device, option)
+            return loaded.model, loaded.options.model
 
         self._learn_from(load, device)
 
@@ -86,4 +96,11 @@ class WanDistillationTask(Distillation, WanTask):
 
     def __init__(self, options: Options, device: torch.device):
         WanTask.__init__(self, options, device)
-        self._learn_from(lambda name: teacher_wan(options, self.network, name).to(device), device)
+
+        def load(option: str) -> tuple[WorldModel, ModelOptions]:
+            teacher, kind = teacher_wan(options, self.network, option).to(device), options.model
+            if options.distill.method == "dmd":
+                kind = replace(teacher_options(kind), layers=len(teacher.blocks))
+            return teacher, kind
+
+        self._learn_from(load, device)

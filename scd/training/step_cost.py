@@ -111,7 +111,7 @@ class ClipCost(NamedTuple):
     """The cost of one clip in a training step."""
 
     tokens: int  # each counted once, however often it is noised
-    flops: int  # as in `StepEstimate`, without what gradient checkpointing computes a second time
+    flops: float  # as `StepEstimate`'s, without what gradient checkpointing computes a second time
 
 
 def clip_cost(options: Options, codec: AnyCodec) -> ClipCost:
