@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Post-train a Doom model, stage by stage, beside a control, and compare. On a GPU: all that the
-# shipped models went through, from nothing, in minutes a stage. On CPUs, where a stage takes hours:
-# the shipped model, in smaller batches.
+# shipped models went through, from nothing, in minutes a stage. On CPUs: assets/pretrained/scd_doom,
+# in smaller batches; the teacher takes hours.
+# Needs the data: `scd record --train-episodes 400 --val-episodes 512`, and
+# `scd encode --opt options/scd_doom.yml`.
 # Every stage resumes; run it again after an interruption. key=value arguments go to the evaluations.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -204,6 +204,7 @@ def test_a_teacher_of_other_latents_or_without_frame_0_is_refused(
         ("distill.teacher=null", "every method has a teacher"),
         ("init_from=null", "needs init_from"),
         ("rollout.solver=euler", "is sampled with rollout.solver=consistency"),
+        ("rollout.spacing=diffusers", "its last step begins with hardly any noise"),
         ("distill.method=none", "and none has none"),
         ("distill.weak_teacher=weak", "nothing leads away from it"),
         ("distill.score_range=[0.5,0.2]", "lowest and the highest"),

@@ -242,7 +242,7 @@ class DistillOptions:
     shift: float = positive(5.0)  # timestep shift of the levels; dmd: of those clips are scored at
     # The teacher's guidance, v⁻ + w·(v⁺ - v⁻). 1: none.
     guidance_scale: float = not_negative(1.0)
-    # What its guidance leads away from: a worse model of its kind, for example of an early
+    # What its guidance leads away from: a weaker model of its kind, for example of an early
     # checkpoint (autoguidance, arXiv 2406.02507). null: from itself under the null condition.
     weak_teacher: str | None = None
     # Of dmd: given frames of a clip, the others are generated.
