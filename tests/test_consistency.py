@@ -15,6 +15,7 @@ from scd.models import SCD, CausalDiT, CausalWorldModel
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import build_world_model, load_checkpoint_for_use
 from scd.options import Options, load_options
+from scd.training.distillation_task import DistillationTask
 from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
 from tests.test_training import assert_same_state
@@ -198,13 +199,23 @@ def test_a_teacher_of_other_latents_or_without_frame_0_is_refused(
         load_teacher(o, beginner, PixelCodec(), cpu)
 
 
+def test_a_wasted_step_is_told(options, capfd, fresh_accelerate: None) -> None:
+    """Not refused: students of such a training, and the training itself, stay of use."""
+    for override, told in (
+        ("spacing=diffusers", True),
+        ("spacing=even", False),
+        ("steps=1", False),
+    ):
+        DistillationTask(options(f"rollout.{override}"), torch.device("cpu"))
+        assert ("begins with hardly any noise" in capfd.readouterr().err) == told
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("distill.teacher=null", "every method has a teacher"),
         ("init_from=null", "needs init_from"),
         ("rollout.solver=euler", "is sampled with rollout.solver=consistency"),
-        ("rollout.spacing=diffusers", "its last step begins with hardly any noise"),
         ("distill.method=none", "and none has none"),
         ("distill.weak_teacher=weak", "nothing leads away from it"),
         ("distill.score_range=[0.5,0.2]", "lowest and the highest"),

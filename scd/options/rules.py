@@ -200,11 +200,6 @@ WORLD_MODEL: list[Rule] = [
         "sampled with rollout.solver=consistency",
     ),
     (
-        lambda o: o.distill.method == "none" or o.rollout.spacing == "even",
-        "distill.method={distill.method} with rollout.spacing={rollout.spacing}: its last step "
-        "begins with hardly any noise and does next to nothing; set rollout.spacing=even",
-    ),
-    (
         lambda o: (
             o.distill.method == "none"
             or (o.flow.encoder_input, o.flow.history_noise_max, o.flow.self_forcing_prob)

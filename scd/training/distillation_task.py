@@ -3,12 +3,14 @@
 The house's own models and Wans alike: the tasks differ in their data, and in where teachers lie.
 """
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from scd.distill.consistency import ConsistencyObjective
@@ -16,7 +18,7 @@ from scd.distill.critic import Critic
 from scd.distill.dmd import DMDObjective, trains_student
 from scd.distill.teacher import load_teacher
 from scd.models.world_model import CausalWorldModel, WorldModel
-from scd.options import ModelOptions, Options
+from scd.options import ModelOptions, Options, RolloutOptions
 from scd.training.distillation_cost import distillation_cost, teacher_options
 from scd.training.step_cost import ClipCost
 from scd.training.wan_task import WanTask
@@ -40,6 +42,7 @@ class Distillation(WorldModelTask):
             load: the teacher that an option names, and its kind and sizes.
         """
         options = self.options
+        _warn_of_a_wasted_step(options.rollout)
         (teacher, self.teacher_kind), weak = load("distill.teacher"), None
         if options.distill.weak_teacher is not None:
             weak, _ = load("distill.weak_teacher")
@@ -76,6 +79,15 @@ class Distillation(WorldModelTask):
         options = replace(self.options, train=train)
         cost = distillation_cost(options, self.codec, self.teacher_kind)
         return ClipCost(cost.tokens, cost.flops)
+
+
+def _warn_of_a_wasted_step(rollout: RolloutOptions) -> None:
+    if rollout.spacing == "diffusers" and rollout.steps > 1 and PartialState().is_main_process:
+        print(
+            f"note: rollout.spacing=diffusers: the last of rollout.steps={rollout.steps} begins "
+            "with hardly any noise and does next to nothing; few steps want rollout.spacing=even",
+            file=sys.stderr,
+        )
 
 
 class DistillationTask(Distillation):
