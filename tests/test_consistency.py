@@ -14,7 +14,7 @@ from scd.flow.noise import draw_noise
 from scd.models import SCD, CausalDiT, CausalWorldModel
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import build_world_model, load_checkpoint_for_use
-from scd.options import Options, load_options
+from scd.options import Options, load_options, load_training_options
 from scd.training.distillation_task import DistillationTask
 from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
@@ -223,4 +223,4 @@ def test_a_wasted_step_is_told(options, capfd, fresh_accelerate: None) -> None:
 )
 def test_options_that_cannot_work_are_refused(override: str, message: str) -> None:
     with pytest.raises(ScdError, match=message):
-        load_options("options/scd_doom_consistency.yml", [override])
+        load_training_options("options/scd_doom_consistency.yml", [override])

@@ -24,7 +24,7 @@ from scd.distill.self_rollout import Generated, replay, roll_out, teacher_forced
 from scd.errors import ScdError
 from scd.models import SCD, BidirectionalDiT, CausalDiT, CausalWorldModel
 from scd.models.world_model import FirstLook
-from scd.options import Options, RolloutOptions, load_options
+from scd.options import Options, RolloutOptions, load_training_options
 from scd.rollout import continue_videos
 from scd.training.checkpoint import load_checkpoint
 from scd.training.launch import build_task, make_accelerator, run_experiment
@@ -505,7 +505,7 @@ def options(doom_root: Path, tmp_path: Path, fresh_accelerate: None):
     student = ["model.encoder_layers=1", "model.decoder_layers=1"]
 
     def load(file: str, *overrides: str) -> Options:
-        return load_options(f"options/{file}.yml", [*small, *overrides])
+        return load_training_options(f"options/{file}.yml", [*small, *overrides])
 
     base = load("scd_doom", *student, "name=base", "train.steps=1")
     run_experiment(base)

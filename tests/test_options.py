@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from scd.errors import ScdError
+from scd.models.load import options_for_use
 from scd.options import (
     Options,
     RolloutOptions,
     check_rollout,
     known_keys,
     load_options,
+    load_training_options,
     options_from_json,
     options_to_dict,
     options_to_yaml,
@@ -62,7 +64,7 @@ def refusal(path: Path, *overrides: str) -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_file_loads(path: Path) -> None:
-    assert load_options(path).name == path.stem
+    assert load_training_options(path).name == path.stem
 
 
 @pytest.mark.parametrize("name", ["scd_ucf101_label", "scd_dmlab", "scd_bair"])
@@ -352,7 +354,14 @@ def test_every_rule_can_say_what_is_wrong(file: Path) -> None:
     """A message names only options that there are."""
     options = load_options(file)
     first, second = rules.FIRST_STAGE, rules.DECODER_STAGE
-    every = [*rules.COMMON, *rules.WORLD_MODEL, *rules.AUTOENCODER, *first, *second]
+    every = [
+        *rules.COMMON,
+        *rules.WORLD_MODEL,
+        *rules.DISTILLATION,
+        *rules.AUTOENCODER,
+        *first,
+        *second,
+    ]
     assert len(every) > 40
     for _, message in every:
         assert "{" not in message.format(**vars(options))
@@ -617,6 +626,22 @@ def test_the_shipped_models_are_those_of_the_options(name: str) -> None:
     options = load_options(ROOT / f"assets/pretrained/{name}/options.yml")
     written = load_options(ROOT / f"options/{name}.yml")
     assert (options.model, options.data) == (written.model, written.data)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.solver=euler"],
+        ["rollout.window=31", "rollout.sink_frames=4"],
+        ["rollout.guidance=context", "rollout.guidance_scale=1.5"],
+    ],
+    ids=["solver", "window", "guidance"],
+)
+def test_a_student_may_be_used_otherwise_than_it_was_trained(overrides: list[str]) -> None:
+    student = ROOT / "assets/pretrained/scd_doom_distilled"
+    assert options_for_use(student, overrides=overrides).distill.method == "dmd"
+    with pytest.raises(ScdError, match=r"with (distill\.method=dmd|rollout\.solver=euler)"):
+        load_training_options(ROOT / "options/scd_doom_distilled.yml", overrides)
 
 
 # --- A base

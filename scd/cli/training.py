@@ -7,9 +7,9 @@ from scd.utils.paths import from_user, to_read
 
 
 def train(a: argparse.Namespace) -> None:
-    from scd.options import load_options
+    from scd.options import load_training_options
 
-    options = load_options(a.opt, a.overrides)  # before torch, which takes seconds to load
+    options = load_training_options(a.opt, a.overrides)  # before torch, which takes seconds to load
     if a.dry_run:
         from scd.training.dry_run import dry_run
 

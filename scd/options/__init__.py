@@ -3,6 +3,7 @@
 from scd.options.reader import (
     OPTIONS_FILE,
     load_options,
+    load_training_options,
     options_from_json,
     options_to_dict,
     options_to_yaml,
@@ -51,6 +52,7 @@ __all__ = [
     "check_rollout",
     "known_keys",
     "load_options",
+    "load_training_options",
     "options_from_json",
     "options_to_dict",
     "options_to_yaml",

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from scd.errors import ScdError, reason
-from scd.options.rules import check, check_rollout, wrong_choice
+from scd.options.rules import check, check_rollout, check_training, wrong_choice
 from scd.options.schema import Options, RolloutOptions, known_keys
 from scd.utils.paths import expand, from_user, to_read, why_missing
 
@@ -72,6 +72,17 @@ def load_options(path: str | Path, overrides: list[str] | None = None) -> Option
             raise ScdError(f"{path}: base {file} has a base itself; only one level is supported")
         below.append((f"{path}: base {file}", under))
     return _resolve([*below, (str(path), written)], str(path), overrides or [])
+
+
+def load_training_options(path: str | Path, overrides: list[str] | None = None) -> Options:
+    """Read an options file as `load_options` does, to train what it describes.
+
+    Raises:
+        ScdError: as there, or for options that a model can be used with, but not trained.
+    """
+    options = load_options(path, overrides)
+    check_training(options, str(to_read(path)))
+    return options
 
 
 def change_rollout(rollout: RolloutOptions, overrides: list[str]) -> RolloutOptions:
