@@ -76,14 +76,14 @@ class RolloutPipeline(DiffusionPipeline):
 
     enable_sequential_cpu_offload = enable_model_cpu_offload
 
-    def settings(self, steps: int | None, changes: dict[str, Any]) -> RolloutOptions:
-        """Change the saved defaults for generating frames.
+    def settings(self, steps: int | None = None, **changes: Any) -> RolloutOptions:
+        """Give the saved settings of rollouts, with changes: fields of `RolloutOptions`.
 
         Raises:
             ScdError: a setting is unknown.
         """
         if steps is not None:
-            changes = {**changes, "steps": steps}
+            changes["steps"] = steps
         known = [field.name for field in fields(RolloutOptions)]
         for name in changes:
             if name not in known:
@@ -159,7 +159,7 @@ class SCDPipeline(RolloutPipeline):
         labels = _numbers("labels", labels, (len(video),))
         device = self.transformer.device
         video = video.to(device)
-        settings = self.settings(num_inference_steps, rollout)
+        settings = self.settings(num_inference_steps, **rollout)
         engine = Rollout(self.transformer, settings, known + num_frames)
         codec: Codec = PixelCodec()
         if self.vae is not None:

@@ -261,7 +261,7 @@ def test_turning_back_shows_the_same_frame(simulator: DoomSimulator, turn: int) 
     assert np.array_equal(simulator.step(NONE), first)
 
 
-def test_recording_again_writes_nothing(doom_root: Path, tmp_path: Path) -> None:
+def test_recording_again_writes_nothing(doom_root: Path, tmp_path: Path, capfd) -> None:
     root = tmp_path / "doom"
     shutil.copytree(doom_root, root)
 
@@ -286,8 +286,13 @@ def test_recording_again_writes_nothing(doom_root: Path, tmp_path: Path) -> None
     one, four = "train/00001", "train/00003"
     files = {f"{name}.{ending}" for name in (one, four) for ending in ("mp4", "npz")}
     assert new == {*files, "train.json", "coverage.png", "video_checks.json"}
-    latents = [entry.latent_path for entry in read_list(root / "train.json")]
+    listed = read_list(root / "train.json")
+    latents = [entry.latent_path for entry in listed]
     assert latents == ["0.pt", None, "2.pt", None]  # of episodes that stayed as they were
+    before = written()
+    record_dataset(root, 2, 1, 40, 64)  # fewer than there are
+    assert read_list(root / "train.json") == listed and written() == before
+    assert f"{root / 'train.json'}: keeps its 4 episodes, more than 2" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from scd.training.run_log import read_log
 from scd.training.trainer import Trainer
 from scd.utils import precision
 from scd.utils.environment import git_commit
-from scd.utils.files import sha256, write_json
+from scd.utils.files import read_json, sha256, write_json
 from tests.conftest import forget_the_launch
 
 ROOT = Path(__file__).parent.parent
@@ -377,6 +377,19 @@ def test_another_experiment_is_not_continued(options, finished):
     split = ["train.batch_size=1", "train.gradient_accumulation=2", "optim.lr=1e-4"]
     folder = train(options("name=finished", "train.steps=7", *split))
     assert latest_checkpoint(folder).name == "step-00000007"
+
+
+def test_a_run_goes_on_with_the_clips_it_began_with(options, finished, doom_root, tmp_path, capsys):
+    """They may be moved; other ones would stand under the same sample numbers."""
+    root = shutil.copytree(doom_root, tmp_path / "moved")
+    more = ["name=finished", f"data.root={root}", "train.steps=7"]
+    entries = read_json(root / "train.json")
+    write_json(root / "train.json", entries[:-1])
+    with pytest.raises(ScdError, match=r"clips of data\.train_list were 3 clips \(.*, are 2 clips"):
+        train(options(*more))
+    write_json(root / "train.json", entries)
+    train(options(*more))
+    assert "with 3 clips of train.json" in capsys.readouterr().out
 
 
 def test_not_a_number_is_not_applied(options):

@@ -6,12 +6,25 @@ from concurrent.futures import ThreadPoolExecutor
 from scd.cli.arguments import ANY_CHECKPOINT, Commands, add_options_file, add_overrides
 from scd.utils.paths import from_user, to_read
 
+STARTS = "assets/starts"
+
 
 def export(a: argparse.Namespace) -> None:
     import torch
 
     from scd.errors import ScdError
 
+    for_web = {
+        "--starts": str(a.starts) != STARTS,
+        "--weights": a.weights != "fp16",
+        "--runtime": a.runtime is not None,
+        "--measure": a.measure is not None,
+    }
+    if not a.web and any(for_web.values()):
+        given = ", ".join(flag for flag, there in for_web.items() if there)
+        raise ScdError(f"export: {given} is for web pages: add --web, or leave it out")
+    if a.web and a.dtype != "float32":
+        raise ScdError("export: --dtype is not for web pages: with --web, give --weights")
     if a.web and a.measure is not None:
         from scd.web.losses import measure_formats
 
@@ -78,7 +91,7 @@ def add_commands(commands: Commands) -> None:
     p.add_argument(
         "--starts",
         type=to_read,
-        default="assets/starts",
+        default=STARTS,
         help="with --web: folder of start clips (default: %(default)s)",
     )
     p.add_argument(
@@ -124,9 +137,7 @@ def add_commands(commands: Commands) -> None:
         help="folder of a pretrained model (default: %(default)s)",
     )
     p.add_argument("--baseline", type=to_read, metavar="DIR", help="another one, shown beside it")
-    p.add_argument(
-        "--starts", type=to_read, default="assets/starts", help="folder (default: %(default)s)"
-    )
+    p.add_argument("--starts", type=to_read, default=STARTS, help="folder (default: %(default)s)")
     p.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     p.add_argument(

@@ -16,6 +16,7 @@ from scd.data.video_checks import VideoChecks, slow_reading_note
 from scd.errors import ScdError
 from scd.options import Options
 from scd.utils.files import read_npz
+from scd.utils.paths import why_missing
 from scd.utils.processes import processes
 
 MAX_ACTION_BYTES = 2**26  # of one clip: days of video
@@ -72,6 +73,11 @@ class ClipFolder:
     ):
         self.root = root
         self.list_path = root / list_file
+        if not self.list_path.exists():
+            raise ScdError(
+                f"{self.list_path}: {why_missing(self.list_path)}: get videos with `scd record` or "
+                f"`scd fetch-data`, list your own with `scd make-lists`, or set data.root"
+            )
         self.entries = read_list(self.list_path)
         self.source = source
         self.condition = condition
@@ -86,7 +92,8 @@ class ClipFolder:
             for name in needed:
                 if getattr(entry, name) is None:
                     field = "action_path" if name == "actions_in" else name
-                    raise ScdError(f"{self.list_path}: entry {number} has no {field}")
+                    how = "" if source == "video" else ": make latents with `scd encode`"
+                    raise ScdError(f"{self.list_path}: entry {number} has no {field}{how}")
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -42,6 +42,8 @@ def record_dataset(
 ) -> None:
     """Record both splits under `root`, skipping episodes that exist already.
 
+    A list that is longer already keeps all its episodes.
+
     Writes `train.json`, `val.json`, `recording.json` (the settings), `coverage.png`, and for every
     episode `SPLIT/NNNNN.mp4` and `.npz` with `actions` (int64, one per frame; action i leads to
     frame i, so action 0 is `none`) and `poses` (x, y, heading at each frame).
@@ -94,6 +96,7 @@ def _record_split(
     listed = read_list(list_path) if list_path.exists() else []
     known = {entry.video_path: entry for entry in listed}  # with the latents `scd encode` made
     names = [f"{split}/{episode:05d}" for episode in range(count)]
+    kept = [e for e in listed if e.video_path not in {f"{name}.mp4" for name in names}]
     missing = {
         episode: name
         for episode, name in enumerate(names)
@@ -105,7 +108,9 @@ def _record_split(
     recorded = [f"{name}.mp4" for name in missing.values()]
     for video_path in recorded:
         known.pop(video_path, None)
-    entries = [known.get(f"{n}.mp4", ClipEntry(f"{n}.mp4", f"{n}.npz")) for n in names]
+    entries = [known.get(f"{n}.mp4", ClipEntry(f"{n}.mp4", f"{n}.npz")) for n in names] + kept
+    if kept:
+        print(f"{list_path}: keeps its {len(entries)} episodes, more than {count}", file=sys.stderr)
     if entries == listed:
         return False
     checks = VideoChecks(root)

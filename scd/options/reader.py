@@ -43,6 +43,15 @@ RENAMED = {
 # Former options, with the ways to write the value at which they did nothing: with that, files and
 # checkpoints may have them.
 REMOVED = {"autoencoder": {"latent_noise": ("0", "0.0")}}
+# What other projects call an option that has another name here.
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "max_train_steps": "steps",
+    "num_inference_steps": "steps",
+    "train_batch_size": "batch_size",
+    "cfg_scale": "guidance_scale",
+}
 Bytes = TypeVar("Bytes", str, bytes)
 
 
@@ -341,10 +350,25 @@ def _unknown_key(key: str) -> str:
     known = known_keys()
     if key in known:
         return f"unknown key {key!r}: write sections as nested keys, not with dots"
-    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-    if not near:  # the same last name in another section
-        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    section, _, name = key.rpartition(".")
+    names = {option: option.rpartition(".")[2] for option in known}
+    beside = {option: n for option, n in names.items() if option.rpartition(".")[0] == section}
+    near = (
+        _called(ELSEWHERE.get(name), names)
+        or _called(_closest(name, beside, 0.8), beside)
+        or _called(name, names)
+        or _called(_closest(name, names, 0.7), names)
+    )
+    meant = " or ".join(map(repr, near))
+    return f"unknown key {key!r}" + (f"; did you mean {meant}?" if near else "")
+
+
+def _closest(name: str, names: dict[str, str], cutoff: float) -> str | None:
+    return next(iter(difflib.get_close_matches(name, names.values(), 1, cutoff)), None)
+
+
+def _called(name: str | None, names: dict[str, str]) -> list[str]:
+    return [option for option, n in names.items() if n == name]
 
 
 def _one_line(error: Exception) -> str:

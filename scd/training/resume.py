@@ -1,10 +1,12 @@
 """Resume a run from its newest checkpoint, if it is still the same run."""
 
+from hashlib import sha256 as sha256_of
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from scd.data.clips import Clips
 from scd.errors import ScdError
 from scd.models.weights import load_matching, weight_files
 from scd.options import Options, options_to_dict
@@ -97,6 +99,12 @@ def _hash_weights(path: str | None) -> str | None:
     return None if path is None else "-".join(map(sha256, weight_files(Path(path))))
 
 
+def describe_clips(clips: Clips) -> str:
+    """Say how many clips a list has, with a hash of their names in order."""
+    names = "\n".join(str(clips.name(number)) for number in range(len(clips)))
+    return f"{len(clips)} clips ({sha256_of(names.encode()).hexdigest()[:16]})"
+
+
 def clips_per_step(options: Options, processes: int) -> int:
     """Count the clips of an optimizer step, over all processes."""
     return processes * options.train.batch_size * options.train.gradient_accumulation
@@ -142,6 +150,8 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
             f"clips per step (processes x train.batch_size x train.gradient_accumulation) were "
             f"{was}, are {is_}"
         )
+    if "clips" in saved and saved["clips"] != now["clips"]:  # older runs do not say
+        changes.append(f"the clips of data.train_list were {saved['clips']}, are {now['clips']}")
     for key in WEIGHTS:
         # A run from before the option was made had none; of one from before it was hashed, it is
         # not known which.

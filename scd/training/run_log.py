@@ -81,7 +81,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def record_setup(
-    options: Options, accelerator: Accelerator, precision: str, log: RunLog, step: int
+    options: Options,
+    accelerator: Accelerator,
+    precision: str,
+    clips: int,
+    log: RunLog,
+    step: int,
 ) -> None:
     """Write `options.yml` and `environment.json`; log and print what the run computes on.
 
@@ -101,7 +106,8 @@ def record_setup(
     logged = [{key: entry.get(key) for key in used} for entry in entries if "precision" in entry]
     if logged[-1:] != [used]:
         log.write({"step": step, **used})
-    print(f"{options.name}: training in {precision} on {used['device']}")
+    listed = f"{clips} clips of {options.data.train_list}"
+    print(f"{options.name}: training in {precision} on {used['device']}, with {listed}")
 
 
 def start_trackers(options: Options, accelerator: Accelerator, step: int) -> None:

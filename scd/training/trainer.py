@@ -21,7 +21,7 @@ from scd.training.faults import (
     refuse_unequal_weights,
 )
 from scd.training.optimizer import OptimizedModel
-from scd.training.resume import resume, run_identity
+from scd.training.resume import describe_clips, resume, run_identity
 from scd.training.run_log import RunLog, StepReporter, record_setup, start_trackers
 from scd.training.tasks import Task
 from scd.training.watchdog import Heartbeat
@@ -57,7 +57,10 @@ class Trainer:
         self.main = accelerator.is_main_process
         self.precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
         self.identity = run_identity(options, accelerator.num_processes)
-        self.identity |= {"precision": self.precision}
+        self.identity |= {
+            "precision": self.precision,
+            "clips": describe_clips(task.training_data),
+        }
         state = resume(options, task, self.identity, self.main)
         self.step = self.saved_step = state.step if state else 0
 
@@ -111,7 +114,14 @@ class Trainer:
         """
         options, t = self.options, self.options.train
         if self.main:
-            record_setup(options, self.accelerator, self.precision, self.log, self.step)
+            record_setup(
+                options,
+                self.accelerator,
+                self.precision,
+                len(self.task.training_data),
+                self.log,
+                self.step,
+            )
         start_trackers(options, self.accelerator, self.step)
         cost = self.task.clip_cost() if self.main else None
         reporter = StepReporter(

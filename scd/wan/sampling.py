@@ -95,7 +95,7 @@ def load_pipeline(path: Path, overrides: list[str]) -> SCDWanPipeline:
     """
     run = options_in(path)
     pipeline = _read_folder(path) if run is None else load_pipeline_of_checkpoint(path, run)
-    settings = change_rollout(pipeline.settings(None, {}), overrides)
+    settings = change_rollout(pipeline.settings(), overrides)
     pipeline.register_settings(asdict(settings), pipeline.config.options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(settings.precision, device)

@@ -159,7 +159,7 @@ class SCDWanPipeline(RolloutPipeline):
         Raises:
             ScdError: a value or shape does not fit, or a setting is unknown.
         """
-        settings = self.settings(num_inference_steps, rollout)
+        settings = self.settings(num_inference_steps, **rollout)
         if num_frames is not None and (not isinstance(num_frames, int) or num_frames < 1):
             raise ScdError(f"num_frames is {num_frames!r}, not a positive integer")
         if num_frames is None and not settings.window:
