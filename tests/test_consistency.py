@@ -40,6 +40,9 @@ def make_scd(seed: int, prediction: str = "data") -> SCD:
     return model
 
 
+UNCONDITIONED = "model.condition=none model.num_conditions=0 eval.swapped_actions=[]"
+
+
 def options_of(**distill: object) -> Options:
     options = Options(seed=3)
     flow = replace(options.flow, noise_draws=2, condition_dropout=0.5)
@@ -219,8 +222,13 @@ def test_a_wasted_step_is_told(options, capfd, fresh_accelerate: None) -> None:
         ("distill.method=none", "and none has none"),
         ("distill.weak_teacher=weak", "nothing leads away from it"),
         ("distill.score_range=[0.5,0.2]", "lowest and the highest"),
+        ("distill.adversarial_weight=0.1", "is of distill.method=dmd"),
+        (
+            f"{UNCONDITIONED} distill.guidance_scale=2",
+            "away from noth",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(override: str, message: str) -> None:
     with pytest.raises(ScdError, match=message):
-        load_training_options("options/scd_doom_consistency.yml", [override])
+        load_training_options("options/scd_doom_consistency.yml", override.split())

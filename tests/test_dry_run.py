@@ -144,6 +144,7 @@ LONG = ["data.frames=10", "distill.window_frames=6"]
         ("consistency", ["distill.guidance_scale=2"], 0),
         ("distilled", [], 0),
         ("distilled", [], 2),
+        ("distilled", ["distill.context_frames=5"], 0),
         ("distilled", ["distill.guidance_scale=2", *VECTORS], 0),
         ("distilled", ["distill.self_rollout=false"], 0),
         ("distilled", DENSE, 0),

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from scd.distill.self_rollout import Generated, replay, roll_out
-from scd.distill.teacher import guided_velocity
+from scd.distill.teacher import GuidedTeacher
 from scd.flow.objective import FlowObjective, dropped_text
 from scd.models.world_model import FirstLook
 from scd.options import FlowOptions, RolloutOptions
@@ -165,7 +165,7 @@ def test_guidance_leads_away_from_no_prompt_and_no_action(inputs, actions):
     model = make(SHIFT | CONCAT | {"first_frame": True}, num_actions=3 if actions else 0).double()
     given = torch.tensor([[0, 1, 2, 0]] * B) if actions else None
     drawn, empty = (latents, noisy[:, None], times[:, None]), torch.zeros_like(text[:1])
-    found = guided_velocity(model, *drawn, given, 3.0, None, text, empty)
+    found = GuidedTeacher(model, 3.0)(*drawn, given, text=text, null_text=empty)
     null = torch.full_like(given, 3) if actions else None
     positive = model(*drawn, given, text=text)
     negative = model(*drawn, null, text=empty.expand_as(text))

@@ -12,7 +12,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from scd.distill.teacher import clean_frames, guided_velocity
+from scd.distill.teacher import GuidedTeacher, clean_frames
 from scd.flow.noise import FlowDraws, draw_noise
 from scd.flow.objective import drop_conditions, dropped_text
 from scd.flow.sampler import noise_levels
@@ -27,7 +27,7 @@ class ConsistencyObjective(nn.Module):
     Args:
         model: the student.
         teacher: frozen; the student's initial weights are best the teacher's.
-        weak_teacher: see `guided_velocity`.
+        weak_teacher: see `GuidedTeacher`.
     """
 
     def __init__(
@@ -39,8 +39,7 @@ class ConsistencyObjective(nn.Module):
     ):
         super().__init__()
         self.model = model
-        self.teacher = teacher
-        self.weak_teacher = weak_teacher
+        self.teacher = GuidedTeacher(teacher, options.distill.guidance_scale, weak_teacher)
         self.target = deepcopy(model).requires_grad_(False)  # see `set_target`
         self.options = options
         d = options.distill
@@ -82,7 +81,7 @@ class ConsistencyObjective(nn.Module):
             conditions: (B, F) or (B, F, V + 1).
             draws: the noise and the dropped conditions.
             place: (B, K, F), in [0, 1): which of the N levels.
-            text, null_text: see `guided_velocity`.
+            text, null_text: see `GuidedTeacher.forward`.
         """
         first = self.model.first_predicted
         levels = torch.tensor(self.levels, device=latents.device)
@@ -94,16 +93,12 @@ class ConsistencyObjective(nn.Module):
         noisy = sigma * noise + (1 - sigma) * clean  # (B, K, F', C, H, W)
         look = draws.pure_look(first)  # the encoder learns for rollouts
         with torch.no_grad():
-            scale = self.options.distill.guidance_scale
-            seen = latents, noisy, times, conditions, scale, look, text, null_text
-            velocity = guided_velocity(self.teacher, *seen, self.weak_teacher)
+            velocity = self.teacher(latents, noisy, times, conditions, look, text, null_text)
             stepped = noisy - (sigma - next_sigma) * velocity  # (B, K, F', C, H, W)
             ahead = self.target(
                 latents, stepped, next_times, conditions, first_look=look, text=text
             )
             target = clean_frames(stepped, ahead, next_times)  # (B, K, F', C, H, W)
-        # Before pytorch's #165068, autocast kept the weights that it had cast without gradients.
-        torch.clear_autocast_cache()
         velocity = self.model(latents, noisy, times, conditions, first_look=look, text=text)
         predicted = clean_frames(noisy, velocity, times)
         return (predicted - target).square().mean()

@@ -49,7 +49,7 @@ def early_features(
     conditions: Tensor | None,
     text: Tensor | None = None,
 ) -> Tensor:
-    """Compute the noisy frames' features (B, F', N, D) after a third of a model's blocks.
+    """Compute the noisy frames' features (B, F', N, D) after the block a third into the model.
 
     The arguments are those of `WorldModel.forward`, with one draw (K = 1).
     """

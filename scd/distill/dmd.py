@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from scd.distill.critic import Critic, early_features, input_gradient, relativistic_loss
 from scd.distill.self_rollout import replay, roll_out, teacher_forced
-from scd.distill.teacher import clean_frames, guided_velocity
-from scd.errors import ScdError
+from scd.distill.teacher import GuidedTeacher, clean_frames
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, WorldModel
 from scd.options import Options
 from scd.utils.seeding import generator, normal_per_sample, uniform_per_sample
@@ -78,14 +77,8 @@ class DMDObjective(nn.Module):
         weak_teacher: WorldModel | None = None,
     ):
         super().__init__()
-        if options.rollout.compile:
-            raise ScdError(
-                "rollout.compile with distill.method=dmd: its rollouts leave the denoising after "
-                "any step, and a graph has no such exit; set rollout.compile=false for the training"
-            )
         self.model = model
-        self.teacher = teacher
-        self.weak_teacher = weak_teacher
+        self.teacher = GuidedTeacher(teacher, options.distill.guidance_scale, weak_teacher)
         self.critic = critic
         self.options = options
 
@@ -150,7 +143,9 @@ class DMDObjective(nn.Module):
                 )
                 values["adversarial_gradient"] = adversarial.abs().mean()
                 gradient = gradient + d.adversarial_weight * adversarial
-            loss = loss + loss_with_gradient(frames, gradient)
+            student_loss = loss_with_gradient(frames, gradient)
+            loss = loss + student_loss
+            values["student_loss"] = student_loss.detach()
             values["replay_error"] = (frames.detach() - generated.frames).abs().max()
         return {"loss": loss, **values}
 
@@ -203,18 +198,13 @@ class DMDObjective(nn.Module):
         """Score generated frames (B, F', C, H, W) after their context; see `matching_gradient`.
 
         Args:
-            text, null_text: see `guided_velocity`.
+            text, null_text: see `GuidedTeacher.forward`.
         """
         clip = torch.cat([context, frames], dim=1)
         noisy, times = score.add_to(frames)
-        scale = self.options.distill.guidance_scale
-        texts = text, null_text
-        v_real = guided_velocity(
-            self.teacher, clip, noisy, times, conditions, scale, None, *texts, self.weak_teacher
-        )
+        v_real = self.teacher(clip, noisy, times, conditions, None, text, null_text)
         v_fake = self.critic.score(clip, noisy, times, conditions, text=text)
         real, fake = (clean_frames(noisy, v, times)[:, 0] for v in (v_real, v_fake))
-        torch.clear_autocast_cache()  # see `ConsistencyObjective.loss`
         return matching_gradient(frames, real, fake)
 
     def adversarial_gradient(
@@ -233,7 +223,7 @@ class DMDObjective(nn.Module):
         """
         frames = frames.requires_grad_(True)
         clip = torch.cat([context, frames.detach()], dim=1)
-        features = early_features(self.teacher, clip, *look.add_to(frames), conditions, text)
+        features = early_features(self.teacher.model, clip, *look.add_to(frames), conditions, text)
         own_logits = self.critic.judge(features)
         return input_gradient(relativistic_loss(own_logits, real_logits.detach()), frames)
 
@@ -248,8 +238,8 @@ class DMDObjective(nn.Module):
         """Judge frames (B, F', C, H, W) after their context: logits (B,), see `Critic.judge`."""
         with torch.no_grad():
             clip = torch.cat([context, frames], dim=1)
-            features = early_features(self.teacher, clip, *look.add_to(frames), conditions, text)
-        torch.clear_autocast_cache()  # see `ConsistencyObjective.loss`
+            noised = look.add_to(frames)
+            features = early_features(self.teacher.model, clip, *noised, conditions, text)
         return self.critic.judge(features)
 
     def critic_loss(

@@ -108,7 +108,8 @@ def teacher_forced(
     first_look = FirstLook.pure(look) if model.takes_first_look else None
     generated = Generated(real, clip, noisy, times, first_look)
     generated = generated._replace(frames=replay(model, generated, conditions, text=text))
-    torch.clear_autocast_cache()  # see `ConsistencyObjective.loss`
+    # Before pytorch's #165068, autocast kept the weights that it had cast without gradients.
+    torch.clear_autocast_cache()
     return generated
 
 

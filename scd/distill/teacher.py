@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scd.errors import ScdError, naming_option
 from scd.flow.sampler import guide
@@ -79,46 +79,64 @@ def teacher_path(options: Options, option: str) -> str:
     return str({"distill.teacher": d.teacher, "distill.weak_teacher": d.weak_teacher}[option])
 
 
-def guided_velocity(
-    model: WorldModel,
-    latents: Tensor,
-    noisy: Tensor,
-    timesteps: Tensor,
-    conditions: Tensor | None,
-    scale: float,
-    first_look: FirstLook | None = None,
-    text: Tensor | None = None,
-    null_text: Tensor | None = None,
-    weak: WorldModel | None = None,
-) -> Tensor:
-    """Predict velocities v⁻ + w·(v⁺ − v⁻); 1: v⁺ alone.
+class GuidedTeacher(nn.Module):
+    """A teacher whose velocities v⁻ + w·(v⁺ − v⁻) lead away from a weaker answer v⁻.
 
-    v⁻ is that of a weak model (autoguidance, arXiv 2406.02507), or, without one, the model's own
+    v⁻ is that of a weak model (autoguidance, arXiv 2406.02507), or, without one, the teacher's own
     under the null condition.
 
-    Args and returns as `WorldModel.forward`, and
-        null_text: (1, T, text_dim), that of v⁻, with a text.
+    Args:
+        model: the teacher, v⁺.
+        scale: w; with 1 there is no v⁻.
     """
-    if scale == 1 or (weak is None and conditions is None and text is None):
-        return model(latents, noisy, timesteps, conditions, first_look=first_look, text=text)
-    if weak is not None:
-        positive, negative = (
-            each(latents, noisy, timesteps, conditions, first_look=first_look, text=text)
-            for each in (model, weak)
-        )
+
+    def __init__(self, model: WorldModel, scale: float = 1.0, weak: WorldModel | None = None):
+        super().__init__()
+        self.model = model
+        self.scale = scale
+        self.weak = weak
+
+    @property
+    def takes_first_look(self) -> bool:
+        """Whether an encoder looks at the frames that are denoised."""
+        return any(m is not None and m.takes_first_look for m in (self.model, self.weak))
+
+    def forward(
+        self,
+        latents: Tensor,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditions: Tensor | None,
+        first_look: FirstLook | None = None,
+        text: Tensor | None = None,
+        null_text: Tensor | None = None,
+    ) -> Tensor:
+        """Predict velocities.
+
+        Args and returns as `WorldModel.forward`, and
+            null_text: (1, T, text_dim), that of v⁻, with a text.
+        """
+        model, weak, scale = self.model, self.weak, self.scale
+        if scale == 1 or (weak is None and conditions is None and text is None):
+            return model(latents, noisy, timesteps, conditions, first_look=first_look, text=text)
+        if weak is not None:
+            positive, negative = (
+                each(latents, noisy, timesteps, conditions, first_look=first_look, text=text)
+                for each in (model, weak)
+            )
+            return guide(positive, negative, scale)
+        both = (torch.cat([x, x]) for x in (latents, noisy, timesteps))
+        if conditions is not None:
+            null = model.null_conditions(conditions.shape[:2]).type_as(conditions)
+            conditions = torch.cat([conditions, null])
+        if text is not None:
+            assert null_text is not None
+            text = torch.cat([text, null_text.expand_as(text)])
+        if first_look is not None:
+            first_look = FirstLook(*(torch.cat([x, x]) for x in first_look))
+        velocity = model(*both, conditions, first_look=first_look, text=text)
+        positive, negative = velocity.chunk(2)
         return guide(positive, negative, scale)
-    both = (torch.cat([x, x]) for x in (latents, noisy, timesteps))
-    if conditions is not None:
-        null = model.null_conditions(conditions.shape[:2]).type_as(conditions)
-        conditions = torch.cat([conditions, null])
-    if text is not None:
-        assert null_text is not None
-        text = torch.cat([text, null_text.expand_as(text)])
-    if first_look is not None:
-        first_look = FirstLook(*(torch.cat([x, x]) for x in first_look))
-    velocity = model(*both, conditions, first_look=first_look, text=text)
-    positive, negative = velocity.chunk(2)
-    return guide(positive, negative, scale)
 
 
 def clean_frames(noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:

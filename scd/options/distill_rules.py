@@ -22,6 +22,16 @@ DISTILLATION: list[Rule] = [
         "distill.weak_teacher={distill.weak_teacher} without distill.teacher",
     ),
     (
+        lambda o: (
+            o.distill.guidance_scale == 1
+            or o.distill.weak_teacher is not None
+            or o.model.condition != "none"
+            or o.model.is_wan
+        ),
+        "distill.guidance_scale={distill.guidance_scale} leads away from nothing: it needs "
+        "distill.weak_teacher, or a model with a condition",
+    ),
+    (
         lambda o: o.distill.method == "none" or o.init_from is not None,
         "distill.method={distill.method} needs init_from, the student's first weights",
     ),
@@ -66,6 +76,26 @@ DISTILLATION: list[Rule] = [
         "distill.window_frames={distill.window_frames} is of distill.method=dmd on own rollouts "
         "(distill.self_rollout), without distill.adversarial_weight: real frames do not follow own "
         "ones",
+    ),
+    (
+        lambda o: o.distill.window_frames is None or not o.model.is_wan,
+        "distill.window_frames={distill.window_frames} with model.type={model.type}: a clip of a "
+        "Wan begins with a latent of a single picture, and a window of later ones would not",
+    ),
+    (
+        lambda o: o.distill.window_frames is None or o.rollout.first_frame_steps == 0,
+        "distill.window_frames={distill.window_frames} with rollout.first_frame_steps="
+        "{rollout.first_frame_steps}: the first frame of a window is not the first of a video",
+    ),
+    (
+        lambda o: o.distill.adversarial_weight == 0 or o.distill.method == "dmd",
+        "distill.adversarial_weight={distill.adversarial_weight} is of distill.method=dmd, not "
+        "{distill.method}",
+    ),
+    (
+        lambda o: o.distill.method != "dmd" or not o.rollout.compile,
+        "rollout.compile with distill.method=dmd: its rollouts leave the denoising after any step, "
+        "and a graph has no such exit; set rollout.compile=false for the training",
     ),
     (
         lambda o: o.distill.method != "dmd" or o.distill.context_frames > 0 or o.model.first_frame,

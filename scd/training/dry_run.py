@@ -81,12 +81,13 @@ def describe(options: Options) -> str:
         m, found = kind.model, estimate_step(kind, codec)
         layers = f"{m.encoder_layers} + {m.decoder_layers}" if m.type == "scd" else f"{m.layers}"
         parts = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in found.parameters.items())
-        flops: float = found.flops
+        tokens, flops = found.tokens, float(found.flops)
         state, kept = found.state_bytes, found.activation_bytes
         beside, shares = [], ""
         if distilled:
             cost = distillation_cost(options, codec)
-            flops, state, kept = cost.flops, cost.state_bytes, cost.activation_bytes
+            tokens, flops = cost.tokens, cost.flops
+            state, kept = cost.state_bytes, cost.activation_bytes
             beside = [f"  beside it    {describe_networks(cost)}"]
             shares = describe_shares(cost, batches)
         lines += [
@@ -94,7 +95,7 @@ def describe(options: Options) -> str:
             + ("" if kind is options else " (for comparison)"),
             f"  parameters   {found.total_parameters / 1e6:.1f} M ({parts})",
             *beside,
-            f"  a step       {batches * found.tokens} tokens of clips, "
+            f"  a step       {batches * tokens} tokens of clips, "
             f"{batches * flops / 1e12:.3g} TFLOP{shares}",
             f"  memory       {_gib(state)} weights, gradients, Adam and EMA; about "
             f"{_gib(kept)} kept for the backward pass",

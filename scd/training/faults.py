@@ -58,12 +58,14 @@ class BadSteps:
         self.in_a_row = in_a_row
         self.report = ""
 
-    def record(self, step: int, batches: list[tuple[Tensor, Tensor]], norm: Tensor) -> None:
+    def record(
+        self, step: int, batches: list[tuple[Tensor, Tensor]], norms: dict[str, Tensor]
+    ) -> None:
         """Log a bad step; collective.
 
         Args:
             batches: sample numbers (B,) and loss () of each batch of this process.
-            norm: of the task network's gradient.
+            norms: of the gradients of network and critic, by their names in the log.
         """
         self.in_a_row += 1
         mine = [
@@ -71,13 +73,14 @@ class BadSteps:
             for samples, loss in batches
         ]
         everywhere: list[dict[str, Any]] = gather_object(mine)
-        entry = {"step": step, "in_a_row": self.in_a_row, "grad_norm": str(float(norm))}
-        self.log.write({**entry, "batches": everywhere})
+        known = {name: str(float(norm)) for name, norm in norms.items()}
+        entry = {"step": step, "in_a_row": self.in_a_row, **known, "batches": everywhere}
+        self.log.write(entry)
         losses = ", ".join(batch["loss"] for batch in everywhere)
         names = [clip["name"] for batch in everywhere for clip in batch["clips"]]
         more = ", …" if len(names) > MAX_CLIPS_SHOWN else ""
         self.report = (
-            f"loss {losses}, gradient norm {entry['grad_norm']}, clips "
+            f"loss {losses}, gradient norm {' and (critic) '.join(known.values())}, clips "
             f"{', '.join(names[:MAX_CLIPS_SHOWN])}{more}"
         )
         if self.log.enabled:

@@ -27,13 +27,17 @@ WEIGHTS = ("init_from", "distill.teacher", "distill.weak_teacher", "autoencoder.
 FREE = (
     *("name", "output_root", *WEIGHTS, "data.max_broken_clips"),
     *("data.root", "data.fps", "data.action_names", "data.val_list"),
-    *("optim.", "rollout.", "eval.", "train."),
+    *("optim.", "rollout.", "eval.", "train.", "distill.critic_lr"),
 )
-# Where rollouts are what is trained on, they may not.
-TRAINED_ON = (
-    *("rollout.steps", "rollout.spacing", "rollout.shift", "rollout.temperature"),
-    *("rollout.first_frame_steps", "rollout.window", "rollout.sink_frames"),
-)
+# What is trained on may not: own rollouts, and targets of an average of the weights.
+TRAINED_ON = {
+    "dmd": (
+        *("rollout.steps", "rollout.spacing", "rollout.shift", "rollout.temperature"),
+        *("rollout.first_frame_steps", "rollout.window", "rollout.sink_frames"),
+        "rollout.precision",
+    ),
+    "consistency": ("optim.ema_decay",),
+}
 
 
 def resume(
@@ -166,7 +170,7 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
 
 
 def _may_change(key: str, options: dict[str, Any]) -> bool:
-    if options["distill.method"] == "dmd" and key in TRAINED_ON:
+    if key in TRAINED_ON.get(options["distill.method"], ()):
         return False
     return key.startswith(FREE)
 

@@ -197,7 +197,10 @@ class StepReporter:
 
 
 def draw_loss_curve(log: Path, picture: Path) -> None:
-    """Plot the loss over steps, with its moving average, as a PNG."""
+    """Plot the loss over steps, with its moving average, as a PNG.
+
+    A critic's, where there is one: the student's is added to it in some steps only.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -206,7 +209,8 @@ def draw_loss_curve(log: Path, picture: Path) -> None:
     entries = [entry for entry in read_log(log) if entry.get("loss") is not None]
     if not entries:
         return
-    steps, losses = zip(*((entry["step"], entry["loss"]) for entry in entries), strict=True)
+    points = [(entry["step"], entry.get("critic_loss", entry["loss"])) for entry in entries]
+    steps, losses = zip(*points, strict=True)
     half = max(len(losses) // 40, 1)  # of the averaging window
     smooth = [float(np.mean(losses[max(i - half, 0) : i + half + 1])) for i in range(len(losses))]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -168,7 +168,9 @@ def frame_flops(
 def _inputs(model: WorldModel, options: Options, codec: AnyCodec) -> dict[str, Any]:
     b, f, k = options.train.batch_size, options.data.frames, options.flow.noise_draws
     shape = latent_shape(codec, options)
-    predicted = f - model.first_predicted
+    # Distribution matching scores what was generated after the context.
+    given = options.distill.context_frames if options.distill.method == "dmd" else 0
+    predicted = f - max(given, model.first_predicted)
     with torch.device("meta"):
         latents = torch.empty(b, f, *shape)
         noisy = torch.empty(b, k, predicted, *shape)
@@ -176,7 +178,8 @@ def _inputs(model: WorldModel, options: Options, codec: AnyCodec) -> dict[str, A
         conditions = model.null_conditions((b, f))
         tokens = model.tokens_per_frame(*shape[1:])
         text = torch.empty(b, options.wan.text_length, options.wan.text_dim)
-        perturbation = torch.empty(b, predicted, tokens, model.width, dtype=model.dtype)
+        encoded = predicted if model.takes_first_look else f - model.first_predicted
+        perturbation = torch.empty(b, encoded, tokens, model.width, dtype=model.dtype)
     return {
         "latents": latents,
         "noisy": noisy,

@@ -131,12 +131,15 @@ class Trainer:
         with reporter, stop_request() as request, loader as batches, self.checkpoints:
             batches = reporter.meter.time_waiting(batches)
             self._validate()
+            recent: dict[str, Tensor] = {}  # since the last log; some values come in few steps
             while self.step < t.steps:
                 self.heartbeat.beat("training", self.step)
                 with reporter.step(self.step + 1):
                     values, applied, stop = self._train_step(batches, request)
+                recent |= values
                 if self._is_due(t.log_every):
-                    reporter.log_step(self.step, values, self.model.lr, applied)
+                    reporter.log_step(self.step, recent, self.model.lr, applied)
+                    recent = {}
                 if self.bad_steps.in_a_row >= t.max_bad_steps:
                     self._give_up()
                 if t.check_weights_every and self.step % t.check_weights_every == 0:
@@ -181,7 +184,8 @@ class Trainer:
             seen.append((samples, values["loss"].detach()))
 
         norms = [model.clip_gradient(self.accelerator) for model in self.models]
-        totals |= zip(("grad_norm", "critic_grad_norm"), norms, strict=False)
+        named = dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False))
+        totals |= named
         bad, stop, save_failed = any_process(
             self.accelerator,
             is_bad_step(totals["loss"], norms, self.options.optim.skip_grad_norm),
@@ -195,7 +199,7 @@ class Trainer:
         self.step += 1
         if bad:
             self.statistics.restore()
-            self.bad_steps.record(self.step, seen, norms[0])
+            self.bad_steps.record(self.step, seen, named)
         else:
             if trains_network:
                 self.ema.update(self.step)
@@ -274,10 +278,11 @@ class Trainer:
         if good > self.saved_step:
             self._save(good, bad_steps=0)
         self.checkpoints.finish()
+        rates = "optim.lr" if self.critic is None else "optim.lr or the critic's rate"
         kept = f"the weights of step {good} are saved" if good else "no weights were changed"
         raise ScdError(
             f"step {self.step}: {in_a_row} steps in a row could not be applied, the last with "
-            f"{self.bad_steps.report} (all in {self.bad_steps.log.path}); {kept}; lower optim.lr "
+            f"{self.bad_steps.report} (all in {self.bad_steps.log.path}); {kept}; lower {rates} "
             f"or look at these clips, then run again"
         )
 

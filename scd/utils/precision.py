@@ -110,11 +110,14 @@ def with_weights_in(module: Module, precision: str) -> Module:
             f"sharded ones cannot be converted: set rollout.precision to that of the training"
         )
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    copy = deepcopy(module)
-    for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
+    converted: dict[int, torch.Tensor] = {}  # which `deepcopy` takes for the copies of these
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and not kept & set(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
-    return copy
+            copy = tensor.detach().to(dtype)
+            if isinstance(tensor, nn.Parameter):
+                copy = nn.Parameter(copy, tensor.requires_grad)
+            converted[id(tensor)] = copy
+    return deepcopy(module, converted)
 
 
 @cache
