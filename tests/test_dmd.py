@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scd.distill.critic import Critic, relativistic_loss
 from scd.distill.dmd import (
     DMDObjective,
-    Score,
+    Noising,
     draw_exit,
     draw_start,
     loss_with_gradient,
@@ -242,7 +242,7 @@ def test_clips_are_scored_by_teacher_and_critic_after_their_context(
     objective = DMDObjective(student, teacher, Critic(critic, False), options, weak)
     latents, actions = make_clip()
     context, frames = latents[:, :KNOWN], latents[:, KNOWN:]
-    score = Score(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
+    score = Noising(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
     gradient = objective.gradient(context, frames, actions, score)
     sigma = score.sigma[:, None, None, None, None]
     noisy = sigma * score.noise + (1 - sigma) * frames
@@ -267,7 +267,7 @@ def test_with_equal_scores_the_student_is_left_alone() -> None:
     teacher = make("bidirectional")
     objective = DMDObjective(make("scd"), teacher, Critic(teacher, False), options_of())
     latents, actions = make_clip()
-    score = Score(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
+    score = Noising(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
     gradient = objective.gradient(latents[:, :KNOWN], latents[:, KNOWN:], actions, score)
     assert gradient.abs().max() == 0
 
@@ -280,7 +280,7 @@ def test_the_critic_loses_nothing_by_the_true_velocity(prediction: str) -> None:
     )
     latents, actions = make_clip()
     context, frames = latents[:, :KNOWN], latents[:, KNOWN:]
-    score = Score(torch.tensor([0.02, 0.9]), torch.randn(2, NEW, 3, 4, 4))
+    score = Noising(torch.tensor([0.02, 0.9]), torch.randn(2, NEW, 3, 4, 4))
     noisy, times = score.add_to(frames)
     clip = torch.cat([context, torch.zeros_like(frames)], dim=1)
     loss, _ = objective.critic_loss(context, frames, actions, score)
@@ -396,7 +396,7 @@ def test_the_adversarial_gradient_is_that_of_the_generators_loss() -> None:
     objective = objective_of(adversarial_weight=0.5).double()
     latents, actions = make_clip()
     context, frames = latents[:, :KNOWN].double(), latents[:, KNOWN:].double()
-    score = Score(torch.tensor([0.3, 0.9]).double(), torch.randn(2, NEW, 3, 4, 4).double())
+    score = Noising(torch.tensor([0.3, 0.9]).double(), torch.randn(2, NEW, 3, 4, 4).double())
     real = objective.logits(context, torch.randn_like(frames), actions, score)
     gradient = objective.adversarial_gradient(context, frames.clone(), actions, score, real)
 
@@ -420,7 +420,7 @@ def test_the_head_tells_blurred_from_real_clips_of_the_same_contexts() -> None:
     for step in range(31):
         clips = torch.randn(8, KNOWN + NEW, 3, 4, 4)
         context, real = clips[:, :KNOWN], clips[:, KNOWN:]
-        look = Score(0.02 + 0.48 * torch.rand(8), torch.randn_like(real))
+        look = Noising(0.02 + 0.48 * torch.rand(8), torch.randn_like(real))
         logits = [objective.logits(context, x, None, look) for x in (real, 0.7 * real)]
         loss = relativistic_loss(*logits)
         if step < 30:
@@ -644,7 +644,7 @@ def test_a_causal_score_of_a_frame_depends_on_no_later_one(kind: str) -> None:
     critic = Critic(make(kind, seed=2), False)
     objective = DMDObjective(make("scd"), make(kind), critic, options_of())
     latents, actions = make_clip()
-    score = Score(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
+    score = Noising(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
 
     def gradient(clip: Tensor) -> Tensor:
         found = objective.gradient(clip[:, :KNOWN], clip[:, KNOWN:], actions, score)

@@ -32,7 +32,7 @@ from scd.utils.seeding import generator, normal_per_sample, uniform_per_sample
 DISCRIMINATOR_RANGE = (0.02, 0.5)
 
 
-class Score(NamedTuple):
+class Noising(NamedTuple):
     """A noise level for each clip, and noise: what clips are scored at, or the critic learns at."""
 
     sigma: Tensor  # (B,)
@@ -118,9 +118,9 @@ class DMDObjective(nn.Module):
         )
         real_logits = None
         if d.adversarial_weight:
-            look = self._draw_look(batch)
+            low_noise = self._draw_for_discriminator(batch)
             real_logits, fake_logits = (
-                self.logits(context, frames, conditions, look, text)
+                self.logits(context, frames, conditions, low_noise, text)
                 for frames in (latents[:, known:], generated.frames)
             )
             discriminator = relativistic_loss(real_logits, fake_logits)
@@ -128,18 +128,18 @@ class DMDObjective(nn.Module):
             loss = loss + discriminator
         if trains_student(options, step):
             frames = replay(self.model, generated, conditions, d.history_gradient, text)
-            score = self._draw("score", batch)
+            noising = self._draw("score", batch)
             gradient = torch.zeros_like(frames)
             if d.matching_weight:
                 null_text = batch.get("null_text")
                 matching = self.gradient(
-                    context, frames.detach(), conditions, score, text, null_text
+                    context, frames.detach(), conditions, noising, text, null_text
                 )
                 values["dmd_gradient"] = matching.abs().mean()
                 gradient = gradient + d.matching_weight * matching
             if real_logits is not None:
                 adversarial = self.adversarial_gradient(
-                    context, frames.detach(), conditions, look, real_logits, text
+                    context, frames.detach(), conditions, low_noise, real_logits, text
                 )
                 values["adversarial_gradient"] = adversarial.abs().mean()
                 gradient = gradient + d.adversarial_weight * adversarial
@@ -191,7 +191,7 @@ class DMDObjective(nn.Module):
         context: Tensor,
         frames: Tensor,
         conditions: Tensor | None,
-        score: Score,
+        noising: Noising,
         text: Tensor | None = None,
         null_text: Tensor | None = None,
     ) -> Tensor:
@@ -201,7 +201,7 @@ class DMDObjective(nn.Module):
             text, null_text: see `GuidedTeacher.forward`.
         """
         clip = torch.cat([context, frames], dim=1)
-        noisy, times = score.add_to(frames)
+        noisy, times = noising.add_to(frames)
         v_real = self.teacher(clip, noisy, times, conditions, None, text, null_text)
         v_fake = self.critic.score(clip, noisy, times, conditions, text=text)
         real, fake = (clean_frames(noisy, v, times)[:, 0] for v in (v_real, v_fake))
@@ -212,7 +212,7 @@ class DMDObjective(nn.Module):
         context: Tensor,
         frames: Tensor,
         conditions: Tensor | None,
-        look: Score,
+        noising: Noising,
         real_logits: Tensor,
         text: Tensor | None = None,
     ) -> Tensor:
@@ -223,7 +223,9 @@ class DMDObjective(nn.Module):
         """
         frames = frames.requires_grad_(True)
         clip = torch.cat([context, frames.detach()], dim=1)
-        features = early_features(self.teacher.model, clip, *look.add_to(frames), conditions, text)
+        features = early_features(
+            self.teacher.model, clip, *noising.add_to(frames), conditions, text
+        )
         own_logits = self.critic.judge(features)
         return input_gradient(relativistic_loss(own_logits, real_logits.detach()), frames)
 
@@ -232,13 +234,13 @@ class DMDObjective(nn.Module):
         context: Tensor,
         frames: Tensor,
         conditions: Tensor | None,
-        look: Score,
+        noising: Noising,
         text: Tensor | None = None,
     ) -> Tensor:
         """Judge frames (B, F', C, H, W) after their context: logits (B,), see `Critic.judge`."""
         with torch.no_grad():
             clip = torch.cat([context, frames], dim=1)
-            noised = look.add_to(frames)
+            noised = noising.add_to(frames)
             features = early_features(self.teacher.model, clip, *noised, conditions, text)
         return self.critic.judge(features)
 
@@ -247,7 +249,7 @@ class DMDObjective(nn.Module):
         context: Tensor,
         frames: Tensor,
         conditions: Tensor | None,
-        score: Score,
+        noising: Noising,
         text: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the critic's flow-matching loss on generated frames (B, F', C, H, W).
@@ -256,29 +258,29 @@ class DMDObjective(nn.Module):
             The loss, and what to log.
         """
         clip = torch.cat([context, frames], dim=1)
-        noisy, times = score.add_to(frames)
+        noisy, times = noising.add_to(frames)
         velocity = self.critic.score(clip, noisy, times, conditions, text=text)[:, 0]
         model = self.critic.score
         if model.prediction == "velocity":
-            target = score.noise - frames
+            target = noising.noise - frames
         else:  # with the same bound as the model divides by
-            sigma = score.sigma.clamp(min=model.sigma_min)[:, None, None, None, None]
+            sigma = noising.sigma.clamp(min=model.sigma_min)[:, None, None, None, None]
             target = (noisy[:, 0] - frames) / sigma
         loss = (velocity - target).square().mean()
         return loss, {"critic_loss": loss.detach()}
 
-    def _draw(self, stream: str, batch: dict[str, Tensor]) -> Score:
+    def _draw(self, stream: str, batch: dict[str, Tensor]) -> Noising:
         """Draw noise levels, uniform before their shift, and noise, sample by sample."""
         d = self.options.distill
         uniform, noise = self._draw_uniform(stream, batch)
         sigma = d.shift * uniform / (1 + (d.shift - 1) * uniform)
-        return Score(sigma.clamp(*d.score_range), noise)
+        return Noising(sigma.clamp(*d.score_range), noise)
 
-    def _draw_look(self, batch: dict[str, Tensor]) -> Score:
+    def _draw_for_discriminator(self, batch: dict[str, Tensor]) -> Noising:
         """Draw noise levels at which the discriminator looks, uniform, and noise."""
         uniform, noise = self._draw_uniform("discriminator", batch)
         lowest, highest = DISCRIMINATOR_RANGE
-        return Score(lowest + (highest - lowest) * uniform, noise)
+        return Noising(lowest + (highest - lowest) * uniform, noise)
 
     def _draw_uniform(self, stream: str, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Draw uniform numbers (B,) and noise (B, F', C, H, W), sample by sample."""

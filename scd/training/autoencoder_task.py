@@ -118,7 +118,7 @@ class AutoencoderTask:
     def trains_network(self, step: int) -> bool:
         return True
 
-    def averaged(self, average: dict[str, Tensor]) -> None:
+    def on_average_changed(self, average: dict[str, Tensor]) -> None:
         pass
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ class Distillation(WorldModelTask):
     def trains_network(self, step: int) -> bool:
         return self.critic is None or trains_student(self.options, step)
 
-    def averaged(self, average: dict[str, Tensor]) -> None:
+    def on_average_changed(self, average: dict[str, Tensor]) -> None:
         if isinstance(self.objective, ConsistencyObjective):
             self.objective.set_target(average)
 

@@ -56,7 +56,7 @@ class Task(Protocol):
         """Whether a step, from 1, updates the network; the critic is updated in every step."""
         ...
 
-    def averaged(self, average: dict[str, Tensor]) -> None:
+    def on_average_changed(self, average: dict[str, Tensor]) -> None:
         """Take notice of the network's moving average, at the start and whenever it changes."""
         ...
 

@@ -80,7 +80,7 @@ class Trainer:
         for model, optimizer, moments in zip(self.models, optimizers, saved, strict=False):
             model.start(optimizer, self.step, moments)
         self.ema = EMA(task.network, options.optim.ema_decay, state.ema if state else None)
-        task.averaged(self.ema.mean.average)
+        task.on_average_changed(self.ema.mean.average)
         self.posthoc_ema = PostHocEMA(task.network, options, state.averages if state else {})
         if options.train.compile:
             _compile_parts(task.network)
@@ -203,7 +203,7 @@ class Trainer:
         else:
             if trains_network:
                 self.ema.update(self.step)
-                self.task.averaged(self.ema.mean.average)
+                self.task.on_average_changed(self.ema.mean.average)
             self.posthoc_ema.update(self.step)
             self.bad_steps.in_a_row = 0
         return StepResult(totals, not bad, stop)

@@ -79,7 +79,7 @@ class WorldModelTask:
     def trains_network(self, step: int) -> bool:
         return True
 
-    def averaged(self, average: dict[str, Tensor]) -> None:
+    def on_average_changed(self, average: dict[str, Tensor]) -> None:
         pass
 
     def validate(self, network: WorldModel, folder: Path) -> dict[str, float]:
