@@ -24,6 +24,7 @@ from scd.options import FlowOptions, Options, RolloutOptions, load_options
 from scd.rollout import Rollout, continue_videos
 from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
+from scd.utils import precision
 
 FRAMES = 6
 SETTINGS = RolloutOptions(steps=3, guidance="none", solver="multistep")
@@ -50,6 +51,19 @@ def make_clip(batch: int = 2) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(batch, FRAMES, 3, 4, 4, generator=generator)
     return latents, torch.randint(0, 4, (batch, FRAMES), generator=generator)
+
+
+@pytest.mark.parametrize("wanted", ["bf16", "fp32"])  # to which, as the default, bf16 is left
+def test_weights_in_bf16_compute_in_bf16(wanted: str, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    (clip, actions), model = make_clip(), make_model()
+    given = clip[:, :2], 4, actions
+    generator = [torch.Generator().manual_seed(0) for _ in range(2)]
+    named = continue_videos(model, replace(SETTINGS, precision="bf16"), *given, generator=generator)
+    generator = [torch.Generator().manual_seed(0) for _ in range(2)]
+    settings, copied = replace(SETTINGS, precision=wanted), make_model().to(torch.bfloat16)
+    assert torch.equal(continue_videos(copied, settings, *given, generator=generator), named)
+    assert model.dtype == torch.float32
 
 
 def test_its_tensors_are_those_of_the_dense_baseline() -> None:

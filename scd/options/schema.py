@@ -215,8 +215,9 @@ class FlowOptions:
     # Two remedies against drift in long rollouts, both for encoder_input clean: noise added to the
     # history, at a level drawn per clip from 0 to this maximum (arXiv 2408.14837) ...
     history_noise_max: float = fraction(0.0)
-    # ... and the share of clips whose history is the model's own prediction of each frame, made
-    # in a few denoising steps.
+    # ... and the share of clips whose history is the model's own prediction of each frame after
+    # real ones, made in a few denoising steps (a parallel scheduled sampling, not the rollouts of
+    # Self-Forcing: these are distill.self_rollout).
     self_forcing_prob: float = fraction(0.0)
     # Given frames at the start of a training clip, of bidirectional models: each draw of the noise
     # has as many as are drawn from the lowest to the highest number.

@@ -14,7 +14,7 @@ from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, FrameDenoiser
 from scd.options import RolloutOptions, check_rollout
 from scd.rollout.cache import KVCache, Window
 from scd.rollout.conditions import RolloutConditions
-from scd.utils.precision import float32_products, resolve_precision, with_weights_in
+from scd.utils.precision import float32_products, precision_for, with_weights_in
 
 SLIDING_FRAMES = 64  # that slide in at once; bounds their memory
 
@@ -58,9 +58,7 @@ class Rollout:
                 f"{type(model).__name__} has no separate context to perturb: use guidance "
                 f"condition or none"
             )
-        unsaid = s.precision == "fp32"  # the default
-        wanted = "auto" if model.dtype == torch.bfloat16 and unsaid else s.precision
-        self.precision = resolve_precision(wanted, model.device)
+        self.precision = precision_for(model, s.precision)
         if not isinstance(model, CausalWorldModel):
             raise ScdError(
                 f"{type(model).__name__} denoises all frames of a clip at once: it cannot be "

@@ -7,7 +7,7 @@ from scd.errors import ScdError
 from scd.flow.sampler import Generators, frame_noise, guide, integrate, noise_levels
 from scd.models.world_model import MAX_TIMESTEP, WorldModel
 from scd.options import RolloutOptions, check_rollout
-from scd.utils.precision import float32_products, resolve_precision, with_weights_in
+from scd.utils.precision import float32_products, precision_for, with_weights_in
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def denoise_jointly(
     first = model.first_predicted
     if known < first:
         raise ScdError("a bidirectional model needs at least one context frame")
-    precision = resolve_precision(settings.precision, model.device)
+    precision = precision_for(model, settings.precision)
     model = with_weights_in(model, precision)
     conditions = model.frame_conditions((batch, known + num_frames), actions, labels)
     model.check_conditions(conditions)

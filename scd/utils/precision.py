@@ -93,6 +93,13 @@ def float32_products(precision: str) -> Iterator[None]:
             operator.fp32_precision = value
 
 
+def precision_for(module: Any, wanted: str) -> str:
+    """Resolve the precision of a model's rollouts: the default does not widen weights in bf16."""
+    unsaid = wanted == "fp32"  # the default
+    in_bf16 = module.dtype == torch.bfloat16
+    return resolve_precision("auto" if in_bf16 and unsaid else wanted, module.device)
+
+
 def with_weights_in(module: Module, precision: str) -> Module:
     """Return a diffusers model, or a copy of it, whose weights have a resolved precision's type.
 
