@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scd.distill.critic import Critic, relativistic_loss
 from scd.distill.dmd import (
     DMDObjective,
+    Given,
     Noising,
     draw_exit,
     draw_start,
@@ -243,7 +244,7 @@ def test_clips_are_scored_by_teacher_and_critic_after_their_context(
     latents, actions = make_clip()
     context, frames = latents[:, :KNOWN], latents[:, KNOWN:]
     score = Noising(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
-    gradient = objective.gradient(context, frames, actions, score)
+    gradient = objective.gradient(Given(context, actions), frames, score)
     sigma = score.sigma[:, None, None, None, None]
     noisy = sigma * score.noise + (1 - sigma) * frames
     given = torch.cat([context, noisy], dim=1)
@@ -268,7 +269,7 @@ def test_with_equal_scores_the_student_is_left_alone() -> None:
     objective = DMDObjective(make("scd"), teacher, Critic(teacher, False), options_of())
     latents, actions = make_clip()
     score = Noising(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
-    gradient = objective.gradient(latents[:, :KNOWN], latents[:, KNOWN:], actions, score)
+    gradient = objective.gradient(Given(latents[:, :KNOWN], actions), latents[:, KNOWN:], score)
     assert gradient.abs().max() == 0
 
 
@@ -283,7 +284,7 @@ def test_the_critic_loses_nothing_by_the_true_velocity(prediction: str) -> None:
     score = Noising(torch.tensor([0.02, 0.9]), torch.randn(2, NEW, 3, 4, 4))
     noisy, times = score.add_to(frames)
     clip = torch.cat([context, torch.zeros_like(frames)], dim=1)
-    loss, _ = objective.critic_loss(context, frames, actions, score)
+    loss, _ = objective.critic_loss(Given(context, actions), frames, score)
     velocity = critic(clip, noisy, times, actions)[:, 0]
     sigma = score.sigma[:, None, None, None, None]
     wanted = score.noise - frames
@@ -397,11 +398,12 @@ def test_the_adversarial_gradient_is_that_of_the_generators_loss() -> None:
     latents, actions = make_clip()
     context, frames = latents[:, :KNOWN].double(), latents[:, KNOWN:].double()
     score = Noising(torch.tensor([0.3, 0.9]).double(), torch.randn(2, NEW, 3, 4, 4).double())
-    real = objective.logits(context, torch.randn_like(frames), actions, score)
-    gradient = objective.adversarial_gradient(context, frames.clone(), actions, score, real)
+    given = Given(context, actions)
+    real = objective.logits(given, torch.randn_like(frames), score)
+    gradient = objective.adversarial_gradient(given, frames.clone(), score, real)
 
     def loss(moved: Tensor) -> Tensor:
-        own = objective.logits(context, moved, actions, score)
+        own = objective.logits(given, moved, score)
         return torch.log(1 + torch.exp(real - own)).mean()
 
     direction = torch.randn_like(frames)
@@ -421,7 +423,7 @@ def test_the_head_tells_blurred_from_real_clips_of_the_same_contexts() -> None:
         clips = torch.randn(8, KNOWN + NEW, 3, 4, 4)
         context, real = clips[:, :KNOWN], clips[:, KNOWN:]
         look = Noising(0.02 + 0.48 * torch.rand(8), torch.randn_like(real))
-        logits = [objective.logits(context, x, None, look) for x in (real, 0.7 * real)]
+        logits = [objective.logits(Given(context), x, look) for x in (real, 0.7 * real)]
         loss = relativistic_loss(*logits)
         if step < 30:
             adam.zero_grad()
@@ -647,7 +649,7 @@ def test_a_causal_score_of_a_frame_depends_on_no_later_one(kind: str) -> None:
     score = Noising(torch.tensor([0.3, 0.9]), torch.randn(2, NEW, 3, 4, 4))
 
     def gradient(clip: Tensor) -> Tensor:
-        found = objective.gradient(clip[:, :KNOWN], clip[:, KNOWN:], actions, score)
+        found = objective.gradient(Given(clip[:, :KNOWN], actions), clip[:, KNOWN:], score)
         return found / found[:, :1].abs().amax(dim=(1, 2, 3, 4), keepdim=True)  # one scale a clip
 
     changed = latents.clone()

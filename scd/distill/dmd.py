@@ -46,6 +46,19 @@ class Noising(NamedTuple):
         return noisy[:, None], times[:, None]
 
 
+class Given(NamedTuple):
+    """What the frames of a generated clip come after, and are conditioned on."""
+
+    context: Tensor  # (B, K, C, H, W)
+    conditions: Tensor | None = None  # (B, K + F') or (B, K + F', V + 1), of the whole clip
+    text: Tensor | None = None  # (B, T, text_dim)
+    null_text: Tensor | None = None  # (1, T, text_dim), what a guided teacher leads away from
+
+    def clip(self, frames: Tensor) -> Tensor:
+        """Put the context before frames (B, F', C, H, W)."""
+        return torch.cat([self.context, frames], dim=1)
+
+
 def matching_gradient(frames: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """Compute the gradient (x̂_fake − x̂_real) / mean|x − x̂_real| of the distribution's distance.
 
@@ -113,14 +126,13 @@ class DMDObjective(nn.Module):
             generated = teacher_forced(
                 self.model, options.rollout, latents, known, exit_at, conditions, generators, text
             )
-        loss, values = self.critic_loss(
-            context, generated.frames, conditions, self._draw("critic", batch), text
-        )
+        given = Given(context, conditions, text, batch.get("null_text"))
+        loss, values = self.critic_loss(given, generated.frames, self._draw("critic", batch))
         real_logits = None
         if d.adversarial_weight:
             low_noise = self._draw_for_discriminator(batch)
             real_logits, fake_logits = (
-                self.logits(context, frames, conditions, low_noise, text)
+                self.logits(given, frames, low_noise)
                 for frames in (latents[:, known:], generated.frames)
             )
             discriminator = relativistic_loss(real_logits, fake_logits)
@@ -128,25 +140,19 @@ class DMDObjective(nn.Module):
             loss = loss + discriminator
         if trains_student(options, step):
             frames = replay(self.model, generated, conditions, d.history_gradient, text)
-            noising = self._draw("score", batch)
-            gradient = torch.zeros_like(frames)
+            made, gradient = frames.detach(), torch.zeros_like(frames)
             if d.matching_weight:
-                null_text = batch.get("null_text")
-                matching = self.gradient(
-                    context, frames.detach(), conditions, noising, text, null_text
-                )
+                matching = self.gradient(given, made, self._draw("score", batch))
                 values["dmd_gradient"] = matching.abs().mean()
                 gradient = gradient + d.matching_weight * matching
             if real_logits is not None:
-                adversarial = self.adversarial_gradient(
-                    context, frames.detach(), conditions, low_noise, real_logits, text
-                )
+                adversarial = self.adversarial_gradient(given, made, low_noise, real_logits)
                 values["adversarial_gradient"] = adversarial.abs().mean()
                 gradient = gradient + d.adversarial_weight * adversarial
             student_loss = loss_with_gradient(frames, gradient)
             loss = loss + student_loss
             values["student_loss"] = student_loss.detach()
-            values["replay_error"] = (frames.detach() - generated.frames).abs().max()
+            values["replay_error"] = (made - generated.frames).abs().max()
         return {"loss": loss, **values}
 
     def window(
@@ -186,81 +192,50 @@ class DMDObjective(nn.Module):
         return {**batch, **cut}
 
     @torch.no_grad()
-    def gradient(
-        self,
-        context: Tensor,
-        frames: Tensor,
-        conditions: Tensor | None,
-        noising: Noising,
-        text: Tensor | None = None,
-        null_text: Tensor | None = None,
-    ) -> Tensor:
-        """Score generated frames (B, F', C, H, W) after their context; see `matching_gradient`.
-
-        Args:
-            text, null_text: see `GuidedTeacher.forward`.
-        """
-        clip = torch.cat([context, frames], dim=1)
+    def gradient(self, given: Given, frames: Tensor, noising: Noising) -> Tensor:
+        """Score generated frames (B, F', C, H, W); see `matching_gradient`."""
         noisy, times = noising.add_to(frames)
-        v_real = self.teacher(clip, noisy, times, conditions, None, text, null_text)
+        clip, conditions, text = given.clip(frames), given.conditions, given.text
+        v_real = self.teacher(clip, noisy, times, conditions, text=text, null_text=given.null_text)
         v_fake = self.critic.score(clip, noisy, times, conditions, text=text)
         real, fake = (clean_frames(noisy, v, times)[:, 0] for v in (v_real, v_fake))
         return matching_gradient(frames, real, fake)
 
     def adversarial_gradient(
-        self,
-        context: Tensor,
-        frames: Tensor,
-        conditions: Tensor | None,
-        noising: Noising,
-        real_logits: Tensor,
-        text: Tensor | None = None,
+        self, given: Given, frames: Tensor, noising: Noising, real_logits: Tensor
     ) -> Tensor:
         """Compute the gradient of the generator's loss at generated frames (B, F', C, H, W).
 
         Args:
             real_logits: (B,), of the real clips with the same context.
         """
-        frames = frames.requires_grad_(True)
-        clip = torch.cat([context, frames.detach()], dim=1)
-        features = early_features(
-            self.teacher.model, clip, *noising.add_to(frames), conditions, text
-        )
-        own_logits = self.critic.judge(features)
+        frames = frames.detach().requires_grad_(True)
+        own_logits = self.critic.judge(self._features(given, frames, noising))
         return input_gradient(relativistic_loss(own_logits, real_logits.detach()), frames)
 
-    def logits(
-        self,
-        context: Tensor,
-        frames: Tensor,
-        conditions: Tensor | None,
-        noising: Noising,
-        text: Tensor | None = None,
-    ) -> Tensor:
-        """Judge frames (B, F', C, H, W) after their context: logits (B,), see `Critic.judge`."""
+    def logits(self, given: Given, frames: Tensor, noising: Noising) -> Tensor:
+        """Judge frames (B, F', C, H, W): logits (B,), see `Critic.judge`."""
         with torch.no_grad():
-            clip = torch.cat([context, frames], dim=1)
-            noised = noising.add_to(frames)
-            features = early_features(self.teacher.model, clip, *noised, conditions, text)
+            features = self._features(given, frames, noising)
         return self.critic.judge(features)
 
+    def _features(self, given: Given, frames: Tensor, noising: Noising) -> Tensor:
+        """Compute what the discriminator sees of noised frames, see `early_features`."""
+        clip = given.clip(frames.detach())
+        noised = noising.add_to(frames)
+        return early_features(self.teacher.model, clip, *noised, given.conditions, given.text)
+
     def critic_loss(
-        self,
-        context: Tensor,
-        frames: Tensor,
-        conditions: Tensor | None,
-        noising: Noising,
-        text: Tensor | None = None,
+        self, given: Given, frames: Tensor, noising: Noising
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the critic's flow-matching loss on generated frames (B, F', C, H, W).
 
         Returns:
             The loss, and what to log.
         """
-        clip = torch.cat([context, frames], dim=1)
-        noisy, times = noising.add_to(frames)
-        velocity = self.critic.score(clip, noisy, times, conditions, text=text)[:, 0]
-        model = self.critic.score
+        (noisy, times), model = noising.add_to(frames), self.critic.score
+        clip = given.clip(frames)
+        velocity = model(clip, noisy, times, given.conditions, text=given.text)[:, 0]
         if model.prediction == "velocity":
             target = noising.noise - frames
         else:  # with the same bound as the model divides by
