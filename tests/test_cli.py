@@ -47,11 +47,18 @@ def test_mistakes_in_options_are_one_line(capfd: pytest.CaptureFixture, tmp_path
     assert "x.yml" in error_of(capfd, "train", "--opt", "x.yml")
 
 
+def test_flags_of_web_pages_need_web(capfd: pytest.CaptureFixture) -> None:
+    export = ("export", "assets/pretrained/scd_doom", "--out", "site")
+    for flags in (["--weights", "int8"], ["--measure", "8"], ["--runtime", "file.tgz"]):
+        assert f"export: {flags[0]} is for web pages: add --web" in error_of(capfd, *export, *flags)
+    message = error_of(capfd, *export, "--web", "--dtype", "bfloat16")
+    assert "with --web, give --weights" in message
+
+
 def test_missing_data_is_one_line(capfd: pytest.CaptureFixture, tiny_autoencoder_path: str) -> None:
     data = "data.root=no/data"
-    assert "no/data/train.json: no such file" in error_of(
-        capfd, "train", "--opt", TINY, *PIXELS, data
-    )
+    message = error_of(capfd, "train", "--opt", TINY, *PIXELS, data)
+    assert "no/data/train.json: no such file" in message and "`scd record`" in message
     assert "no/data/train.json: no such file" in error_of(
         capfd, "encode", "--opt", TINY, f"autoencoder.path={tiny_autoencoder_path}", data
     )

@@ -45,6 +45,16 @@ def as_accelerate_reads(printed: list[str]) -> tuple[Namespace, dict[str, str]]:
     return arguments, prepare_multi_gpu_env(arguments)
 
 
+@pytest.mark.parametrize("arguments", [[], ["--dry-run", "options/x.yml"], ["options/x", "a=b"]])
+def test_train_sh_needs_an_options_file_first(arguments, project):
+    assert run(project, "scripts/train.sh", *arguments) == []  # nothing was launched
+    assert run(project, "scripts/train.sh", "options/x.yml")[-3:] == [
+        "train",
+        "--opt",
+        "options/x.yml",
+    ]
+
+
 @pytest.mark.parametrize("nodes", [1, 4])
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_wan", "hsdp"])
 def test_train_sh_takes_each_configuration(name, nodes, project, monkeypatch):

@@ -15,7 +15,7 @@ def export(a: argparse.Namespace) -> None:
     from scd.errors import ScdError
 
     for_web = {
-        "--starts": str(a.starts) != STARTS,
+        "--starts": a.starts != to_read(STARTS),
         "--weights": a.weights != "fp16",
         "--runtime": a.runtime is not None,
         "--measure": a.measure is not None,
