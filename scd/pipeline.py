@@ -76,7 +76,7 @@ class RolloutPipeline(DiffusionPipeline):
 
     enable_sequential_cpu_offload = enable_model_cpu_offload
 
-    def settings(self, steps: int | None = None, **changes: Any) -> RolloutOptions:
+    def settings(self, steps: int | None = None, /, **changes: Any) -> RolloutOptions:
         """Give the saved settings of rollouts, with changes: fields of `RolloutOptions`.
 
         Raises:

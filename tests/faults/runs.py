@@ -135,7 +135,8 @@ def _train(
     from scd import cli
     from scd import options as options_module
 
-    options_module.load_options = lambda *_: options  # resolved already, which takes a while
+    # Resolved already, which takes a while.
+    options_module.load_training_options = lambda *_: options
     sys.exit(cli.main(["train", "--opt", "resolved"]))
 
 
