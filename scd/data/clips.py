@@ -92,7 +92,7 @@ class ClipFolder:
             for name in needed:
                 if getattr(entry, name) is None:
                     field = "action_path" if name == "actions_in" else name
-                    how = "" if source == "video" else ": make latents with `scd encode`"
+                    how = ": make latents with `scd encode`" if name == "latent_path" else ""
                     raise ScdError(f"{self.list_path}: entry {number} has no {field}{how}")
 
     def __len__(self) -> int:

@@ -96,7 +96,8 @@ def _record_split(
     listed = read_list(list_path) if list_path.exists() else []
     known = {entry.video_path: entry for entry in listed}  # with the latents `scd encode` made
     names = [f"{split}/{episode:05d}" for episode in range(count)]
-    kept = [e for e in listed if e.video_path not in {f"{name}.mp4" for name in names}]
+    asked_for = {f"{name}.mp4" for name in names}
+    kept = [entry for entry in listed if entry.video_path not in asked_for]
     missing = {
         episode: name
         for episode, name in enumerate(names)

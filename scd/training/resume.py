@@ -1,6 +1,6 @@
 """Resume a run from its newest checkpoint, if it is still the same run."""
 
-from hashlib import sha256 as sha256_of
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _hash_weights(path: str | None) -> str | None:
 def describe_clips(clips: Clips) -> str:
     """Say how many clips a list has, with a hash of their names in order."""
     names = "\n".join(str(clips.name(number)) for number in range(len(clips)))
-    return f"{len(clips)} clips ({sha256_of(names.encode()).hexdigest()[:16]})"
+    return f"{len(clips)} clips ({hashlib.sha256(names.encode()).hexdigest()[:16]})"
 
 
 def clips_per_step(options: Options, processes: int) -> int:
