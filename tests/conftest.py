@@ -33,7 +33,7 @@ def tiny_autoencoder_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For the smallest of models: threads wait longer for each other than they work."""
     threads = torch.get_num_threads()
