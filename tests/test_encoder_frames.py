@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from scd.flow.objective import LEVELS, FlowObjective, errors_by_level
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT, CausalWorldModel, encoder, masks
 from scd.models.load import load_checkpoint_for_use
-from scd.models.world_model import FirstLook
+from scd.models.world_model import FirstLook, FrameDenoiser
 from scd.options import DistillOptions, FlowOptions, Options, RolloutOptions, load_options
 from scd.pipeline import SCDPipeline
 from scd.rollout import Rollout, continue_videos, engine
@@ -66,10 +68,14 @@ def rolled(
     generators = [torch.Generator().manual_seed(number) for number in range(len(context))]
     rollout = Rollout(model, settings, known + new)
     rollout.reset(context, actions[:, :known], generator=generators)
-    frames, looks = [], []
-    for number in range(known, known + new):
-        frames.append(rollout.step(actions[:, number]))
-        looks.append(getattr(rollout, "first_look", None))
+    looks, begin_frame = [], model.begin_frame
+
+    def begin(*args: Any) -> FrameDenoiser:
+        looks.append(args[-1][: len(context), 0])  # without those of condition guidance
+        return begin_frame(*args)
+
+    with patch.object(rollout.model, "begin_frame", begin):
+        frames = [rollout.step(actions[:, number]) for number in range(known, known + new)]
     seen = torch.stack(looks, dim=1) if model.takes_first_look else None
     return torch.stack(frames, dim=1), seen
 
@@ -245,15 +251,15 @@ def test_a_sliding_window_shows_so_many_past_frames(monkeypatch, frame, kept, fi
     g = torch.Generator().manual_seed(5)
     video = torch.randn(B, frames, C, H, W, generator=g)
     actions = torch.randint(0, 3, (B, frames + 1), generator=g)
-    settings = RolloutOptions(1, guidance="none", window=window, sink_frames=kept)
+    settings = RolloutOptions(1, "consistency", guidance="none", window=window, sink_frames=kept)
     found, contexts = {}, []
     for known in range(2, frames + 1):
         rollout = Rollout(model, settings)
         rollout.reset(video[:, :known], actions[:, :known], generator=g)
         hook = model.decoder.register_forward_pre_hook(lambda _, args: contexts.append(args[1]))
-        rollout.step(actions[:, known])
+        look = rollout.step_to_exit(0, actions[:, known]).first_look
         hook.remove()
-        found[known] = contexts[-1], rollout.first_look
+        found[known] = contexts[-1], look
 
     def masked(q, k, v, tokens_per_frame, clean_frames, first, block_mask, history_gradient):
         number = torch.tensor([*range(clean_frames), *range(first, clean_frames + 1)])

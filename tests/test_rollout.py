@@ -246,8 +246,8 @@ def test_an_exit_is_what_teacher_forcing_predicts(inputs, make, exit_step):
     rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(3))
     history, seed = context, torch.Generator().manual_seed(3)
     for i in range(NEW):
-        frame = rollout.step(actions[:, K + i], noise[:, i], exit_step=exit_step)
-        noisy, sigma = rollout.exit_input, rollout.exit_level
+        frame, noisy, sigma, look = rollout.step_to_exit(exit_step, actions[:, K + i], noise[:, i])
+        assert look is None
         assert noisy.shape == frame.shape == (B, C, H, W) and sigma == levels[exit_step]
         # The same noise is drawn whatever the exit, and the noisy frame holds that of its level.
         fresh = torch.randn(B, STEPS - 1, C, H, W, generator=seed)
@@ -289,14 +289,17 @@ def test_the_last_exit_is_the_frame(model, inputs, guidance):
     """To the bit, also where the first frame has more steps; then an exit is one of its steps."""
     context, _, actions = inputs
     settings = RolloutOptions(2, "consistency", first_frame_steps=3, guidance=guidance)
-    frames = []
-    for last in ((None, None), (2, 1)):
-        rollout = Rollout(model, settings, K + NEW)
+    rollout = Rollout(model, settings, K + NEW)
+
+    def reset():
         rollout.reset(context, actions[:, :K], generator=torch.Generator().manual_seed(3))
-        made = [rollout.step(actions[:, K + i], exit_step=last[i]) for i in range(2)]
-        frames.append(torch.stack(made))
-    assert torch.equal(*frames)
-    assert rollout.exit_level == rollout.levels[1]
+
+    reset()
+    frames = [rollout.step(actions[:, K + i]) for i in range(2)]
+    reset()
+    exits = [rollout.step_to_exit(2 - i, actions[:, K + i]) for i in range(2)]
+    assert all(torch.equal(frame, left.frame) for frame, left in zip(frames, exits, strict=True))
+    assert [left.sigma for left in exits] == [rollout.first_levels[2], rollout.levels[1]]
 
 
 def test_exits_that_are_refused(model, inputs, monkeypatch):
@@ -305,7 +308,7 @@ def test_exits_that_are_refused(model, inputs, monkeypatch):
     def exit_at(step, **settings):
         rollout = Rollout(model, plain(2, **settings), K + NEW)
         rollout.reset(context, actions[:, :K])
-        rollout.step(actions[:, K], exit_step=step)
+        rollout.step_to_exit(step, actions[:, K])
 
     with pytest.raises(ScdError, match=r"needs rollout\.solver=consistency, not euler"):
         exit_at(0)

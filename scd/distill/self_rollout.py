@@ -59,23 +59,20 @@ def roll_out(
         rollout = Rollout(model, settings, known + new_frames)
         past = None if actions is None else actions[:, :known]
         rollout.reset(context, past, labels, generators, text)
-        frames, noisy, levels, looks = [], [], [], []
+        exits = []
         for frame in range(known, known + new_frames):
             action = None if actions is None else actions[:, frame]
             steps = settings.steps
             if frame == known and settings.first_frame_steps:
                 steps = settings.first_frame_steps
-            frames.append(rollout.step(action, exit_step=int(exit_at * steps)))
-            noisy.append(rollout.exit_input)
-            levels.append(rollout.exit_level)
-            if model.takes_first_look:
-                looks.append(rollout.first_look)
-    generated = torch.stack(frames, dim=1)
-    timesteps = MAX_TIMESTEP * torch.tensor(levels, device=context.device)
+            exits.append(rollout.step_to_exit(int(exit_at * steps), action))
+    generated = torch.stack([each.frame for each in exits], dim=1)
+    timesteps = MAX_TIMESTEP * torch.tensor([each.sigma for each in exits], device=context.device)
+    looks = [each.first_look for each in exits if each.first_look is not None]
     return Generated(
         generated,
         torch.cat([context, generated], dim=1),
-        torch.stack(noisy, dim=1),
+        torch.stack([each.noisy for each in exits], dim=1),
         timesteps.expand(len(context), -1),
         FirstLook.pure(torch.stack(looks, dim=1)) if looks else None,
     )

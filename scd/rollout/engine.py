@@ -1,7 +1,8 @@
 """The rollout: encode once per frame, denoise T times. Everything that makes frames uses it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -17,6 +18,24 @@ from scd.rollout.conditions import RolloutConditions
 from scd.utils.precision import float32_products, precision_for, with_weights_in
 
 SLIDING_FRAMES = 64  # that slide in at once; bounds their memory
+
+
+class Exit(NamedTuple):
+    """A frame that is the clean prediction of one of its steps, and what that was made from."""
+
+    frame: Tensor  # (B, C, H, W)
+    noisy: Tensor  # (B, C, H, W)
+    sigma: float  # the noise level of `noisy`
+    first_look: Tensor | None  # (B, C, H, W), what the encoder saw in the frame's place, if it does
+
+
+class _Denoising(NamedTuple):
+    """A frame, or chunk, that is encoded and not yet denoised."""
+
+    denoiser: FrameDenoiser
+    noises: Tensor  # (B, 1 + fresh, 1 or a chunk, C, H, W)
+    levels: list[float]
+    first_look: Tensor | None  # (B, C, H, W)
 
 
 class Rollout:
@@ -36,12 +55,6 @@ class Rollout:
     Args:
         settings: how a frame is made, and how much of the past it sees.
         max_frames: of context and new frames together, where `settings.window` is 0.
-
-    Attributes:
-        exit_input: (B, C, H, W), the noisy frame that the last exit was predicted from; see `step`.
-        exit_level: the noise level σ of `exit_input`.
-        first_look: (B, C, H, W), the noise that the encoder saw in place of the newest frame, of a
-            model that `takes_first_look`.
 
     Raises:
         ScdError: settings that the model cannot follow; see also `reset` and `step`.
@@ -82,9 +95,6 @@ class Rollout:
         self.on_encoded: Callable[[], object] = lambda: None
         self._newest: Tensor | None = None
         self._waiting: list[Tensor] = []  # the rest of the newest chunk
-        self.exit_input: Tensor
-        self.exit_level: float
-        self.first_look: Tensor
 
     @torch.no_grad()
     def reset(
@@ -172,41 +182,62 @@ class Rollout:
             self.cache.text = model.precompute_text(torch.cat(texts))
 
     @torch.no_grad()
-    def step(
-        self,
-        action: Tensor | None = None,
-        noise: Tensor | None = None,
-        exit_step: int | None = None,
-    ) -> Tensor:
+    def step(self, action: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Generate the next frame.
 
         Args:
             action: (B,) or (B, V), the action that leads to it; None: the null action.
             noise: (B, C, H, W), the frame's initial noise, unless frames come in chunks; None: from
                 the generator.
-            exit_step: from 0, the step whose clean prediction is the frame, for training (solver
-                consistency only); no further step is taken. `exit_input` and `exit_level` are then
-                what it was predicted from. None: the last step.
 
         Returns:
             (B, C, H, W), float32.
 
         Raises:
-            ScdError: before `reset`, or beyond `max_frames`; an exit that there is not; noise of a
-                frame of a chunk.
+            ScdError: before `reset`, or beyond `max_frames`; noise of a frame of a chunk.
         """
-        if self._newest is None:
-            raise ScdError("step before reset")
         if noise is not None and self._chunk > 1:
             raise ScdError(f"frames come in chunks of {self._chunk}: give a generator, not noise")
-        if self._waiting:
-            return self._waiting.pop(0)
-        model = self.model
-        levels, conditions = self.levels, self._conditions
-        if self._first_conditions is not None:
-            levels, conditions = self.first_levels, self._first_conditions
-        if exit_step is not None:
-            self._check_exit(exit_step, len(levels) - 1)
+        if not self._waiting:
+            with self._computing():
+                denoiser, noises, levels, _ = self._begin(action, noise)
+                self._newest = self._denoise(denoiser, noises, levels)
+            self._waiting = list(self._newest.unbind(dim=1))
+        return self._waiting.pop(0)
+
+    @torch.no_grad()
+    def step_to_exit(
+        self, exit_step: int, action: Tensor | None = None, noise: Tensor | None = None
+    ) -> Exit:
+        """Generate the next frame, but leave its denoising after one of the steps, for training.
+
+        The exit's frame becomes the history. Only `rollout.solver=consistency` has exits.
+
+        Args:
+            exit_step: from 0, the step whose clean prediction is the frame.
+            action, noise: see `step`.
+
+        Raises:
+            ScdError: before `reset`, or beyond `max_frames`; an exit that there is not.
+        """
+        with self._computing():
+            self._check_exit(exit_step)
+            denoiser, noises, levels, first_look = self._begin(action, noise)
+            noisy = self._integrate(denoiser, noises, levels[: exit_step + 1])
+            velocity = self._guided(denoiser, levels)(noisy, exit_step)
+            self._newest = noisy - levels[exit_step] * velocity
+        return Exit(self._newest[:, 0], noisy[:, 0], levels[exit_step], first_look)
+
+    def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
+        """Yield a frame (B, C, H, W) for every action (B,) or (B, V), as soon as it is done."""
+        for action in actions:
+            yield self.step(action)
+
+    def _begin(self, action: Tensor | None, noise: Tensor | None) -> _Denoising:
+        """Draw the noise of the next frame, or chunk, and encode what comes before it."""
+        assert self._newest is not None
+        model, levels = self.model, self._next_levels
+        conditions = self._first_conditions or self._conditions
         action = None if action is None else action[:, None]
         condition = conditions.frame_conditions(action, 1)
         ids, next_ids, modulation = conditions.modulation(
@@ -219,38 +250,39 @@ class Rollout:
             for _ in range(self._chunk)
         ]
         noises = torch.stack(each, dim=2)  # (B, 1 + fresh, 1 or a chunk, C, H, W)
-        look = noises[:, 0]  # (B, 1 or a chunk, C, H, W)
+        look, first_look = noises[:, 0], None  # (B, 1 or a chunk, C, H, W)
         if model.takes_first_look:
-            self.first_look = randn_tensor(shape, self._generator, model.device)
-            look = self.first_look[:, None]  # (B, 1, C, H, W)
+            first_look = randn_tensor(shape, self._generator, model.device)
+            look = first_look[:, None]  # (B, 1, C, H, W)
         perturbation = None
         if self.guidance == "context":
             of_tokens = (self._batch, tokens, model.width)
             context_noise = randn_tensor(of_tokens, self._generator, model.device)
             perturbation = s.guidance_noise * context_noise[:, None]
-        with self._packed.in_use(), float32_products(self.precision):
-            denoiser = model.begin_frame(
-                self._both(self._newest),
-                ids,
-                next_ids,
-                self.cache,
-                modulation,
-                perturbation,
-                self._both(look),
-            )
-            self.on_encoded()
-            if exit_step is None:
-                self._newest = self._denoise(denoiser, noises, levels)
-            else:
-                self._newest = self._exit(denoiser, noises, levels, exit_step)
+        denoiser = model.begin_frame(
+            self._both(self._newest),
+            ids,
+            next_ids,
+            self.cache,
+            modulation,
+            perturbation,
+            self._both(look),
+        )
         self._newest_condition, self._first_conditions = condition, None
-        frame, *self._waiting = self._newest.unbind(dim=1)
-        return frame
+        self.on_encoded()
+        return _Denoising(denoiser, noises, levels, first_look)
 
-    def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
-        """Yield a frame (B, C, H, W) for every action (B,) or (B, V), as soon as it is done."""
-        for action in actions:
-            yield self.step(action)
+    @property
+    def _next_levels(self) -> list[float]:
+        return self.first_levels if self._first_conditions else self.levels
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Multiply by the weights that `reset` packed, in the rollout's precision."""
+        if self._newest is None:
+            raise ScdError("step before reset")
+        with self._packed.in_use(), float32_products(self.precision):
+            yield
 
     def _chunks(self, frames: int, what: str) -> int:
         """Count the chunks of some frames, which must be whole."""
@@ -278,15 +310,7 @@ class Rollout:
         velocity = self._guided(denoiser, levels)
         return integrate(velocity, noise, levels, self.settings.solver, fresh)
 
-    def _exit(
-        self, denoiser: FrameDenoiser, noises: Tensor, levels: list[float], step: int
-    ) -> Tensor:
-        """Take the steps before one, and return that one's clean prediction (B, 1, C, H, W)."""
-        noisy = self._integrate(denoiser, noises, levels[: step + 1])
-        self.exit_input, self.exit_level = noisy[:, 0], levels[step]
-        return noisy - levels[step] * self._guided(denoiser, levels)(noisy, step)
-
-    def _check_exit(self, step: int, steps: int) -> None:
+    def _check_exit(self, step: int) -> None:
         if self._chunk > 1:
             raise ScdError(f"exit_step cannot be used with frames in chunks of {self._chunk}")
         if self.settings.solver != "consistency":
@@ -296,6 +320,7 @@ class Rollout:
             )
         if self.settings.compile:
             raise ScdError("exit_step cannot be used with rollout.compile, whose graph has no exit")
+        steps = len(self._next_levels) - 1
         if not 0 <= step < steps:
             raise ScdError(f"exit_step={step} is not one of the frame's steps 0..{steps - 1}")
 
