@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scd.distill.critic import Critic, relativistic_loss
+from scd.distill.critic import Critic, early_features, relativistic_loss
 from scd.distill.dmd import (
     DMDObjective,
     Given,
@@ -379,6 +379,21 @@ def test_only_the_head_learns_to_tell_generated_from_real_clips() -> None:
     for name in plain:
         same = torch.equal(plain[name], adversarial[name])
         assert same == name.startswith("critic.score."), name
+
+
+@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+def test_features_come_from_the_first_blocks_alone(kind: str) -> None:
+    """They are those of a whole pass, to the bit; the model keeps all its blocks."""
+    model, (latents, actions) = make(kind), make_clip()
+    noisy, times = latents[:, None, KNOWN:], torch.full((2, 1, NEW), 300.0)
+    outputs: list[list[Tensor]] = [[], []]
+    for block, kept in zip(model.blocks, outputs, strict=True):
+        block.register_forward_hook(lambda block, inputs, out, kept=kept: kept.append(out))
+    features = early_features(model, latents, noisy, times, actions)
+    assert [len(kept) for kept in outputs] == [1, 0]
+    model(latents, noisy, times, actions)
+    assert [len(kept) for kept in outputs] == [2, 1]
+    assert torch.equal(features, outputs[0][1][:, -NEW:])
 
 
 def test_the_students_gradient_is_the_weighted_sum_of_both() -> None:

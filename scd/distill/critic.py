@@ -54,12 +54,14 @@ def early_features(
     The arguments are those of `WorldModel.forward`, with one draw (K = 1).
     """
     found: list[Tensor] = []
-    block = model.blocks[len(model.blocks) // 3]
-    hook = block.register_forward_hook(lambda block, inputs, output: found.append(output))
+    blocks = model.blocks
+    model.blocks = blocks[: len(blocks) // 3 + 1]  # the others would be computed for nothing
+    hook = model.blocks[-1].register_forward_hook(lambda block, inputs, out: found.append(out))
     try:
         model(latents, noisy, timesteps, conditions, text=text)
     finally:
         hook.remove()
+        model.blocks = blocks
     return found[0][:, -noisy.shape[2] :]  # (B, F', N, D)
 
 
