@@ -5,8 +5,11 @@ import torch
 
 from scd.flow.noise import draw_noise
 from scd.flow.objective import FlowObjective
-from scd.options import FlowOptions, RolloutOptions
-from scd.rollout import continue_videos
+from scd.models import CausalDiT
+from scd.models.world_model import FirstLook
+from scd.options import FlowOptions
+from scd.rollout.resampling import Resampling, draw_resampling, resample
+from scd.utils.seeding import generator
 from tests.test_model import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,12 +124,12 @@ def test_encoder_input(clips):
     assert torch.equal(seen["mixed"][~clean], seen["noisy"][~clean])
 
 
-def history_of(made: FlowObjective, latents, actions, draws):
-    """What the encoder is shown when the loss is computed, last of all."""
+def history_of(made: FlowObjective, compute):
+    """What the encoder is shown when a loss is computed, last of all."""
     seen = []
     forward = made.model.encoder.forward
     made.model.encoder.forward = lambda x, *rest: (seen.append(x), forward(x, *rest))[1]
-    made.loss(latents, actions, draws)
+    compute()
     made.model.encoder.forward = forward
     return seen[-1]
 
@@ -142,52 +145,109 @@ def test_noise_in_the_history(clips):
     assert len(set(draws.history_noise.tolist())) == B
     level = draws.history_noise[:, None, None, None, None]
     expected = level * draws.noise[:, 0] + (1 - level) * latents
-    assert torch.equal(history_of(made, latents, actions, draws), expected[:, :-1])
+    seen = history_of(made, lambda: made.loss(latents, actions, draws))
+    assert torch.equal(seen, expected[:, :-1])
     silent = draws._replace(history_noise=torch.zeros(B))
     assert torch.equal(
         made.loss(latents, actions, silent), objective(made.model).loss(latents, actions, silent)
     )
 
 
+# --- Histories that the model resamples
+
+SIGMA = 0.7
+
+
+def make(kind):
+    if kind == "causal":
+        torch.manual_seed(0)
+        model = CausalDiT(C, patch_size=2, heads=1, layers=2, condition="action", num_conditions=3)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        return model.eval()
+    return make_model(channels=C, encoder_frame="noise" if kind == "scd noise" else "shift")
+
+
+def seeded():
+    return [torch.Generator().manual_seed(number) for number in range(B)]
+
+
+def batch_of(clips, samples=(4, 5, 6), step=1):
+    latents, actions = clips
+    return {"latents": latents, "actions": actions, "sample": list(samples), "step": step}
+
+
 @torch.no_grad()
-def test_self_forced_history(clips):
-    """Frame j of the history is what two steps of a rollout make of frame j (within 1e-5)."""
+@pytest.mark.parametrize("kind", ["scd", "scd noise", "causal"])
+@pytest.mark.parametrize("given", [1, 3])
+def test_a_resampled_frame_is_denoised_after_own_ones(clips, kind, given):
+    """Two steps of second order from the noised real frame, by whole passes (within 1e-5)."""
     latents, actions = clips
-    made = objective(self_forcing_prob=1.0, condition_dropout=0.0)
-    draws = draws_of(made, latents)
-    history = history_of(made, latents, actions, draws)
-    assert torch.equal(history[:, 0], latents[:, 0])
-    settings = RolloutOptions(2, solver="multistep", spacing="even", guidance="none")
-    for j in range(1, F - 1):
-        own = continue_videos(
-            made.model,
-            settings,
-            latents[:, :j],
-            1,
-            actions[:, : j + 1],
-            noise=draws.noise[:, 0, j : j + 1],
-        )
-        assert torch.allclose(history[:, j], own[:, 0], atol=1e-5)
-    some = draws._replace(self_forced=torch.tensor([True, False, True]))
-    mixed = history_of(made, latents, actions, some)
-    assert torch.equal(mixed[1], latents[1, :-1])
-    assert torch.equal(mixed[2], history[2])
+    model = make(kind)
+    made = resample(model, latents, Resampling(SIGMA, given), seeded(), actions)
+    assert torch.equal(made[:, :given], latents[:, :given])
+    seeds = seeded()
+    for j in range(given, F):
+        noise = torch.stack([torch.randn(C, H, W, generator=seed) for seed in seeds])
+        x = SIGMA * noise + (1 - SIGMA) * latents[:, j]
+        look = None
+        if model.takes_first_look:
+            look = torch.stack([torch.randn(C, H, W, generator=seed) for seed in seeds])
+            look = FirstLook.pure(look[:, None].repeat(1, j, 1, 1, 1))
+        velocities = []
+        for sigma in (SIGMA, SIGMA / 2):
+            history = torch.cat([made[:, :j], x[:, None]], dim=1)
+            times = torch.full((B, 1, j), 1000 * sigma)
+            conditions = actions[:, : j + 1]
+            velocities.append(
+                model(history, history[:, None, 1:], times, conditions, first_look=look)[:, 0, -1]
+            )
+            newest = velocities[-1]
+            x = x - SIGMA / 2 * (newest + (newest - velocities[0]) / 2)
+        assert (made[:, j] - x).abs().max() < 1e-5
+    near = resample(model, latents, Resampling(1e-4, given), seeded(), actions)
+    assert (near - latents).abs().max() < 1e-2
 
 
-def test_no_gradient_flows_through_a_self_forced_history(clips):
+@torch.no_grad()
+def test_a_resampled_history(clips):
+    """In the drawn share of steps; the loss is that of real frames after it."""
     latents, actions = clips
-    made = objective(self_forcing_prob=1.0)
-    seen = history_of(made, latents, actions, draws_of(made, latents))
-    assert not seen.requires_grad
+    made = objective(self_forcing_prob=0.5, self_forcing_sigma=[0.3, 0.9])
+    drawn = [draw_resampling(made.options, 0, step, F) for step in range(200)]
+    own = [how for how in drawn if how is not None]
+    assert 70 < len(own) < 130 and {how.given for how in own} == {1, 2}
+    assert 0.3 < min(how.sigma for how in own) < 0.35 < 0.85 < max(h.sigma for h in own) < 0.9
+    step, plain = drawn.index(own[0]), drawn.index(None)
+    batch = batch_of(clips, step=step)
+    seeds = [generator("cpu", 0, "resampled", sample) for sample in batch["sample"]]
+    expected = resample(made.model, latents, own[0], seeds, actions)
+    assert torch.equal(history_of(made, lambda: made(batch)), expected[:, :-1])
+    draws = draws_of(made, latents, batch["sample"])
+    loss = made.loss(latents, actions, draws, history=expected)
+    torch.testing.assert_close(made(batch)["loss"], loss)
+    teacher_forced = made.loss(latents, actions, draws)
+    assert loss != teacher_forced
+    torch.testing.assert_close(made(batch_of(clips, step=plain))["loss"], teacher_forced)
 
 
-@pytest.mark.parametrize("own_history", [0.0, 1.0])
-def test_every_parameter_gets_a_gradient_under_autocast(clips, own_history):
-    """Though the same weights were used without gradients first, to make the own history."""
+def test_resampled_clips_do_not_depend_on_their_batch(clips):
+    """Nor on the processes that share them: a step has one level, a clip its own noise."""
     latents, actions = clips
-    made = objective(self_forcing_prob=own_history)
+    made = objective(self_forcing_prob=1.0, self_forcing_sigma=[0.2, 0.9])
+    whole = history_of(made, lambda: made(batch_of(clips)))
+    part = batch_of((latents[1:2], actions[1:2]), samples=(5,))
+    torch.testing.assert_close(history_of(made, lambda: made(part)), whole[1:2])
+    other = history_of(made, lambda: made(batch_of(clips, step=2)))
+    assert (other - whole).abs().max() > 1e-2 and not whole.requires_grad
+
+
+@pytest.mark.parametrize("self_forcing_prob", [0.0, 1.0])
+def test_every_parameter_gets_a_gradient_under_autocast(clips, self_forcing_prob):
+    """Though the same weights were used without gradients first, to resample the history."""
+    made = objective(self_forcing_prob=self_forcing_prob)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = made.loss(latents, actions, draws_of(made, latents))
+        loss = made(batch_of(clips))["loss"]
     loss.backward()
     for name, parameter in made.named_parameters():
         assert parameter.grad is not None, name

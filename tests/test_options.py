@@ -225,6 +225,7 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["flow.logit_mean=-inf"], "flow.logit_mean must be finite"),
         (["optim.skip_grad_norm=0"], "optim.skip_grad_norm must be above 0"),
         (["rollout.guidance_interval=[0.7, 0.3]"], "the lowest and the highest noise level"),
+        (["flow.self_forcing_sigma=[0, 1]"], "the lowest and the highest noise level, above 0"),
         (["rollout.window=2", "rollout.sink_frames=2"], "must lie below rollout.window=2"),
         (["flow.encoder_input=noisy", "flow.self_forcing_prob=1"], "flow.self_forcing_prob=1.0 n"),
         (["flow.encoder_input=noisy", "flow.history_noise_max=1"], "flow.history_noise_max=1.0 n"),

@@ -55,10 +55,12 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
     student = train(split / "options.yml", "student", 4, f"init_from={split}/model.safetensors")
     sizes = ["model.encoder_layers=2", "model.decoder_layers=2"]
     weak = train("options/scd_doom_weak.yml", "weak", 2, *sizes)
+    start = f"init_from={student}/{weights}"
+    resampled = train("options/scd_doom_resampled.yml", "resampled", 4, *sizes, start)
     guidance = [f"distill.weak_teacher={weak}", "distill.guidance_scale=1.5"]
     consistent = train(
         *("options/scd_doom_consistency.yml", "consistency", 4, *sizes, "distill.levels=6"),
-        *(f"init_from={student}/{weights}", f"distill.teacher={student}", *guidance),
+        *(f"init_from={resampled}/{weights}", f"distill.teacher={resampled}", *guidance),
     )
     distilled = train(
         *("options/scd_doom_distilled.yml", "distilled", 4, *sizes, "distill.critic_updates=2"),
@@ -70,12 +72,12 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
         *(f"distill.teacher={teacher}", *guidance),
     )
     # Each stage has moved the weights of the one before.
-    stages = (student, consistent, distilled, tuned)
+    stages = (student, resampled, consistent, distilled, tuned)
     kept = [load_checkpoint_for_use(folder) for folder in stages]
     name = "encoder.blocks.0.mlp.up.weight"
     tensors = [loaded.model.state_dict()[name] for loaded in kept]
     assert not any(torch.equal(before, after) for before, after in pairwise(tensors))
-    assert kept[2].options.rollout.solver == "consistency" and kept[2].options.rollout.steps == 2
+    assert kept[3].options.rollout.solver == "consistency" and kept[3].options.rollout.steps == 2
 
     folders = [str(teacher), str(student), str(distilled)]
     for folder in folders:

@@ -273,6 +273,12 @@ def test_options_that_cannot_work_are_refused(override, complaint):
         load_options(ROOT / "options/scd_wan.yml", [override])
 
 
+def test_chunks_are_not_resampled():
+    chunks = ["wan.chunk_frames=3", "flow.self_forcing_prob=0.5"]
+    with pytest.raises(ScdError, match="which makes single frames anew"):
+        load_options(ROOT / "options/causal_wan.yml", chunks)
+
+
 def test_without_videos_there_is_nothing_but_own_rollouts():
     with pytest.raises(ScdError, match=r"with distill\.self_rollout=true"):
         load_options(ROOT / "options/scd_wan_distilled.yml", ["distill.self_rollout=false"])

@@ -21,7 +21,6 @@ class FlowDraws(NamedTuple):
     drop_condition: Tensor  # (B,), bool
     clean_frame: Tensor  # (B, F), bool: frames the mixed encoder input leaves clean
     history_noise: Tensor  # (B,), σ of the noise in the history
-    self_forced: Tensor  # (B,), bool: clips whose history is of the model's own frames
     prefix: Tensor  # (B, K), in [0, 1): where in its range the number of given frames lies
     look_level: Tensor  # (B, F), σ of the first looks, above 0.8 and at most 1
     look_noise: Tensor | None  # (B, F, C, H, W), in the first looks
@@ -60,7 +59,7 @@ def draw_noise(
     frames, picture = latents.shape[1], tuple(latents.shape[2:])
     k = options.noise_draws
     where = latents.device
-    dropout, self_forcing = options.condition_dropout, options.self_forcing_prob
+    dropout = options.condition_dropout
     mixed, history_noise = options.encoder_input == "mixed", options.history_noise_max
 
     def normal(stream: str, *shape: int) -> Tensor:
@@ -78,7 +77,6 @@ def draw_noise(
         drop_condition=uniform("drop", 1, used=dropout > 0)[:, 0] < dropout,
         clean_frame=uniform("clean", frames, used=mixed) < options.clean_fraction,
         history_noise=history_noise * uniform("history", 1, used=history_noise > 0)[:, 0],
-        self_forced=uniform("own", 1, used=self_forcing > 0)[:, 0] < self_forcing,
         prefix=uniform("prefix", k),
         look_level=1 - LOOK_RANGE * uniform("look level", frames, used=looks),
         look_noise=normal("look", frames, *picture) if looks else None,

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from scd.data.clips import with_float_pixels
 from scd.flow.noise import FlowDraws, draw_noise
-from scd.flow.sampler import integrate, noise_levels
 from scd.models.world_model import (
     CLEAN_TIMESTEP,
     MAX_TIMESTEP,
@@ -20,9 +19,10 @@ from scd.models.world_model import (
     WorldModel,
 )
 from scd.options import FlowOptions
+from scd.rollout.resampling import draw_resampling, resample
+from scd.utils.seeding import generator
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ that models are measured at
-SELF_FORCING_STEPS = 2  # for each frame; more would cost more than the training step itself
 
 
 class NoisyFrames(NamedTuple):
@@ -75,6 +75,7 @@ class FlowObjective(nn.Module):
                 `latents` (B, F, C, h, w); `actions` (B, F) or (B, F, V), or `label` (B,), where the
                 model has such conditions; their values are not checked again here. Where the model
                 has a text, `text` (B, T, text_dim), and `null_text` (1, T, text_dim) for no text.
+                With `self_forcing_prob`, `step`, the number of the training step.
         """
         latents = batch["latents"]
         tokens = self.model.tokens_per_frame(*latents.shape[-2:])
@@ -90,7 +91,7 @@ class FlowObjective(nn.Module):
             latents.shape[:2], batch.get("actions"), batch.get("label")
         )
         text = dropped_text(batch, draws.drop_condition)
-        return {"loss": self.loss(latents, conditions, draws, text)}
+        return {"loss": self.loss(latents, conditions, draws, text, self._own_history(batch))}
 
     @property
     def _perturbs(self) -> bool:
@@ -103,6 +104,7 @@ class FlowObjective(nn.Module):
         conditions: Tensor | None,
         draws: FlowDraws,
         text: Tensor | None = None,
+        history: Tensor | None = None,
     ) -> Tensor:
         """Compute the loss for given noise.
 
@@ -110,6 +112,7 @@ class FlowObjective(nn.Module):
             latents: (B, F, C, H, W), clean.
             conditions: (B, F) or (B, F, V + 1); those of clips that `draws` drops still among them.
             text: (B, T, text_dim), with those that are dropped replaced already.
+            history: as `latents`, which the frames come after instead; with `encoder_input` clean.
         """
         first = self.model.first_predicted
         frames = self._add_noise(latents, draws)
@@ -118,7 +121,7 @@ class FlowObjective(nn.Module):
         if draws.context_noise is not None:
             perturbation = self.options.context_noise * draws.context_noise[:, first:]
         velocity = self.model(
-            self._history(latents, frames, conditions, draws, text),  # (B, F, C, H, W)
+            self._history(latents if history is None else history, frames, draws),
             frames.noisy[:, :, first:],  # (B, K, F', C, H, W)
             frames.sigmas[:, :, first:] * MAX_TIMESTEP,  # (B, K, F')
             conditions,
@@ -139,52 +142,30 @@ class FlowObjective(nn.Module):
         # The same lower bound as the model divides by: a right clean frame has no loss.
         return NoisyFrames(noisy, (noisy - clean) / sigma.clamp(min=self.model.sigma_min), sigmas)
 
-    def _history(
-        self,
-        latents: Tensor,
-        frames: NoisyFrames,
-        conditions: Tensor | None,
-        draws: FlowDraws,
-        text: Tensor | None,
-    ) -> Tensor:
-        """Make the history (B, F, C, H, W) that the model sees: clean, noisy or self-generated."""
+    def _own_history(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Make a step's clips anew, with the model's errors, if it is such a step: `resample`."""
+        latents, seed = batch["latents"], self.seed
+        if not self.options.self_forcing_prob:
+            return None
+        how = draw_resampling(self.options, seed, int(batch["step"]), latents.shape[1])
+        if how is None:
+            return None
+        generators = [generator("cpu", seed, "resampled", int(n)) for n in batch["sample"]]
+        given = (batch.get(key) for key in ("actions", "label", "text"))
+        return resample(self.model, latents, how, generators, *given)
+
+    def _history(self, history: Tensor, frames: NoisyFrames, draws: FlowDraws) -> Tensor:
+        """Make what the model sees of a history (B, F, C, H, W): clean, or with noise in it."""
         options = self.options
         if options.encoder_input == "noisy":
             return frames.noisy[:, 0]
         if options.encoder_input == "mixed":
-            return torch.where(_over_frames(draws.clean_frame), latents, frames.noisy[:, 0])
-        history = latents
-        if options.self_forcing_prob:
-            generated = self._self_forced_history(latents, conditions, draws, text)
-            history = torch.where(_over_frames(draws.self_forced[:, None]), generated, latents)
+            return torch.where(_over_frames(draws.clean_frame), history, frames.noisy[:, 0])
         if options.history_noise_max:
             # A frame is predicted from other noise than that of its history.
             sigma = _over_frames(draws.history_noise[:, None])
             history = sigma * draws.noise[:, 0] + (1 - sigma) * history
         return history
-
-    @torch.no_grad()
-    def _self_forced_history(
-        self,
-        latents: Tensor,
-        conditions: Tensor | None,
-        draws: FlowDraws,
-        text: Tensor | None,
-    ) -> Tensor:
-        """Generate every frame after the true ones before it, all frames at once: self-forcing."""
-        first = self.model.first_predicted
-        levels, look = noise_levels(SELF_FORCING_STEPS, "even"), draws.pure_look(first)
-
-        def velocity(x: Tensor, step: int) -> Tensor:
-            timesteps = torch.full(x.shape[:2], levels[step] * MAX_TIMESTEP, device=x.device)
-            drawn = x[:, None], timesteps[:, None]
-            return self.model(latents, *drawn, conditions, first_look=look, text=text)[:, 0]
-
-        generated = integrate(velocity, draws.noise[:, 0, first:], levels, "multistep")
-        # Before pytorch's #165068, autocast kept the weights that it had cast without gradients
-        # and gave them to the pass with gradients as well: no Linear would have learned.
-        torch.clear_autocast_cache()
-        return torch.cat([latents[:, :first], generated], dim=1)
 
 
 class JointObjective(FlowObjective):
@@ -200,6 +181,7 @@ class JointObjective(FlowObjective):
         conditions: Tensor | None,
         draws: FlowDraws,
         text: Tensor | None = None,
+        history: Tensor | None = None,
     ) -> Tensor:
         first = self.model.first_predicted
         one_level = draws.level[:, :, :1].expand_as(draws.level)

@@ -215,10 +215,15 @@ class FlowOptions:
     # Two remedies against drift in long rollouts, both for encoder_input clean: noise added to the
     # history, at a level drawn per clip from 0 to this maximum (arXiv 2408.14837) ...
     history_noise_max: float = fraction(0.0)
-    # ... and the share of clips whose history is the model's own prediction of each frame after
-    # real ones, made in a few denoising steps (a parallel scheduled sampling, not the rollouts of
-    # Self-Forcing: these are distill.self_rollout).
+    # ... and the share of steps whose histories are made anew by the model, frame after frame, out
+    # of the real frames under noise of a level in this range (Resampling Forcing, arXiv
+    # 2512.15702). At level 1 they are rollouts. The frames to predict stay real.
     self_forcing_prob: float = fraction(0.0)
+    self_forcing_sigma: list[float] = checked(
+        [0.4, 1.0],
+        lambda sigma: len(sigma) == 2 and 0 < sigma[0] <= sigma[1] <= 1,
+        "be the lowest and the highest noise level, above 0 and up to 1",
+    )
     # Given frames at the start of a training clip, of bidirectional models: each draw of the noise
     # has as many as are drawn from the lowest to the highest number.
     prefix_frames: list[int] = not_negative([])

@@ -65,6 +65,11 @@ WAN: list[Rule] = [
         "data.frames={data.frames} are no whole chunks of wan.chunk_frames={wan.chunk_frames}",
     ),
     (
+        lambda o: o.wan.chunk_frames == 1 or o.flow.self_forcing_prob == 0,
+        "wan.chunk_frames={wan.chunk_frames} with flow.self_forcing_prob={flow.self_forcing_prob}, "
+        "which makes single frames anew",
+    ),
+    (
         lambda o: o.wan.chunk_frames == 1 or o.distill.method != "dmd",
         "wan.chunk_frames={wan.chunk_frames} with distill.method=dmd, which leaves the denoising "
         "of every frame by itself",

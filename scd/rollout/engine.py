@@ -55,12 +55,20 @@ class Rollout:
     Args:
         settings: how a frame is made, and how much of the past it sees.
         max_frames: of context and new frames together, where `settings.window` is 0.
+        levels: the noise levels between the steps of every frame, instead of those of `settings`.
+            Where the first is below 1, `noise` of a step is a frame of that level.
 
     Raises:
         ScdError: settings that the model cannot follow; see also `reset` and `step`.
     """
 
-    def __init__(self, model: WorldModel, settings: RolloutOptions, max_frames: int = 0):
+    def __init__(
+        self,
+        model: WorldModel,
+        settings: RolloutOptions,
+        max_frames: int = 0,
+        levels: list[float] | None = None,
+    ):
         s = settings
         check_rollout(s)
         self.guidance = s.guidance if s.guidance_scale != 1.0 else "none"
@@ -81,8 +89,10 @@ class Rollout:
         self.settings = settings
         if s.compile:
             model.compile_steps()
-        self.levels = noise_levels(s.steps, s.spacing, s.shift)
-        self.first_levels = noise_levels(s.first_frame_steps or s.steps, s.spacing, s.shift)
+        self.levels = levels or noise_levels(s.steps, s.spacing, s.shift)
+        self.first_levels = self.levels
+        if s.first_frame_steps:
+            self.first_levels = noise_levels(s.first_frame_steps, s.spacing, s.shift)
         self._chunk = model.chunk_frames
         if s.window:
             window, sink = self._chunks(s.window, "window"), self._chunks(s.sink_frames, "sink")

@@ -1,0 +1,80 @@
+"""Histories that follow a clip and yet have the model's own errors: Resampling Forcing.
+
+Teacher forcing shows a model nothing but real frames as history; in a rollout its own errors are
+there too, and grow. Whole own rollouts would show them, but after a second of video they are
+elsewhere than the clip, whose frames then are no continuation of them. Between the two: every frame
+of the clip is noised to one level, and denoised after the own frames before it (arXiv 2512.15702).
+At a low level they stay near the clip, at level 1 they are a rollout.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scd.models.world_model import CausalWorldModel
+from scd.options import FlowOptions, RolloutOptions
+from scd.rollout.engine import Rollout
+from scd.utils.precision import Precision, without_autocast
+from scd.utils.seeding import generator
+from scd.utils.sharding import unsharded
+
+STEPS = 2  # for each frame
+MAX_GIVEN = 12  # real frames that a resampled clip begins with
+
+
+class Resampling(NamedTuple):
+    """How all clips of a training step are resampled, on all processes."""
+
+    sigma: float  # the level that frames are noised to
+    given: int  # frames at the start that stay real
+
+
+def draw_resampling(options: FlowOptions, seed: int, step: int, frames: int) -> Resampling | None:
+    """Draw whether a step's clips are resampled, a level and a number of given frames."""
+    of_step = generator("cpu", seed, "resampling", step)
+    if float(torch.rand((), generator=of_step)) >= options.self_forcing_prob:
+        return None
+    lowest, highest = options.self_forcing_sigma
+    sigma = lowest + (highest - lowest) * float(torch.rand((), generator=of_step))
+    most = max(1, min(MAX_GIVEN, frames - 2))  # the last frame is nobody's history
+    given = int(torch.randint(1, most + 1, (), generator=of_step))
+    return Resampling(sigma, given)
+
+
+@torch.no_grad()
+def resample(
+    model: CausalWorldModel,
+    frames: Tensor,
+    how: Resampling,
+    generators: list[torch.Generator],
+    actions: Tensor | None = None,
+    labels: Tensor | None = None,
+    text: Tensor | None = None,
+) -> Tensor:
+    """Make clips (B, F, C, H, W) anew: frame for frame, out of their own noised ones.
+
+    Collective where weights are sharded.
+
+    Args:
+        generators: one for each clip.
+        actions: (B, F) or (B, F, V).
+        labels: (B,).
+        text: (B, T, text_dim), for a model that `has_text`.
+    """
+    device = frames.device.type
+    in_bf16 = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    precision: Precision = "bf16" if in_bf16 else "fp32"  # that of the training step
+    settings = RolloutOptions(STEPS, "multistep", guidance="none", precision=precision)
+    levels = [how.sigma * (1 - step / STEPS) for step in range(STEPS + 1)]
+    with without_autocast(frames.device), unsharded(model):
+        rollout = Rollout(model, settings, frames.shape[1], levels)
+        known = None if actions is None else actions[:, : how.given]
+        rollout.reset(frames[:, : how.given], known, labels, generators, text)
+        made = [*frames[:, : how.given].unbind(dim=1)]
+        for number in range(how.given, frames.shape[1]):
+            real = frames[:, number]
+            noise = torch.stack([torch.randn(real.shape[1:], generator=g) for g in generators])
+            noisy = how.sigma * noise.to(real) + (1 - how.sigma) * real
+            made.append(rollout.step(None if actions is None else actions[:, number], noisy))
+    return torch.stack(made, dim=1)
