@@ -126,6 +126,10 @@ def test_teacher_forcing_from_videos_with_captions(wan_folder, data_root, overri
     before, after = (read_all_weights(folder) for folder in (wan_folder / "scd", exported))
     assert before.keys() == after.keys()
     assert not [name for name in before if torch.equal(before[name], after[name])]
+    # Histories that the model makes anew, from its text too.
+    own = ["name=resampled", "train.steps=2", "flow.self_forcing_prob=1"]
+    losses = [entry["loss"] for entry in train("scd_wan", *start, *own) if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
 
 
 def test_every_stage_runs_by_its_command(wan_folder, data_root, overrides, tmp_path):
