@@ -15,6 +15,7 @@ from scd.models import SCD, CausalDiT, CausalWorldModel
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import build_world_model, load_checkpoint_for_use
 from scd.options import Options, load_options, load_training_options
+from scd.rollout.resampling import own_history
 from scd.training.distillation_task import DistillationTask
 from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
@@ -58,7 +59,10 @@ def make_clip() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("away_from", ["null condition", "weak teacher"])
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 @pytest.mark.parametrize("prediction", ["data", "velocity"])
-def test_the_loss_is_that_of_the_formula(prediction: str, scale: float, away_from: str) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_the_loss_is_that_of_the_formula(
+    prediction: str, scale: float, away_from: str, own: bool
+) -> None:
     student, average = make_scd(1, prediction), make_scd(2, prediction)
     torch.manual_seed(0)
     teacher = perturbed(CausalDiT(**SIZES, layers=2, prediction=prediction), 3)
@@ -68,11 +72,12 @@ def test_the_loss_is_that_of_the_formula(prediction: str, scale: float, away_fro
     objective = ConsistencyObjective(student, teacher, options, weak)
     objective.set_target(dict(average.named_parameters()))
     latents, actions = make_clip()
+    history = torch.randn_like(latents) if own else latents
     draws = draw_noise(options.flow, 0, [0, 1], latents, None)
     draws = draws._replace(drop_condition=torch.tensor([False, True]))
     place = torch.rand(2, 2, FRAMES, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
-        found = objective.loss(latents, actions, draws, place)
+        found = objective.loss(latents, actions, draws, place, history=history if own else None)
     conditions = torch.stack([actions[0], torch.full_like(actions[1], 4)])
     levels = [1.0, 6 / 7, 2 / 3, 0.4, 0.0]  # 1, 3/4, 1/2, 1/4, 0 shifted by 2
     errors = []
@@ -84,15 +89,15 @@ def test_the_loss_is_that_of_the_formula(prediction: str, scale: float, away_fro
         noisy = s * draws.noise[:, k, 1:] + (1 - s) * latents[:, 1:]
         with torch.no_grad():
             times = 1000 * sigma[:, None]
-            v = teacher(latents, noisy[:, None], times, conditions)[:, 0]
+            v = teacher(history, noisy[:, None], times, conditions)[:, 0]
             if scale != 1:
                 null = torch.full_like(conditions, 4)
                 other, under = (weak, conditions) if weak else (teacher, null)
-                negative = other(latents, noisy[:, None], times, under)[:, 0]
+                negative = other(history, noisy[:, None], times, under)[:, 0]
                 v = negative + scale * (v - negative)
             stepped = noisy - (s - f) * v
-            ahead = average(latents, stepped[:, None], 1000 * following[:, None], conditions)[:, 0]
-            own = student(latents, noisy[:, None], 1000 * sigma[:, None], conditions)[:, 0]
+            ahead = average(history, stepped[:, None], 1000 * following[:, None], conditions)[:, 0]
+            own = student(history, noisy[:, None], 1000 * sigma[:, None], conditions)[:, 0]
         target = stepped - f * ahead
         # At the last level, the target is the teacher's own clean frame.
         last = following == 0
@@ -111,15 +116,35 @@ def test_only_the_student_learns() -> None:
     assert learns == {f"model.{name}" for name, _ in student.named_parameters()}
 
 
-def test_a_batch_is_the_mean_of_its_clips() -> None:
+@pytest.mark.parametrize("self_forcing_prob", [0, 1])
+def test_a_batch_is_the_mean_of_its_clips(self_forcing_prob: float) -> None:
     student, teacher = make_scd(1), make_scd(2)
-    objective = ConsistencyObjective(student, teacher, options_of(levels=4))
+    options = options_of(levels=4)
+    options = replace(options, flow=replace(options.flow, self_forcing_prob=self_forcing_prob))
+    objective = ConsistencyObjective(student, teacher, options)
     latents, actions = make_clip()
-    losses = [
-        objective({"latents": latents[i], "actions": actions[i], "sample": samples})["loss"]
-        for i, samples in ((slice(0, 2), [5, 9]), (slice(0, 1), [5]), (slice(1, 2), [9]))
-    ]
+    losses = []
+    for which, samples in ((slice(0, 2), [5, 9]), (slice(0, 1), [5]), (slice(1, 2), [9])):
+        batch = {"latents": latents[which], "actions": actions[which], "sample": samples}
+        losses.append(objective({**batch, "step": 1})["loss"])
     torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_an_own_history_is_what_the_average_makes_in_one_step() -> None:
+    student, average, teacher = make_scd(1), make_scd(2), make_scd(3)
+    options = options_of(levels=4)
+    options = replace(options, flow=replace(options.flow, self_forcing_prob=1.0))
+    objective = ConsistencyObjective(student, teacher, options)
+    objective.set_target(dict(average.named_parameters()))
+    latents, actions = make_clip()
+    batch = {"latents": latents, "actions": actions, "sample": [0, 1], "step": 2}
+    seen: list[Tensor] = []
+    for model in (student, teacher):
+        model.register_forward_pre_hook(lambda model, args: seen.append(args[0]))
+    objective(batch)
+    expected = own_history(average, options.flow, options.seed, batch, steps=1)
+    assert expected is not None and not torch.equal(expected, latents)
+    assert len(seen) == 2 and all(torch.equal(history, expected) for history in seen)
 
 
 # --- Training

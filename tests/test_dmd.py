@@ -576,7 +576,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, further, tmp_path: P
         ("distill.window_frames=7", "at most data.frames=6"),
         ("distill.window_frames=2", "must be more than distill.context_frames=2"),
         ("model.type=bidirectional_dit", "contradicts"),
-        ("flow.self_forcing_prob=0.5", "of teacher forcing alone"),
+        ("flow.self_forcing_prob=0.5", "it learns from rollouts already"),
         ("flow.encoder_input=noisy", "of teacher forcing alone"),
     ],
 )

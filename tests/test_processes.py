@@ -245,6 +245,7 @@ def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_p
         *(f"distill.weak_teacher={weights[0]}/ema.safetensors", "distill.guidance_scale=1.5"),
         "distill.critic_updates=2",
         f"distill.adversarial_weight={0.1 if method == 'distilled' else 0}",
+        f"flow.self_forcing_prob={0 if matching else 0.5}",
     ]
     file = ROOT / f"options/scd_doom_{method}.yml"
     if method == "long":

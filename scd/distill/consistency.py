@@ -1,10 +1,13 @@
 """Causal consistency distillation: few-step students of a causal teacher, without its samples.
 
-Every frame, under its real history, is noised to one of N levels. One Euler step of the teacher
+Every frame, under its history, is noised to one of N levels. One Euler step of the teacher
 takes it to the next level; what the student predicts as its clean frame at the first must be what
 an average of the student predicts at the second (arXiv 2303.01469, algorithm 2; for causal video
 models, under the teacher-forcing mask, arXiv 2605.15141). At the last level the target is the
 teacher's own clean frame, from which the equality spreads to all others.
+
+Histories are real, or in a share of steps (`flow.self_forcing_prob`) such as the student makes: see
+`scd.rollout.resampling`.
 """
 
 from copy import deepcopy
@@ -18,6 +21,7 @@ from scd.flow.objective import drop_conditions, dropped_text
 from scd.flow.sampler import noise_levels
 from scd.models.world_model import MAX_TIMESTEP, CausalWorldModel, WorldModel
 from scd.options import Options
+from scd.rollout.resampling import own_history
 from scd.utils.seeding import uniform_per_sample
 
 
@@ -63,7 +67,8 @@ class ConsistencyObjective(nn.Module):
             latents.shape[:2], batch.get("actions"), batch.get("label")
         )
         text = dropped_text(batch, draws.drop_condition), batch.get("null_text")
-        return {"loss": self.loss(latents, conditions, draws, place, *text)}
+        history = own_history(self.target, flow, seed, batch, steps=1)
+        return {"loss": self.loss(latents, conditions, draws, place, *text, history)}
 
     def loss(
         self,
@@ -73,6 +78,7 @@ class ConsistencyObjective(nn.Module):
         place: Tensor,
         text: Tensor | None = None,
         null_text: Tensor | None = None,
+        history: Tensor | None = None,
     ) -> Tensor:
         """Compute ‖x̂(x_t, t) − sg x̂⁻(x_t′, t′)‖², averaged over everything.
 
@@ -82,6 +88,7 @@ class ConsistencyObjective(nn.Module):
             draws: the noise and the dropped conditions.
             place: (B, K, F), in [0, 1): which of the N levels.
             text, null_text: see `GuidedTeacher.forward`.
+            history: as `latents`, which the frames come after instead.
         """
         first = self.model.first_predicted
         levels = torch.tensor(self.levels, device=latents.device)
@@ -92,13 +99,14 @@ class ConsistencyObjective(nn.Module):
         noise, clean = draws.noise[:, :, first:], latents[:, None, first:]
         noisy = sigma * noise + (1 - sigma) * clean  # (B, K, F', C, H, W)
         look = draws.pure_look(first)  # the encoder learns for rollouts
+        history = latents if history is None else history
         with torch.no_grad():
-            velocity = self.teacher(latents, noisy, times, conditions, look, text, null_text)
+            velocity = self.teacher(history, noisy, times, conditions, look, text, null_text)
             stepped = noisy - (sigma - next_sigma) * velocity  # (B, K, F', C, H, W)
             ahead = self.target(
-                latents, stepped, next_times, conditions, first_look=look, text=text
+                history, stepped, next_times, conditions, first_look=look, text=text
             )
             target = clean_frames(stepped, ahead, next_times)  # (B, K, F', C, H, W)
-        velocity = self.model(latents, noisy, times, conditions, first_look=look, text=text)
+        velocity = self.model(history, noisy, times, conditions, first_look=look, text=text)
         predicted = clean_frames(noisy, velocity, times)
         return (predicted - target).square().mean()

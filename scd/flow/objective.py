@@ -19,8 +19,7 @@ from scd.models.world_model import (
     WorldModel,
 )
 from scd.options import FlowOptions
-from scd.rollout.resampling import draw_resampling, resample
-from scd.utils.seeding import generator
+from scd.rollout.resampling import STEPS, own_history
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ that models are measured at
 
@@ -91,7 +90,8 @@ class FlowObjective(nn.Module):
             latents.shape[:2], batch.get("actions"), batch.get("label")
         )
         text = dropped_text(batch, draws.drop_condition)
-        return {"loss": self.loss(latents, conditions, draws, text, self._own_history(batch))}
+        history = own_history(self.model, self.options, self.seed, batch, STEPS)
+        return {"loss": self.loss(latents, conditions, draws, text, history)}
 
     @property
     def _perturbs(self) -> bool:
@@ -141,18 +141,6 @@ class FlowObjective(nn.Module):
             return NoisyFrames(noisy, draws.noise - clean, sigmas)
         # The same lower bound as the model divides by: a right clean frame has no loss.
         return NoisyFrames(noisy, (noisy - clean) / sigma.clamp(min=self.model.sigma_min), sigmas)
-
-    def _own_history(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """Make a step's clips anew, with the model's errors, if it is such a step: `resample`."""
-        latents, seed = batch["latents"], self.seed
-        if not self.options.self_forcing_prob:
-            return None
-        how = draw_resampling(self.options, seed, int(batch["step"]), latents.shape[1])
-        if how is None:
-            return None
-        generators = [generator("cpu", seed, "resampled", int(n)) for n in batch["sample"]]
-        given = (batch.get(key) for key in ("actions", "label", "text"))
-        return resample(self.model, latents, how, generators, *given)
 
     def _history(self, history: Tensor, frames: NoisyFrames, draws: FlowDraws) -> Tensor:
         """Make what the model sees of a history (B, F, C, H, W): clean, or with noise in it."""

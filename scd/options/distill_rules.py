@@ -47,11 +47,15 @@ DISTILLATION: list[Rule] = [
     (
         lambda o: (
             o.distill.method == "none"
-            or (o.flow.encoder_input, o.flow.history_noise_max, o.flow.self_forcing_prob)
-            == ("clean", 0, 0)
+            or (o.flow.encoder_input, o.flow.history_noise_max) == ("clean", 0)
         ),
-        "distill.method={distill.method}: flow.encoder_input, flow.history_noise_max and "
-        "flow.self_forcing_prob are of teacher forcing alone",
+        "distill.method={distill.method}: flow.encoder_input and flow.history_noise_max are of "
+        "teacher forcing alone",
+    ),
+    (
+        lambda o: o.distill.method != "dmd" or o.flow.self_forcing_prob == 0,
+        "distill.method=dmd with flow.self_forcing_prob={flow.self_forcing_prob}: it "
+        "learns from rollouts already (distill.self_rollout)",
     ),
     (
         lambda o: o.distill.method != "dmd" or o.distill.context_frames < o.data.frames,

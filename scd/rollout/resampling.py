@@ -19,7 +19,7 @@ from scd.utils.precision import Precision, without_autocast
 from scd.utils.seeding import generator
 from scd.utils.sharding import unsharded
 
-STEPS = 2  # for each frame
+STEPS = 2  # for each frame, of a model that takes many
 MAX_GIVEN = 12  # real frames that a resampled clip begins with
 
 
@@ -42,6 +42,24 @@ def draw_resampling(options: FlowOptions, seed: int, step: int, frames: int) -> 
     return Resampling(sigma, given)
 
 
+def own_history(
+    model: CausalWorldModel, options: FlowOptions, seed: int, batch: dict[str, Tensor], steps: int
+) -> Tensor | None:
+    """Resample the clips of a training step, see `FlowObjective.forward`; None: it shows real ones.
+
+    Collective where weights are sharded. It depends on the step and on each clip's number alone.
+    """
+    if not options.self_forcing_prob:
+        return None
+    latents = batch["latents"]
+    how = draw_resampling(options, seed, int(batch["step"]), latents.shape[1])
+    if how is None:
+        return None
+    generators = [generator("cpu", seed, "resampled", int(number)) for number in batch["sample"]]
+    actions, labels, text = (batch.get(key) for key in ("actions", "label", "text"))
+    return resample(model, latents, how, generators, actions, labels, text, steps)
+
+
 @torch.no_grad()
 def resample(
     model: CausalWorldModel,
@@ -51,22 +69,22 @@ def resample(
     actions: Tensor | None = None,
     labels: Tensor | None = None,
     text: Tensor | None = None,
+    steps: int = STEPS,
 ) -> Tensor:
     """Make clips (B, F, C, H, W) anew: frame for frame, out of their own noised ones.
-
-    Collective where weights are sharded.
 
     Args:
         generators: one for each clip.
         actions: (B, F) or (B, F, V).
         labels: (B,).
         text: (B, T, text_dim), for a model that `has_text`.
+        steps: of denoising, for each frame.
     """
     device = frames.device.type
     in_bf16 = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     precision: Precision = "bf16" if in_bf16 else "fp32"  # that of the training step
-    settings = RolloutOptions(STEPS, "multistep", guidance="none", precision=precision)
-    levels = [how.sigma * (1 - step / STEPS) for step in range(STEPS + 1)]
+    settings = RolloutOptions(steps, "multistep", guidance="none", precision=precision)
+    levels = [how.sigma * (1 - step / steps) for step in range(steps + 1)]
     with without_autocast(frames.device), unsharded(model):
         rollout = Rollout(model, settings, frames.shape[1], levels)
         known = None if actions is None else actions[:, : how.given]
