@@ -14,9 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention.flex_attention import BlockMask
 
-import scd.flow.objective
 import scd.flow.sampler
 import scd.rollout.engine
+import scd.rollout.resampling
 from scd.flow.objective import FlowObjective
 from scd.models import SCD, CausalDiT, WorldModel, attention, layers
 from scd.models.autoencoder import LatentCodec
@@ -47,7 +47,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     monkeypatch.setattr(scd.rollout.engine, "noise_levels", real_levels)
-    monkeypatch.setattr(scd.flow.objective, "draw_resampling", lambda *of: Resampling(0.7, 1))
+    monkeypatch.setattr(scd.rollout.resampling, "draw_resampling", lambda *of: Resampling(0.7, 1))
     monkeypatch.setattr(seeding, "generator", lambda device, *key: None)
     monkeypatch.setattr(WorldModel, "check_conditions", lambda self, conditions: None)
     monkeypatch.setattr(attention, "_flex", flex)

@@ -187,9 +187,9 @@ def test_a_resampled_frame_is_denoised_after_own_ones(clips, kind, given):
     made = resample(model, latents, Resampling(SIGMA, given), seeded(), actions)
     assert torch.equal(made[:, :given], latents[:, :given])
     seeds = seeded()
+    noise = torch.stack([torch.randn(F - given, C, H, W, generator=seed) for seed in seeds])
     for j in range(given, F):
-        noise = torch.stack([torch.randn(C, H, W, generator=seed) for seed in seeds])
-        x = SIGMA * noise + (1 - SIGMA) * latents[:, j]
+        x = SIGMA * noise[:, j - given] + (1 - SIGMA) * latents[:, j]
         look = None
         if model.takes_first_look:
             look = torch.stack([torch.randn(C, H, W, generator=seed) for seed in seeds])

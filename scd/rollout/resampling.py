@@ -85,14 +85,14 @@ def resample(
     precision: Precision = "bf16" if in_bf16 else "fp32"  # that of the training step
     settings = RolloutOptions(steps, "multistep", guidance="none", precision=precision)
     levels = [how.sigma * (1 - step / steps) for step in range(steps + 1)]
+    real = frames[:, how.given :]
+    noise = torch.stack([torch.randn(real.shape[1:], generator=g) for g in generators]).to(real)
+    noisy = how.sigma * noise + (1 - how.sigma) * real  # (B, F', C, H, W)
     with without_autocast(frames.device), unsharded(model):
         rollout = Rollout(model, settings, frames.shape[1], levels)
         known = None if actions is None else actions[:, : how.given]
         rollout.reset(frames[:, : how.given], known, labels, generators, text)
         made = [*frames[:, : how.given].unbind(dim=1)]
-        for number in range(how.given, frames.shape[1]):
-            real = frames[:, number]
-            noise = torch.stack([torch.randn(real.shape[1:], generator=g) for g in generators])
-            noisy = how.sigma * noise.to(real) + (1 - how.sigma) * real
-            made.append(rollout.step(None if actions is None else actions[:, number], noisy))
+        for number, frame in enumerate(noisy.unbind(dim=1), how.given):
+            made.append(rollout.step(None if actions is None else actions[:, number], frame))
     return torch.stack(made, dim=1)
