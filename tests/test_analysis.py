@@ -321,7 +321,6 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
             drop_condition=torch.zeros(B, dtype=torch.bool),
             clean_frame=torch.zeros(B, K + NEW, dtype=torch.bool),
             history_noise=torch.zeros(B),
-            self_forced=torch.zeros(B, dtype=torch.bool),
             prefix=torch.zeros(B, 1),
             look_level=torch.ones(B, K + NEW),
             look_noise=None,

@@ -14,7 +14,7 @@ from scd.errors import ScdError
 from scd.evaluation.compare import compare_checkpoints
 from scd.evaluation.evaluate import evaluate_checkpoint
 from scd.flow.noise import draw_noise
-from scd.flow.objective import JointObjective, errors_by_level, make_objective
+from scd.flow.objective import JointObjective, errors_by_level
 from scd.flow.sampler import noise_levels
 from scd.models import BidirectionalDiT, CausalDiT
 from scd.models.autoencoder import PixelCodec
@@ -22,6 +22,7 @@ from scd.models.load import build_world_model
 from scd.models.world_model import CLEAN_TIMESTEP
 from scd.options import FlowOptions, Options, RolloutOptions, load_options
 from scd.rollout import Rollout, continue_videos
+from scd.training.build import make_objective
 from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
 from scd.utils import precision

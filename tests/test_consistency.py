@@ -21,6 +21,8 @@ from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
 from tests.test_training import assert_same_state
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 FRAMES = 5
 SIZES = {"channels": 3, "patch_size": 2, "heads": 1, "condition": "action", "num_conditions": 4}
 

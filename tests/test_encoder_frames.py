@@ -24,6 +24,7 @@ from scd.models.world_model import FirstLook, FrameDenoiser
 from scd.options import DistillOptions, FlowOptions, Options, RolloutOptions, load_options
 from scd.pipeline import SCDPipeline
 from scd.rollout import Rollout, continue_videos, engine
+from scd.training.build import make_objective
 from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
 
@@ -328,7 +329,7 @@ def test_compiled_steps_change_nothing(inputs, monkeypatch):
 
 
 def objective_of(frame: str, **flow) -> FlowObjective:
-    return FlowObjective(make(frame), FlowOptions(**flow), 0)
+    return make_objective(make(frame), FlowOptions(**flow), 0)
 
 
 def test_first_looks_are_noisy_and_change_no_other_draw(inputs):
@@ -374,12 +375,12 @@ def test_the_loss_is_the_velocity_error_under_the_drawn_looks(inputs, frame):
 
 
 @pytest.mark.parametrize("frame", LOOKING)
-@pytest.mark.parametrize("own_history", [0.0, 1.0])
-def test_every_parameter_learns(inputs, frame, own_history):
+@pytest.mark.parametrize("self_forcing_prob", [0.0, 1.0])
+def test_every_parameter_learns(inputs, frame, self_forcing_prob):
     """And under gradient checkpointing the same."""
     latents, _, _, actions, _ = inputs
-    made = objective_of(frame, condition_dropout=0.5, self_forcing_prob=own_history)
-    batch = {"sample": [0, 1], "latents": latents, "actions": actions}
+    made = objective_of(frame, condition_dropout=0.5, self_forcing_prob=self_forcing_prob)
+    batch = {"sample": [0, 1], "step": 1, "latents": latents, "actions": actions}
     gradients = []
     for checkpointing in (False, True):
         made.model.set_gradient_checkpointing(checkpointing)
@@ -389,27 +390,6 @@ def test_every_parameter_learns(inputs, frame, own_history):
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         assert torch.allclose(gradient, gradients[1][name], atol=1e-7), name
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("frame", LOOKING)
-def test_a_self_forced_history_is_of_rollouts(inputs, monkeypatch, frame):
-    """Frame j of the history is what two steps of a rollout make of it, from the drawn noise."""
-    latents, _, _, actions, _ = inputs
-    made = objective_of(frame, self_forcing_prob=1.0, condition_dropout=0.0)
-    draws = draw_noise(made.options, 0, [0, 1], latents, None, looks=True)
-    histories: list[Tensor] = []
-    made.model.encoder.register_forward_pre_hook(lambda _, args: histories.append(args[0]))
-    made.loss(latents, actions, draws)
-    settings = RolloutOptions(2, solver="multistep", spacing="even", guidance="none")
-    assert torch.equal(histories[-1][:, 0], latents[:, 0])
-    for j in range(1, F - 1):
-        monkeypatch.setattr(
-            engine, "randn_tensor", lambda *a, j=j: draws.look_noise[:, j]
-        )  # the only noise that is not given
-        given = latents[:, :j], 1, actions[:, : j + 1]
-        own = continue_videos(made.model, settings, *given, noise=draws.noise[:, 0, j : j + 1])
-        assert (histories[-1][:, j] - own[:, 0]).abs().max() < 1e-5
 
 
 @torch.no_grad()

@@ -17,13 +17,13 @@ from torch.nn.attention.flex_attention import BlockMask
 import scd.flow.sampler
 import scd.rollout.engine
 import scd.rollout.resampling
-from scd.flow.objective import FlowObjective
 from scd.models import SCD, CausalDiT, WorldModel, attention, layers
 from scd.models.autoencoder import LatentCodec
 from scd.models.decoder import FUSIONS
 from scd.options import FlowOptions, Options, RolloutOptions
 from scd.rollout import Rollout
 from scd.rollout.resampling import Resampling
+from scd.training.build import make_objective
 from scd.training.faults import is_bad_step
 from scd.training.optimizer import OptimizedModel
 from scd.utils import seeding
@@ -93,7 +93,7 @@ def test_a_training_forward(kind, config, flow, frames, side, checkpointing):
         "latents": torch.empty(B, frames, CHANNELS, side, side, device=CUDA),
         "actions": torch.zeros(B, frames, dtype=torch.long, device=CUDA),
     }
-    loss = FlowObjective(model, FlowOptions(**flow), 0)(batch)["loss"]
+    loss = make_objective(model, FlowOptions(**flow), 0)(batch)["loss"]
     assert loss.device == CUDA and loss.dtype == torch.float32 and loss.requires_grad
 
 

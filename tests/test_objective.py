@@ -9,6 +9,7 @@ from scd.models import CausalDiT
 from scd.models.world_model import FirstLook
 from scd.options import FlowOptions
 from scd.rollout.resampling import Resampling, draw_resampling, resample
+from scd.training.build import make_objective
 from scd.utils.seeding import generator
 from tests.test_model import make_model
 
@@ -19,7 +20,7 @@ TOKENS = 4
 
 
 def objective(model=None, **options) -> FlowObjective:
-    return FlowObjective(model or make_model(channels=C), FlowOptions(**options), 0)
+    return make_objective(model or make_model(channels=C), FlowOptions(**options), 0)
 
 
 def draws_of(made: FlowObjective, latents, samples=(0, 1, 2)):
@@ -165,7 +166,7 @@ def make(kind):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         return model.eval()
-    return make_model(channels=C, encoder_frame="noise" if kind == "scd noise" else "shift")
+    return make_model(channels=C, encoder_frame=kind.split()[1])
 
 
 def seeded():
@@ -178,7 +179,7 @@ def batch_of(clips, samples=(4, 5, 6), step=1):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["scd", "scd noise", "causal"])
+@pytest.mark.parametrize("kind", ["scd shift", "scd noise", "scd joint", "causal"])
 @pytest.mark.parametrize("given", [1, 3])
 def test_a_resampled_frame_is_denoised_after_own_ones(clips, kind, given):
     """Two steps of second order from the noised real frame, by whole passes (within 1e-5)."""

@@ -14,12 +14,10 @@ from scd.flow.noise import FlowDraws, draw_noise
 from scd.models.world_model import (
     CLEAN_TIMESTEP,
     MAX_TIMESTEP,
-    CausalWorldModel,
     FirstLook,
     WorldModel,
 )
 from scd.options import FlowOptions
-from scd.rollout.resampling import STEPS, own_history
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # noise levels σ that models are measured at
 
@@ -74,7 +72,6 @@ class FlowObjective(nn.Module):
                 `latents` (B, F, C, h, w); `actions` (B, F) or (B, F, V), or `label` (B,), where the
                 model has such conditions; their values are not checked again here. Where the model
                 has a text, `text` (B, T, text_dim), and `null_text` (1, T, text_dim) for no text.
-                With `self_forcing_prob`, `step`, the number of the training step.
         """
         latents = batch["latents"]
         tokens = self.model.tokens_per_frame(*latents.shape[-2:])
@@ -90,8 +87,12 @@ class FlowObjective(nn.Module):
             latents.shape[:2], batch.get("actions"), batch.get("label")
         )
         text = dropped_text(batch, draws.drop_condition)
-        history = own_history(self.model, self.options, self.seed, batch, STEPS)
+        history = self.own_history(batch)
         return {"loss": self.loss(latents, conditions, draws, text, history)}
+
+    def own_history(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Return what the frames come after instead of the clips' own frames, if anything."""
+        return None
 
     @property
     def _perturbs(self) -> bool:
@@ -188,12 +189,6 @@ class JointObjective(FlowObjective):
         )  # (B, K, F', C, H, W)
         errors = (velocity - frames.target[:, :, first:]).square().mean(dim=(3, 4, 5))
         return ((errors * new).sum(dim=2) / new.sum(dim=2)).mean()
-
-
-def make_objective(model: WorldModel, options: FlowOptions, seed: int) -> FlowObjective:
-    """Make the objective of the model's kind."""
-    kind = FlowObjective if isinstance(model, CausalWorldModel) else JointObjective
-    return kind(model, options, seed)
 
 
 def drop_conditions(model: WorldModel, conditions: Tensor | None, dropped: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scd.flow.objective import FlowObjective
 from scd.models.world_model import CausalWorldModel
 from scd.options import FlowOptions, RolloutOptions
 from scd.rollout.engine import Rollout
@@ -42,10 +43,21 @@ def draw_resampling(options: FlowOptions, seed: int, step: int, frames: int) -> 
     return Resampling(sigma, given)
 
 
+class ResamplingObjective(FlowObjective):
+    """The flow-matching loss of a batch, in a share of steps under histories of the model's own.
+
+    Its `forward` needs the training step's number, `step`, in the batch.
+    """
+
+    def own_history(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """Resample the clips, if it is such a step; see `own_history`."""
+        return own_history(self.model, self.options, self.seed, batch, STEPS)
+
+
 def own_history(
     model: CausalWorldModel, options: FlowOptions, seed: int, batch: dict[str, Tensor], steps: int
 ) -> Tensor | None:
-    """Resample the clips of a training step, see `FlowObjective.forward`; None: it shows real ones.
+    """Resample the clips of a training step, see `draw_resampling`; None: it shows real frames.
 
     Collective where weights are sharded. It depends on the step and on each clip's number alone.
     """
@@ -72,6 +84,8 @@ def resample(
     steps: int = STEPS,
 ) -> Tensor:
     """Make clips (B, F, C, H, W) anew: frame for frame, out of their own noised ones.
+
+    As in any rollout, the values of every frame's action are checked, which waits for a GPU.
 
     Args:
         generators: one for each clip.

@@ -6,11 +6,13 @@ from typing import TypeAlias
 from torch import nn
 
 from scd.errors import ScdError, naming_option
+from scd.flow.objective import FlowObjective, JointObjective
 from scd.models.autoencoder import Codec, load_codec
 from scd.models.load import build_world_model
 from scd.models.weights import load_matching, read_all_weights
-from scd.models.world_model import WorldModel
-from scd.options import Options
+from scd.models.world_model import CausalWorldModel, WorldModel
+from scd.options import FlowOptions, Options
+from scd.rollout.resampling import ResamplingObjective
 from scd.wan.from_options import build_wan
 from scd.wan.video_codec import WanCodec, load_video_codec
 
@@ -68,3 +70,11 @@ def latent_shape(codec: AnyCodec, options: Options) -> tuple[int, int, int]:
 def latent_frames(codec: AnyCodec, pictures: int) -> int:
     """Count the latent frames of a video, whose first is of one picture."""
     return 1 + (pictures - 1) // codec.frames_per_latent
+
+
+def make_objective(model: WorldModel, options: FlowOptions, seed: int) -> FlowObjective:
+    """Make the objective of teacher forcing for the model's kind."""
+    if not isinstance(model, CausalWorldModel):
+        return JointObjective(model, options, seed)
+    kind = ResamplingObjective if options.self_forcing_prob else FlowObjective
+    return kind(model, options, seed)

@@ -10,10 +10,10 @@ from scd.data.clips import Clips
 from scd.data.prompts import prompts_in
 from scd.data.video import write_video
 from scd.evaluation.pictures import to_bytes
-from scd.flow.objective import make_objective, with_scaled_latents
+from scd.flow.objective import with_scaled_latents
 from scd.options import Options
 from scd.rollout import Rollout
-from scd.training.build import build_codec, latent_shape
+from scd.training.build import build_codec, latent_shape, make_objective
 from scd.training.encode import check_training_latents
 from scd.training.world_model_task import HeldOutLoss, WorldModelTask
 from scd.utils.precision import resolve_precision

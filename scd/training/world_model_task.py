@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from scd.data.clips import ClipFolder, clip_folder
 from scd.data.loader import HELD_OUT_STREAM
 from scd.evaluation.evaluate import evaluate_in_passing
-from scd.flow.objective import LEVELS, errors_by_level, make_objective, with_scaled_latents
+from scd.flow.objective import LEVELS, errors_by_level, with_scaled_latents
 from scd.models.autoencoder import load_codec
 from scd.models.load import build_world_model
 from scd.models.world_model import FirstLook, WorldModel
 from scd.options import OptimOptions, Options
 from scd.pipeline import pipeline_of
-from scd.training.build import AnyCodec, start_from
+from scd.training.build import AnyCodec, make_objective, start_from
 from scd.training.encode import check_training_latents
 from scd.training.step_cost import ClipCost, clip_cost
 from scd.utils.precision import autocast, resolve_precision
