@@ -122,7 +122,7 @@ class FlowObjective(nn.Module):
         if draws.context_noise is not None:
             perturbation = self.options.context_noise * draws.context_noise[:, first:]
         velocity = self.model(
-            self._history(latents if history is None else history, frames, draws),
+            self._history(latents if history is None else history, frames, draws),  # (B, F, ...)
             frames.noisy[:, :, first:],  # (B, K, F', C, H, W)
             frames.sigmas[:, :, first:] * MAX_TIMESTEP,  # (B, K, F')
             conditions,

@@ -50,7 +50,7 @@ class ResamplingObjective(FlowObjective):
     """
 
     def own_history(self, batch: dict[str, Tensor]) -> Tensor | None:
-        """Resample the clips, if it is such a step; see `own_history`."""
+        """Resample the clips, if it is a step that shows such histories."""
         return own_history(self.model, self.options, self.seed, batch, STEPS)
 
 
@@ -83,7 +83,7 @@ def resample(
     text: Tensor | None = None,
     steps: int = STEPS,
 ) -> Tensor:
-    """Make clips (B, F, C, H, W) anew: frame for frame, out of their own noised ones.
+    """Make clips (B, F, C, H, W) anew: frame after frame, out of the clips' noised frames.
 
     As in any rollout, the values of every frame's action are checked, which waits for a GPU.
 
