@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scd.distill.critic import Critic, early_features, relativistic_loss
@@ -578,11 +580,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, further, tmp_path: P
         ("model.type=bidirectional_dit", "contradicts"),
         ("flow.self_forcing_prob=0.5", "it learns from rollouts already"),
         ("flow.encoder_input=noisy", "of teacher forcing alone"),
+        ("distill.self_rollout=false rollout.first_frame_steps=3", "none is the first"),
     ],
 )
 def test_options_that_cannot_work_are_refused(override: str, message: str, options) -> None:
     with pytest.raises(ScdError, match=message):
-        options(override)
+        options(*override.split())
 
 
 @pytest.mark.parametrize(
@@ -623,9 +626,20 @@ def test_a_run_goes_on_with_its_teacher_and_its_steps(options, tmp_path: Path) -
     run_experiment(options("name=run", "train.steps=2", f"distill.teacher={same}", slower))
 
 
+def weakened(checkpoint: Path, copy: Path) -> Path:
+    """Write a checkpoint whose weights are a little smaller, which makes a worse model."""
+    with safe_open(checkpoint, "pt") as file:
+        tensors = {name: 0.9 * file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        save_file(tensors, copy, file.metadata())
+    return copy
+
+
 def test_a_run_leads_away_from_the_weak_teacher_it_began_with(options, tmp_path: Path) -> None:
-    weak = tmp_path / "weak.safetensors"
-    shutil.copy(tmp_path / "base/checkpoints/step-00000001/ema.safetensors", weak)
+    teacher, causal = (
+        tmp_path / kind / "checkpoints/step-00000001/ema.safetensors"
+        for kind in ("teacher", "base")
+    )
+    weak = weakened(teacher, tmp_path / "weak.safetensors")
 
     def guided(*overrides: str) -> Options:
         return options("distill.guidance_scale=2", f"distill.weak_teacher={weak}", *overrides)
@@ -636,6 +650,8 @@ def test_a_run_leads_away_from_the_weak_teacher_it_began_with(options, tmp_path:
         read_log(tmp_path / name / "log.jsonl")[-1]["dmd_gradient"] for name in ("guided", "plain")
     ]
     assert gradients[0] != gradients[1]
+    with pytest.raises(ScdError, match="a bidirectional and a causal model, but the weak one must"):
+        run_experiment(guided("name=mixed", f"distill.weak_teacher={causal}"))
     other = guided("name=guided", "train.steps=4")
     other.distill.weak_teacher = other.distill.teacher
     with pytest.raises(ScdError, match=r"the weights at distill\.weak_teacher are others"):

@@ -45,10 +45,9 @@ def train(doom_root: Path, tmp_path: Path, fresh_accelerate: None, one_thread: N
 
 def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
     weights = "transformer/diffusion_pytorch_model.safetensors"
-    teacher = train(
-        *("options/bidirectional_dit_doom.yml", "teacher", 6),
-        *("init_from=null", "model.layers=3", "flow.prefix_frames=[2,6]"),
-    )
+    bidirectional = ("init_from=null", "model.layers=3", "flow.prefix_frames=[2,6]")
+    teacher = train("options/bidirectional_dit_doom.yml", "teacher", 6, *bidirectional)
+    early = train("options/bidirectional_dit_doom.yml", "early", 2, *bidirectional)
     split = tmp_path / "student"
     layers = ["--encoder-layers", "2", "--decoder-layers", "2", "--decoder-from", "first-and-last"]
     assert main(["split", str(teacher), *layers, "--out", str(split)]) == 0
@@ -62,6 +61,7 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
         *("options/scd_doom_consistency.yml", "consistency", 4, *sizes, "distill.levels=6"),
         *(f"init_from={resampled}/{weights}", f"distill.teacher={resampled}", *guidance),
     )
+    guidance[0] = f"distill.weak_teacher={early}"  # of the teacher's kind
     distilled = train(
         *("options/scd_doom_distilled.yml", "distilled", 4, *sizes, "distill.critic_updates=2"),
         *(f"init_from={consistent}/{weights}", f"distill.teacher={teacher}", *guidance),

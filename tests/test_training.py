@@ -183,6 +183,16 @@ def test_checkpoints_with_former_names_of_options_go_on(options, capsys):
         train(changed)
     for change in ("flow.self_forcing_prob was 0.5, is 0.25", "discriminator.channels was 64, is"):
         assert change in str(caught.value)
+    # A run from before histories were resampled made them in another way.
+    before = {key: value for key, value in saved["flow"].items() if key != "self_forcing_sigma"}
+    manifest.write_text(
+        json.dumps(written | {"run": written["run"] | {"options": saved | {"flow": before}}})
+    )
+    with pytest.raises(
+        ScdError, match=r"histories of flow\.self_forcing_prob were made in another"
+    ):
+        train(o)
+    manifest.write_text(json.dumps(written))
     train(o)
     assert "resuming former from step 4" in capsys.readouterr().out
 

@@ -6,8 +6,8 @@ an average of the student predicts at the second (arXiv 2303.01469, algorithm 2;
 models, under the teacher-forcing mask, arXiv 2605.15141). At the last level the target is the
 teacher's own clean frame, from which the equality spreads to all others.
 
-Histories are real, or in a share of steps (`flow.self_forcing_prob`) such as the student makes: see
-`scd.rollout.resampling`.
+Histories are real, or in a share of steps (`flow.self_forcing_prob`) made by the student's average:
+see `scd.rollout.resampling`.
 """
 
 from copy import deepcopy

@@ -75,7 +75,7 @@ def relativistic_loss(higher: Tensor, lower: Tensor) -> Tensor:
 
 
 def input_gradient(loss: Tensor, frames: Tensor) -> Tensor:
-    """Compute the gradient of a loss at frames, times their number of values, and at nothing else.
+    """Compute the gradient of a loss with respect to frames alone, times their number of values.
 
     A mean over frames then has a gradient of the size of `matching_gradient`, which is of a mean
     too.

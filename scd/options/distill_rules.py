@@ -92,6 +92,11 @@ DISTILLATION: list[Rule] = [
         "{rollout.first_frame_steps}: the first frame of a window is not the first of a video",
     ),
     (
+        lambda o: o.distill.self_rollout or o.rollout.first_frame_steps == 0,
+        "distill.self_rollout=false with rollout.first_frame_steps={rollout.first_frame_steps}: "
+        "without rollouts every frame is generated after real ones, and none is the first",
+    ),
+    (
         lambda o: o.distill.adversarial_weight == 0 or o.distill.method == "dmd",
         "distill.adversarial_weight={distill.adversarial_weight} is of distill.method=dmd, not "
         "{distill.method}",

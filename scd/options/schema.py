@@ -217,7 +217,8 @@ class FlowOptions:
     history_noise_max: float = fraction(0.0)
     # ... and the share of steps whose histories are made anew by the model, frame after frame, out
     # of the real frames under noise of a level in this range (Resampling Forcing, arXiv
-    # 2512.15702). At level 1 they are rollouts. The frames to predict stay real.
+    # 2512.15702). At level 1 they are rollouts. The first few frames, and the frames to predict,
+    # stay real.
     self_forcing_prob: float = fraction(0.0)
     self_forcing_sigma: list[float] = checked(
         [0.4, 1.0],

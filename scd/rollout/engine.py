@@ -1,4 +1,4 @@
-"""The rollout: encode once per frame, denoise T times. Everything that makes frames uses it."""
+"""The rollout: encode once per frame, denoise T times. All causal models make frames with it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

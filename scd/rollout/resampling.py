@@ -2,9 +2,9 @@
 
 Teacher forcing shows a model nothing but real frames as history; in a rollout its own errors are
 there too, and grow. Whole own rollouts would show them, but after a second of video they are
-elsewhere than the clip, whose frames then are no continuation of them. Between the two: every frame
-of the clip is noised to one level, and denoised after the own frames before it (arXiv 2512.15702).
-At a low level they stay near the clip, at level 1 they are a rollout.
+elsewhere than the clip, whose frames then are no continuation of them. Between the two: the first
+frames stay real, and every later one is noised to one level, and denoised after the own frames
+before it (arXiv 2512.15702). At a low level they stay near the clip, at level 1 they are a rollout.
 """
 
 from typing import NamedTuple
@@ -59,7 +59,8 @@ def own_history(
 ) -> Tensor | None:
     """Resample the clips of a training step, see `draw_resampling`; None: it shows real frames.
 
-    Collective where weights are sharded. It depends on the step and on each clip's number alone.
+    Collective where weights are sharded. What it draws depends on the seed, the step and each
+    clip's number, not on the batch or on the number of processes.
     """
     if not options.self_forcing_prob:
         return None

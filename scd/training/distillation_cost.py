@@ -50,7 +50,7 @@ def distillation_cost(
     teacher: ModelOptions | None = None,
     counts_scores: bool = True,
 ) -> DistillationCost:
-    """Count a step of `distill.method`. An adversarial term is left out.
+    """Count a step of `distill.method`, without an adversarial term and resampled histories.
 
     Args:
         teacher: its kind and sizes, which are a weak teacher's too; None: for consistency

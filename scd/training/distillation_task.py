@@ -17,6 +17,7 @@ from scd.distill.consistency import ConsistencyObjective
 from scd.distill.critic import Critic
 from scd.distill.dmd import DMDObjective, trains_student
 from scd.distill.teacher import load_teacher
+from scd.errors import ScdError
 from scd.models.world_model import CausalWorldModel, WorldModel
 from scd.options import ModelOptions, Options, RolloutOptions
 from scd.training.distillation_cost import distillation_cost, teacher_options
@@ -46,6 +47,7 @@ class Distillation(WorldModelTask):
         (teacher, self.teacher_kind), weak = load("distill.teacher"), None
         if options.distill.weak_teacher is not None:
             weak, _ = load("distill.weak_teacher")
+            _refuse_other_kind(teacher, weak)
         if options.distill.method == "consistency":
             assert isinstance(teacher, CausalWorldModel)
             self.objective = ConsistencyObjective(self.network, teacher, options, weak)
@@ -79,6 +81,17 @@ class Distillation(WorldModelTask):
         options = replace(self.options, train=train)
         cost = distillation_cost(options, self.codec, self.teacher_kind)
         return ClipCost(cost.tokens, cost.flops)
+
+
+def _refuse_other_kind(teacher: WorldModel, weak: WorldModel) -> None:
+    """Refuse guidance whose direction would be from frames seen before to all frames seen."""
+    kinds = [isinstance(model, CausalWorldModel) for model in (teacher, weak)]
+    if kinds[0] != kinds[1]:
+        names = " and a ".join("causal" if causal else "bidirectional" for causal in kinds)
+        raise ScdError(
+            f"distill.teacher and distill.weak_teacher: a {names} model, but the weak one must be "
+            f"of the teacher's kind; take an early checkpoint of the teacher's own training"
+        )
 
 
 def _warn_of_a_wasted_step(rollout: RolloutOptions) -> None:

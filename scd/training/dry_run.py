@@ -90,6 +90,8 @@ def describe(options: Options) -> str:
             state, kept = cost.state_bytes, cost.activation_bytes
             beside = [f"  beside it    {describe_networks(cost)}"]
             shares = describe_shares(cost, batches)
+        if options.flow.self_forcing_prob:
+            shares += ", resampled histories (flow.self_forcing_prob) not counted"
         lines += [
             f"{m.type}, {64 * m.heads} wide, {layers} layers"
             + ("" if kind is options else " (for comparison)"),

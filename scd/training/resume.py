@@ -134,6 +134,8 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
         for key in after
         if before[key] != after[key] and not _may_change(key, after)
     ]
+    if written.get("flow.self_forcing_prob") and "flow.self_forcing_sigma" not in written:
+        changes.append("the histories of flow.self_forcing_prob were made in another way")
     # The rate may change, but not which optimizer the saved state belongs to.
     muon = [values.get("optim.muon_lr") for values in (before, after)]
     if (muon[0] is None) != (muon[1] is None):
