@@ -95,7 +95,7 @@ def test_every_stage_runs_by_its_command(train, tmp_path: Path) -> None:
     card = tmp_path / "card"
     assert main(["export", str(distilled), "--out", str(card)]) == 0
     text = (card / "README.md").read_text()
-    assert f"distilled (dmd) from {teacher}, guided away from {weak}" in text
+    assert f"distilled (dmd) from {teacher}, guided away from {early}" in text
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
