@@ -58,7 +58,7 @@ from scd.evaluation.protocol import (
     read_evaluation_batch,
     swap_new_actions,
 )
-from scd.evaluation.samples import EVALUATIONS, SampleFolder
+from scd.evaluation.samples import EVALUATIONS, SampleFolder, identity
 from scd.evaluation.summary import make_row, rollout_text, tables
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import LoadedModel, build_world_model
@@ -246,6 +246,21 @@ def test_real_frames_through_the_autoencoder(
         assert another.rows[row] != found.rows[row]
     for row in (REPEAT, OTHER_KEYS):
         assert another.rows[row] == found.rows[row]
+
+
+def test_saved_samples_are_found_by_versions_to_come(options, data):
+    """An option more in their identity would orphan all samples; add it here if it decides them."""
+    options_of_samples = identity("hash", options, data)["options"]
+    assert {section: " ".join(sorted(keys)) for section, keys in options_of_samples.items()} == {
+        "model": "condition decoder_layers encoder_frame encoder_layers first_frame fusion heads "
+        "layers modulate_context modulate_output num_conditions patch_size type",
+        "flow": "clean_fraction condition_dropout context_noise encoder_input history_noise "
+        "logit_mean logit_std noise_draws own_history prediction prefix_frames sigma_min",
+        "rollout": "compile first_frame_steps guidance guidance_interval guidance_noise "
+        "guidance_scale precision shift solver spacing steps temperature window window_first",
+        "eval": "context_frames new_frames seeds swapped_actions trajectories videos",
+        "data": "frame_size frame_stride resize_shorter",
+    }
 
 
 def test_swap_changes_only_the_frames_to_come(options):

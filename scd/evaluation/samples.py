@@ -44,7 +44,8 @@ MOST = 10**6  # videos, or frames of a video: more is a damaged manifest
 # Options of these sections decide what is generated; those without influence on it are left out.
 _SECTIONS = ("model", "flow", "rollout", "eval")
 _WITHOUT_INFLUENCE = {
-    "eval": ("batch_size", "saved_videos", "comparisons", "fvd_precision", "windows")
+    "flow": ("self_forcing_sigma",),
+    "eval": ("batch_size", "saved_videos", "comparisons", "fvd_precision", "windows"),
 }
 
 
