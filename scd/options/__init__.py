@@ -1,5 +1,6 @@
 """Typed options: one YAML file is one experiment, `key=value` overrides change single values."""
 
+from scd.options.former_names import with_former_names, with_present_names
 from scd.options.reader import (
     OPTIONS_FILE,
     load_options,
@@ -7,8 +8,6 @@ from scd.options.reader import (
     options_from_json,
     options_to_dict,
     options_to_yaml,
-    with_former_names,
-    with_present_names,
 )
 from scd.options.rules import check_rollout
 from scd.options.schema import (
