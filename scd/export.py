@@ -93,11 +93,12 @@ def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -
     model = nn.Module.to(loaded.model, "cpu", dtype)
     pipeline_of(loaded.options, model, vae).save_pretrained(aside)
     path = loaded.options.autoencoder.path
-    if path is not None and Path(path).resolve().parent == folder.resolve().parent:
+    codec = None if path is None else Path(path).resolve()
+    if codec is not None and codec.parent == folder.resolve().parent:
         for file in (aside / "vae").iterdir():
-            if (Path(path) / file.name).is_file():
+            if (codec / file.name).is_file():
                 file.unlink()
-                os.symlink(Path("..", "..", Path(path).name, file.name), file)
+                os.symlink(Path("..", "..", codec.name, file.name), file)
     card = model_card(model, loaded.options, loaded.source, folder.name, dtype)
     (aside / "README.md").write_text(card, encoding="utf-8")
 

@@ -22,7 +22,7 @@ if [ "$(count_gpus)" -gt 0 ]; then
         exit 1
     fi
     stages=(
-        "scd_doom $large train.steps=2500 train.save_every=125 train.keep_checkpoints=20"
+        "scd_doom $large train.steps=2500 train.save_every=125 train.keep_checkpoints=1000"
         "bidirectional_dit_doom $large train.steps=2200 init_from=null optim.lr=1.5e-3 optim.muon_lr=0.02"
         "scd_doom_consistency $small train.steps=300 init_from=$base distill.teacher=$base distill.weak_teacher=$weak distill.guidance_scale=1.25"
         "scd_doom_distilled $small train.steps=362 optim.lr=1e-4 distill.critic_lr=2e-4 distill.critic_updates=4"

@@ -571,7 +571,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options, further, tmp_path: P
     ("override", "message"),
     [
         ("distill.context_frames=6", "leaves none"),
-        ("rollout.guidance_scale=1.5", "without guidance"),
+        ("rollout.guidance=condition rollout.guidance_scale=1.5", "without guidance"),
+        ("rollout.guidance_scale=1.5", "does nothing with rollout.guidance=none"),
         ("distill.matching_weight=0", "learn nothing"),
         ("rollout.window=4", "sees fewer"),
         ("rollout.compile=true", r"set rollout\.compile=false"),

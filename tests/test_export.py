@@ -78,6 +78,13 @@ def test_half_precision_beside_its_autoencoder(experiment, tmp_path):
     for name, tensor in pipeline.transformer.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name].bfloat16().float()), name
     assert pipeline.vae is not None
+    # Also where the options name the autoencoder by a link of another name.
+    linked, out = tmp_path / "linked", tmp_path / "models" / "second"
+    linked.symlink_to(tmp_path / "models" / "autoencoder")
+    found = ["--out", str(out), f"autoencoder.path={linked}"]
+    assert main(["export", str(checkpoint), *found]) == 0
+    linked.unlink()
+    assert (out / "vae" / weights.name).resolve() == weights.resolve()
 
 
 def test_the_card_says_what_it_is(experiment, tmp_path):

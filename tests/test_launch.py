@@ -87,6 +87,7 @@ def test_train_sh_takes_each_configuration(name, nodes, project, monkeypatch):
         ("stopped", 0, True),
         ("lost", 3, True),
         ("lost", 10, False),
+        ("training", 0, True),  # the main process was lost
         ("failed", 0, False),
         ("finished", 0, False),
         (None, 0, False),  # it did not come so far as to say
@@ -99,7 +100,9 @@ def test_slurm_launches_on_every_node_and_queues_what_can_go_on(state, restarts,
     heartbeat.parent.mkdir(parents=True)
     heartbeat.write_text('{"state": "stopped"}')  # of an earlier job
     said = "" if state is None else f"""echo '{{"state": "{state}"}}' > {heartbeat}\n"""
-    program(project / "bin/srun", f'#!/bin/sh\nshift\n{said}SLURM_NODEID=1 exec "$@"\n')
+    status = int(state not in ("stopped", "finished"))
+    srun = f'#!/bin/sh\nshift\n{said}SLURM_NODEID=1 "$@"\nexit {status}\n'
+    program(project / "bin/srun", srun)
     printed = run(
         project, "scripts/slurm.sbatch", "options/x.yml", "a.b=c d",
         PATH=f"{project}/bin:{os.environ['PATH']}", SLURM_NNODES="2", SLURM_JOB_ID="7",

@@ -204,7 +204,10 @@ def test_a_killed_run_keeps_the_same_snapshots_and_averages(doom_root, tmp_path,
         patched.setattr(PostHocEMA, "write_snapshot", die)
         run_experiment(o)
     assert latest_checkpoint(o.output / "checkpoints").name == "step-00000004"
+    half = o.output / SNAPSHOTS / ".step-00000009.4711.safetensors"
+    half.write_bytes(b"half")
     run_experiment(o)
+    assert not half.exists()
     straight = tmp_path / "straight"
     names = [f"step-0000000{n}.safetensors" for n in range(1, 7)]
     for name in names:

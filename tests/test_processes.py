@@ -211,6 +211,12 @@ def test_sharded_with_an_autoencoder_trains_as_data_parallel(
     assert validations == [2, 4]
 
 
+def test_a_dry_run_has_one_folder_for_all_processes(overrides, tmp_path):
+    """It evaluates as well, and leaves nothing."""
+    on_two("dry", [*overrides, "name=dry", "data.frames=3", "eval.context_frames=3"])
+    assert not (tmp_path / "dry").exists()
+
+
 @pytest.mark.parametrize("kind", ["plain", "sharded"])
 @pytest.mark.parametrize("method", ["consistency", "distilled", "long"])
 def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_path):

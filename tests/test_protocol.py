@@ -58,6 +58,7 @@ from scd.evaluation.protocol import (
     read_evaluation_batch,
     swap_new_actions,
 )
+from scd.evaluation.report import write_samples
 from scd.evaluation.samples import EVALUATIONS, SampleFolder, identity
 from scd.evaluation.summary import make_row, rollout_text, tables
 from scd.models.autoencoder import PixelCodec, load_codec
@@ -246,6 +247,15 @@ def test_real_frames_through_the_autoencoder(
         assert another.rows[row] != found.rows[row]
     for row in (REPEAT, OTHER_KEYS):
         assert another.rows[row] == found.rows[row]
+
+
+def test_videos_to_look_at_are_of_the_last_evaluation(whole, options, tmp_path):
+    samples = SampleFolder(whole[0])
+    for saved, videos in ((2, ["00000.mp4", "00001.mp4"]), (1, ["00000.mp4"]), (0, [])):
+        options.eval.saved_videos = saved
+        write_samples(samples, options, tmp_path)
+        assert sorted(path.name for path in tmp_path.glob("*.mp4")) == videos
+        assert (tmp_path / "grid.png").exists() == bool(videos)
 
 
 def test_saved_samples_are_found_by_versions_to_come(options, data):
@@ -979,7 +989,8 @@ def test_models_in_one_table(options, doom_root, tmp_path, monkeypatch, capsys):
     dense = ["name=dense", "model.type=causal_dit", "model.encoder_layers=0", "model.layers=2"]
     dense += ["model.decoder_layers=0", "model.fusion=token_concat"]
     paths = []
-    for overrides in ([], dense, ["name=fewer", "eval.videos=2"]):
+    framed = ["name=framed", "data.resize_shorter=64"]
+    for overrides in ([], dense, ["name=fewer", "eval.videos=2"], framed):
         made = options_from_json(json.dumps(options_to_dict(options)), "made", overrides)
         path = tmp_path / f"{made.name}.safetensors"
         metadata = {"options": json.dumps(options_to_dict(made)), "step": "7"}
@@ -992,7 +1003,9 @@ def test_models_in_one_table(options, doom_root, tmp_path, monkeypatch, capsys):
     for path in paths:
         evaluate_checkpoint(path)
     with pytest.raises(ScdError, match="evaluated with different videos: 2, 3"):
-        compare_checkpoints(paths, tmp_path)
+        compare_checkpoints(paths[:3], tmp_path)
+    with pytest.raises(ScdError, match=r"different data\.resize_shorter: 64, None"):
+        compare_checkpoints([paths[0], paths[3]], tmp_path)
     compare_checkpoints(paths[:2], tmp_path)
     table = (tmp_path / "compare.md").read_text()
     assert table.strip() in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Training: exact resume, data order, accumulation, EMA, checkpoints, what a run leaves behind."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from scd.training import checkpoint, launch, watchdog
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.encode import encode_dataset
 from scd.training.launch import deterministic_on_cpu, make_accelerator
+from scd.training.optimizer import lr_multiplier
 from scd.training.run_log import read_log
 from scd.training.trainer import Trainer
 from scd.utils import precision
@@ -512,6 +514,27 @@ def test_what_killed_saves_left_is_cleared_and_the_damaged_set_aside(options, ca
     assert_same_state(whole.output / "checkpoints", folder)
 
 
+def test_what_cannot_be_deleted_does_not_end_the_run(options, monkeypatch, capsys):
+    """NFS keeps files that another process has open."""
+    plain = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if Path(path).name.startswith(".step-") and not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        plain(path, ignore_errors=ignore_errors)
+
+    given = ("name=open", "train.keep_checkpoints=1", "train.save_every=1")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        folder = train(options(*given, "train.steps=2"))
+        train(options(*given, "train.steps=3"))
+    assert "cannot be deleted yet" in capsys.readouterr().err
+    assert latest_checkpoint(folder).name == "step-00000003"
+    assert len(list(folder.glob(".step-*"))) == 2
+    train(options(*given, "train.steps=4"))
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+
+
 def test_without_a_whole_checkpoint_nothing_starts_over(options, finished):
     for path in finished.glob("*/manifest.json"):
         path.write_text("{")
@@ -594,6 +617,8 @@ def test_log_entries_and_heartbeat(options, monkeypatch):
     assert beats[-1]["pid"] == os.getpid() and beats[-1]["host"] == socket.gethostname()
     entry = json.loads((o.output / "log.jsonl").read_text().splitlines()[-1])
     assert entry.keys() >= {"step", "loss", "grad_norm", "lr"}
+    used = lr_multiplier(entry["step"] - 1, o.optim, o.train.steps)  # by this step, not the next
+    assert entry["lr"] == pytest.approx(used * o.optim.lr) and used != lr_multiplier(2, o.optim, 2)
     assert 0 < entry["data_wait"] < 1 and entry["memory_gib"] > 0.1
     assert entry["clips_per_second"] == pytest.approx(2 / entry["seconds"])
 

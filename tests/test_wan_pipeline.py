@@ -507,7 +507,8 @@ def test_measure(tmp_path, capsys):
     fading[8:, ..., 0] += 40
     for stem, video in (("steady", noise), ("fading", fading)):
         write_video(tmp_path / f"{stem}.mp4", video.astype(np.uint8), 16, crf=0)
-    (tmp_path / "x.part.mp4").write_bytes(b"unfinished")
+    for unfinished in ("x.part.mp4", ".x.4711.mp4"):
+        (tmp_path / unfinished).write_bytes(b"")
     assert main(["wan", "measure", str(tmp_path), "--windows", "2"]) == 0
     found = json.loads((tmp_path / "streams.json").read_text())
     assert set(found) == {"steady.mp4", "fading.mp4"}

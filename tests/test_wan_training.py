@@ -110,11 +110,18 @@ def train(file: str, *overrides: str) -> list[dict]:
 SCD = ["model.encoder_layers=2", "model.decoder_layers=2", "wan.decoder_first=1"]
 
 
-def test_teacher_forcing_from_videos_with_captions(wan_folder, data_root, overrides, tmp_path):
+def test_teacher_forcing_from_videos_with_captions(
+    wan_folder, data_root, overrides, tmp_path, capsys
+):
     start = [*overrides, *SCD, f"init_from={wan_folder}/scd", "optim.lr=1e-3"]
     assert main(["encode", "--opt", "options/scd_wan.yml", *start]) == 0
     assert main(["encode", "--opt", "options/scd_wan.yml", *start, "data.train_list=val.json"]) == 0
-    assert main(["validate", "--opt", "options/scd_wan.yml", *start]) == 0
+    capsys.readouterr()
+    for frames, short in ((3, 0), (4, 2)):  # latent ones, each but the first of four pictures
+        wanted = [*start, f"data.frames={frames}"]
+        assert main(["validate", "--opt", "options/scd_wan.yml", *wanted]) == 0
+        told = capsys.readouterr().out
+        assert told.count("are shorter than the 4 frames of data.frames") == short
     often = ["train.steps=3", "train.sample_every=3", "train.val_loss_every=3"]
     log = train("scd_wan", *start, "name=forced", *often)
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -254,8 +261,10 @@ def test_keys_steer_a_world_that_is_trained_on_them(wan_folder, data_root, overr
     # Action i leads to picture i: of four pictures that are one latent, the first's.
     options = load_options(ROOT / "options/scd_wan.yml", given)
     recorded = np.load(data_root / "1.npz")["actions"]
-    clip = CaptionedLatents(options, "train.json", 4).read(1, 3)
-    assert clip["actions"].tolist() == recorded[[0, 1, 5]].tolist()
+    clips = CaptionedLatents(options, "train.json", 4)
+    for rng in (None, *map(np.random.default_rng, range(8))):  # every clip begins with its video
+        assert clips.read(1, 2, rng=rng)["actions"].tolist() == recorded[[0, 1]].tolist()
+    assert clips.read(1, 3)["actions"].tolist() == recorded[[0, 1, 5]].tolist()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,11 @@
 torchrun --nproc_per_node=2 tests/train_on_processes.py KIND OPTIONS [key=value ...]
 
 Launched by `launch`, the processes are forks of one that has imported everything, and save the
-seconds which that takes. KIND is plain, sharded, sharded-wan, hybrid or lost. Accelerate shards on
-accelerators only. `sharded…` and `hybrid` stand for it on the CPU: they take the settings of
-`scripts/accelerate/fsdp2.yaml`, `fsdp2_wan.yaml` and `hsdp.yaml` as `accelerate launch` hands them
-over; `hybrid` as on nodes of two. In `lost`, the second process stands still after the first step,
-as one does whose machine is gone, and seconds are enough to notice it.
+seconds which that takes. KIND is plain, sharded, sharded-wan, hybrid, lost or dry (a dry run).
+Accelerate shards on accelerators only. `sharded…` and `hybrid` stand for it on the CPU: they take
+the settings of `scripts/accelerate/fsdp2.yaml`, `fsdp2_wan.yaml` and `hsdp.yaml` as `accelerate
+launch` hands them over; `hybrid` as on nodes of two. In `lost`, the second process stands still
+after the first step, as one does whose machine is gone, and seconds are enough to notice it.
 """
 
 import os
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from scd.options import load_options
 from scd.training import watchdog
+from scd.training.dry_run import dry_run
 from scd.training.launch import build_task, make_accelerator, sharding_plugin
 from scd.training.trainer import Trainer
 from tests.faults.runs import fork_server, free_port, settle
@@ -50,6 +51,9 @@ def forked(folder: Path, place: tuple[int, int, int], arguments: list[str]) -> N
 def main(kind: str, path: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     options = load_options(path, list(overrides))
+    if kind == "dry":
+        dry_run(options)
+        return
     accelerator = make_accelerator(options)
     sharded = {"sharded": "fsdp2", "sharded-wan": "fsdp2_wan", "hybrid": "hsdp"}
     if kind in sharded:

@@ -54,6 +54,7 @@ class ClipReport:
 
     problem: str | None = None
     frames: int = 0
+    latent_frames: int = 0
     size: str | None = None
     fps: float | None = None
     actions: Counter[int] = field(default_factory=Counter)
@@ -69,6 +70,7 @@ class Survey:
 
     Attributes:
         lengths: frames of each whole clip, in the order of the list.
+        latent_lengths: the same in latent frames, of clips with latents.
         sizes, labels, latents: number of clips of each kind.
         actions: number of frames of each action.
         held: for action vectors, number of frames of each set of components that are not 0.
@@ -81,6 +83,7 @@ class Survey:
     path: str
     clips: int
     lengths: list[int]
+    latent_lengths: list[int]
     sizes: Counter[str]
     actions: Counter[int]
     held: Counter[tuple[int, ...]]
@@ -158,6 +161,7 @@ def survey_list(checks: VideoChecks, list_path: Path, required: Requirements) ->
         path=str(list_path),
         clips=len(entries),
         lengths=[report.frames for report in whole],
+        latent_lengths=[report.latent_frames for report in whole if report.latent_frames],
         sizes=Counter(report.size for report in whole if report.size is not None),
         actions=sum((report.actions for report in whole), Counter()),
         held=sum((report.held for report in whole), Counter()),
@@ -204,6 +208,7 @@ def _read_clip(
     if entry.latent_path is not None:
         path = root / entry.latent_path
         frames, report.latents = _read_latents(path, required.latents)
+        report.latent_frames = frames
         if entry.video_path is None:
             report.frames = frames
             hash_.update(sha256(path).encode())

@@ -78,7 +78,7 @@ def _for_training(options: Options, latents: LatentSpec | None) -> Requirements:
 
 
 def _training_warnings(survey: Survey, options: Options) -> list[str]:
-    data, train = options.data, options.train
+    train = options.train
     batch = train.batch_size * train.gradient_accumulation
     warnings = _repeats(survey)
     if survey.clips < batch:
@@ -86,7 +86,7 @@ def _training_warnings(survey: Survey, options: Options) -> list[str]:
             f"{survey.path}: {survey.clips} clips for batches of {batch} (train.batch_size): "
             f"suspiciously few"
         )
-    return warnings + _short(survey, (data.frames - 1) * data.frame_stride + 1, "data.frames")
+    return warnings + _short_of_training(survey, options)
 
 
 def _validation_warnings(train: Survey, survey: Survey, options: Options) -> list[str]:
@@ -103,9 +103,11 @@ def _validation_warnings(train: Survey, survey: Survey, options: Options) -> lis
             f"{survey.path}: {both} clips are in the training list as well (same content): "
             f"metrics on them say nothing about new videos"
         )
-    if options.task == "world_model":
+    if options.model.is_wan:  # it is evaluated on prompts; the loss is that of training clips
+        warnings += _short_of_training(survey, options)
+    elif options.task == "world_model":
         span = (o.context_frames + o.new_frames - 1) * options.data.frame_stride + 1
-        warnings += _short(survey, span, "eval.context_frames + eval.new_frames")
+        warnings += _short(survey, survey.lengths, span, "eval.context_frames + eval.new_frames")
     return warnings
 
 
@@ -114,8 +116,13 @@ def _repeats(survey: Survey) -> list[str]:
     return [f"{survey.path}: {twice} clips are repeated"] if twice else []
 
 
-def _short(survey: Survey, span: int, keys: str) -> list[str]:
-    short = sum(length < span for length in survey.lengths)
+def _short_of_training(survey: Survey, options: Options) -> list[str]:
+    span = (options.data.frames - 1) * options.data.frame_stride + 1
+    return _short(survey, survey.latent_lengths or survey.lengths, span, "data.frames")
+
+
+def _short(survey: Survey, lengths: list[int], span: int, keys: str) -> list[str]:
+    short = sum(length < span for length in lengths)
     if not short:
         return []
     return [

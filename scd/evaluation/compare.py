@@ -77,6 +77,13 @@ def compare_checkpoints(
             raise ScdError(
                 f"the checkpoints were evaluated with different {key}: {', '.join(sorted(values))}"
             )
+    for key in ("frame_stride", "frame_size", "resize_shorter"):
+        values = {str(getattr(c.loaded.options.data, key)) for c in candidates}
+        if len(values) > 1:
+            raise ScdError(
+                f"the checkpoints were evaluated with different data.{key}: "
+                f"{', '.join(sorted(values))}"
+            )
     time_frames(candidates)
     text = comparison(candidates).markdown()
     entries = [

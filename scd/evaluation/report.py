@@ -65,9 +65,16 @@ def scalars(evaluation: Evaluation) -> dict[str, float]:
 
 
 def write_samples(samples: SampleFolder, options: Options, folder: Path) -> None:
-    """Write videos of the first trajectory beside the real ones, and `grid.png`."""
+    """Write videos of the first trajectory beside the real ones, and `grid.png`.
+
+    Those of an earlier evaluation are replaced or deleted.
+    """
     numbers = range(min(options.eval.saved_videos, samples.videos))
+    for path in folder.glob("[0-9]*.mp4"):
+        if path.stem.isdecimal() and int(path.stem) not in numbers:
+            path.unlink()
     if not numbers:
+        (folder / "grid.png").unlink(missing_ok=True)
         return
     first = samples.rows[MODEL][0]
     generated, real = (

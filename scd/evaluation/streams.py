@@ -38,7 +38,7 @@ def measure_streams(folder: Path, windows: int) -> dict[str, dict[str, list[floa
     Raises:
         ScdError: no videos, a damaged one, or too few frames for so many windows.
     """
-    paths = sorted(path for path in folder.glob("*.mp4") if not path.name.endswith(".part.mp4"))
+    paths = sorted(path for path in folder.glob("*.mp4") if not _is_unfinished(path.name))
     if not paths:
         raise ScdError(f"{folder}: no videos (mp4) to measure")
     if windows < 2:
@@ -54,6 +54,11 @@ def measure_streams(folder: Path, windows: int) -> dict[str, dict[str, list[floa
     note = f"Each number is of one of {windows} parts of the video; the first part is the measure."
     print(Table(["video", *COLUMNS.values()], lines, names=1, notes=[note]).markdown())
     return found
+
+
+def _is_unfinished(name: str) -> bool:
+    """Recognize a file that is still written aside, or was by a process that was killed."""
+    return name.startswith(".") or name.endswith(".part.mp4")
 
 
 def _measure(path: Path, windows: int) -> dict[str, list[float]]:

@@ -207,8 +207,19 @@ def _resolve(files: list[tuple[str, Any]], source: str, overrides: list[str]) ->
         raise ScdError(f"{source}: {error.full_key}: {_one_line(error)}") from error
     assert isinstance(options, Options)
     check(options, source)
+    _refuse_idle_guidance(options.rollout, overrides)
     _expand_paths(options)
     return options
+
+
+def _refuse_idle_guidance(rollout: RolloutOptions, overrides: list[str]) -> None:
+    """Refuse an override that does nothing; options files often leave the scale as it is."""
+    given = any(text.partition("=")[0].strip() == "rollout.guidance_scale" for text in overrides)
+    if given and rollout.guidance == "none" and rollout.guidance_scale != 1:
+        raise ScdError(
+            f"rollout.guidance_scale={rollout.guidance_scale:g} does nothing with "
+            f"rollout.guidance=none: set rollout.guidance=context or condition as well"
+        )
 
 
 def _expand_paths(options: Options) -> None:

@@ -13,7 +13,9 @@ experiment's lock writes here (`scd.utils.locks`), so any such folder at start i
 import json
 import os
 import shutil
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -221,7 +223,7 @@ def set_newer_checkpoints_aside(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete checkpoints that killed runs left half written or half deleted."""
     for path in folder.glob(".step-*"):
-        shutil.rmtree(path)
+        _delete(path)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -231,8 +233,20 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _remove(path: Path) -> None:
     """Delete a checkpoint; a kill half way leaves nothing that could pass for one."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+    with suppress(OSError):
+        path.rename(hidden)
+        _delete(hidden)
+
+
+def _delete(hidden: Path) -> None:
+    """Delete a folder, or leave it to the next start of the run.
+
+    NFS keeps the files that another process has open. The run must not end for that.
+    """
+    try:
+        shutil.rmtree(hidden)
+    except OSError as error:
+        print(f"note: {hidden} cannot be deleted yet ({reason(error)})", file=sys.stderr)
 
 
 def _write(path: Path, content: dict[str, Any], metadata: dict[str, str]) -> None:

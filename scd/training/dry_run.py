@@ -7,13 +7,17 @@ miniature (`wan_dry_run.py`).
 """
 
 import json
-import tempfile
+import os
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 
 from scd.data.latents import write_latents
@@ -43,6 +47,7 @@ from scd.training.step_cost import estimate_step
 from scd.training.wan_dry_run import describe_wan, miniature
 from scd.utils.files import write_atomically
 from scd.utils.paths import to_read
+from scd.utils.processes import error_barrier, processes
 
 CLIPS = 2  # in each list
 
@@ -54,19 +59,39 @@ def dry_run(options: Options) -> None:
         ScdError: as a real run would with these options, except for missing data; or the
             autoencoder does not exist and no options file in `options/` describes it.
     """
-    with tempfile.TemporaryDirectory(prefix="scd-dry-run-") as folder:
+    state, small = processes(), [options]
+    main = state.is_main_process
+    with ExitStack() as held:
+        with error_barrier():
+            if main:
+                folder = held.enter_context(_folder_of_all(options, state))
+                small = [_prepare(options, Path(folder))]
+        run_experiment(broadcast_object_list(small)[0])  # the main process is the last to leave it
+    if main:
+        done = "a step, a rollout and an evaluation"
         if options.model.is_wan:
-            print(describe_wan(options))
-            options = miniature(options, Path(folder))
-        else:
-            options = _on_noise(options, Path(folder))
-            if options.task == "world_model":
-                print(describe(options))
-        run_experiment(options)
+            done = "a step of a miniature of it"
+        print(f"{options.name}: {done} succeeded on noise")
+
+
+def _folder_of_all(options: Options, state: PartialState) -> TemporaryDirectory[str]:
+    """Make a folder that all processes see: those of other machines, where results are to go."""
+    place = None
+    if state.num_processes > int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)):
+        place = Path(options.output_root)
+        place.mkdir(parents=True, exist_ok=True)
+    return TemporaryDirectory(prefix="scd-dry-run-", dir=place, ignore_cleanup_errors=True)
+
+
+def _prepare(options: Options, folder: Path) -> Options:
+    """Print the costs of a step; reduce an experiment to what is tried, on noise in a folder."""
     if options.model.is_wan:
-        print(f"{options.name}: a step of a miniature of it succeeded on noise")
-        return
-    print(f"{options.name}: a step, a rollout and an evaluation on noise succeeded")
+        print(describe_wan(options))
+        return miniature(options, folder)
+    small = _on_noise(options, folder)
+    if options.task == "world_model":
+        print(describe(small))
+    return small
 
 
 def describe(options: Options) -> str:

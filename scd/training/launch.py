@@ -19,6 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from scd.errors import ScdError
 from scd.options import Options
+from scd.training.ema import SNAPSHOTS
 from scd.training.tasks import build_task
 from scd.training.trainer import Trainer
 from scd.training.watchdog import lost_process_ends_run, report_outcome
@@ -143,7 +144,8 @@ def run_experiment(options: Options) -> None:
                 busy = f"{options.output}: another run is active here"
                 advice = "wait for it, stop it, or choose another name=..."
                 held.enter_context(hold_lock(options.output / LOCK, busy, advice))
-                remove_unfinished(options.output)
+                for folder in (options.output, options.output / SNAPSHOTS):
+                    remove_unfinished(folder)
         with report_outcome(options.output, main):
             if options.train.compile:
                 refuse_missing_compiler(accelerator.device)

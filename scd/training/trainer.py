@@ -134,11 +134,12 @@ class Trainer:
             recent: dict[str, Tensor] = {}  # since the last log; some values come in few steps
             while self.step < t.steps:
                 self.heartbeat.beat("training", self.step)
+                lr = self.model.lr
                 with reporter.step(self.step + 1):
                     values, applied, stop = self._train_step(batches, request)
                 recent |= values
                 if self._is_due(t.log_every):
-                    reporter.log_step(self.step, recent, self.model.lr, applied)
+                    reporter.log_step(self.step, recent, lr, applied)
                     recent = {}
                 if self.bad_steps.in_a_row >= t.max_bad_steps:
                     self._give_up()

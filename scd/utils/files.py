@@ -90,11 +90,11 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete the half-written files and folders of killed processes.
+    """Delete the half-written files and folders of killed processes, if there is such a folder.
 
     No other process may be writing to the folder.
     """
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if re.fullmatch(r"\..+\.\d+\.\w+", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -64,7 +64,8 @@ class CaptionedLatents(ClipFolder):
         clip = super().read_bytes(number, frames, stride, rng, framing_rng)
         return {**clip, "text": self.texts.embedding(self.prompts[number]).float()}
 
-    def _start(self, last: int, rng: np.random.Generator | None) -> int:
+    def first_frame(self, last: int, rng: np.random.Generator | None) -> int:
+        """Begin with the video."""
         return 0
 
     def _actions(self, entry: ClipEntry, length: int) -> Tensor:
