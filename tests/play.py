@@ -1,6 +1,7 @@
 """Shared by the tests of play: a small pretrained model, start clips, and a player."""
 
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from scd.models.autoencoder import LatentCodec, load_codec
 from scd.pipeline import SCDPipeline
 from scd.play.catalog import Catalog
 from scd.play.messages import HEADER, WORLD_HEADER
-from scd.play.starts import Start
-from scd.play.worlds import load_pretrained
+from scd.play.starts import Action, Start
+from scd.play.worlds import Settings, View, load_pretrained
 
 ACTIONS = ["none", "turn left", "turn right", "forward"]
 WINDOW = 4
@@ -89,6 +90,37 @@ def small_catalog(root: Path, autoencoder: str) -> Catalog:
     }
     starts = [some_start(), some_start("there", 1_000_001)]
     return Catalog(models, starts, {"real": "not in this test"})
+
+
+class StillWorld:
+    """A world that shows the start's last frame at once, and notes when it is asked to step.
+
+    Args:
+        late: number of a frame that takes longer, and its seconds.
+    """
+
+    def __init__(self, late: tuple[int, float] = (0, 0.0)):
+        self.late = late
+        self.stepped: list[float] = []
+
+    def reset(self, start: Start, settings: Settings) -> list[View]:
+        views = [View(picture) for picture in start.frames]
+        self._view = views[-1]
+        return views
+
+    def restore(
+        self, past: Sequence[View], actions: Sequence[Action], complete: bool, settings: Settings
+    ) -> None:
+        pass
+
+    def step(self, action: Action, number: int) -> View:
+        self.stepped.append(time.monotonic())
+        if number == self.late[0]:
+            time.sleep(self.late[1])
+        return self._view
+
+    def close(self) -> None:
+        pass
 
 
 class Player:

@@ -224,6 +224,35 @@ def test_a_long_replay_is_not_tried(monkeypatch):
         assert not world.step(3, 3).over
 
 
+def test_what_is_there_already_is_not_replayed(monkeypatch):
+    """After a rewind too, changes of the settings replay nothing."""
+    begun = []
+
+    class Doom:
+        def __init__(self, size: int):
+            self._frames = 0
+
+        def reset(self, seed: int) -> np.ndarray:
+            begun.append(seed)
+            self._frames = 0
+            return self.step(0)
+
+        def step(self, action: int) -> np.ndarray:
+            self._frames += 1
+            return np.full((1, 1, 3), self._frames, np.uint8)
+
+    monkeypatch.setattr(worlds, "DoomSimulator", Doom)
+    world = RealWorld(1)
+    start = Start("x", (0, 3, 3, 3), np.zeros((4, 1, 1, 3), np.uint8), 1)
+    views = world.reset(start, Settings(1))
+    for steps in (1, 2, 3):
+        world.restore(views[:3], start.actions[:3], True, Settings(steps))
+    assert len(begun) == 2  # the start, and one rewind
+    assert world.step(3, 3).picture.max() == 4
+    world.restore(views[:3], start.actions[:3], True, Settings(1))
+    assert len(begun) == 3 and world.step(3, 3).picture.max() == 4
+
+
 # History
 
 
@@ -338,6 +367,15 @@ def test_pretrained_folders_that_cannot_be_played(tmp_path, tiny_autoencoder_pat
         with pytest.raises(ScdError, match=str(path)):
             load_pretrained(broken)
         shutil.rmtree(broken)
+
+
+def test_bidirectional_models_cannot_be_played(tmp_path, tiny_autoencoder_path):
+    """With a window as well, which play asks of other models."""
+    folder = pretrained_folder(tmp_path, tiny_autoencoder_path, "causal_dit")
+    changes = ["model.type=bidirectional_dit", "flow.prefix_frames=[1,2]", "flow.context_noise=0"]
+    for window in (0, 4):
+        with pytest.raises(ScdError, match="a bidirectional_dit denoises all frames of a clip"):
+            load_pretrained(folder, [*changes, f"rollout.window={window}"])
 
 
 def test_starts_that_are_wrong(tmp_path):

@@ -233,6 +233,21 @@ def test_record(page, downloads):
     assert video.frames(np.arange(5)).shape == (5, 256, 256, 3)
 
 
+def test_names_of_recordings_in_any_script(page):
+    name = page.driver.execute_async_script(
+        """
+        const [done, fetched] = [arguments[0], window.fetch];
+        const named = "attachment; filename*=UTF-8''%E6%B9%96-0-5.mp4";
+        window.fetch = async () => new Response("", {headers: {"Content-Disposition": named}});
+        import("/static/server.js")
+          .then(({ recordVideo }) => recordVideo("id", {}))
+          .then(({ name }) => done(name), (error) => done(String(error)))
+          .finally(() => { window.fetch = fetched; });
+        """
+    )
+    assert name == "湖-0-5.mp4"
+
+
 def test_record_and_leave(page, downloads):
     """Nothing that was recorded is lost, or slips in, without a word."""
     page.step()

@@ -30,7 +30,7 @@ from scd.play.latency import measure_latency, running_server
 from scd.play.messages import CloseCode, CloseConnection
 from scd.play.server import Address, listen, serve
 from scd.play.session import Session
-from tests.play import Player, playing, small_catalog
+from tests.play import Player, StillWorld, playing, small_catalog, some_start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = Limits(max_fps=1000.0, fps=1000.0)
@@ -181,6 +181,7 @@ def test_commands(catalog):
                 {"kind": "return", "branch": 99},
                 {"kind": "settings", "steps": 99},
                 {"kind": "settings", "fps": 0.1},
+                {"kind": "settings", "fps": 20, "steps": 99},
                 {"kind": "start", "start": "nowhere", "worlds": ["model"]},
             ):
                 await player.send(**wrong)
@@ -242,6 +243,40 @@ def test_the_pace_is_kept(catalog):
             assert time.monotonic() - begun > 0.7
 
     run(test, catalog)
+
+
+def test_single_steps_leave_the_clock_alone(catalog, monkeypatch):
+    monkeypatch.setattr(Catalog, "make_world", lambda *_: StillWorld())
+
+    async def test(host: str) -> None:
+        async with playing(host) as player:
+            await player.send("settings", fps=2)
+            for _ in range(10):
+                await player.send("step")
+                await player.picture()
+            begun = time.monotonic()
+            await player.send("pause", paused=False)
+            await player.picture()
+            assert time.monotonic() - begun < 2  # half a second, on an idle machine
+
+    run(test, catalog)
+
+
+def test_no_burst_follows_a_late_frame(catalog, monkeypatch):
+    """Frame 8 takes two and a half frames' time."""
+    world = StillWorld(late=(8, 0.5))
+    monkeypatch.setattr(Catalog, "make_world", lambda *_: world)
+
+    async def test(host: str) -> None:
+        async with playing(host) as player:
+            await player.send("settings", fps=5)
+            await player.send("pause", paused=False)
+            while (await player.picture())["frame"] < 14:
+                pass
+
+    run(test, catalog)
+    after = np.diff(world.stepped)[8 - 6 :]  # the first frame that is made has number 6
+    assert after[0] >= 0.5 and after[1:].min() > 0.05
 
 
 # Messages that end a session
@@ -646,6 +681,26 @@ def test_a_recording(catalog, tmp_path, monkeypatch):
     run(test, catalog)
 
 
+@pytest.mark.parametrize(
+    ("name", "attached"),
+    [
+        ("here", 'attachment; filename="here-0-5.mp4"'),
+        ("Höhle_湖", "attachment; filename*=UTF-8''H%C3%B6hle_%E6%B9%96-0-5.mp4"),
+    ],
+)
+def test_a_recording_has_the_name_of_its_start(catalog, name, attached):
+    async def test(host: str) -> None:
+        async with (
+            playing(host) as player,
+            httpx.AsyncClient(base_url=f"http://{host}", timeout=20) as browser,
+        ):
+            query = {"session": player.hello["session"]}
+            answer = await browser.get("/recording.mp4", params=query)
+            assert (answer.status_code, answer.headers["content-disposition"]) == (200, attached)
+
+    run(test, Catalog({"model": catalog.first}, [some_start(name)]))
+
+
 def test_a_recording_is_as_fast_as_it_was_played():
     times = [None, None, 10.0, 10.25, 10.5, 60.0, 60.25]  # given frames, and a pause
     frames = [Frame(number, 0, (), made) for number, made in enumerate(times)]
@@ -667,3 +722,11 @@ def test_measuring(catalog, monkeypatch, capsys):
         assert 0 < result["key_to_picture_ms"][0] <= result["key_to_picture_ms"][1]
     table, figures = capsys.readouterr().out.strip().rsplit("\n", 1)
     assert "model + baseline" in table and json.loads(figures)["results"] == results
+
+
+def test_measuring_a_fast_world(catalog, monkeypatch):
+    """It confirms more pictures a second than a player may send messages."""
+    monkeypatch.setattr(measuring, "PRESSES", 2)
+    monkeypatch.setattr(Catalog, "make_world", lambda *_: StillWorld())
+    (result,) = measure_latency(Catalog({"model": catalog.first}, catalog.starts), 1000)["results"]
+    assert result["pictures_per_second"] > 0

@@ -225,6 +225,62 @@ const about = {
 """
 
 
+# A session of a world that shows one picture. `frame(n)` resolves when it is asked for the frame n,
+# to the time in seconds; the frame `late` takes half a second.
+FAKE_SESSION = """
+globalThis.crypto ??= { randomUUID: () => "id" };
+const rgb = new Uint8Array(3);
+let late = 0;
+const asked = {}, waiting = {};
+const frame = (n) => asked[n] ?? new Promise((done) => (waiting[n] = done));
+const world = {
+  async restore() {},
+  async step(action, number) {
+    asked[number] = performance.now() / 1000;
+    if (number === late) await new Promise((done) => setTimeout(done, 500));
+    waiting[number]?.(asked[number]);
+    return { latents: [0], rgb, times: [0, 0, 0] };
+  },
+};
+const about = {
+  starts: { here: [0] }, settings: { seed: 0, steps: 1, guidance_scale: 1 }, fps: 5,
+  hello: {
+    starts: ["here"], idle: 0, worlds: ["model"], size: 1, protocol: 2,
+    limits: { alive_seconds: 2, unseen: 1000, fps: [1, 60], seed: [0, 9] },
+  },
+};
+const session = new Session(
+  { world, about, loadStart: async () => ({ latents: [[0]], rgb }), send() {} },
+);
+await session.open((error) => { throw error; });
+session.connect(null);
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_clock_of_frames() -> None:
+    """Single steps leave it alone, and no burst follows a late frame; as test_play_server.py."""
+    script = f"""
+    import {{ Session }} from "{(FILES / "world" / "session.js").as_uri()}";
+    {FAKE_SESSION}
+    for (let n = 1; n <= 20; n++) {{
+      session.handle({{ type: "step" }});
+      await frame(n);
+    }}
+    const begun = performance.now() / 1000;
+    late = 23;
+    session.handle({{ type: "pause", paused: false }});
+    const times = [];
+    for (let n = 21; n <= 28; n++) times.push(await frame(n) - begun);
+    console.log(JSON.stringify(times));
+    process.exit();
+    """
+    times = run_node(script)
+    assert times[0] < 2  # a fifth of a second, on an idle machine
+    after = np.diff(times[2:])  # frame 23 takes two and a half frames' time
+    assert after[0] >= 0.49 and after[1:].min() > 0.05
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_going_back_continues_from_a_kept_cache() -> None:
     """The frames are the same as before, few are encoded again, and no memory is lost."""

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -58,7 +59,9 @@ async def record_mp4(
     except ScdError as error:
         return PlainTextResponse(str(error), 500)
     name = f"{session.game.start.name}-{frames[0].number}-{frames[-1].number}.mp4"
-    attached = {"Content-Disposition": f'attachment; filename="{name}"'}
+    # Headers are Latin-1, but a start may be named in any script (RFC 6266).
+    named = f'filename="{name}"' if name.isascii() else f"filename*=UTF-8''{quote(name)}"
+    attached = {"Content-Disposition": f"attachment; {named}"}
     return Response(
         data, media_type="video/mp4", headers=attached | {"First-Frame": str(frames[0].number)}
     )

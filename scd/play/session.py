@@ -232,8 +232,11 @@ class _Connection:
 
     async def _step(self, now: float) -> None:
         session = self.session
-        # A late frame does not make the following ones hurry.
-        self._next_frame_at = max(self._next_frame_at + 1 / session.fps, now)
+        # A frame that is a little late keeps the rhythm. After a later one, or a single step, it
+        # begins anew, so that the following frames do not come in a burst.
+        late = now - self._next_frame_at
+        anew = self._single_step or late > 0.5 / session.fps
+        self._next_frame_at = (now if anew else self._next_frame_at) + 1 / session.fps
         self._single_step = False
         action, seq = self._held.action(now, session.fps), self._held.seq
         assert action is not None  # see `_play`
@@ -253,9 +256,10 @@ class _Connection:
                 seed = fields.get("seed", game.settings.seed)
                 await session.run_in_worker(game.reset, fields["start"], fields["worlds"], seed)
             elif message.type == "settings":
-                self._set_fps(fields.pop("fps", session.fps))
+                fps = self._checked_fps(fields.pop("fps", session.fps))
                 if fields:
                     await session.run_in_worker(lambda: game.change(**fields))
+                session.fps = fps  # last: a refused message changes nothing
             elif message.type == "rewind":
                 await session.run_in_worker(game.rewind, fields["frame"])
             elif message.type == "keep":
@@ -268,11 +272,11 @@ class _Connection:
         if game.history.newest is not shown:
             await self._send_picture(game.history.newest, AGAIN)
 
-    def _set_fps(self, fps: float) -> None:
+    def _checked_fps(self, fps: float) -> float:
         low, high = self.session.limits.min_fps, self.session.limits.max_fps
         if not low <= fps <= high:
             raise ScdError(f"fps is {fps}, but must be between {low:g} and {high:g}")
-        self.session.fps = fps
+        return fps
 
     async def _send_state(self) -> None:
         state = await self.session.run_in_worker(self.session.game.state)

@@ -207,6 +207,8 @@ class RealWorld:
         if complete and not past[-1].over and len(past) <= MAX_REPLAY:
             with suppress(Exception):  # see `step`
                 self._replay(actions)
+                if not self._newest.over:  # it is there; a change of settings replays nothing
+                    self._newest = past[-1]
 
     def step(self, action: Action, number: int) -> View:
         """Take the action in Doom; see `World`."""
@@ -293,6 +295,11 @@ def check_playable(options: Options, where: Path) -> None:
     names, rollout = options.data.action_names, options.rollout
     if options.task != "world_model" or not options.model.has_actions:
         raise ScdError(f"{where}: only a world model under actions can be played")
+    if options.model.is_bidirectional:
+        raise ScdError(
+            f"{where}: a {options.model.type} denoises all frames of a clip at once: it cannot be "
+            f"played frame by frame"
+        )
     if len(names) != options.model.num_conditions:
         raise ScdError(
             f"{where}: {len(names)} data.action_names for {options.model.num_conditions} actions: "

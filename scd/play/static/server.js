@@ -32,6 +32,7 @@ export async function recordVideo(session, range) {
   const answer = await fetch(address("recording.mp4", { session, ...range }));
   if (!answer.ok) throw new Error(await answer.text());
   const disposition = answer.headers.get("Content-Disposition") ?? "";
-  const name = /filename="?([^";]+)/.exec(disposition)?.[1] ?? "scd.mp4";
-  return { blob: await answer.blob(), name, first: Number(answer.headers.get("First-Frame")) };
+  const named = /filename(?:\*=UTF-8''|="?)([^";]+)/.exec(disposition)?.[1] ?? "scd.mp4";
+  const [name, first] = [decodeURIComponent(named), Number(answer.headers.get("First-Frame"))];
+  return { blob: await answer.blob(), name, first };
 }

@@ -138,8 +138,11 @@ export class Session {
   }
 
   async #step(now, action) {
-    // A late frame does not make the following ones hurry.
-    this.#nextFrameAt = Math.max(this.#nextFrameAt + 1 / this.#fps, now);
+    // A frame that is a little late keeps the rhythm. After a later one, or a single step, it
+    // begins anew, so that the following frames do not come in a burst.
+    const late = now - this.#nextFrameAt;
+    const anew = this.#single || late > 0.5 / this.#fps;
+    this.#nextFrameAt = (anew ? now : this.#nextFrameAt) + 1 / this.#fps;
     this.#single = false;
     const [seq, connection] = [this.#held.seq, this.#connection];
     this.#held.clearTaps();
