@@ -68,10 +68,10 @@ def dry_run(options: Options) -> None:
                 small = [_prepare(options, Path(folder))]
         run_experiment(broadcast_object_list(small)[0])  # the main process is the last to leave it
     if main:
-        done = "a step, a rollout and an evaluation"
+        done = "a step, a rollout and an evaluation on noise succeeded"
         if options.model.is_wan:
-            done = "a step of a miniature of it"
-        print(f"{options.name}: {done} succeeded on noise")
+            done = "a step of a miniature of it succeeded on noise"
+        print(f"{options.name}: {done}")
 
 
 def _folder_of_all(options: Options, state: PartialState) -> TemporaryDirectory[str]:
