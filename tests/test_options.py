@@ -22,7 +22,7 @@ from scd.options import (
     with_former_names,
     with_present_names,
 )
-from scd.options.former_names import RENAMED
+from scd.options.other_names import RENAMED
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "options").glob("*.yml"))

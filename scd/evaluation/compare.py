@@ -19,6 +19,7 @@ from scd.data.clips import clip_folder
 from scd.errors import ScdError
 from scd.evaluation.evaluate import evaluation_folder
 from scd.evaluation.protocol import MODEL
+from scd.evaluation.samples import FRAMING
 from scd.evaluation.summary import columns, rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.models.world_model import CausalWorldModel
@@ -77,7 +78,7 @@ def compare_checkpoints(
             raise ScdError(
                 f"the checkpoints were evaluated with different {key}: {', '.join(sorted(values))}"
             )
-    for key in ("frame_stride", "frame_size", "resize_shorter"):
+    for key in FRAMING:
         values = {str(getattr(c.loaded.options.data, key)) for c in candidates}
         if len(values) > 1:
             raise ScdError(

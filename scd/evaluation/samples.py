@@ -47,6 +47,7 @@ _WITHOUT_INFLUENCE = {
     "flow": ("self_forcing_sigma",),
     "eval": ("batch_size", "saved_videos", "comparisons", "fvd_precision", "windows"),
 }
+FRAMING = ("frame_stride", "frame_size", "resize_shorter")  # options of data that shape the clips
 
 
 def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[str, Any]:
@@ -60,8 +61,7 @@ def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[s
         }
         for section in _SECTIONS
     }
-    framing = ("frame_stride", "frame_size", "resize_shorter")
-    sections["data"] = {key: getattr(options.data, key) for key in framing}
+    sections["data"] = {key: getattr(options.data, key) for key in FRAMING}
     return {
         "format": FORMAT,
         "checkpoint": checkpoint_hash,

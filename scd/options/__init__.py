@@ -1,6 +1,6 @@
 """Typed options: one YAML file is one experiment, `key=value` overrides change single values."""
 
-from scd.options.former_names import with_former_names, with_present_names
+from scd.options.other_names import with_former_names, with_present_names
 from scd.options.reader import (
     OPTIONS_FILE,
     load_options,

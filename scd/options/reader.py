@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from scd.errors import ScdError, reason
-from scd.options.former_names import unknown_key, with_present_names
+from scd.options.other_names import unknown_key, with_present_names
 from scd.options.rules import check, check_rollout, check_training, wrong_choice
 from scd.options.schema import Options, RolloutOptions
 from scd.utils.paths import expand, from_user, to_read, why_missing
