@@ -155,8 +155,8 @@ class SCDPipeline(RolloutPipeline):
         known = video.shape[1]
         model = self.transformer
         shape = model.actions_shape(len(video), known + num_frames)
-        actions = _numbers("actions", actions, shape, integers=not model.has_vectors)
-        labels = _numbers("labels", labels, (len(video),))
+        actions = as_numbers("actions", actions, shape, integers=not model.has_vectors)
+        labels = as_numbers("labels", labels, (len(video),))
         device = self.transformer.device
         video = video.to(device)
         settings = self.settings(num_inference_steps, **rollout)
@@ -220,7 +220,7 @@ def pipeline_of(
     return SCDPipeline(model, vae, asdict(options.rollout), options_to_dict(options))
 
 
-def _numbers(
+def as_numbers(
     name: str, values: Any, shape: tuple[int, ...], integers: bool = True
 ) -> Tensor | None:
     """Convert conditions from lists, arrays or tensors of any number type to a tensor.

@@ -245,6 +245,16 @@ def test_folders_that_are_no_text_to_video_wan(folder, own_folder, tmp_path):
             read_transformer(copied(source, tmp_path / str(number), **change))
     with pytest.raises(ScdError, match="holds neither transformer/ nor Wan"):
         read_transformer(tmp_path)
+    (second := copied(folder, tmp_path / "two") / "transformer_2").mkdir()
+    (second / "config.json").write_text("{}")
+    with pytest.raises(ScdError, match="two: has two transformers"):
+        read_transformer(second.parent)
+    for change in ({"latents_mean": [0.0, 1.0]}, {"temperal_downsample": [True]}):
+        other = copied(folder, tmp_path / min(change))
+        config = other / "vae/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+        with pytest.raises(ScdError, match=r"vae(/config\.json: latents_mean|: announces)"):
+            read_autoencoder(other)
     doubled = copied(folder, tmp_path / "doubled")
     shard = min((doubled / "transformer").glob("*.safetensors"))
     save_file(load_file(shard), shard.with_name("diffusion_pytorch_model.fp16.safetensors"))
@@ -264,7 +274,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capfd, monkeypatch):
     for arguments, message in (
         ([str(folder), "--out", "mine"], "mine exists and holds no converted model"),
         (["no folder", "--out", "x"], "no folder: no such folder in"),
-        ([str(folder), "--out", "x"], "an encoder of 25 and a decoder of 5 + 5 layers"),
+        ([str(folder), "--out", "x"], "an encoder of 1 and a decoder of 5 + 5 layers: this Wan has 4"),
         (
             [str(folder), "--out", "x", "--type", "causal", "--encoder-frame", "noise"],
             "--encoder-frame does not belong to --type causal",
@@ -280,6 +290,23 @@ def test_mistakes_are_one_line(folder, tmp_path, capfd, monkeypatch):
         assert captured.startswith("error: ") and captured.count("\n") == 1
         assert message in captured
     assert not (tmp_path / "x").exists()
+
+
+def test_a_run_of_training_is_not_replaced(folder, tmp_path):
+    """It has an options.yml as a converted model does."""
+    weights = tmp_path / "run/checkpoints/step-00001000/ema.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"")
+    (tmp_path / "run/options.yml").write_text("name: run\n")
+    assert main(["wan", "convert", str(folder), *SIZES, "--out", str(tmp_path / "run")]) == 1
+    assert weights.exists()
+
+
+def test_by_default_every_block_is_used(tmp_path):
+    model = SCDWan.from_wan(tiny_wan(num_layers=12))
+    assert (model.config.encoder_layers, model.config.decoder_last) == (7, 5)
+    with pytest.raises(ScdError, match=r"an encoder of 13 and a decoder of 5 \+ 5 layers"):
+        SCDWan.from_wan(tiny_wan(num_layers=12), encoder_layers=13)
 
 
 @pytest.mark.parametrize("format", ["folder", "own_folder"])

@@ -213,6 +213,11 @@ def test_actions_steer(vae):
         for last in (1, 2)
     )
     assert torch.equal(left[:, :5], right[:, :5]) and not torch.equal(left[:, 5:], right[:, 5:])
+    frames = pipeline(**given, actions=[[0, 0, 1]], generator=seeded(1)).frames
+    tensor = torch.tensor([[0, 0, 1]])
+    assert torch.equal(frames, pipeline(**given, actions=tensor, generator=seeded(1)).frames)
+    with pytest.raises(ScdError, match=r"actions are torch\.float32, not integers"):
+        pipeline(**given, actions=torch.zeros(1, 3))
     with pytest.raises(ScdError, match=r"actions have shape \(1, 2\), expected \(1, 3\)"):
         pipeline(**given, actions=torch.zeros(1, 2, dtype=torch.long))
 

@@ -113,7 +113,7 @@ def add_commands(commands: Commands) -> None:
         help="separable; dense and causal; or as it is, to teach (default: %(default)s)",
     )
     for name, default, what in (
-        ("encoder-layers", 25, "the encoder's layers, Wan's first"),
+        ("encoder-layers", "all but --decoder-last", "the encoder's layers, Wan's first"),
         ("decoder-first", 5, "the decoder's layers from Wan's beginning"),
         ("decoder-last", 5, "the decoder's layers from Wan's end"),
         ("chunk-frames", 1, "frames that a causal model denoises together"),
@@ -207,5 +207,5 @@ def _add_text_encoder(p: argparse.ArgumentParser) -> None:
         default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         metavar="SOURCE",
         help="folder or repository on the hub with text_encoder/ and tokenizer/ (default: "
-        "%(default)s, 11 GB)",
+        "%(default)s, 23 GB)",
     )

@@ -99,7 +99,7 @@ def build_to_fit(build: Callable[[], Network], tensors: dict[str, Tensor], sourc
     try:
         with torch.device("meta"):
             announced = build()
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise ScdError(f"{source}: announces a network that cannot be ({reason(error)})") from error
     _refuse_differences(announced, tensors, source)
     network = build()

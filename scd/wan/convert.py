@@ -16,7 +16,7 @@ from torch import Tensor
 from scd.data.hub import Repository, check_space, exclusive_use, size_text
 from scd.errors import ScdError
 from scd.models.weights import build_to_fit, read_state_dict, read_weights
-from scd.options import OPTIONS_FILE, RolloutOptions
+from scd.options import RolloutOptions
 from scd.utils.files import read_json, write_folder_atomically
 from scd.utils.paths import why_missing
 from scd.wan.names import read_any_names, with_diffusers_names
@@ -26,6 +26,8 @@ from scd.wan.wan_pipeline import SCDWanPipeline
 
 WEIGHTS = "diffusion_pytorch_model*.safetensors"
 WAN_VAE = "Wan2.1_VAE.pth"
+INDEX = "model_index.json"  # of a pipeline in diffusers' format
+SECOND = "transformer_2/config.json"  # of a Wan2.2 with an expert for each range of noise levels
 FILES = ("config.json", WEIGHTS)
 WANTED = {  # of a repository on the hub, by whether it is in diffusers' format
     True: [f"{part}/{file}" for part in ("transformer", "vae") for file in FILES],
@@ -60,7 +62,7 @@ def convert(
         ScdError: no such source, a part of it is missing, damaged or does not fit, no access to the
             hub, or the folder holds something else or cannot be written.
     """
-    if out.exists() and not (out / OPTIONS_FILE).is_file():
+    if out.exists() and not (out / INDEX).is_file():
         raise ScdError(f"{out} exists and holds no converted model: choose another folder")
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -76,7 +78,10 @@ def convert(
 
 def _fetch(repo: Repository, folder: Path) -> None:
     commit, files = repo.files()
-    patterns = WANTED[any(file.name == "transformer/config.json" for file in files)]
+    names = {file.name for file in files}
+    if SECOND in names:
+        raise _two_experts(str(repo))
+    patterns = WANTED["transformer/config.json" in names]
     wanted = [f for f in files if any(fnmatch.fnmatch(f.name, pattern) for pattern in patterns)]
     if not wanted:
         raise ScdError(f"{repo}: holds no Wan, neither in diffusers' format nor in Wan's own")
@@ -115,6 +120,8 @@ def read_transformer(folder: Path, weights: Path | None = None) -> WanTransforme
     Raises:
         ScdError: it is missing or damaged, or tensors and config do not fit together.
     """
+    if (folder / SECOND).is_file():
+        raise _two_experts(str(folder))
     in_diffusers = (folder / "transformer").is_dir()
     if not in_diffusers and not (folder / "config.json").is_file():
         raise ScdError(f"{folder}: no Wan: holds neither transformer/ nor Wan's own config.json")
@@ -137,6 +144,13 @@ def read_transformer(folder: Path, weights: Path | None = None) -> WanTransforme
     return _checked(transformer, name)
 
 
+def _two_experts(source: str) -> ScdError:
+    return ScdError(
+        f"{source}: has two transformers, one for high noise and one for low: only a Wan of one "
+        f"can be converted"
+    )
+
+
 def read_autoencoder(folder: Path) -> AutoencoderKLWan:
     """Read the autoencoder of a folder in diffusers' format or in Wan's own, in float32.
 
@@ -156,6 +170,9 @@ def read_autoencoder(folder: Path) -> AutoencoderKLWan:
         first = tensors.get("encoder.conv_in.weight")
         config = {"base_dim": 96 if first is None else len(first)}
     vae = build_to_fit(lambda: AutoencoderKLWan.from_config(config), tensors, str(place))
+    for key in ("latents_mean", "latents_std"):
+        if not isinstance(values := vae.config[key], list) or len(values) != vae.config.z_dim:
+            raise ScdError(f"{place}/config.json: {key} is not a list of {vae.config.z_dim} numbers")
     return _checked(vae, str(place))
 
 

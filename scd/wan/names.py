@@ -91,8 +91,10 @@ def _renamed(
 ) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name)
-        assert match is not None
+        match = re.fullmatch(r"(?s)(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name)
+        if match is None:  # an empty name
+            renamed[name] = tensor
+            continue
         block, own, kind = (part or "" for part in match.groups())
         renamed[block + (inside if block else outside).get(own, own) + kind] = tensor
     return renamed

@@ -96,7 +96,7 @@ class SCDWan(WanWorldModel, CausalWorldModel):
     def from_wan(
         cls,
         transformer: WanTransformer3DModel,
-        encoder_layers: int = 25,
+        encoder_layers: int | None = None,
         decoder_first: int = 5,
         decoder_last: int = 5,
         encoder_frame: EncoderFrame = "shift",
@@ -106,6 +106,9 @@ class SCDWan(WanWorldModel, CausalWorldModel):
     ) -> "SCDWan":
         """Make an SCD of the weights of a text-to-video Wan, which are copied.
 
+        Args:
+            encoder_layers: None: all of Wan's but the `decoder_last`.
+
         Raises:
             ScdError: another kind of Wan, fewer layers than are wanted, or arguments that
                 contradict each other.
@@ -113,6 +116,8 @@ class SCDWan(WanWorldModel, CausalWorldModel):
         config = config_of(transformer)
         layers = config.pop("num_layers")
         config.pop("rope_max_seq_len")
+        if encoder_layers is None:
+            encoder_layers = max(1, layers - decoder_last)
         if encoder_layers > layers or decoder_first + decoder_last > layers:
             raise ScdError(
                 f"an encoder of {encoder_layers} and a decoder of {decoder_first} + {decoder_last} "

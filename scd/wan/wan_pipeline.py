@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scd.errors import ScdError
 from scd.flow.sampler import Generators
-from scd.pipeline import RolloutPipeline, SCDPipelineOutput
+from scd.pipeline import RolloutPipeline, SCDPipelineOutput, as_numbers
 from scd.rollout import Rollout
 from scd.wan.network import WanWorldModel
 from scd.wan.text import clean_prompt, encode_prompts
@@ -122,8 +122,7 @@ class SCDWanPipeline(RolloutPipeline):
             **rollout,
         )
         shape = (stream.batch, stream.latent_frames)
-        if actions is not None and tuple(actions.shape) != shape:
-            raise ScdError(f"actions have shape {tuple(actions.shape)}, expected {shape}")
+        actions = as_numbers("actions", actions, shape)
         pictures = []
         with self.progress_bar(total=stream.latent_frames) as bar:
             for number in range(stream.latent_frames):
