@@ -1,7 +1,8 @@
 """`SCDPipeline`: a world model and its autoencoder as one diffusers pipeline."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from scd.options import (
     OPTIONS_FILE,
     Options,
     RolloutOptions,
+    merge_rollout,
     options_to_dict,
     with_present_names,
 )
@@ -58,7 +60,20 @@ class RolloutPipeline(DiffusionPipeline):
         settings = with_present_names({"rollout": rollout or {}}, "rollout")["rollout"]
         if options is not None:
             options = with_present_names(options, "options")
-        self.register_to_config(rollout=asdict(RolloutOptions(**settings)), options=options)
+        saved = merge_rollout(RolloutOptions(), settings, "the pipeline's settings")
+        self.register_to_config(rollout=asdict(saved), options=options)
+
+    def register_modules(self, **kwargs: Any) -> None:
+        """Keep the parts of the pipeline, see diffusers.
+
+        Raises:
+            ScdError: the autoencoder's weights are not all there, of which diffusers only warns.
+        """
+        super().register_modules(**kwargs)
+        vae = kwargs["vae"]
+        for name, tensor in () if vae is None else vae.named_parameters():
+            if tensor.is_meta:
+                raise ScdError(f"vae: its config wants {name}, its weights lack it")
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline, see diffusers; with `options.yml`, if the experiment is known."""
@@ -80,7 +95,7 @@ class RolloutPipeline(DiffusionPipeline):
         """Give the saved settings of rollouts, with changes: fields of `RolloutOptions`.
 
         Raises:
-            ScdError: a setting is unknown.
+            ScdError: a setting is unknown, of another type, or asks for guidance that does nothing.
         """
         if steps is not None:
             changes["steps"] = steps
@@ -88,7 +103,21 @@ class RolloutPipeline(DiffusionPipeline):
         for name in changes:
             if name not in known:
                 raise ScdError(f"unknown setting {name!r}; known: {', '.join(known)}")
-        return replace(RolloutOptions(**self.config.rollout), **changes)
+        changes = {k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}
+        changed = merge_rollout(RolloutOptions(**self.config.rollout), changes)
+        by_scale = "guidance_scale" in changes
+        if by_scale and changed.guidance_scale != 1 and changed.guidance == "none":
+            raise ScdError(
+                f"guidance_scale={changed.guidance_scale:g} does nothing with guidance='none': "
+                f"give guidance='context' or 'condition' as well"
+            )
+        wanted = changes.get("guidance", "none") != "none"
+        if wanted and not by_scale and changed.guidance_scale == 1:
+            raise ScdError(
+                f"guidance={changed.guidance!r} does nothing with guidance_scale=1: give a scale "
+                f"as well, such as guidance_scale=1.5"
+            )
+        return changed
 
 
 class SCDPipeline(RolloutPipeline):
@@ -117,6 +146,12 @@ class SCDPipeline(RolloutPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
         self.register_settings(rollout, options)
+        channels = 3 if vae is None else vae.config.latent_channels
+        if transformer.channels != channels:
+            raise ScdError(
+                f"the transformer is a model of {transformer.channels} channels, "
+                f"{'pixels have' if vae is None else 'the vae makes'} {channels}"
+            )
 
     @torch.no_grad()
     def __call__(
@@ -142,15 +177,17 @@ class SCDPipeline(RolloutPipeline):
             labels: (B,) integers.
             num_inference_steps: denoising steps per frame; None: as saved with the model.
             output_type: `pt` or `np`.
-            rollout: other fields of `RolloutOptions`, such as guidance_scale, solver or window.
+            rollout: other fields of `RolloutOptions`, such as solver, window, or guidance and
+                guidance_scale. With weights in bf16, precision `fp32` counts as `auto`.
 
         Raises:
             ScdError: a value or shape does not fit, or a setting is unknown.
         """
         if output_type not in ("pt", "np"):
             raise ScdError(f"output_type is {output_type!r}, not pt or np")
-        if not isinstance(num_frames, int) or num_frames < 1:
+        if not isinstance(num_frames, Integral) or num_frames < 1:
             raise ScdError(f"num_frames is {num_frames!r}, not a positive integer")
+        num_frames = int(num_frames)
         video = self._checked(video)
         known = video.shape[1]
         model = self.transformer
@@ -187,7 +224,10 @@ class SCDPipeline(RolloutPipeline):
             ScdError: its type, shape, size or range does not fit.
         """
         if isinstance(video, np.ndarray):
-            video = torch.from_numpy(video)
+            try:
+                video = torch.from_numpy(np.ascontiguousarray(video))
+            except TypeError as error:
+                raise ScdError(f"video holds {video.dtype}, not uint8 or floats") from error
             if video.ndim == 5:
                 video = video.movedim(-1, 2)
         if not isinstance(video, Tensor):

@@ -111,8 +111,15 @@ def test_pixel_space_and_numpy(tmp_path):
     assert np.array_equal(as_tensor[:, :3], out[:, :3])
     again = pixel(out[:, :3], output_type="np", **given).frames  # what came out goes in
     assert np.array_equal(again[:, :3], out[:, :3])
-    with pytest.raises(ScdError, match="int64, not uint8 or floats"):
-        pixel(frames.astype(np.int64), **given)
+    turned = frames[..., ::-1]  # from BGR: strides below 0
+    both = [
+        pixel(one, generator=torch.Generator().manual_seed(0), **given).frames
+        for one in (turned.copy(), turned)
+    ]
+    assert torch.equal(*both)
+    for kind in (np.int64, object):
+        with pytest.raises(ScdError, match=f"{kind.__name__}, not uint8 or floats"):
+            pixel(frames.astype(kind), **given)
 
 
 def test_actions_of_any_kind(pipeline):
@@ -208,5 +215,19 @@ def test_refusals(pipeline):
         pipeline(video, **{**given, "num_inference_steps": 0})
     with pytest.raises(ScdError, match="the lowest and the highest noise level"):
         pipeline(video, guidance_interval=[0.7, 0.3], **given)
+    unguided = {"guidance": "none", "guidance_scale": 1.0}
+    off = SCDPipeline(pipeline.transformer, pipeline.vae, unguided)
+    for changes, message in (
+        ({"guidance_scale": 5.0}, "guidance_scale=5 does nothing with guidance='none'"),
+        ({"guidance": "context"}, "does nothing with guidance_scale=1"),
+        ({"steps": 4.5}, "rollout"),
+        ({"window": None}, "rollout"),
+        ({"solver": "eulr"}, "did you mean 'euler'"),
+    ):
+        with pytest.raises(ScdError, match=message):
+            off.settings(**changes)
+    assert off.settings(guidance="context", guidance_scale=1.5, guidance_interval=(0.0, 0.5))
+    with pytest.raises(ScdError, match=r"unknown key 'rollout\.strid'"):
+        SCDPipeline(pipeline.transformer, pipeline.vae, {"strid": 1})
     with pytest.raises(ScdError, match="unknown setting 'guidance_weight'; known: steps, solver"):
         pipeline(video, guidance_weight=2.0, **given)

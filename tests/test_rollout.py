@@ -1,5 +1,6 @@
 """The rollout engine against the plain network, and against itself in other forms."""
 
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
@@ -536,6 +537,71 @@ def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
     for known, context in zip(range(2, frames + 1), seen, strict=True):
         one = expected[:, known - model.first_predicted : known - model.first_predicted + 1]
         assert (context - one).abs().max() < TOLERANCE, known
+
+
+@torch.no_grad()
+def test_the_history_is_nobody_elses(inputs):
+    """What a caller does to its context, or to frames that were given out, changes nothing."""
+    context, _, actions = inputs
+    frames = []
+    for spoil in (False, True):
+        rollout, mine = Rollout(make_model(), plain(2, window=8)), context.clone()
+        rollout.reset(mine, actions[:, :K], generator=torch.Generator().manual_seed(1))
+        made = []
+        for i in range(2):
+            if spoil:
+                mine.zero_()
+            made.append((frame := rollout.step(actions[:, K + i])).clone())
+            if spoil:
+                frame.zero_()
+        frames.append(torch.stack(made))
+    assert torch.equal(*frames)
+
+
+@torch.no_grad()
+def test_a_refused_reset_leaves_no_video(inputs):
+    context, _, actions = inputs
+    rollout = Rollout(make_model(), plain(1, window=8))
+    rollout.reset(context, actions[:, :K])
+    old = weakref.ref(rollout.cache)
+    for wrong in (
+        lambda: rollout.reset(context, actions[:, :K], labels=torch.zeros(B)),
+        lambda: rollout.reset(context, actions[:, : K - 1]),
+        lambda: rollout.reset(context[:, :, :1], actions[:, :K]),
+        lambda: rollout.reset(context[0], actions[:, :K]),
+        lambda: rollout.reset(context, actions[:, :K].float()),
+    ):
+        with pytest.raises(ScdError):
+            wrong()
+    assert old() is None
+    with pytest.raises(ScdError, match="step before reset"):
+        rollout.step(actions[:, K])
+
+
+@torch.no_grad()
+def test_noise_that_does_not_fit(inputs):
+    context, _, actions = inputs
+    rollout = Rollout(make_model(), plain(1, window=8))
+    rollout.reset(context, actions[:, :K])
+    with pytest.raises(ScdError, match="noise has shape"):  # one for all samples
+        rollout.step(actions[:, K], torch.randn(1, C, H, W))
+    generators = [torch.Generator() for _ in range(B + 1)]
+    rollout.reset(context, actions[:, :K], generator=generators)
+    with pytest.raises(ScdError, match=f"{B + 1} generators for {B} samples"):
+        rollout.step(actions[:, K])
+    with pytest.raises(ScdError, match="at least one frame"):
+        continue_videos(make_model(), plain(1), context, 0, actions[:, :K])
+
+
+@torch.no_grad()
+def test_small_integers_are_actions(inputs):
+    context, _, actions = inputs
+    both = [
+        continue_videos(make_model(), plain(1), context, 1, given, generator=fixed)
+        for given in (actions[:, : K + 1], actions[:, : K + 1].to(torch.uint8))
+        for fixed in [torch.Generator().manual_seed(0)]
+    ]
+    assert torch.equal(*both)
 
 
 def test_wrong_labels_are_refused(inputs):

@@ -553,7 +553,7 @@ def test_refusals(inputs):
         model.velocity(latents[:, :1], noisy[:, :1], times[:, :1], text)
     with pytest.raises(ScdError, match=r"the text is \(2, 5, 16\), expected \(2, T, 32\)"):
         model.velocity(latents, noisy, times, text[..., :16])
-    with pytest.raises(ScdError, match="frames of 4x5 do not divide by 2x2"):
+    with pytest.raises(ScdError, match="frames of 4x5, which patches of 2x2 do not divide"):
         model.velocity(latents[..., :5], noisy[..., :5], times, text)
     with pytest.raises(ScdError, match=r"timesteps \(2, 3\), expected"):
         model.velocity(latents, noisy, times[:, 1:], text)

@@ -274,7 +274,10 @@ def test_mistakes_are_one_line(folder, tmp_path, capfd, monkeypatch):
     for arguments, message in (
         ([str(folder), "--out", "mine"], "mine exists and holds no converted model"),
         (["no folder", "--out", "x"], "no folder: no such folder in"),
-        ([str(folder), "--out", "x"], "an encoder of 1 and a decoder of 5 + 5 layers: this Wan has 4"),
+        (
+            [str(folder), "--out", "x"],
+            "an encoder of 1 and a decoder of 5 + 5 layers: this Wan has 4",
+        ),
         (
             [str(folder), "--out", "x", "--type", "causal", "--encoder-frame", "noise"],
             "--encoder-frame does not belong to --type causal",

@@ -470,7 +470,7 @@ def test_mistakes_of_commands_are_one_line(folder, embeds, tmp_path, capfd, monk
     for where, arguments, message in (
         (tmp_path / "no", good, "no: no such file or folder"),
         (tmp_path, good, "neither a folder with a model_index.json"),
-        (tmp_path / "thin", good, "its weights lack it"),
+        (tmp_path / "thin", good, "weights lack encoder.blocks.3.attn1"),
         (tmp_path / "other", good, "a pipeline of another kind (SCDPipeline), not of a Wan"),
         (model, ["--out", "x.avi", "--prompt", "a cat"], "x.avi: videos are mp4 files"),
         (model, ["--out", "x.mp4", "--prompt", "a bird"], "has no prompt 'a bird'"),

@@ -9,6 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from scd.errors import ScdError
+
 Generators = torch.Generator | list[torch.Generator] | None
 """One for a batch, or one for each of its samples."""
 
@@ -44,7 +46,14 @@ def frame_noise(
         solver: `consistency` takes fresh noise at every step but the last, the others none.
         temperature: standard deviation of what is drawn.
         initial: (B, C, H, W), instead of drawing it.
+
+    Raises:
+        ScdError: initial noise of another shape, or another number of generators than samples.
     """
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ScdError(f"{len(generator)} generators for {shape[0]} samples")
+    if initial is not None and tuple(initial.shape) != tuple(shape):
+        raise ScdError(f"noise has shape {tuple(initial.shape)}, expected {tuple(shape)}")
     if initial is None:
         initial = temperature * randn_tensor(shape, generator, device)
     noise = initial.to(device, torch.float32)[:, None]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scd.errors import ScdError, reason
-from scd.models.weights import SHOWN_DIFFERENCES, read_weights
+from scd.models.weights import read_weights, refuse_incomplete
 from scd.options import AutoencoderOptions
 from scd.utils.files import read_json, sha256
 from scd.utils.paths import to_read, why_missing
@@ -232,10 +232,7 @@ def load_codec(path: str | None) -> Codec:
         )
     except Exception as error:  # diffusers raises many kinds for damaged folders
         raise ScdError(f"{path}: not a readable autoencoder ({reason(error)})") from error
-    for kind, problem in (("missing_keys", "lack"), ("unexpected_keys", "have too much:")):
-        if names := sorted(found[kind]):  # diffusers would leave them random, or out
-            shown = ", ".join(names[:SHOWN_DIFFERENCES])
-            raise ScdError(f"{path}: the autoencoder's {len(names)} weights {problem} {shown}")
+    refuse_incomplete(found, f"{path}: the autoencoder's")
     return LatentCodec(autoencoder.eval().requires_grad_(False))
 
 

@@ -20,7 +20,7 @@ from scd.models.layers import (
     rotary_positions,
     unpatchify,
 )
-from scd.models.world_model import WorldModel, check_condition
+from scd.models.world_model import WorldModel, check_config
 
 
 class DiT(WorldModel):
@@ -44,7 +44,7 @@ class DiT(WorldModel):
         sigma_min: float = 0.05,
     ):
         super().__init__()
-        check_condition(condition, num_conditions)
+        check_config(self.config)
         width = heads * HEAD_DIM
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels * patch_size**2, width)

@@ -19,7 +19,7 @@ from scd.models.world_model import (
     FirstLook,
     FrameDenoiser,
     PrecomputedModulation,
-    check_condition,
+    check_config,
     repeat_steps,
 )
 
@@ -73,7 +73,7 @@ class SCD(CausalWorldModel):
         encoder_frame: str = "shift",
     ):
         super().__init__()
-        check_condition(condition, num_conditions)
+        check_config(self.config)
         shared = (channels, patch_size, heads * HEAD_DIM)
         start = first_frame and encoder_frame == "shift"
         self.encoder = CausalEncoder(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -105,6 +105,18 @@ def build_to_fit(build: Callable[[], Network], tensors: dict[str, Tensor], sourc
     network = build()
     load_matching(network, tensors, source)
     return network
+
+
+def refuse_incomplete(found: dict[str, Any], whose: str) -> None:
+    """Refuse weights that diffusers loaded although they do not fit: it left them random, or out.
+
+    Args:
+        found: diffusers' `output_loading_info`.
+    """
+    for kind, problem in (("missing_keys", "lack"), ("unexpected_keys", "have too much:")):
+        if names := sorted(found[kind]):
+            shown = ", ".join(names[:SHOWN_DIFFERENCES])
+            raise ScdError(f"{whose} {len(names)} weights {problem} {shown}")
 
 
 def load_matching(

@@ -1,8 +1,9 @@
 """The interfaces of world models: to the training objective, the rollout and diffusers."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -10,9 +11,13 @@ from torch import Tensor, nn
 
 from scd.errors import ScdError
 from scd.models.layers import HEAD_DIM
+from scd.models.weights import refuse_incomplete
+from scd.options import FlowOptions, ModelOptions
+from scd.options.rules import wrong_choice
 
 MAX_TIMESTEP = 1000.0
 CLEAN_TIMESTEP = -1.0
+SIZES = ("channels", "patch_size", "heads", "layers", "encoder_layers", "decoder_layers")
 
 
 class PrecomputedModulation(NamedTuple):
@@ -95,10 +100,22 @@ class WorldModel(ModelMixin, ConfigMixin):
 
     _repeated_blocks = ["Block"]
     _no_split_modules = ["Block"]
+    chunk_frames = 1  # frames that are denoised together, and see each other
     has_context = False  # whether a separate context can be perturbed (context guidance)
     has_text = False  # whether a text conditions the whole video
     # Whether an encoder takes a first look at the frames to predict, with noise of its own.
     takes_first_look = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a saved model, see diffusers; only weights that fit its config entirely.
+
+        Raises:
+            ScdError: tensors are missing or too many, of which diffusers only warns.
+        """
+        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        refuse_incomplete(found, f"{args[0]}: the model's")
+        return (model, found) if output_loading_info else model
 
     @property
     def heads(self) -> int:
@@ -168,7 +185,8 @@ class WorldModel(ModelMixin, ConfigMixin):
             noisy: (B, K, F', C, H, W), with F' at most F - `first_predicted`.
             timesteps: (B, K, F') in [0, 1000]; of a bidirectional model -1 for given frames.
             conditions: (B, F) or (B, F, V + 1), of the frames.
-            perturbation: (B, F', N, D), added to the normed context, where there is one.
+            perturbation: as the context, (B, F - `first_predicted`, N, D), or (B, F', N, D) with a
+                first look; added to the normed context, where there is one.
             history_gradient: False: no gradient through the keys and values of earlier frames, as
                 if they came from a rollout's cache.
             first_look: what a model that `takes_first_look` sees of the last F' frames, under every
@@ -190,7 +208,12 @@ class WorldModel(ModelMixin, ConfigMixin):
                 module.gradient_checkpointing = enabled
 
     def tokens_per_frame(self, height: int, width: int) -> int:
-        return (height // self.config.patch_size) * (width // self.config.patch_size)
+        """Count the tokens of a frame.
+
+        Raises:
+            ScdError: it does not divide into patches.
+        """
+        return count_patches(height, width, self.config.patch_size, self.config.patch_size)
 
     def velocity(
         self,
@@ -213,12 +236,32 @@ class WorldModel(ModelMixin, ConfigMixin):
 
         Returns:
             (B, F', C, H, W).
+
+        Raises:
+            ScdError: shapes that do not fit together, or conditions that the model does not have.
         """
+        self.check_clip(latents, noisy, timesteps)
         first = self.first_predicted
         conditions = self.frame_conditions(latents.shape[:2], actions, labels)
         self.check_conditions(conditions)
         drawn = noisy[:, None, first:], timesteps[:, None, first:]
         return self(latents, *drawn, conditions, first_look=first_look)[:, 0]
+
+    def check_clip(self, latents: Tensor, noisy: Tensor, timesteps: Tensor) -> None:
+        """Refuse the frames of `velocity` if they do not fit together, or not the model."""
+        shape = tuple(latents.shape)
+        if len(shape) != 5 or shape[2] != self.channels:
+            raise ScdError(f"latents are {shape}, expected (B, F, {self.channels}, H, W)")
+        if tuple(noisy.shape) != shape or tuple(timesteps.shape) != shape[:2]:
+            raise ScdError(
+                f"noisy frames are {tuple(noisy.shape)} and timesteps {tuple(timesteps.shape)}, "
+                f"expected {shape} and {shape[:2]} as the latents"
+            )
+        self.tokens_per_frame(*shape[3:])
+        least = 1 + self.first_predicted
+        if shape[1] < least or shape[1] % self.chunk_frames:
+            chunks = f", in chunks of {self.chunk_frames}" if self.chunk_frames > 1 else ""
+            raise ScdError(f"{shape[1]} frames: expected at least {least}{chunks}")
 
     def frame_conditions(
         self, shape: tuple[int, ...], actions: Tensor | None, labels: Tensor | None
@@ -233,7 +276,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         kind = self.condition
         under_actions = kind in ("action", "action_vector")
         if (actions is not None and not under_actions) or (labels is not None and kind != "label"):
-            given = "actions" if actions is not None else "labels"
+            given = "labels" if actions is None or under_actions else "actions"
             raise ScdError(f"{given} given to a model with condition {kind!r}")
         if kind == "none":
             return None
@@ -242,13 +285,13 @@ class WorldModel(ModelMixin, ConfigMixin):
             if tuple(actions.shape) != expected:
                 raise ScdError(f"actions are {tuple(actions.shape)}, expected {expected}")
             if not self.has_vectors:
-                return actions
+                return _as_indices("actions", actions)
             # The null condition's component is 0: the action is known.
             return nn.functional.pad(actions.float(), (0, 1))
         elif labels is not None:
             if tuple(labels.shape) != tuple(shape[:1]):
                 raise ScdError(f"labels are {tuple(labels.shape)}, expected {tuple(shape[:1])}")
-            return labels[:, None].expand(shape)
+            return _as_indices("labels", labels)[:, None].expand(shape)
         return self.null_conditions(shape)
 
     def null_conditions(self, shape: tuple[int, ...]) -> Tensor:
@@ -294,7 +337,6 @@ class CausalWorldModel(WorldModel):
     # frame that is being denoised or looked at.
     start_slots = 0
     noisy_slots = 0
-    chunk_frames = 1  # frames that are denoised together, and see each other
 
     @property
     @abstractmethod
@@ -379,16 +421,39 @@ class CausalWorldModel(WorldModel):
         raise ScdError(f"{type(self).__name__}: only the steps of an SCD can be compiled")
 
 
+def _as_indices(name: str, values: Tensor) -> Tensor:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ScdError(f"{name} are {values.dtype}, not integers")
+    return values.long()
+
+
+def count_patches(height: int, width: int, rows: int, columns: int) -> int:
+    if not height or not width or height % rows or width % columns:
+        raise ScdError(
+            f"frames of {height}x{width}, which patches of {rows}x{columns} do not divide"
+        )
+    return (height // rows) * (width // columns)
+
+
 def repeat_steps(conditions: Tensor, steps: int) -> Tensor:
     """Repeat conditions (R,) or (R, V + 1) at every step: (R, T) or (R, T, V + 1)."""
     return conditions[:, None].expand(-1, steps, *conditions.shape[1:])
 
 
-def check_condition(condition: str, num_conditions: int) -> None:
-    """Refuse a kind of condition without any, or conditions without a kind.
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse the config of a network that cannot be; its names are those of the options.
 
     Raises:
-        ScdError: they contradict each other.
+        ScdError: an unknown choice, a size below 1, or a kind of condition without any.
     """
+    kinds = {item.name: item.type for of in (ModelOptions, FlowOptions) for item in fields(of)}
+    for name, value in config.items():
+        if message := wrong_choice(name, kinds.get(name), value):
+            raise ScdError(message)
+        if name in SIZES and not (isinstance(value, int) and value > 0):
+            raise ScdError(f"{name} is {value!r}, not a positive integer")
+    condition, num_conditions = config["condition"], config["num_conditions"]
+    if num_conditions < 0:
+        raise ScdError(f"num_conditions is {num_conditions}, below 0")
     if (condition == "none") != (num_conditions == 0):
         raise ScdError(f"condition {condition!r} contradicts num_conditions {num_conditions}")

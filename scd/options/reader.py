@@ -79,20 +79,33 @@ def change_rollout(rollout: RolloutOptions, overrides: list[str]) -> RolloutOpti
     Raises:
         ScdError: an override is not of this form, or its key or value is wrong.
     """
-    merged = OmegaConf.structured(rollout)
     for text in overrides:
         where, part = f"override {text!r}", _parse_override(text)
         if list(part) != ["rollout"] or not isinstance(part["rollout"], dict):
             raise ScdError(f"{where}: here only options of rollout can be changed")
-        try:
-            values = _plain(part["rollout"], RolloutOptions, where, "rollout.")
-            merged = OmegaConf.unsafe_merge(merged, values)
-        except OmegaConfBaseException as error:
-            raise ScdError(f"{where}: {_one_line(error)}") from error
-    changed = OmegaConf.to_object(merged)
-    assert isinstance(changed, RolloutOptions)
-    check_rollout(changed)
-    return changed
+        rollout = merge_rollout(rollout, part["rollout"], where)
+    check_rollout(rollout)
+    return rollout
+
+
+def merge_rollout(
+    rollout: RolloutOptions, changes: dict[str, Any], where: str = "rollout"
+) -> RolloutOptions:
+    """Change settings of a rollout by name, with the types that options files take.
+
+    Args:
+        where: the changes come from, for messages.
+
+    Raises:
+        ScdError: an unknown name, or a value of another type or choice.
+    """
+    try:
+        values = _plain(changes, RolloutOptions, where, "rollout.")
+        merged = OmegaConf.to_object(OmegaConf.unsafe_merge(OmegaConf.structured(rollout), values))
+    except OmegaConfBaseException as error:
+        raise ScdError(f"{where}: {_one_line(error)}") from error
+    assert isinstance(merged, RolloutOptions)
+    return merged
 
 
 def options_from_json(text: str, source: str, overrides: list[str] | None = None) -> Options:

@@ -33,7 +33,7 @@ class RolloutConditions:
         if labels is not None:
             model.frame_conditions((batch, 1), None, labels)
             model.check_conditions(labels)
-            labels = labels.to(model.device)
+            labels = labels.long().to(model.device)
         self._model = model
         self._batch = batch
         self._labels = labels

@@ -24,7 +24,7 @@ def generate(
     noise: Tensor | None = None,
     generator: Generators = None,
 ) -> Tensor:
-    """Continue videos with the usual settings.
+    """Continue videos with the default settings, but without guidance unless its scale is given.
 
     See `continue_videos`, which takes all settings of `scd.options.RolloutOptions`.
     """
@@ -60,6 +60,8 @@ def continue_videos(
         ScdError: shapes that do not fit together.
     """
     known = context.shape[1]
+    if num_frames < 1:
+        raise ScdError(f"num_frames is {num_frames}: at least one frame is generated")
     expected = model.actions_shape(context.shape[0], known + num_frames)
     if actions is not None and tuple(actions.shape) != expected:
         raise ScdError(

@@ -126,6 +126,8 @@ class Rollout:
                 on the batch it is in.
             text, negative_text: see `set_text`.
         """
+        self._forget()
+        self._check_context(context)
         batch, frames, _, height, width = context.shape
         if frames < self.model.first_predicted:
             raise ScdError(
@@ -153,8 +155,8 @@ class Rollout:
         self._batch = batch
         tokens = model.tokens_per_frame(height, width)
         self.cache = KVCache(model, (1 + guided) * batch, self.window, tokens * self._chunk)
-        self._newest, self._newest_condition = context[:, -self._chunk :], frame_conditions[:, -1:]
-        self._waiting = []
+        self._newest = context[:, -self._chunk :].clone()  # the caller may use its own again
+        self._newest_condition = frame_conditions[:, -1:]
         if model.has_text or text is not None:
             self.set_text(text, negative_text)
         # All but the newest frame, which may need the action that is yet to come. What the window
@@ -213,7 +215,7 @@ class Rollout:
                 denoiser, noises, levels, _ = self._begin(action, noise)
                 self._newest = self._denoise(denoiser, noises, levels)
             self._waiting = list(self._newest.unbind(dim=1))
-        return self._waiting.pop(0)
+        return self._waiting.pop(0).clone()  # the history is not the caller's to change
 
     @torch.no_grad()
     def step_to_exit(
@@ -236,12 +238,26 @@ class Rollout:
             noisy = self._integrate(denoiser, noises, levels[: exit_step + 1])
             velocity = self._guided(denoiser, levels)(noisy, exit_step)
             self._newest = noisy - levels[exit_step] * velocity
-        return Exit(self._newest[:, 0], noisy[:, 0], levels[exit_step], first_look)
+        return Exit(self._newest[:, 0].clone(), noisy[:, 0], levels[exit_step], first_look)
 
     def stream(self, actions: Iterable[Tensor | None]) -> Iterator[Tensor]:
         """Yield a frame (B, C, H, W) for every action (B,) or (B, V), as soon as it is done."""
         for action in actions:
             yield self.step(action)
+
+    def _forget(self) -> None:
+        """Drop the video before: a refused `reset` leaves none, and its cache frees its memory."""
+        self._newest, self._waiting = None, []
+        for name in ("cache", "_packed", "_graph"):
+            self.__dict__.pop(name, None)
+
+    def _check_context(self, context: Tensor) -> None:
+        """Refuse frames that are not (B, K, C, H, W) of the model's channels."""
+        channels = self.model.channels
+        if context.ndim != 5 or context.shape[2] != channels:
+            raise ScdError(
+                f"context has shape {tuple(context.shape)}, expected (B, K, {channels}, H, W)"
+            )
 
     def _begin(self, action: Tensor | None, noise: Tensor | None) -> _Denoising:
         """Draw the noise of the next frame, or chunk, and encode what comes before it."""

@@ -172,7 +172,9 @@ def read_autoencoder(folder: Path) -> AutoencoderKLWan:
     vae = build_to_fit(lambda: AutoencoderKLWan.from_config(config), tensors, str(place))
     for key in ("latents_mean", "latents_std"):
         if not isinstance(values := vae.config[key], list) or len(values) != vae.config.z_dim:
-            raise ScdError(f"{place}/config.json: {key} is not a list of {vae.config.z_dim} numbers")
+            raise ScdError(
+                f"{place}/config.json: {key} is not a list of {vae.config.z_dim} numbers"
+            )
     return _checked(vae, str(place))
 
 

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.models.world_model import WorldModel
+from scd.models.world_model import WorldModel, count_patches
 from scd.wan.stack import WanSizes
 
 IMAGE_FACTS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")  # of image-to-video models
@@ -27,7 +27,6 @@ class WanWorldModel(WorldModel):
     _no_split_modules = ["WanBlock"]
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm2"]
     has_text = True
-    chunk_frames = 1
     prediction = "velocity"
     sigma_min = 0.0  # nothing is divided by a noise level
 
@@ -58,7 +57,7 @@ class WanWorldModel(WorldModel):
 
     def tokens_per_frame(self, height: int, width: int) -> int:
         _, rows, columns = self.config.patch_size
-        return (height // rows) * (width // columns)
+        return count_patches(height, width, rows, columns)
 
     # A Wan is nothing without a text, so it comes first.
     def velocity(  # type: ignore[override]
@@ -84,31 +83,13 @@ class WanWorldModel(WorldModel):
         Raises:
             ScdError: shapes that do not fit together, or actions that the model does not have.
         """
-        self._check_clip(latents, noisy, timesteps, text)
+        self.check_clip(latents, noisy, timesteps)
+        self.check_text(text, len(latents))
         first = self.first_predicted
         conditions = self.frame_conditions(latents.shape[:2], actions, None)
         self.check_conditions(conditions)
         noisy, timesteps = noisy[:, None, first:], timesteps[:, None, first:]
         return self(latents, noisy, timesteps, conditions, text=text)[:, 0]
-
-    def _check_clip(self, latents: Tensor, noisy: Tensor, timesteps: Tensor, text: Tensor) -> None:
-        config = self.config
-        shape, (_, rows, columns) = tuple(latents.shape), config.patch_size
-        if len(shape) != 5 or shape[2] != config.in_channels:
-            raise ScdError(f"latents are {shape}, expected (B, F, {config.in_channels}, H, W)")
-        if tuple(noisy.shape) != shape or tuple(timesteps.shape) != shape[:2]:
-            raise ScdError(
-                f"noisy frames are {tuple(noisy.shape)} and timesteps {tuple(timesteps.shape)}, "
-                f"expected {shape} and {shape[:2]} as the latents"
-            )
-        if shape[3] % rows or shape[4] % columns:
-            raise ScdError(f"frames of {shape[3]}x{shape[4]} do not divide by {rows}x{columns}")
-        if shape[1] <= self.first_predicted or shape[1] % self.chunk_frames:
-            raise ScdError(
-                f"{shape[1]} frames: expected at least {1 + self.first_predicted}, in chunks of "
-                f"{self.chunk_frames}"
-            )
-        self.check_text(text, shape[0])
 
     def check_text(self, text: Tensor | None, batch: int) -> Tensor:
         if text is None:
