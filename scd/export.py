@@ -244,14 +244,17 @@ def _usage_of_wan(options: Options, name: str) -> str:
         train = "./scripts/train.sh options/scd_wan_distilled.yml"
         return f"`{train} distill.teacher={name}` distils a causal model from this folder. {more}"
     height, width = options.data.frame_sides
-    size = f"--height {height} --width {width}"
+    size = f"--height {height} --width {width} --fps {options.data.fps:g}"
+    negative, texts = "", "text"
+    if options.rollout.guidance == "condition" and options.rollout.guidance_scale != 1:
+        negative, texts = "negative_prompt_embeds=negative, ", "text, negative"
     return (
         f'```bash\nscd wan generate {name} --prompt "A cat runs." {size} --out cat.mp4\n```\n\n'
         "```python\nfrom scd.wan import SCDWanPipeline\n\n"
         f'pipeline = SCDWanPipeline.from_pretrained("{name}")  # this folder\n'
-        f"frames = pipeline(prompt_embeds=text, height={height}, width={width}).frames\n"
-        f"# text (B, {options.wan.text_length}, {options.wan.text_dim}) -> (B, 81, 3, {height}, "
-        f"{width})\n```\n\n{more}"
+        f"frames = pipeline(\n    prompt_embeds=text, {negative}height={height}, width={width}\n)"
+        f".frames\n# {texts} (B, {options.wan.text_length}, {options.wan.text_dim}) -> "
+        f"(B, 81, 3, {height}, {width})\n```\n\n{more}"
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 
 from scd.cli import main
+from scd.data import video_checks
 from scd.data.clips import clip_folder
 from scd.data.latents import latent_header, of_another_video, read_latents, write_latents
 from scd.data.lists import read_list, write_list
@@ -104,6 +105,30 @@ def test_two_processes_share_the_work_and_tell_of_failures(
         alone = read_latents(root / str(entry.latent_path))
         torch.testing.assert_close(alone, latents, atol=1e-4, rtol=1e-4)
     assert read_list(root / "train.json") == entries
+
+
+def test_an_error_loses_no_checks(root: Path, options: Options, monkeypatch) -> None:
+    """The next run decodes only what the last one did not get to."""
+    entries = read_list(root / "train.json")
+    last = root / str(entries[-1].video_path)
+    good = last.read_bytes()
+    last.write_bytes(b"broken")
+    (root / "video_checks.json").unlink(missing_ok=True)
+    with pytest.raises(ScdError, match=last.name):
+        encode_dataset(options)
+    last.write_bytes(good)
+    checked, check = [], video_checks.check_video
+    monkeypatch.setattr(
+        video_checks, "check_video", lambda path, *a: (checked.append(path), check(path, *a))[1]
+    )
+    encode_dataset(options)
+    assert checked == [last]
+
+
+def test_prompts_have_nothing_to_encode(options: Options) -> None:
+    prompts = replace(options, data=replace(options.data, source="prompts"))
+    with pytest.raises(ScdError, match="no videos to encode"):
+        encode_dataset(prompts)
 
 
 def test_a_video_that_is_listed_twice_is_encoded_once(root: Path, options: Options) -> None:

@@ -1,6 +1,7 @@
 """`scd make-lists`: any folder of videos, and the splits of UCF-101."""
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,24 @@ def test_labels_are_the_folders_in_alphabetical_order(
         ("Standing", 1),
         ("walks", 2),
     }
+    # Another class would give the lists' numbers to others.
+    video(root / "ambles/0.mp4")
+    others = ["--train-list", "t.json", "--val-list", "v.json"]
+    assert main(["make-lists", str(root), "--labels", *others]) == 1
+    assert read_json(root / "classes.json") == ["runs", "Standing", "walks"]
+    assert not (root / "t.json").exists()
+    shutil.rmtree(root / "ambles")
+    assert main(["make-lists", str(root), "--labels", *others]) == 0
+
+
+def test_suffixes_of_any_case(root: Path) -> None:
+    for name in ("walks/3.npz", "runs/game.npz"):
+        (root / name).rename((root / name).with_suffix(".NPZ"))
+    assert main(["make-lists", str(root)]) == 0
+    entries = read_list(root / "train.json") + read_list(root / "val.json")
+    actions = {str(entry.video_path): entry.actions_in for entry in entries}
+    assert actions["walks/3.mp4"] == "walks/3.NPZ"
+    assert actions["runs/game.NPZ"] == "runs/game.NPZ"
 
 
 def test_broken_videos_are_named_and_left_out(root: Path, capsys: pytest.CaptureFixture) -> None:

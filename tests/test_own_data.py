@@ -159,6 +159,6 @@ def test_a_clip_of_ucf101_trains_and_is_measured(
     assert np.isfinite(rows["model"]["psnr"])
     assert "240x320: 1" in capsys.readouterr().out
     assert main(["validate", "--opt", "real.yml", *by_label]) == 1
-    assert "but the options need 64x64: set data.resize_shorter" in capsys.readouterr().out
+    assert "but data.frame_size is 64; data.resize_shorter scales" in capsys.readouterr().out
     assert main(["train", "--opt", "real.yml", "name=refused", *SMALL_MODEL, *by_label]) == 1
     assert "frames of 240x320 pixels, but data.frame_size is 64" in capsys.readouterr().err

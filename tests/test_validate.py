@@ -91,8 +91,9 @@ def test_the_content_hash_follows_the_content(root: Path, validate: Callable) ->
     moved = replace(entries[0], video_path="elsewhere/a.mp4", latent_path=None)
     write_list(root / "train.json", [*entries[:0:-1], moved])
     assert content() == before  # neither names, nor order, nor latents
-    write_list(root / "train.json", [replace(entries[0], label=1), *entries[1:]])
-    assert content() != before
+    for other in (replace(entries[0], label=1), replace(entries[0], caption="a cat")):
+        write_list(root / "train.json", [other, *entries[1:]])
+        assert content() != before
     write_list(root / "train.json", entries)
     path = root / "train/00000.npz"
     actions = np.load(path)["actions"]
@@ -176,7 +177,7 @@ def another_size(root: Path) -> None:
         (missing_latents, "no such latent file"),
         (
             another_size,
-            "val/00000.mp4: frames of 64x80 pixels (height x width), but the options need 64x64",
+            "val/00000.mp4: frames of 64x80 pixels, but data.frame_size is 64",
         ),
     ],
 )

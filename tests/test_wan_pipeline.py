@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd.cli import main
@@ -449,6 +452,33 @@ def test_vbench(folder, embeds, tmp_path, capfd):
     for model, more in (("scd", ["--seed", "11"]), ("causal", [])):
         assert main(command(folder / model, embeds, *arguments, *more)) == 1
         assert "were made otherwise" in capfd.readouterr().err
+    shutil.copytree(embeds, tmp_path / "embeds")
+    changed = json.loads((embeds / "prompts.json").read_text()) | {"text_encoder": "another"}
+    (tmp_path / "embeds/prompts.json").write_text(json.dumps(changed))
+    shutil.copytree(folder / "scd", tmp_path / "scd")
+    vae = tmp_path / "scd/vae/diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(vae).items()}, vae)
+    for model, texts_in in ((folder / "scd", tmp_path / "embeds"), (tmp_path / "scd", embeds)):
+        assert main(command(model, texts_in, *arguments)) == 1
+        assert "were made otherwise" in capfd.readouterr().err
+    # What an earlier version wrote says less, and is gone on with.
+    lines = json.loads((tmp_path / "videos.json").read_text())
+    del lines["autoencoder"], lines["text_encoder"]
+    (tmp_path / "videos.json").write_text(json.dumps(lines))
+    # Another process makes one of the videos that are missing.
+    for number in (2, 3):
+        (out / f"a cat-{number}.mp4").unlink()
+    code = "import sys, time; from pathlib import Path; from scd.utils.locks import claim\n"
+    code += "with claim(Path(sys.argv[1]), 3) as mine: print(mine, flush=True); time.sleep(60)"
+    lock = str(tmp_path / "videos.lock")
+    with subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"True\n"
+        assert main(command(folder / "scd", embeds, *arguments)) == 0
+        other.kill()
+    assert (out / "a cat-2.mp4").exists() and not (out / "a cat-3.mp4").exists()
+    assert "1 videos were being made by other processes" in capfd.readouterr().out
+    assert main(command(folder / "scd", embeds, *arguments)) == 0
+    assert {path.name for path in out.iterdir()} == names
 
 
 def test_mistakes_of_commands_are_one_line(folder, embeds, tmp_path, capfd, monkeypatch):

@@ -103,12 +103,12 @@ def test_a_file_is_encoded_once(source, tmp_path, monkeypatch, capsys):
     listed = json.loads((out / "prompts.json").read_text())
     assert list(listed["files"]) == ["a cat &amp; dog", "a dog runs", "still grass"]
     folder = PromptFolder(out)
-    assert folder.prompts == ["a cat &amp; dog", "a dog runs"]
+    assert list(folder.files) == ["a cat &amp; dog", "a dog runs", "still grass"]
     assert folder.negative_prompt == "still grass"
     tokenizer, encoder = load_text_encoder(str(source), torch.device("cpu"))
     texts = ["a cat & dog", "a dog runs", "still grass"]
     expected = encode_prompts(tokenizer, encoder, texts)
-    found = folder.embeddings([*folder.prompts, folder.negative_prompt])
+    found = torch.stack([folder.embedding(prompt) for prompt in folder.files])
     tolerance = 0.05 if found.dtype == torch.bfloat16 else 1e-5  # batches differ
     assert found.shape == (3, LENGTH, TEXT) and found.dtype == encoder.dtype
     assert (found - expected).abs().max() < tolerance
@@ -127,20 +127,22 @@ def test_a_file_is_encoded_once(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(encoding, "load_text_encoder", None)
     assert main(command) == 0
     monkeypatch.undo()
-    prompts.write_text("the cat stands still")
+    prompts.write_text("the cat stands still", encoding="utf-8-sig")  # as from Windows
     assert main(command[:-2]) == 0  # the negative prompt stays if no other is given
     assert PromptFolder(out).negative_prompt == "still grass"
-    assert len(PromptFolder(out).prompts) == 3
+    assert "the cat stands still" in PromptFolder(out).files
     # So does a list of clips, by its captions, also one that lies in the folder itself.
     clips = [{"video_path": f"{n}.mp4", "caption": " a dog "} for n in range(2)]
     (out / "train.json").write_text(json.dumps([*clips, {"video_path": "2.mp4"}]))
     command[2] = str(out / "train.json")
     assert main(command) == 0
     folder = PromptFolder(out)
-    assert folder.prompts[-1] == "a dog" and len(folder.prompts) == 4
+    assert "a dog" in folder.files and len(folder.files) == 5
     folder.check([" a dog", "still grass"])
     with pytest.raises(ScdError, match="no embedding of 1 prompts, such as 'a cow': add them"):
         folder.check(["a dog", "a cow"])
+    with pytest.raises(ScdError, match=r"such as '': .* a negative one by its --negative-prompt"):
+        folder.check([""])
 
 
 def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):
@@ -175,7 +177,8 @@ def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):
         folder.embedding("a dog")
     next(Path("other/embeddings").iterdir()).write_bytes(b"damaged")
     with pytest.raises(ScdError, match="not a readable embedding"):
-        folder.embeddings([*folder.prompts, ""])
+        for prompt in folder.files:
+            folder.embedding(prompt)
     Path("other/prompts.json").write_text("[]")
     with pytest.raises(ScdError, match="not a list of"):
         PromptFolder(Path("other"))

@@ -122,6 +122,11 @@ def test_teacher_forcing_from_videos_with_captions(
         assert main(["validate", "--opt", "options/scd_wan.yml", *wanted]) == 0
         told = capsys.readouterr().out
         assert told.count("are shorter than the 4 frames of data.frames") == short
+        assert "more than once" not in told and "frame rate" not in told
+    listed = ["validate", "--list", str(data_root / "train.json")]
+    assert main([*listed, "--root", str(data_root)]) == 0
+    assert main(["validate", "--opt", "options/scd_wan.yml", *start, "data.fps=24"]) == 0
+    assert "3 of 3 videos have another frame rate than data.fps=24" in capsys.readouterr().out
     often = ["train.steps=3", "train.sample_every=3", "train.val_loss_every=3"]
     log = train("scd_wan", *start, "name=forced", *often)
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -208,6 +213,32 @@ def test_costs_are_those_of_a_real_step_and_a_real_frame():
     ends = 2 * n * d * 64  # patches of 2x2x16 values
     assert once == 4 * block(n, (past + 1) * n) + ends
     assert each == 4 * block(2 * n, 2 * n) + block(2 * n, 2 * n, n) + 2 * ends
+
+
+def test_videos_that_are_too_narrow_are_named(data_root, overrides, tmp_path, capsys):
+    """Scaled to the height of the frames, they do not fill their width; encoding refuses them."""
+    narrow = np.zeros((PICTURES, 40, 48, 3), np.uint8)
+    write_video(data_root / "narrow.mp4", narrow, fps=16)
+    entries = json.loads((data_root / "val.json").read_text())
+    entries.append({**entries[0], "video_path": "narrow.mp4"})
+    (data_root / "val.json").write_text(json.dumps(entries))
+    scaled = [*overrides, *SCD, f"data.resize_shorter={HEIGHT}"]
+    assert main(["encode", "--opt", "options/scd_wan.yml", *scaled]) == 0
+    capsys.readouterr()
+    assert main(["validate", "--opt", "options/scd_wan.yml", *scaled]) == 1
+    told = capsys.readouterr().out
+    assert told.count("broken:") == 1 and "narrow.mp4: frames of 40x48 pixels, which" in told
+
+
+def test_prompts_are_validated(data_root, overrides, capsys):
+    given = ["--opt", "options/scd_wan_distilled.yml", *overrides, *SCD]
+    assert main(["validate", *given]) == 0
+    assert "the embeddings of all" in capsys.readouterr().out
+    assert main(["encode", *given]) == 1
+    assert "data.source=prompts has no videos to encode" in capsys.readouterr().err
+    (data_root / "prompts.txt").write_text("a cow")
+    assert main(["validate", *given]) == 1
+    assert "no embedding of 1 prompts, such as 'a cow'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["scd_wan", "scd_wan_distilled"])
@@ -394,6 +425,12 @@ def test_a_checkpoint_of_a_run_generates_and_is_exported(
     for text in ("license: apache-2.0", "SCDWan: 2 encoder and 2 decoder layers", "step 1 of 2"):
         assert text in card
     assert "48x32 pixels, in clips of 3 latent frames" in card and "scd wan generate step-" in card
+    assert "--fps 16 " in card and "negative_prompt_embeds=negative" in card
+    code = card.split("```python\n")[1].split("```")[0].replace('"step-00000001"', "folder")
+    text = PromptFolder(data_root).embedding(CAPTIONS[0])[None].float()
+    given = {"folder": middle, "text": text, "negative": torch.zeros_like(text)}
+    exec(code.replace("width=48", "width=48, num_frames=5"), given)
+    assert given["frames"].shape == (1, 5, 3, HEIGHT, WIDTH)
     size = ["--height", str(HEIGHT), "--width", str(WIDTH), "--frames", "5"]
     asked = ["--prompt", CAPTIONS[0], "--prompt-embeds", str(data_root), *size]
     assert main(["wan", "generate", str(first), *asked, "--out", str(out / "v.mp4")]) == 0

@@ -170,7 +170,8 @@ def add_commands(commands: Commands) -> None:
         action="append",
         default=[],
         metavar=("PICTURE", "TEXT"),
-        help="another prompt from this picture on; may be repeated",
+        help="another prompt from this picture on, or from the next chunk of a model of chunks; "
+        "may be repeated",
     )
     p.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     p.add_argument(

@@ -109,7 +109,9 @@ class ClipFolder:
         if self.source != "video":
             return 0
         videos = (str(entry.video_path) for entry in self.entries)
-        return sum(not video.endswith(".npz") and video not in self.checks for video in videos)
+        return sum(
+            not video.lower().endswith(".npz") and video not in self.checks for video in videos
+        )
 
     @property
     def has_actions(self) -> bool:

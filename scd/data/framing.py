@@ -49,21 +49,9 @@ class Framing:
                 when they are scaled.
         """
         height, width = video.shape[-2:]
-        if self.resize_shorter is None:
-            if (height, width) != self.sides:
-                wanted = self.size if self.width is None else "x".join(map(str, self.sides))
-                raise ScdError(
-                    f"{path}: frames of {height}x{width} pixels, but data.frame_size is "
-                    f"{wanted}; data.resize_shorter scales and crops them"
-                )
-        else:
+        room = self.room((height, width), path)
+        if self.resize_shorter is not None:
             video = resize_shorter(video, self.resize_shorter)
-        room = [side - wanted for side, wanted in zip(video.shape[-2:], self.sides, strict=True)]
-        if min(room) < 0:
-            raise ScdError(
-                f"{path}: frames of {height}x{width} pixels, which data.resize_shorter="
-                f"{self.resize_shorter} makes smaller than {'x'.join(map(str, self.sides))}"
-            )
         if rng is None:
             top, left, mirrored = room[0] // 2, room[1] // 2, False
         else:
@@ -71,6 +59,30 @@ class Framing:
             mirrored = self.mirror and bool(rng.integers(2))
         video = video[..., top : top + self.sides[0], left : left + self.sides[1]]
         return video.flip(-1) if mirrored else video
+
+    def room(self, size: tuple[int, int], path: Path) -> tuple[int, int]:
+        """Count the pixels by which frames (height, width) of a video are larger, once scaled.
+
+        Raises:
+            ScdError: see a call.
+        """
+        height, width = size
+        if self.resize_shorter is None:
+            if size != self.sides:
+                wanted = self.size if self.width is None else "x".join(map(str, self.sides))
+                raise ScdError(
+                    f"{path}: frames of {height}x{width} pixels, but data.frame_size is "
+                    f"{wanted}; data.resize_shorter scales and crops them"
+                )
+            return 0, 0
+        scaled = _scaled(size, self.resize_shorter)
+        room = scaled[0] - self.sides[0], scaled[1] - self.sides[1]
+        if min(room) < 0:
+            raise ScdError(
+                f"{path}: frames of {height}x{width} pixels, which data.resize_shorter="
+                f"{self.resize_shorter} makes smaller than {'x'.join(map(str, self.sides))}"
+            )
+        return room
 
     @property
     def name(self) -> str:
@@ -93,11 +105,16 @@ def resize_shorter(video: Tensor, side: int) -> Tensor:
     fine texture averages out instead of flickering from frame to frame.
     """
     height, width = video.shape[-2:]
-    shorter = min(height, width)
-    if shorter == side:
+    size = _scaled((height, width), side)
+    if size == (height, width):
         return video
-    size = [max(side, round(length * side / shorter)) for length in (height, width)]
     return F.interpolate(video, size=size, mode="bicubic", antialias=True)
+
+
+def _scaled(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Scale height and width so that the shorter one becomes `side`."""
+    height, width = (max(side, round(length * side / min(size))) for length in size)
+    return height, width
 
 
 def as_images(frames: np.ndarray) -> Tensor:

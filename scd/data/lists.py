@@ -33,7 +33,7 @@ class ClipEntry:
     @property
     def actions_in(self) -> str | None:
         """Path of the file with the actions: `action_path`, or the `.npz` that holds the clip."""
-        if self.action_path is None and str(self.video_path).endswith(".npz"):
+        if self.action_path is None and str(self.video_path).lower().endswith(".npz"):
             return self.video_path
         return self.action_path
 

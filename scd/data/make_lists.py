@@ -17,7 +17,7 @@ from scd.data.clips import read_actions
 from scd.data.lists import ClipEntry, path_problem, write_list
 from scd.data.video_checks import VideoChecks, slow_reading_note
 from scd.errors import ScdError
-from scd.utils.files import npz_keys, write_json
+from scd.utils.files import npz_keys, read_json, write_json
 from scd.utils.paths import why_missing
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".m4v")
@@ -139,16 +139,18 @@ def _files(root: Path) -> list[Path]:
 def _clips(root: Path, paths: list[Path]) -> Iterator[tuple[str, ClipEntry]]:
     """Make an entry for each clip among files; yields the path of its video, and the entry."""
     videos = [path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES]
-    beside = {path.with_suffix(".npz") for path in videos}
+    arrays = {path.with_suffix(".npz"): path for path in paths if path.suffix.lower() == ".npz"}
+    beside = {arrays.get(path.with_suffix(".npz")) for path in videos}
     for path in videos:
-        actions = path.with_suffix(".npz")
-        has_actions = (root / actions).is_file() and _has_actions(root / actions)
+        actions = arrays.get(path.with_suffix(".npz"))  # or .NPZ
+        if actions is not None and not _has_actions(root / actions):
+            actions = None
         yield (
             path.as_posix(),
-            ClipEntry(path.as_posix(), actions.as_posix() if has_actions else None),
+            ClipEntry(path.as_posix(), None if actions is None else actions.as_posix()),
         )
     for path in paths:
-        if path.suffix == ".npz" and path not in beside:
+        if path.suffix.lower() == ".npz" and path not in beside:
             try:
                 keys = npz_keys(root / path)
             except ScdError:
@@ -192,7 +194,13 @@ def _with_labels(root: Path, entries: dict[str, ClipEntry]) -> dict[str, ClipEnt
         video = next(video for video, name in names.items() if not name)
         raise ScdError(f"{root / video}: lies in no class folder, so it has no label")
     classes = sorted(set(names.values()), key=lambda name: (name.casefold(), name))
-    write_json(root / CLASSES, classes)
+    path = root / CLASSES
+    if path.exists() and read_json(path) != classes:
+        raise ScdError(
+            f"{path}: numbers other classes than these folders, for lists that exist already: move "
+            f"it away, if they are not needed any more"
+        )
+    write_json(path, classes)
     numbers = {name: number for number, name in enumerate(classes)}
     return {video: replace(e, label=numbers[names[video]]) for video, e in entries.items()}
 

@@ -31,7 +31,7 @@ class PromptFolder:
         text_encoder: what made them.
         length: tokens of a text, with the zeros behind its end.
         negative_prompt: the one that guidance leads away from if no other is given.
-        prompts: all others, in the order of their lists.
+        files: the name of each prompt's file, in the order of their lists.
 
     Raises:
         ScdError: there is no such folder, or its list is damaged.
@@ -52,7 +52,6 @@ class PromptFolder:
         except (KeyError, TypeError, AttributeError) as error:
             raise ScdError(f"{path}: not a list of `scd wan encode-prompts` ({error!r})") from error
         self.folder = folder
-        self.prompts = [prompt for prompt in self.files if prompt != self.negative_prompt]
 
     def embedding(self, prompt: str) -> Tensor:
         """Read the embedding of a prompt of the list, (length, text_dim).
@@ -77,10 +76,6 @@ class PromptFolder:
             raise ScdError(f"{path}: {tuple(rows.shape)} are no 1 to {self.length} finite tokens")
         return torch.cat([rows, rows.new_zeros(self.length - len(rows), rows.shape[1])])
 
-    def embeddings(self, prompts: Iterable[str]) -> Tensor:
-        """Read the embeddings of prompts of the list, (B, length, text_dim)."""
-        return torch.stack([self.embedding(prompt) for prompt in prompts])
-
     def check_source(self, text_encoder: str, length: int) -> None:
         """Refuse to mix with embeddings that another text encoder made, or of another length."""
         if (self.text_encoder, self.length) != (text_encoder, length):
@@ -100,7 +95,8 @@ class PromptFolder:
         if lacking:
             raise ScdError(
                 f"{self.folder}: no embedding of {len(lacking)} prompts, such as "
-                f"{lacking[0].strip()[:80]!r}: add them with `scd wan encode-prompts`"
+                f"{lacking[0].strip()[:80]!r}: add them with `scd wan encode-prompts`, a negative "
+                f"one by its --negative-prompt"
             )
 
 
@@ -143,7 +139,7 @@ def read_lines(path: Path) -> list[str]:
         ScdError: it is missing, no UTF-8, or empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
         raise ScdError(f"{path}: {why_missing(path)}") from error
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scd.data.clips import check_actions, read_actions
+from scd.data.framing import Framing
 from scd.data.latents import LatentSpec, latent_header, of_another_video, read_latents
 from scd.data.lists import ClipEntry, read_list
 from scd.data.video import Video
@@ -35,17 +36,17 @@ class Requirements:
     Attributes:
         fields: fields of `ClipEntry` that every entry must have.
         condition, num_conditions: `model.condition` and `model.num_conditions`; None: any.
-        frame_size: (H, W) of every frame; None: any.
+        framing: that the frames must fit; None: frames of any size.
         latents: encoder and shape of the latents; None: any.
-        frames_per_latent: see `LatentSpec`.
+        frames_per_latent: see `LatentSpec`; None: any.
     """
 
     fields: tuple[str, ...] = ()
     condition: str | None = None
     num_conditions: int = 0
-    frame_size: tuple[int, int] | None = None
+    framing: Framing | None = None
     latents: LatentSpec | None = None
-    frames_per_latent: int = 1
+    frames_per_latent: int | None = None
 
 
 @dataclass
@@ -62,6 +63,7 @@ class ClipReport:
     label: int | None = None
     latents: str | None = None
     digest: str = ""
+    video: str = ""
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Survey:
         in_order: videos that are read in order, because seeking fails or yields other frames.
         broken: one line for each broken clip.
         digests: a hash of the content of each whole clip, for comparing lists.
+        videos: a hash of the video of each whole clip alone, or of its latents without one.
     """
 
     path: str
@@ -93,14 +96,15 @@ class Survey:
     in_order: list[str]
     broken: list[str]
     digests: list[str]
+    videos: list[str]
 
     @property
     def content_hash(self) -> str:
         """Hash the sorted hashes of all clips with SHA-256.
 
-        The hash of a clip covers its video file (its latent file if there is no video), its actions
-        and its label. So it depends neither on names, nor on the order of the list, nor on latents
-        that were encoded from a video.
+        The hash of a clip covers its video file (its latent file if there is no video), its
+        actions, its label and its caption. So it depends neither on names, nor on the order of the
+        list, nor on latents that were encoded from a video.
         """
         return hashlib.sha256("".join(sorted(self.digests)).encode()).hexdigest()
 
@@ -171,6 +175,7 @@ def survey_list(checks: VideoChecks, list_path: Path, required: Requirements) ->
         in_order=checks.in_order(dict.fromkeys(str(entry.video_path) for entry in entries)),
         broken=[report.problem for report in reports if report.problem is not None],
         digests=[report.digest for report in whole],
+        videos=[report.video for report in whole],
     )
 
 
@@ -198,12 +203,8 @@ def _read_clip(
         report.frames, size = len(video), _frame_size(video)
         report.fps = checks.fps(entry.video_path)
         report.size = f"{size[0]}x{size[1]}"
-        if required.frame_size not in (None, size):
-            wanted = "x".join(map(str, required.frame_size or ()))
-            raise ScdError(
-                f"{root / entry.video_path}: frames of {report.size} pixels (height x width), but "
-                f"the options need {wanted}: set data.resize_shorter to scale and crop them"
-            )
+        if required.framing is not None:
+            required.framing.room(size, root / entry.video_path)
         hash_.update(sha256(root / entry.video_path).encode())
     if entry.latent_path is not None:
         path = root / entry.latent_path
@@ -212,10 +213,11 @@ def _read_clip(
         if entry.video_path is None:
             report.frames = frames
             hash_.update(sha256(path).encode())
-        elif frames != 1 + (report.frames - 1) // required.frames_per_latent:
+        elif not _latents_fit(frames, report.frames, required.frames_per_latent):
             raise ScdError(f"{path}: {frames} latents for {report.frames} frames")
         elif problem := of_another_video(latent_header(path), path, root / entry.video_path):
             raise ScdError(problem)
+    report.video = hash_.hexdigest()
     if entry.actions_in is not None and (
         entry.action_path is not None or "actions_in" in required.fields
     ):
@@ -235,8 +237,16 @@ def _read_clip(
             f"{required.num_conditions - 1}"
         )
     hash_.update(f"label {entry.label}".encode())
+    if entry.caption is not None:
+        hash_.update(f"caption {entry.caption}".encode())
     report.digest = hash_.hexdigest()
     return report
+
+
+def _latents_fit(latents: int, frames: int, frames_per_latent: int | None) -> bool:
+    if frames_per_latent is None:  # the first latent is of one frame, each other of some
+        return 1 <= latents <= frames
+    return latents == 1 + (frames - 1) // frames_per_latent
 
 
 def _frame_size(video: Video) -> tuple[int, int]:

@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from scd.data.clips import NEEDED
+from scd.data.framing import framing_of
 from scd.data.latents import LatentSpec
+from scd.data.prompts import PromptFolder, read_lines
 from scd.data.survey import Requirements, Survey, survey_list
 from scd.data.video_checks import VideoChecks, slow_reading_note
 from scd.errors import ScdError
@@ -28,6 +30,8 @@ def validate_experiment(options: Options, latents: LatentSpec | None, report: Pa
         ScdError: a list cannot be read, or a clip is broken (after everything was printed).
     """
     root = Path(options.data.root)
+    if options.data.source == "prompts":
+        return _validate_prompts(root, options)
     checks = VideoChecks(root)
     train = survey_list(checks, root / options.data.train_list, _for_training(options, latents))
     val = survey_list(checks, root / options.data.val_list, _for_evaluation(options, latents))
@@ -39,6 +43,14 @@ def validate_experiment(options: Options, latents: LatentSpec | None, report: Pa
         names,
         report,
     )
+
+
+def _validate_prompts(root: Path, options: Options) -> None:
+    """Check that prompts to train on have embeddings."""
+    path = root / options.data.train_list
+    prompts = list(dict.fromkeys(read_lines(path)))
+    PromptFolder(root).check([options.wan.negative_prompt, *prompts])
+    print(f"{path}: {len(prompts)} prompts; {root} has the embeddings of all")
 
 
 def validate_list(list_path: Path, root: Path, report: Path | None) -> None:
@@ -64,7 +76,7 @@ def _for_evaluation(options: Options, latents: LatentSpec | None) -> Requirement
         fields=("video_path", *(("caption",) if m.is_wan else ()), *NEEDED[m.condition]),
         condition=m.condition,
         num_conditions=m.num_conditions,
-        frame_size=data.frame_sides if data.resize_shorter is None else None,
+        framing=framing_of(data),
         frames_per_latent=1 if latents is None else latents.frames_per_latent,
     )
 
@@ -74,7 +86,7 @@ def _for_training(options: Options, latents: LatentSpec | None) -> Requirements:
     if latents is None:
         return required
     fields = ("latent_path", *required.fields[1:])
-    return replace(required, fields=fields, frame_size=None, latents=latents)
+    return replace(required, fields=fields, framing=None, latents=latents)
 
 
 def _training_warnings(survey: Survey, options: Options) -> list[str]:
@@ -86,24 +98,38 @@ def _training_warnings(survey: Survey, options: Options) -> list[str]:
             f"{survey.path}: {survey.clips} clips for batches of {batch} (train.batch_size): "
             f"suspiciously few"
         )
+    if options.model.is_wan:
+        warnings += _other_rates(survey, options.data.fps)
     return warnings + _short_of_training(survey, options)
+
+
+def _other_rates(survey: Survey, fps: float) -> list[str]:
+    """Warn of videos whose frame rate is not the one that a pretrained model's motion has."""
+    others = sum(not 1 / FPS_SPREAD < rate / fps < FPS_SPREAD for rate in survey.fps)
+    if not others:
+        return []
+    return [
+        f"{survey.path}: {others} of {survey.clips} videos have another frame rate than data.fps="
+        f"{fps:g}, at which the model's videos play: their motion is learned too fast or too slow; "
+        f"convert them first (ffmpeg -i IN.mp4 -r {fps:g} OUT.mp4)"
+    ]
 
 
 def _validation_warnings(train: Survey, survey: Survey, options: Options) -> list[str]:
     o = options.eval
     warnings = _repeats(survey)
-    if survey.clips < o.videos:
+    if survey.clips < o.videos and not options.model.is_wan:  # which is evaluated on prompts
         warnings.append(
             f"{survey.path}: {survey.clips} clips for eval.videos={o.videos}: some are evaluated "
             f"more than once, each time from another first frame"
         )
-    both = len(set(train.digests) & set(survey.digests))
+    both = len(set(train.videos) & set(survey.videos))
     if both:
         warnings.append(
             f"{survey.path}: {both} clips are in the training list as well (same content): "
             f"metrics on them say nothing about new videos"
         )
-    if options.model.is_wan:  # it is evaluated on prompts; the loss is that of training clips
+    if options.model.is_wan:  # the loss is that of training clips
         warnings += _short_of_training(survey, options)
     elif options.task == "world_model":
         span = (o.context_frames + o.new_frames - 1) * options.data.frame_stride + 1

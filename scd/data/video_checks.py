@@ -97,7 +97,7 @@ class VideoChecks:
             ScdError: see `check` and `NpzVideo`.
         """
         path = self.root / video
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             return NpzVideo(path)
         known = self.check(video)
         if known.random_access:

@@ -392,7 +392,7 @@ class EvalOptions:
 
     context_frames: int = not_negative(MISSING)  # given frames per video
     new_frames: int = positive(MISSING)  # generated frames per video
-    videos: int = positive(256)  # validation clips to evaluate on
+    videos: int = positive(256)  # validation clips to evaluate on; of a Wan, at most 4 prompts
     # Predictions per clip: frame metrics take the best of them, FVD their mean.
     trajectories: int = positive(1)
     seeds: list[int] = field(default_factory=lambda: [0])  # one per trajectory

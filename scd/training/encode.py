@@ -48,6 +48,8 @@ def encode_dataset(options: Options) -> None:
         ScdError: the experiment has no autoencoder, or a video is missing, broken or of a wrong
             size, or another process failed. The list file stays as it was.
     """
+    if options.data.source == "prompts":
+        raise ScdError("encode: data.source=prompts has no videos to encode")
     if options.autoencoder.path is None:
         raise ScdError("encode: autoencoder.path is null, so there is nothing to encode with")
     state = processes()
@@ -66,7 +68,8 @@ def encode_dataset(options: Options) -> None:
 
     checks = VideoChecks(root)
     lengths: dict[str, int] = {}  # frames of each video
-    with error_barrier():
+    failed: Exception | None = None
+    try:
         for name in _progress(split_between_processes(list(targets))):
             video, target = checks.open(name), root / targets[name]
             count = latent_frames(codec, len(video))
@@ -74,13 +77,21 @@ def encode_dataset(options: Options) -> None:
                 latents = _encode_video(video, codec, framing, precision)
                 write_latents(target, latents, made_by, identity_of(root / name))
             lengths[name] = count
+    except Exception as error:
+        failed = error
+    finally:  # no video is checked twice, not even after an error or, of one process, Ctrl-C
+        if state.num_processes == 1:
+            checks.save()
 
     parts = gather_object([(lengths, checks.new)])
     with error_barrier():
         if state.is_main_process:
             for _, new_checks in parts:
                 checks.add(new_checks)
-            checks.save()  # so that no video is checked twice
+            checks.save()
+    with error_barrier():
+        if failed is not None:
+            raise failed
     with error_barrier():
         if state.is_main_process:
             found = check_latents([root / target for target in targets.values()], made_by, shape)

@@ -58,6 +58,32 @@ def hold_lock(path: Path, busy: str, advice: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def claim(path: Path, number: int) -> Iterator[bool]:
+    """Claim one of many pieces of work within the block; yields whether no other process has it.
+
+    As `hold_lock`, but of a single byte, so that one file serves all pieces; it stays empty. Where
+    the file system knows no locks, every process is told that it has the piece.
+
+    Raises:
+        ScdError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open as long as it is locked
+    except OSError as error:
+        raise ScdError(f"{path.parent}: cannot be written ({error.strerror or error})") from error
+    with file:
+        mine = True
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+        except (BlockingIOError, PermissionError):
+            mine = False
+        except OSError:
+            pass
+        yield mine
+
+
 def _holder(path: Path) -> str:
     try:
         holder = read_json(path)

@@ -11,13 +11,16 @@ SHARED = "share/scd"  # where an installed package keeps `options/`, below its p
 
 
 def from_user(text: str | Path) -> Path:
-    """Expand `~` and `~user` at the beginning of a path.
+    """Expand `~` and `~user` at the beginning of a path, and name a folder that has no name.
+
+    `.` and `..` become whole paths: what is written goes beside its target first, under its name.
 
     Raises:
         ScdError: that user has no known home.
     """
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        return path.resolve() if path.name in ("", "..") else path
     except RuntimeError as error:
         raise ScdError(f"{text}: no home folder is known here: write the whole path") from error
 

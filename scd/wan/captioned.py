@@ -50,6 +50,7 @@ class CaptionedLatents(ClipFolder):
 
     @property
     def prompts(self) -> list[str]:
+        """The captions of all clips."""
         return [str(entry.caption) for entry in self.entries]
 
     def read_bytes(
@@ -62,7 +63,8 @@ class CaptionedLatents(ClipFolder):
     ) -> dict[str, Tensor]:
         """Read `latents` (F, C, h, w), `text` (T, text_dim), and any `actions` (F,)."""
         clip = super().read_bytes(number, frames, stride, rng, framing_rng)
-        return {**clip, "text": self.texts.embedding(self.prompts[number]).float()}
+        caption = str(self.entries[number].caption)
+        return {**clip, "text": self.texts.embedding(caption).float()}
 
     def first_frame(self, last: int, rng: np.random.Generator | None) -> int:
         """Begin with the video."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from scd.errors import ScdError, reason
 from scd.models.weights import weight_files
 from scd.options.reader import change_rollout
 from scd.utils.files import MAX_NAME_BYTES, read_json, sha256, write_json
+from scd.utils.locks import claim
 from scd.utils.paths import why_missing
 from scd.utils.precision import resolve_precision, with_weights_in
 from scd.utils.seeding import generator
 from scd.wan.from_options import options_in
-from scd.wan.text import TextEncoder, clean_prompt, encode_prompts, load_text_encoder
+from scd.wan.text import MAX_TOKENS, TextEncoder, clean_prompt, encode_prompts, load_text_encoder
 from scd.wan.training_run import load_pipeline_of_checkpoint
 from scd.wan.wan_pipeline import SCDWanPipeline
 
@@ -59,6 +61,10 @@ class Texts:
     def __init__(self, folder: Path | None, source: str, device: torch.device):
         self._folder = None if folder is None else PromptFolder(folder)
         self._source = source
+        # What makes the embeddings, and their number of tokens.
+        self.made_by = [source, MAX_TOKENS]
+        if self._folder is not None:
+            self.made_by = [self._folder.text_encoder, self._folder.length]
         self._device = device
         self._encoder: TextEncoder | None = None
 
@@ -162,7 +168,8 @@ def generate_benchmark(
     """Generate videos of many prompts under the names that VBench's own tool looks for.
 
     They are `<prompt>-<index>.mp4`, index 0 to 4; seeds as in `generate_videos`. What all of them
-    have in common is written to `<out>.json`. Videos that are there already stay.
+    have in common is written to `<out>.json`. Videos that are there already stay. Any number of
+    processes share the work, by locks in `<out>.lock`.
 
     Args:
         model: what the pipeline was loaded from.
@@ -186,6 +193,8 @@ def generate_benchmark(
             )
     common = {
         "model": [sha256(path) for path in weight_files(model)],
+        "autoencoder": [sha256(path) for path in sorted((model / "vae").glob("*.safetensors"))],
+        "text_encoder": texts.made_by,
         "rollout": dict(pipeline.config.rollout),
         "negative_prompt": texts.negative(request.negative_prompt),
         "extended": None if extended is None else sha256(extended),
@@ -198,14 +207,21 @@ def generate_benchmark(
             f"{about}: is missing, so how the videos of {out} were made is unknown: choose another "
             f"folder"
         )
-    if about.exists() and read_json(about) != common:
+    before = read_json(about) if about.exists() else {}
+    if not isinstance(before, dict) or before != {key: common.get(key) for key in before}:
         raise ScdError(f"{about}: the videos of {out} were made otherwise: choose another folder")
     write_json(about, common)
-    for name, text in dict(zip(names, given, strict=True)).items():
-        for number in range(videos):
-            if not (path := out / f"{name}-{number}.mp4").exists():
+    others = 0
+    wanted = dict(zip(names, given, strict=True)).items()
+    for piece, ((name, text), number) in enumerate(product(wanted, range(videos))):
+        path = out / f"{name}-{number}.mp4"
+        with claim(out.with_name(f"{out.name}.lock"), piece) as mine:
+            others += not mine
+            if mine and not path.exists():
                 one = replace(request, seed=request.seed + number)
                 generate_video(pipeline, texts, text, one, path)
+    if others:
+        print(f"{out}: {others} videos were being made by other processes")
 
 
 def generate_video(

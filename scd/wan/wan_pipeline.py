@@ -239,7 +239,8 @@ class VideoStream(Iterator[Tensor]):
     ) -> None:
         """Give the frames to come another prompt, one for all videos or one for each.
 
-        The frames before keep theirs in the KV cache; the negative prompt stays.
+        The frames before keep theirs in the KV cache; the negative prompt stays. Of a model that
+        denoises chunks of frames, the rest of the present chunk is made already.
 
         Raises:
             ScdError: neither or both are given, or there are too many or too few of them.
