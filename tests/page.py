@@ -25,14 +25,17 @@ SECONDS = 30  # that anything may take on a busy machine
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
 
 
-def open_browser(downloads: Path, *flags: str) -> Any:
+def open_browser(downloads: Path, *flags: str, cookies: bool = True) -> Any:
     """Start the browser, with further flags; it saves downloads to a folder."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", *flags):
         options.add_argument(f"--{flag}")
     options.add_argument("--window-size=1440,900")
-    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    prefs = {"download.default_directory": str(downloads)}
+    if not cookies:
+        prefs["profile.default_content_setting_values.cookies"] = 2  # blocked
+    options.add_experimental_option("prefs", prefs)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     driver.set_script_timeout(SECONDS)

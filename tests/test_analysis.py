@@ -469,7 +469,7 @@ def test_probe_writes_a_report(trained, kind, capsys):
     checkpoint = trained(kind)
     command = ["probe", str(checkpoint), "--clips", "2", "--steps", "3", "--fine-tune", "2"]
     assert main([*command, "optim.ema_decay=0.5"]) == 0
-    folder = checkpoint.parents[2] / "probe/step-00000001"
+    (folder,) = (checkpoint.parents[2] / "probe").glob("step-00000001-*")
     page, numbers = (
         (folder / "index.html").read_text(),
         json.loads((folder / "probe.json").read_text()),
@@ -537,7 +537,7 @@ def test_what_was_measured_stays_when_a_later_probe_fails(trained, monkeypatch, 
     monkeypatch.setattr(probe, "probe_layer_skipping", fails)
     command = ["probe", str(trained("scd")), "--clips", "1,0", "--steps", "3", "--fine-tune", "0"]
     assert main(command) == 1
-    folder = trained.root / "scd/probe/step-00000001"
+    (folder,) = (trained.root / "scd/probe").glob("step-00000001-*")
     numbers = json.loads((folder / "probe.json").read_text())
     assert numbers["clips"] == [1, 0] and "attention" in numbers and "skipped" not in numbers
     assert "Unfinished: 2 of 7 sections" in (folder / "index.html").read_text()
@@ -558,7 +558,7 @@ def test_an_exported_folder_and_a_metric_that_is_missing(trained, monkeypatch):
     folder = trained.root / "exported"
     assert main(["export", str(trained("scd")), "--out", str(folder)]) == 0
     assert main(["probe", str(folder), "--clips", "2", "--steps", "3", "--fine-tune", "0"]) == 0
-    report = trained.root / "scd/probe/exported"
+    (report,) = (trained.root / "scd/probe").glob("exported-*")
     assert "LPIPS is missing: no weights here" in (report / "index.html").read_text()
     numbers = json.loads((report / "probe.json").read_text())
     assert numbers["missing_metrics"] == {"lpips": "no weights here"}

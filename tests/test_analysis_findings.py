@@ -1,5 +1,7 @@
 """A report's verdicts, sentences and suggested split, from known numbers."""
 
+import math
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from scd.analysis.similarity import (
 )
 from scd.analysis.split import Split
 from scd.analysis.suggest_split import candidates, decoder_depth, describe_depth, fastest_good
+from scd.errors import ScdError
 
 
 def similarity_of(similarity, between_clips):
@@ -111,6 +114,8 @@ def test_sentences_about_masked_layers():
     cut = {1: (0.01, 0.0), 2: (0.04, 0.0), 3: (0.2, 0.0)}
     assert [maskable_depth(cut, {}), maskable_depth(cut, {3: (0.05, 0.0)})] == [2, 3]
     assert maskable_depth({1: (0.3, 0.0)}, {}) == 0
+    jagged = {1: (0.2, 0.0), 2: (0.3, 0.0), 3: (0.04, 0.0)}
+    assert maskable_depth(jagged, {}) == 0  # the first one already costs too much
     assert "in the last of 3 layers the loss changes by +1.0 ± 0.0 %" in describe_masking(
         3, "layers", 16, cut
     )
@@ -121,7 +126,9 @@ def test_sentences_about_history():
     assert "1: +20.0 ± 1.0 %, 2: +4.0" in text
     assert "newest of 8 frames: 1: " in text
     assert "frames before the newest 2 reduce the loss by less than 5 %" in text
-    assert "each of these costs more than 5 %" in describe_history({1: (0.2, 0.0)}, 8)
+    assert "the longest of these costs more than 5 %" in describe_history({1: (0.2, 0.0)}, 8)
+    jagged = {1: (0.5, 0.0), 2: (0.04, 0.0), 4: (0.3, 0.0), 8: (0.01, 0.0)}
+    assert "before the newest 8 " in describe_history(jagged, 16)
 
 
 def test_ranges_of_skipped_layers():
@@ -150,6 +157,10 @@ def test_the_fastest_good_split_is_suggested():
     assert fastest_good({deep: 1.0, half: 1.04, light: 1.2}, seconds) == half
     assert fastest_good({deep: 1.0, half: 1.06, light: 1.2}, seconds) == deep
     assert fastest_good({deep: 1.3, half: 1.2, light: 1.0}, seconds) == light
+    for losses in ({deep: math.nan, light: 1.2}, {light: 1.2, deep: math.nan}):
+        assert fastest_good(losses, seconds) == light
+    with pytest.raises(ScdError, match="has diverged"):
+        fastest_good({deep: math.nan, light: math.inf}, seconds)
 
 
 def test_the_reason_for_a_suggestion():

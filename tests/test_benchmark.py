@@ -1,6 +1,7 @@
 """The benchmark's arithmetic and output; the cases here are too small for meaningful timings."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scd.benchmark import cases, runner
-from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, DataCase, RolloutCase
+from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, DataCase, LongRolloutCase, RolloutCase
 from scd.benchmark.data_loading import (
     SETTING,
     clips_consumed,
@@ -127,6 +128,33 @@ def test_data_go_through_the_loader_of_training(
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| data: tiny") for line in lines) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "benchmark.md"}
+
+
+def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    chosen = [case for case in cases.TABLE if isinstance(case, LongRolloutCase)] * 3
+    result = {"frame_seconds": [0.01], "bytes_after_each_tenth": [1e6], "peak_bytes": 1}
+    outcomes = iter([result, ScdError("killed by SIGKILL"), result])
+
+    def run(case, folder):
+        if isinstance(outcome := next(outcomes), ScdError):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(runner, "_in_own_process", run)
+    monkeypatch.setattr(cases, "TABLE", chosen)
+    with pytest.raises(ScdError, match="1 of 3 cases failed"):
+        runner.benchmark(tmp_path, None, False)
+    assert "killed by SIGKILL" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "benchmark.json").read_text())["cases"]) == 2
+    assert (tmp_path / "benchmark.md").read_text().count(chosen[0].name) == 2
+
+
+def test_a_killed_case_is_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "python").write_text("#!/bin/sh\necho 'UserWarning: lazy' >&2\nkill -9 $$\n")
+    (tmp_path / "python").chmod(0o755)
+    with pytest.raises(ScdError, match=r"killed by SIGKILL \(out of memory\?\)"):
+        runner._in_own_process(cases.TABLE[0], tmp_path)
 
 
 def test_clips_that_gpus_need():

@@ -261,6 +261,18 @@ def test_turning_back_shows_the_same_frame(simulator: DoomSimulator, turn: int) 
     assert np.array_equal(simulator.step(NONE), first)
 
 
+def test_a_refused_recording_leaves_no_trace(tmp_path: Path, monkeypatch) -> None:
+    """Whoever mistook the size, or stopped before the first episode, records with another."""
+    root = tmp_path / "doom"
+    with pytest.raises(ScdError, match="1 to 240 pixels"):
+        record_dataset(root, 1, 1, 4, 300)
+    assert not root.exists()
+    root.mkdir()
+    (root / "recording.json").write_text('{"frames": 4}')
+    record_dataset(root, 1, 1, 4, 64)
+    assert read_json(root / "recording.json")["frame_size"] == 64
+
+
 def test_recording_again_writes_nothing(doom_root: Path, tmp_path: Path, capfd) -> None:
     root = tmp_path / "doom"
     shutil.copytree(doom_root, root)

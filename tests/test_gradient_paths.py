@@ -196,7 +196,7 @@ def test_cosines_and_norms_by_hand(clips, measured):
     model, result = make(), measured[0][CausalDiT]
     assert result.cosine.shape == (B, len(LEVELS), 5)
     assert result.squares.shape == (B, 2, len(LEVELS), 5)
-    assert result.between.shape == (B, len(PAIRS), len(LEVELS), 5)
+    assert result.between.shape == (B // 2, len(PAIRS), len(LEVELS), 5)
     level = 2
     found = [both_paths(model, clip, LEVELS[level]) for clip in clips.parts(1)]
     names = [name for name, p in model.named_parameters() for _ in range(p.numel())]
@@ -216,16 +216,14 @@ def test_cosines_and_norms_by_hand(clips, measured):
             torch.testing.assert_close(
                 result.squares[number, :, level, group], torch.stack(squares), rtol=1e-4, atol=0
             )
-        # Every clip with the one before it, the first with the last.
+        # Every second clip with the one before it.
         expected = []
-        for number in range(B):
+        for number in range(1, B, 2):
             (w, d), (w_before, d_before) = pairs[number], pairs[number - 1]
             across = (cos(w, d_before) + cos(w_before, d)) / 2
             expected.append(torch.stack([across, cos(w, w_before), cos(d, d_before)]))
-        of_ring = result.between[:, :, level, group].float()
-        torch.testing.assert_close(
-            of_ring.sum(dim=0), torch.stack(expected).sum(dim=0), rtol=1e-3, atol=1e-5
-        )
+        of_pairs = result.between[:, :, level, group].float()
+        torch.testing.assert_close(of_pairs, torch.stack(expected), rtol=1e-3, atol=1e-5)
 
 
 def test_the_same_numbers_every_time_and_one_call_a_measurement(clips, measured):
@@ -251,9 +249,20 @@ def test_bootstrap():
         assert (bound - found.mean - sign * 1.96 * error).abs().max() < 0.2 * error.max()
     assert all(torch.equal(a, b) for a, b in zip(bootstrap(values, 0), found, strict=True))
     squared = bootstrap(values, 0, torch.square)
-    torch.testing.assert_close(squared.high, found.high.square())
+    torch.testing.assert_close(squared.high, found.high.square(), rtol=1e-4, atol=0)
+    assert bootstrap(values[:1], 0).low.isnan().all()  # one clip tells of no others
     constant = bootstrap(torch.full((5, 1), 0.25), 0)
     assert constant.low == constant.high == 0.25
+
+
+@pytest.mark.parametrize("clips", [3, 4, 8, 16])
+def test_intervals_hold_what_they_say(clips):
+    """Of few clips too; percentiles alone hold the mean in 78 % of cases for 4 clips."""
+    g = torch.Generator().manual_seed(clips)
+    values = torch.randn(clips, 2000, generator=g)  # each column an experiment
+    found = bootstrap(values, 0)
+    held = ((found.low <= 0) & (found.high >= 0)).double().mean()
+    assert 0.92 < held < 0.975
 
 
 # The report

@@ -1,6 +1,7 @@
 """The exported graphs: onnxruntime in Python makes the frames that the rollout engine makes."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -21,6 +22,7 @@ from scd.models.autoencoder import PixelCodec
 from scd.options import RolloutOptions
 from scd.play.worlds import Pretrained, frame_seed, load_pretrained
 from scd.rollout import Rollout
+from scd.web import site
 from scd.web.graphs import check_model, make_graphs
 from scd.web.onnx_export import to_int8, to_onnx, write_onnx
 from scd.web.onnx_rollout import OnnxRollout, all_levels
@@ -162,6 +164,57 @@ def test_a_folder_of_something_else_stays(tmp_path, capsys) -> None:
     assert "holds no site" in capsys.readouterr().err
     assert main(["export", str(SHIPPED), "--web"]) == 1
     assert "--out" in capsys.readouterr().err
+    # Of others: an app for browsers, and a checkpoint of a training.
+    for manifest in ({"name": "App", "icons": []}, {"step": 1000, "files": {}}):
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(ScdError, match="holds no site"):
+            site._check_replaceable(tmp_path)
+    # A site with what its owner has put beside it, such as its history.
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {"static/play.js": {}}}))
+    (tmp_path / "sw.js").touch()
+    with pytest.raises(ScdError, match=r"holds more than a site \(notes\.txt\)"):
+        site._check_replaceable(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    (tmp_path / "static").mkdir()
+    (tmp_path / "static/play.js").touch()
+    site._check_replaceable(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("fps", [1, 10, 60])
+def test_times_of_recordings(fps) -> None:
+    """WebM has them in 16 bits from the beginning of their cluster, which a key frame begins."""
+    script = f"""
+    import {{ encodeVideo }} from "{(FILES / "world" / "video.js").as_uri()}";
+    globalThis.self = globalThis;
+    globalThis.VideoFrame = class {{ close() {{}} }};
+    globalThis.VideoEncoder = class {{
+      static async isConfigSupported() {{ return {{ supported: true }}; }}
+      constructor({{ output }}) {{ this.output = output; }}
+      configure() {{}}
+      close() {{}}
+      async flush() {{}}
+      encode(frame, {{ keyFrame }}) {{
+        const type = keyFrame ? "key" : "delta";
+        this.output({{ byteLength: 4, type, copyTo: (to) => to.set([77, 77, 77, 77]) }});
+      }}
+    }};
+    const video = await encodeVideo(Array(130).fill(new Uint8Array(3 * 64)), 8, {fps});
+    console.log(JSON.stringify(Array.from(new Uint8Array(await video.arrayBuffer()))));
+    """
+    data = bytes(run_node(script))
+    # A cluster begins with its time (e7); a block is its track, time, flags and data.
+    found = re.finditer(rb"\xe7\x01\0{6}(?P<n>.)|\x81(?P<time>..)(?P<key>[\x80\0])MMMM", data, re.S)
+    began, times, starts = 0, [], True
+    for match in found:
+        if match["time"] is None:
+            size, at = match["n"][0], match.end()
+            began, starts = int.from_bytes(data[at : at + size], "big"), True
+        else:
+            times.append(began + int.from_bytes(match["time"], "big", signed=True))
+            assert (match["key"] == b"\x80") == starts
+            starts = False
+    assert times == [round(1000 * i / fps) for i in range(130)]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")

@@ -3,6 +3,8 @@
 What the page itself does is tested in test_play_page.py; here, what takes the server's place.
 """
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -39,7 +41,7 @@ from tests.page import (
     steer_by_gamepad,
     touching,
 )
-from tests.web import choose, pictures_by_onnx, pixels, serving, to_the_beginning
+from tests.web import Quiet, choose, pictures_by_onnx, pixels, serving, to_the_beginning
 
 ROOT = Path(__file__).parent.parent
 MODEL, STARTS = ROOT / "assets/pretrained/scd_doom", ROOT / "assets/starts"
@@ -81,6 +83,11 @@ def driver(downloads) -> Iterator[Any]:
     driver = open_browser(downloads, f"host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1")
     yield driver
     driver.quit()
+
+
+def kept_in(page: Page) -> list[str]:
+    """Names of what the service worker of this site keeps."""
+    return page.js("return caches.keys()")
 
 
 def limit_storage(driver, address: str, room: int) -> None:
@@ -254,6 +261,61 @@ def test_an_incomplete_update_leaves_what_is_kept(driver, site):
     driver.get("about:blank")
     page.open(address)  # offline
     page.step()
+
+
+def test_an_update_reaches_who_was_here_before(driver, site):
+    """Although the browser may keep all files for an hour by itself."""
+
+    class Kept(Quiet):
+        def end_headers(self):
+            self.send_header("Cache-Control", "max-age=3600")
+            super().end_headers()
+
+    shutil.copytree(site, copy := site.parent / "kept", copy_function=shutil.copy)
+    page = Page(driver)
+    with serving(copy, Kept) as address:
+        limit_storage(driver, address, 1 << 30)
+        page.open(address)
+        graph, manifest, worker = (
+            copy / name for name in ("graphs/picture.onnx", "manifest.json", "sw.js")
+        )
+        graph.write_bytes(graph.read_bytes() + b"\xa2\x06\0")  # an unknown field, of no bytes
+        about = json.loads(manifest.read_text())
+        old, about["version"] = about["version"], "anew"
+        data = graph.read_bytes()
+        about["files"]["graphs/picture.onnx"] = {
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        manifest.write_text(json.dumps(about))
+        worker.write_text(worker.read_text().replace(old, "anew"))
+        for versions in (2, 1):  # at first, the old one plays while the new one is fetched
+            driver.get("about:blank")
+            page.open(address)
+            page.wait(lambda: any("anew" in name for name in kept_in(page)), "the update")
+            page.step()
+            page.wait(lambda n=versions: len(kept_in(page)) == n, "what is kept")
+
+
+def test_a_missing_file_of_another_start(driver, site):
+    """Nothing is kept for use offline then, but the page plays."""
+    shutil.copytree(site, copy := site.parent / "lacking", copy_function=shutil.copy)
+    max((copy / "starts").glob("*.png")).unlink()
+    page = Page(driver)
+    with serving(copy) as address:
+        limit_storage(driver, address, 1 << 30)
+        page.open(address)
+        page.step()
+
+
+def test_plays_without_cookies(address, downloads):
+    driver = open_browser(downloads, cookies=False)
+    try:
+        page = Page(driver)
+        page.open(address)
+        page.step()
+    finally:
+        driver.quit()
 
 
 @pytest.mark.parametrize("room", [0, 5 << 20], ids=["none", "5 MB"])

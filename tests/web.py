@@ -29,9 +29,9 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serving(site: Path) -> Iterator[str]:
+def serving(site: Path, kind: type[Quiet] = Quiet) -> Iterator[str]:
     """Serve a site; yield its address, which is in a sub-folder, as GitHub Pages has it."""
-    handler = functools.partial(Quiet, directory=site.parent)
+    handler = functools.partial(kind, directory=site.parent)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -193,13 +193,18 @@ def count_masking(probed: ProbedModel) -> int:
 def maskable_depth(
     cost: dict[int, tuple[float, float]], recovered: dict[int, tuple[float, float]]
 ) -> int:
-    """Find the largest k within `TOLERANCE` of the loss, at once or after the fine-tune.
+    """Find the largest k up to which all are within `TOLERANCE`, at once or after the fine-tune.
 
     Args:
         cost, recovered: k -> increase of the loss and its standard error.
     """
-    fits = [k for of_k in (cost, recovered) for k, (mean, _) in of_k.items() if mean <= TOLERANCE]
-    return max(fits, default=0)
+    deepest = 0
+    for increases in (cost, recovered):
+        for k in sorted(increases):
+            if not increases[k][0] <= TOLERANCE:
+                break
+            deepest = max(deepest, k)
+    return deepest
 
 
 def describe_masking(layers: int, part: str, n: int, cost: dict[int, tuple[float, float]]) -> str:

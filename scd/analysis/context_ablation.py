@@ -150,10 +150,11 @@ def describe_history(costs: dict[int, tuple[float, float]], known: int) -> str:
         costs: frames that the encoder saw -> increase of the loss compared with all `known`.
     """
     increases = ", ".join(f"{frames}: {percent(cost)}" for frames, cost in costs.items())
-    enough = min((k for k, (mean, _) in costs.items() if mean <= TOLERANCE), default=None)
+    costly = [k for k, (mean, _) in costs.items() if not mean <= TOLERANCE]
+    enough = min((k for k in costs if k > max(costly, default=0)), default=None)
     verdict = (
         f"frames before the newest {enough} reduce the loss by less than {100 * TOLERANCE:.0f} %"
         if enough is not None
-        else f"each of these costs more than {100 * TOLERANCE:.0f} %"
+        else f"the longest of these costs more than {100 * TOLERANCE:.0f} %"
     )
     return f"With an encoder that sees only the newest of {known} frames: {increases}; {verdict}."

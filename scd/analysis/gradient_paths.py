@@ -56,7 +56,7 @@ class PathGradients:
     parameters: Tensor  # (groups, 3), numbers of them used in writing only, in both, in denoising
     squares: Tensor  # (n, PATHS, levels, groups), |g|² over all parameters, shared or not
     cosine: Tensor  # (n, levels, groups), of g_write and g_denoise of the same clip
-    between: Tensor  # (n, PAIRS, levels, groups), of two different clips
+    between: Tensor  # (n // 2, PAIRS, levels, groups), of two different clips
 
     @property
     def shares(self) -> bool:
@@ -82,7 +82,7 @@ def measure_gradients(
     denoises = writes.clone()
     squares, cosine, between = [], [], []  # of every level and clip
     for level in LEVELS:
-        first = before = None
+        waiting = None  # for the second clip of its pair
         for clip in clips.parts(1):
             write, denoise = path_gradients(model, parameters, clip, seed, level)
             in_write, in_denoise = write != 0, denoise != 0
@@ -92,12 +92,10 @@ def measure_gradients(
             shared = in_write & in_denoise
             pair = write * shared, denoise * shared
             cosine.append(_cosines(*pair, sizes))
-            if before is not None:
-                between.append(_across(pair, before, sizes))
-            first, before = first or pair, pair
+            if waiting is not None:  # no clip is in two pairs: they are drawn again as independent
+                between.append(_across(pair, waiting, sizes))
+            waiting = pair if waiting is None else None
             on_clip()
-        assert first is not None and before is not None
-        between.append(_across(first, before, sizes))
     used = torch.stack([writes & ~denoises, writes & denoises, ~writes & denoises])
     return PathGradients(
         [*groups, ALL],

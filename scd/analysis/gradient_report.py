@@ -188,7 +188,7 @@ def gradient_table(
 def interval_text(estimate: Estimate, index: int | tuple[int, ...], form: str = "+.3f") -> str:
     """Write one entry of an estimate as `+0.012 [+0.003, +0.021]`."""
     mean, low, high = (format(float(values[index]), form) for values in estimate)
-    return f"{mean} [{low}, {high}]"
+    return mean if low == "nan" else f"{mean} [{low}, {high}]"
 
 
 def describe_gradients(

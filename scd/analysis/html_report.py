@@ -1,6 +1,7 @@
 """A probe report: a folder with `index.html`, its figures as PNG, and `probe.json`."""
 
 import html
+import math
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,14 +77,16 @@ class Report:
 
 
 def rounded(value: Any) -> Any:
-    """Round numbers to six significant digits, and convert tensors to lists, for JSON."""
+    """Round numbers to six digits, convert tensors to lists, and what is no number to null."""
     if isinstance(value, Tensor):
         return rounded(value.tolist())
     if isinstance(value, dict):
         return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def _page(title: str, summary: str, sections: list[Section], planned: int) -> str:

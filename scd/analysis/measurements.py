@@ -3,12 +3,14 @@
 Clips, noise and noise levels are always the same, so that two models are compared in pairs.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from scipy.stats import norm, t
 from torch import Tensor
 
 from scd.data.clips import clip_folder
@@ -247,6 +249,10 @@ def bootstrap(
 ) -> Estimate:
     """Estimate a statistic of the clips' mean, with the percentiles of clips drawn again.
 
+    Of few clips the percentiles lie too close together (of 4, they hold the mean in 78 % of cases).
+    So they are moved away from the estimate as Student's t is wider than a normal distribution and
+    as the variance is underestimated: for 16 clips by an eighth. One clip has no interval: NaN.
+
     Args:
         values: (n, …), of n clips.
         statistic: of means (…, *rest), as (…, *result); by default the means themselves.
@@ -257,8 +263,13 @@ def bootstrap(
     times_drawn.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
     values = values.double()
     again = statistic(torch.einsum("rn,n...->r...", times_drawn / n, values))
-    low, high = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.double), dim=0)
-    return Estimate(statistic(values.mean(dim=0)), low, high)
+    mean = statistic(values.mean(dim=0))
+    bounds = again.quantile(torch.tensor([0.025, 0.975], dtype=torch.double), dim=0)
+    widening = math.nan
+    if n > 1:
+        widening = t.ppf(0.975, n - 1) / norm.ppf(0.975) * math.sqrt(n / (n - 1))
+    low, high = mean + widening * (bounds - mean)
+    return Estimate(mean, low, high)
 
 
 def relative_increase(loss: Tensor, reference: Tensor) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """`scd probe`: run every probe on a checkpoint, and write the report."""
 
+import json
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,6 +33,7 @@ from scd.utils.environment import environment
 
 NEW_FRAMES = 4  # generated per clip in every measurement
 SECTIONS = 7
+IDENTITY = ("checkpoint", "clips", "steps", "new_frames", "fine_tune", "options")
 
 
 def probe_checkpoint(
@@ -69,7 +72,6 @@ def probe_checkpoint(
     read = read_probe_clips(loaded, numbers, NEW_FRAMES)
     training = open_training_clips(loaded) if fine_tune else None
     stem = f"step-{step:08d}" if step is not None else path.resolve().name.removesuffix(".pth")
-    folder = options.output / "probe" / stem
     about = {
         "summary": f"{layers_text(options)}, {path}, step {step}; {len(read)} validation clips, "
         f"{read.known} context frames, {NEW_FRAMES} new frames in {steps} steps, no guidance.",
@@ -81,6 +83,9 @@ def probe_checkpoint(
         "options": options_to_dict(options),
         "environment": environment(),
     }
+    # Other clips, steps or weights of the same step have a report of their own.
+    identity = json.dumps([about[key] for key in IDENTITY], sort_keys=True)
+    folder = options.output / "probe" / f"{stem}-{sha256(identity.encode()).hexdigest()[:8]}"
     arguments = [*(["--opt", options_path] if options_path else []), *overrides]
     with tqdm(desc="probe", dynamic_ncols=True) as progress:
         probed = ProbedModel(loaded, read, steps, progress, training, fine_tune)

@@ -1,5 +1,6 @@
 """A recommended split of a dense model: time per frame, and how the splits' training begins."""
 
+import math
 import shlex
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from scd.analysis.html_report import Section
 from scd.analysis.measurements import relative_increase
 from scd.analysis.probed_model import TOLERANCE, ProbedModel
 from scd.analysis.split import Split, split_model, split_options
+from scd.errors import ScdError
 from scd.evaluation.compare import Candidate, time_frames
 from scd.flow.objective import LEVELS
 from scd.models import CausalDiT, CausalWorldModel
@@ -111,8 +113,14 @@ def candidates(layers: int, depth: int) -> list[Split]:
 
 
 def fastest_good(losses: dict[Split, float], seconds: dict[Split, float]) -> Split:
-    """Choose the fastest split whose loss is within `TOLERANCE` of the best."""
-    best = min(losses.values())
+    """Choose the fastest split whose loss is within `TOLERANCE` of the best.
+
+    Raises:
+        ScdError: every training has diverged.
+    """
+    best = min((loss for loss in losses.values() if math.isfinite(loss)), default=math.nan)
+    if math.isnan(best):
+        raise ScdError("the training of every split has diverged: lower optim.lr")
     good = [split for split, loss in losses.items() if loss <= (1 + TOLERANCE) * best]
     return min(good, key=lambda split: seconds[split])
 

@@ -1,7 +1,8 @@
 """Measure clips per second through the training's data loader, by number of workers.
 
 The data set is made for the measurement: video of a camera that moves over a texture, and latents
-of noise. Files are dropped from the page cache after reading, so each one is read from disk.
+of noise. Files are dropped from the page cache when they are written and after every reading, so
+each one is read from disk.
 """
 
 import os
@@ -160,7 +161,16 @@ def _write_data(case: DataCase, options: Options) -> int:
     write_list(root / options.data.train_list, entries)
     # `scd make-lists` and `scd validate` do this once; it is not part of reading a clip.
     VideoChecks(root).check_all(entry.video_path for entry in entries if entry.video_path)
+    for path in root.iterdir():
+        _drop(path)
     return sizes
+
+
+def _drop(path: Path) -> None:
+    """Drop a file from the page cache, which keeps what is not on the disk yet."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def moving_camera(rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
@@ -230,6 +240,5 @@ def _drop_from_cache(batch: dict[str, Tensor], clips: TrainingClips) -> Tensor:
         entry = folder.entries[clips.number(sample)]
         for name in (entry.video_path, entry.latent_path, entry.action_path):
             if name is not None:
-                with open(folder.root / name, "rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                _drop(folder.root / name)
     return batch["sample"]

@@ -3,12 +3,12 @@
 Weights are random, since speed does not depend on them.
 """
 
-import resource
 import time
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
+import psutil
 import torch
 
 from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, LongRolloutCase, RolloutCase
@@ -128,5 +128,4 @@ def _decode_seconds(dtype: torch.dtype, device: torch.device) -> list[float]:
 def _memory_now(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    return psutil.Process().memory_info().rss

@@ -1,6 +1,7 @@
 """`scd benchmark`: run every case in a process of its own; write a table, plots, and JSON."""
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -58,9 +59,22 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
         chosen = [case for case in chosen if not skipped(case)]
         if not chosen:
             raise ScdError(f"--only {only!r}: none of these cases can run, since {why}")
-    results = [_in_own_process(case, folder) for case in chosen]
-    text = "\n\n".join(table.markdown() for table in _tables(chosen, results))
-    figures: dict[str, Any] = {"cases": _with_cases(chosen, results), "environment": environment()}
+    done: list[Case] = []
+    results: list[dict[str, Any]] = []
+    failed: list[str] = []
+    figures: dict[str, Any] = {"environment": environment()}
+    text = ""
+    for case in chosen:  # what was measured is kept, whatever happens to the next case
+        try:
+            results.append(_in_own_process(case, folder))
+        except ScdError as error:
+            print(f"failed: {error}", file=sys.stderr)
+            failed.append(case.name)
+            continue
+        done.append(case)
+        text = "\n\n".join(table.markdown() for table in _tables(done, results))
+        figures["cases"] = _with_cases(done, results)
+        _write(folder, figures, text)
     if plots:
         dtype = "bfloat16" if bf16 else "float32"
         for plotted in (cases.by_context, cases.by_steps):
@@ -68,12 +82,19 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
             figures[plotted.__name__] = _with_cases(
                 plot, [_in_own_process(case, folder) for case in plot]
             )
+            _write(folder, figures, text)
         plot_scaling(folder / "scaling.png", figures["by_context"], figures["by_steps"])
+    if done:
+        print(f"\n{text}\n\nfigures: {folder}/benchmark.json, benchmark.md")
+    if failed:
+        raise ScdError(f"{len(failed)} of {len(chosen)} cases failed: {'; '.join(failed)}")
+
+
+def _write(folder: Path, figures: dict[str, Any], text: str) -> None:
     write_json(folder / "benchmark.json", figures)
     write_atomically(
         folder / "benchmark.md", lambda aside: aside.write_text(text + "\n", encoding="utf-8")
     )
-    print(f"\n{text}\n\nfigures: {folder}/benchmark.json, benchmark.md")
 
 
 def run_case(kind: str, arguments: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -116,11 +137,15 @@ def _on_gpu(case: Case) -> bool:
 def _in_own_process(case: Case, folder: Path) -> dict[str, Any]:
     """Run one case in a new process, so that its peak memory is its own."""
     print(f"{case.name} ...", flush=True)
-    code = "import sys, json; from scd.benchmark.runner import run_case; "
+    code = "import sys, json; from scd.utils.startup import prepare_process; prepare_process(); "
+    code += "from scd.benchmark.runner import run_case; "  # as every command begins
     code += "print(json.dumps(run_case(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])))"
     arguments = [type(case).__name__, json.dumps(asdict(case)), str(folder)]
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise ScdError(f"{case.name}: killed by {name}{' (out of memory?)' * (name == 'SIGKILL')}")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise ScdError(f"{case.name}: {last}")

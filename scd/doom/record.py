@@ -65,13 +65,14 @@ def record_dataset(
     names = KEYS if keys else ACTIONS
     settings = {"frames": frames, "frame_size": size, "actions": list(names)}
     note = root / RECORDING
-    if note.exists() and read_json(note) != settings:
+    noted = read_json(note) if note.exists() else None
+    if noted not in (None, settings) and any(any(root.glob(f"{split}/*.mp4")) for split in counts):
         raise ScdError(
             f"{root} holds a recording with other settings ({note}): choose another folder"
         )
-    if not note.exists():
-        write_json(note, settings)
     with closing(DoomSimulator(size)) as simulator:
+        if noted != settings:
+            write_json(note, settings)
         simulator.reset(0)
         pose = simulator.pose
         space = FreeSpace(simulator.walls(), simulator.items(), (pose.x, pose.y))

@@ -1,7 +1,6 @@
 """Measure how fast training steps run: throughput, MFU, peak memory, traces of torch's profiler."""
 
 import re
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from scd.training.step_cost import ClipCost
+from scd.utils.environment import peak_resident_bytes
 from scd.utils.files import write_atomically
 
 # TFLOP/s of dense matrix products in bf16, and of float32 ones as TF32, by CUDA's name of the
@@ -109,8 +109,7 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
             "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
             "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
         }
-    # Linux counts in KiB.
-    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return {"memory_gib": peak_resident_bytes() / 2**30}
 
 
 class ProfilerTrace:

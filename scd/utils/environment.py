@@ -1,7 +1,9 @@
 """Describe what a result was made with: package versions, git commit, device."""
 
 import platform
+import resource
 import subprocess
+import sys
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -43,6 +45,12 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "best_precision": resolve_precision("auto", torch.device("cuda" if cuda else "cpu")),
     }
+
+
+def peak_resident_bytes() -> int:
+    """Read the most memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # bytes there, KiB on Linux
 
 
 def _processor() -> str:

@@ -21,7 +21,7 @@ from scd.play.server import STATIC as PAGE
 from scd.play.session import offers
 from scd.play.starts import Start, load_starts
 from scd.play.worlds import MAX_STEPS, Pretrained, check_playable
-from scd.utils.files import sha256, write_folder_atomically
+from scd.utils.files import read_json, sha256, write_folder_atomically
 from scd.web.graphs import check_model, make_graphs
 from scd.web.onnx_export import Format, to_onnx, write_onnx
 from scd.web.onnx_rollout import all_levels
@@ -29,6 +29,7 @@ from scd.web.runtime import copy_runtime
 
 FILES = Path(__file__).parent / "files"
 MANIFEST = "manifest.json"
+UNLISTED = ("sw.js", ".nojekyll")  # files that the manifest does not list, beside itself
 MAX_DOWNLOAD = 20_000_000  # bytes of a world, without the runtime
 STEPS = range(1, MAX_STEPS + 1)
 FEWEST_NUMBERS = 16  # of a frame's noise: torch draws fewer in another way
@@ -79,8 +80,7 @@ def export_site(
         ScdError: the model, the clips or the runtime are missing or do not fit, the world is larger
             than `MAX_DOWNLOAD`, or the folder holds something else.
     """
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise ScdError(f"{folder} exists and holds no site: choose another folder")
+    _check_replaceable(folder)
     pretrained = load_for_web(path, overrides or [])
     data = pretrained.options.data
     clips = load_starts(starts, data.frame_size, len(data.action_names))
@@ -98,6 +98,24 @@ def export_site(
     shown = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in parts.items())
     print(f"{folder}: {_bytes(folder) / 1e6:.1f} MB ({shown}), weights in {weights}")
     print(f"try it: python -m http.server -d {folder}")
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace a folder that holds anything else than a site."""
+    if not folder.exists():
+        return
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(listed, dict) or not (folder / "sw.js").is_file():
+        raise ScdError(f"{folder} exists and holds no site: choose another folder")
+    own = {*listed, MANIFEST, *UNLISTED}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_dir() and name not in own:
+            raise ScdError(
+                f"{folder}: holds more than a site ({name}): choose another folder, and copy the "
+                f"site from there"
+            )
 
 
 def onnx_graphs(pretrained: Pretrained) -> dict[str, Any]:
@@ -164,7 +182,7 @@ def _write_manifest(folder: Path, catalog: Catalog, weights: Format) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("sw.js", ".nojekyll")
+        if path.is_file() and path.name not in UNLISTED
     }
     version = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
     pretrained = catalog.first

@@ -1,6 +1,7 @@
 // The socket to the server: reconnects by itself, and sends commands one at a time.
 
 import { openSocket } from "./server.js";
+import { ofThisTab } from "./tab.js";
 
 const WAITS = [0.5, 1, 2, 4]; // seconds before each attempt
 const WAIT_WHEN_FULL = 10;
@@ -18,7 +19,7 @@ const KEPT_AS = "scd session"; // per tab: a reloaded page goes on with its sess
  * refused)`: the state after a command, and the reason if it was refused; `picture(buffer)`.
  */
 export class Connection {
-  session = sessionStorage.getItem(KEPT_AS);
+  session = ofThisTab.get(KEPT_AS);
   #listeners;
   #socket = null;
   #failures = 0;
@@ -100,7 +101,7 @@ export class Connection {
       this.#report({ phase: message.type, ...message });
     } else if (message.type === "hello") {
       this.session = message.session;
-      sessionStorage.setItem(KEPT_AS, message.session);
+      ofThisTab.set(KEPT_AS, message.session);
       this.#failures = 0;
       this.#alive = 1000 * message.limits.alive_seconds;
       this.#waiting = []; // they were meant for the old state
@@ -132,7 +133,7 @@ export class Connection {
 
   #forget() {
     this.session = null;
-    sessionStorage.removeItem(KEPT_AS);
+    ofThisTab.set(KEPT_AS, null);
   }
 
   #drop() {

@@ -13,7 +13,7 @@ const HEADERS = {
 addEventListener("install", (event) => {
   const fresh = PAGE.map((name) => new Request(name, { cache: "reload" }));
   const kept = caches.open(CACHE).then((cache) => cache.addAll(fresh));
-  event.waitUntil(kept.catch(unlessIncomplete).then(() => skipWaiting()));
+  event.waitUntil(kept.catch(unlessIncomplete).then(begin));
 });
 
 addEventListener("activate", (event) => {
@@ -32,10 +32,15 @@ addEventListener("fetch", (event) => {
   event.respondWith(answer(event.request));
 });
 
-// What could not be fetched is a TypeError: an earlier version of the site then goes on, with what
-// was kept of it.
+// Pages that are open go on with the version that they began with; its files would not fit this one.
+function begin() {
+  if (!registration.active) return skipWaiting();
+}
+
+// What could not be fetched is a TypeError: an earlier version of the site, if there is one, then
+// goes on with what was kept of it.
 function unlessIncomplete(error) {
-  if (error instanceof TypeError) throw error;
+  if (error instanceof TypeError && registration.active) throw error;
   playOnlineOnly(error);
 }
 
@@ -49,7 +54,12 @@ async function answer(request) {
   // Parameters of the address are for the page, not for the host.
   let found = await kept?.match(request, { ignoreSearch: true });
   if (!found) {
-    found = await fetch(request);
+    // Not what the browser has kept by itself, which may be of an earlier version of the site.
+    const navigates = request.mode === "navigate"; // and cannot be made anew with its own mode
+    found = navigates
+      ? await fetch(request.url, { cache: "no-cache", redirect: "manual" })
+      : await fetch(request, { cache: "no-cache" });
+    if (found.type === "opaqueredirect") return found;
     if (found.status === 200) await kept?.put(request, found.clone()).catch(playOnlineOnly);
   }
   const headers = new Headers(found.headers);

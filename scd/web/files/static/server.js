@@ -1,10 +1,12 @@
 // In the place of the server: a worker of this page. The file of the same name in scd/play/static
 // says what the page needs.
 
+import { ofThisTab } from "./tab.js";
+
 /** Who computes the frames, as messages name it. */
 export const WHO = "This browser";
 
-const SERVED = "scd isolated"; // in sessionStorage: the page has been loaded by its service worker
+const SERVED = "scd isolated"; // noted in this tab: the page has been loaded by its service worker
 const UNABLE = 4510;
 
 let worker = null;
@@ -55,8 +57,9 @@ async function served() {
   if (!container) return;
   await container.register("sw.js", { updateViaCache: "none" });
   await container.ready;
-  if ((crossOriginIsolated && container.controller) || sessionStorage.getItem(SERVED)) return;
-  sessionStorage.setItem(SERVED, "once");
+  if ((crossOriginIsolated && container.controller) || ofThisTab.get(SERVED)) return;
+  // Where nothing can be noted, it would be loaded for ever.
+  if (!ofThisTab.set(SERVED, "once")) return;
   location.reload();
   await new Promise(() => {}); // the reload ends this page
 }
@@ -71,7 +74,10 @@ async function begin(socket, session) {
       });
       worker.onmessage = receive;
       worker.onerror = (event) => {
-        current?.end({ code: UNABLE, reason: event.message || "its worker did not start" });
+        const reason = event.message || "its worker did not start";
+        current?.end({ code: UNABLE, reason });
+        for (const [, reject] of waiting.values()) reject(new Error(reason));
+        waiting.clear();
       };
     }
     if (current === socket) post({ open: session });

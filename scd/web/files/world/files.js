@@ -5,13 +5,22 @@ const ROOT = new URL("..", import.meta.url);
 /** The address of a file of the site. */
 export const url = (name) => new URL(name, ROOT).href;
 
+// What the service worker kept in vain is fetched again the next time.
+async function forget(address) {
+  try {
+    for (const name of await caches.keys()) await (await caches.open(name)).delete(address);
+  } catch (error) {
+    console.warn("what is kept cannot be changed:", error);
+  }
+}
+
 export async function loadManifest() {
   const answer = await fetch(url("manifest.json"));
   if (!answer.ok) throw new Error(`manifest.json: ${answer.status}`);
   return answer.json();
 }
 
-/** Loads files once each; calls `progress(bytes so far)`. */
+/** Loads files; calls `progress(bytes so far)`. */
 export class Files {
   #listed;
   #progress;
@@ -33,14 +42,14 @@ export class Files {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) break;
-      if (at + value.length > bytes) throw new Error(`${name}: not the file of this site`);
-      data.set(value, at);
+      if (at + value.length <= bytes) data.set(value, at);
       at += value.length;
       this.#progress((this.#done += value.length));
     }
     const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", data));
     const hex = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
     if (at !== bytes || hex !== sha256) {
+      await forget(url(name));
       throw new Error(`${name}: not the file of this site; reload the page`);
     }
     return data;

@@ -2,7 +2,8 @@
 
 const ENLARGE = 4;
 const CODECS = [["vp8", "V_VP8"], ["vp09.00.10.08", "V_VP9"]];
-const KEY_EVERY = 60; // frames; also the longest cluster, whose times are of 16 bits
+const KEY_EVERY = 60; // frames at most
+const CLUSTER = 30; // seconds at most: its times are of 16 bits, with a sign
 
 /** Encode pictures (RGB bytes, size × size) to a Blob. */
 export async function encodeVideo(pictures, size, fps) {
@@ -15,6 +16,7 @@ export async function encodeVideo(pictures, size, fps) {
     if (supported) { chosen = { codec, name }; break; }
   }
   if (!chosen) throw new Error("this browser encodes neither VP8 nor VP9");
+  const keyEvery = framesOfCluster(fps);
   const chunks = [];
   let failed = null;
   const encoder = new VideoEncoder({
@@ -30,7 +32,7 @@ export async function encodeVideo(pictures, size, fps) {
     const frame = new VideoFrame(enlarged(rgb, size), {
       format: "RGBX", codedWidth: side, codedHeight: side, timestamp: Math.round((1e6 * i) / fps),
     });
-    const keyFrame = i % KEY_EVERY === 0;
+    const keyFrame = i % keyEvery === 0;
     if (keyFrame) await encoder.flush(); // or all frames would wait in memory
     encoder.encode(frame, { keyFrame });
     frame.close();
@@ -39,6 +41,11 @@ export async function encodeVideo(pictures, size, fps) {
   encoder.close();
   if (failed) throw failed;
   return new Blob([webm(chunks, side, fps, chosen.name)], { type: "video/webm" });
+}
+
+// The frames from one key frame to the next, which are a cluster.
+function framesOfCluster(fps) {
+  return Math.max(1, Math.min(KEY_EVERY, Math.floor(CLUSTER * fps)));
 }
 
 function enlarged(rgb, size) {
@@ -63,8 +70,9 @@ function webm(chunks, side, fps, codec) {
     element(0xe0, [number(0xb0, side), number(0xba, side)]),
   ]);
   const clusters = [];
-  for (let first = 0; first < chunks.length; first += KEY_EVERY) {
-    const some = chunks.slice(first, first + KEY_EVERY);
+  const size = framesOfCluster(fps);
+  for (let first = 0; first < chunks.length; first += size) {
+    const some = chunks.slice(first, first + size);
     clusters.push(element(0x1f43b675, [
       number(0xe7, ms(first)),
       ...some.map(({ data, key }, i) => {
