@@ -1,6 +1,7 @@
 """`scd export`: write a checkpoint as a diffusers pipeline with its options and a model card."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ license: {license}
 tags: [scd, {task}, flow-matching]
 ---
 """
+# Rows of a card that a further export of an exported folder takes over.
+ORIGIN = ("autoencoder", "training data", "training", "teacher", "git commit", "checkpoint")
 OWN = {"license": "mit", "task": "world-model, video-prediction"}
 OF_WAN = {
     "license": "apache-2.0",
@@ -80,6 +83,8 @@ def export_checkpoint(
     """
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ScdError(f"{folder} exists and holds no pipeline: choose another folder")
+    if folder.resolve() == checkpoint.resolve():
+        raise ScdError(f"{folder} is the model to export itself: choose another folder")
     if (options := options_in(checkpoint, overrides)) is not None:
         _export_wan(checkpoint, options, folder, dtype)
         return
@@ -140,6 +145,9 @@ def model_card(
         "checkpoint": f"SHA-256 {source['sha256']}",
         "sampling, by default": rollout_text(options.rollout),
     }
+    earlier, evaluation = _earlier_card(weights)
+    same_use = earlier.get("sampling, by default") == facts["sampling, by default"]
+    facts |= {key: earlier[key] for key in ORIGIN if key in earlier}
     parts = [
         f"{head}\n# {name}",
         f"{KINDS[options.model.type]}{PAPER} {ABOUT[options.model.type]}",
@@ -151,8 +159,19 @@ def model_card(
         unevaluated += "`scd wan generate --vbench` and `scd wan measure` help with that."
     else:
         unevaluated += "run `scd evaluate`, then `scd export` again."
-    parts += _evaluations(weights, str(source["sha256"])) or [unevaluated]
+    kept = [evaluation] if evaluation and same_use else []
+    parts += _evaluations(weights, str(source["sha256"])) or kept or [unevaluated]
     return "\n\n".join(parts) + "\n"
+
+
+def _earlier_card(folder: Path) -> tuple[dict[str, str], str]:
+    """Read what the card of an exported folder says of its origin, and its evaluation."""
+    path = folder / "README.md"
+    if not path.is_file():  # a checkpoint has none
+        return {}, ""
+    text, _, evaluation = path.read_text(encoding="utf-8").partition("\n## Evaluation\n")
+    rows = re.findall(r"^\| ([^|]+) \| (.+) \|$", text, re.MULTILINE)
+    return dict(rows), evaluation.strip()
 
 
 def _architecture(model: WorldModel, options: Options, dtype: torch.dtype) -> str:

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from scd.cli import main
+from scd.cli import main, run_command
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "options/scd_doom_tiny.yml")
@@ -98,6 +99,30 @@ def test_overrides_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.clear()
     assert main(["train", "seed=3", "--opt", TINY, "name=n", *PIXELS]) == 0
     assert seen == [(3, "n")]
+    seen.clear()
+    monkeypatch.setattr("scd.evaluation.compare.compare_checkpoints", lambda *a: seen.append(a))
+    assert main(["compare", "a.pth", "--out", "c", "eval.videos=1"]) == 0
+    assert seen == [([Path("a.pth")], Path("c"), ["eval.videos=1"])]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    ],
+)
+def test_too_little_memory_is_one_line(capfd: pytest.CaptureFixture, error) -> None:
+    def run() -> None:
+        raise error
+
+    assert run_command(run, "train") == 1
+    found = capfd.readouterr().err
+    assert found.startswith("error: train: needs more memory than there is (")
+    assert found.count("\n") == 1
+    with pytest.raises(RuntimeError, match="another"):
+        run_command(lambda: (_ for _ in ()).throw(RuntimeError("another")), "train")
 
 
 def test_impossible_recordings_are_one_line(capfd: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,22 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
         refused(path, lambda path=path: write_latents(path, torch.zeros(1, 1, 1, 1), "hash"))
     assert "is not a folder" in refused(file, lambda: write_json(file / "x", 1))
     assert sorted(tmp_path.rglob("*")) == [file, folder]
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    target, link, pipe = tmp_path / "target", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(target)
+    write_json(link, [1])
+    assert link.is_symlink() and read_json(target) == [1]
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_text)
+        write_json(pipe, [2])
+        assert json.loads(read.result()) == [2] and pipe.is_fifo()
+    with pytest.raises(ScdError, match="full: cannot be written"):
+        write_json(Path("/dev/full"), [3])
+    assert Path("/dev/full").is_char_device()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "target"]
 
 
 def test_a_failing_encoder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from scd.cli import main
 from scd.models.autoencoder import load_codec
 from scd.models.load import build_world_model, load_checkpoint_for_use
+from scd.models.weights import read_weights
 from scd.options import load_options, options_to_dict
 from scd.pipeline import SCDPipeline
 from scd.utils.files import sha256
@@ -99,6 +100,44 @@ def test_the_card_says_what_it_is(experiment, tmp_path):
     assert "a window of 47 frames:" in card
     assert "table of one" in card and "table of two" not in card
     assert sha256(checkpoint) in card
+
+
+def test_the_card_of_a_second_export_says_where_the_first_comes_from(experiment, tmp_path):
+    _, checkpoint = experiment
+    first, second, changed = (tmp_path / name for name in ("first", "second", "changed"))
+    assert main(["export", str(checkpoint), "--out", str(first)]) == 0
+    card = (first / "README.md").read_text().replace("1.5 hours", "1.5 hours on a moon")
+    (first / "README.md").write_text(card)
+    assert main(["export", str(first), "--out", str(second)]) == 0
+    assert main(["export", str(first), "--out", str(changed), "rollout.steps=2"]) == 0
+    for folder in (second, changed):
+        found = (folder / "README.md").read_text()
+        assert "1.5 hours on a moon" in found and f"SHA-256 {sha256(checkpoint)}" in found
+        assert f"# {folder.name}\n" in found
+    assert "table of one" in (second / "README.md").read_text()
+    found = (changed / "README.md").read_text()
+    assert "table of one" not in found and "has not been evaluated yet" in found
+
+
+def test_weights_that_are_not_finite_are_refused(experiment, tmp_path, capsys):
+    _, checkpoint = experiment
+    tensors, metadata = read_weights(checkpoint)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, checkpoint, metadata)
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "model")]) == 1
+    assert f"{name} is not finite" in capsys.readouterr().err
+
+
+def test_a_model_is_not_exported_over_itself(experiment, tmp_path, capsys):
+    _, checkpoint = experiment
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "model")]) == 0
+    before = (tmp_path / "model/README.md").read_text()
+    (tmp_path / "same").symlink_to(tmp_path / "model")
+    for out in ("model", "same"):
+        assert main(["export", str(tmp_path / "model"), "--out", str(tmp_path / out)]) == 1
+        assert "is the model to export itself" in capsys.readouterr().err
+    assert (tmp_path / "model/README.md").read_text() == before
 
 
 def test_a_folder_of_something_else_stays(experiment, tmp_path, capsys):

@@ -79,6 +79,12 @@ def test_the_split_is_a_function_of_the_names(root: Path, video: Callable[[Path]
     assert len(first & {entry.video_path for entry in read_list(root / "v.json")}) >= 2
 
 
+def test_two_lists_are_two_files(root: Path, capsys: pytest.CaptureFixture) -> None:
+    same = ["--train-list", "a.json", "--val-list", "./a.json"]
+    assert main(["make-lists", str(root), *same]) == 1
+    assert "is to be both lists" in capsys.readouterr().err
+
+
 def test_lists_are_not_overwritten(root: Path, capsys: pytest.CaptureFixture) -> None:
     (root / "val.json").write_text("mine")
     assert main(["make-lists", str(root)]) == 1

@@ -943,10 +943,13 @@ def test_the_script_that_samples_videos(checkpoint, tmp_path, monkeypatch, capsy
     assert script["main"]() == 0
     found = sorted(path.name for path in (tmp_path / "videos").iterdir())
     assert found == ["00000.mp4", "00001.mp4", "grid.mp4", "grid.png"]
+    assert "note: " not in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("sys.argv", ["script", *arguments, str(tmp_path / "file/videos")])
     assert script["main"]() == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+    told = capsys.readouterr().err
+    assert told.strip().splitlines()[-1].startswith("error: ")
+    assert "sample:" not in told  # nothing was generated
 
 
 # --- All metrics

@@ -356,6 +356,12 @@ def test_failed_save_leaves_the_old_checkpoints(finished, monkeypatch):
     assert [p.name for p in sorted(finished.iterdir())] == ["step-00000004", "step-00000006"]
 
 
+def test_a_full_disk_is_told_as_such():
+    """Torch itself tells of an unexpected position."""
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint._write(Path("/dev/full"), {"a": torch.zeros(100_000)}, {})
+
+
 def test_a_checkpoint_is_readable_for_those_who_may_read_its_manifest(finished):
     files = [file for path in finished.iterdir() for file in path.iterdir()]
     assert len({file.stat().st_mode for file in files}) == 1 and len(files) > 4

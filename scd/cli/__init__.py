@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable
 
 from scd.cli import data, evaluation, models, training, wan
-from scd.errors import ScdError, Stopped
+from scd.errors import ScdError, Stopped, reason
 from scd.utils.startup import prepare_environment, prepare_process
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # on a GPU, on the CPU
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,10 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     except ScdError as error:  # a path that no system can have
         parser.error(str(error))
     # argparse takes no more overrides once another argument has come between.
-    if rest and (not hasattr(arguments, "overrides") or any(text[:1] == "-" for text in rest)):
+    # `compare` has checkpoints and overrides in one list.
+    taken = getattr(arguments, "overrides", getattr(arguments, "checkpoints", None))
+    if rest and (taken is None or any(text[:1] == "-" for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        arguments.overrides += rest
+    if rest and taken is not None:
+        taken += rest
     return run_command(lambda: arguments.run(arguments), arguments.run.__name__)
 
 
@@ -55,10 +59,16 @@ def run_command(run: Callable[[], object], name: str) -> int:
     except OSError as error:  # of a disk or a system, where no module has explained it better
         return _fail(str(ScdError(f"{error.filename or name}: {error.strerror or error}")))
     except UnicodeEncodeError as error:  # a name that is not UTF-8, or UTF-8 where nothing else is
+        around = error.object[max(error.start - 40, 0) : error.end + 40]
         return _fail(
-            f"{name}: {error.object[:200]!r} cannot be written in {error.encoding}: rename it, or "
-            f"set PYTHONUTF8=1 if the locale is not UTF-8"
+            f"{name}: {around!r} cannot be written in {error.encoding}: rename it, or set "
+            f"PYTHONUTF8=1 if the locale is not UTF-8"
         )
+    except (MemoryError, RuntimeError) as error:  # of torch, which is not imported here
+        text = reason(error)
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in OUT_OF_MEMORY):
+            raise
+        return _fail(f"{name}: needs more memory than there is ({text})")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -16,7 +16,6 @@ from scd.data.video_checks import VideoChecks, slow_reading_note
 from scd.errors import ScdError
 from scd.options import Options
 from scd.utils.files import read_npz
-from scd.utils.paths import why_missing
 from scd.utils.processes import processes
 
 MAX_ACTION_BYTES = 2**26  # of one clip: days of video
@@ -73,11 +72,6 @@ class ClipFolder:
     ):
         self.root = root
         self.list_path = root / list_file
-        if not self.list_path.exists():
-            raise ScdError(
-                f"{self.list_path}: {why_missing(self.list_path)}: get videos with `scd record` or "
-                f"`scd fetch-data`, list your own with `scd make-lists`, or set data.root"
-            )
         self.entries = read_list(self.list_path)
         self.source = source
         self.condition = condition

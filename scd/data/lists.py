@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scd.errors import ScdError
 from scd.utils.files import MAX_NAME_BYTES, read_json, write_json
+from scd.utils.paths import why_missing
 
 MAX_PATH_BYTES = 2048  # no system opens longer paths
 # Unicode categories that no name may hold: control characters (a terminal obeys them), line and
@@ -44,6 +45,11 @@ def read_list(path: Path) -> list[ClipEntry]:
     Raises:
         ScdError: it is missing, empty, not JSON, or an entry has a wrong field or type.
     """
+    if not path.exists():
+        raise ScdError(
+            f"{path}: {why_missing(path)}: get videos with `scd record` or `scd fetch-data`, list "
+            f"your own with `scd make-lists`, or set data.root"
+        )
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise ScdError(f"{path}: expected a non-empty JSON array of clips")

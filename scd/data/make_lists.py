@@ -62,6 +62,8 @@ def make_lists(request: ListRequest) -> None:
     """
     root = request.root
     targets = [root / request.train_list, root / request.val_list]
+    if targets[0].resolve() == targets[1].resolve():
+        raise ScdError(f"{targets[0]}: is to be both lists: give --val-list another name")
     for path in targets:
         if path.exists():
             raise ScdError(

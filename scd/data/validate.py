@@ -95,7 +95,8 @@ def _training_warnings(survey: Survey, options: Options) -> list[str]:
     warnings = _repeats(survey)
     if survey.clips < batch:
         warnings.append(
-            f"{survey.path}: {survey.clips} clips for batches of {batch} (train.batch_size): "
+            f"{survey.path}: {survey.clips} clip{'s' * (survey.clips > 1)} for batches of {batch} "
+            f"(train.batch_size): "
             f"suspiciously few"
         )
     if options.model.is_wan:
@@ -120,8 +121,9 @@ def _validation_warnings(train: Survey, survey: Survey, options: Options) -> lis
     warnings = _repeats(survey)
     if survey.clips < o.videos and not options.model.is_wan:  # which is evaluated on prompts
         warnings.append(
-            f"{survey.path}: {survey.clips} clips for eval.videos={o.videos}: some are evaluated "
-            f"more than once, each time from another first frame"
+            f"{survey.path}: {survey.clips} clip{'s' * (survey.clips > 1)} for "
+            f"eval.videos={o.videos}: some are evaluated more than once, each time from another "
+            f"first frame"
         )
     both = len(set(train.videos) & set(survey.videos))
     if both:
@@ -199,7 +201,7 @@ def _conclude(
         write_json(report, {"lists": lists, "warnings": warnings})
     if broken:
         clips = sum(survey.clips for survey in surveys)
-        raise ScdError(f"{len(broken)} of {clips} clips are broken, named above")
+        raise ScdError(f"broken clips: {len(broken)} of {clips}, named above")
 
 
 def table(surveys: list[Survey], action_names: dict[int, str]) -> Table:

@@ -4,6 +4,7 @@ Times are measured side by side in one run, a frame of each model in turn, so th
 slows all of them alike; the median counts.
 """
 
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def _candidate(path: Path, overrides: list[str] | None) -> Candidate:
     data = clip_folder(loaded.options, loaded.options.data.val_list, "video")
     metrics = evaluation_folder(loaded.options, loaded.source, data) / "metrics.json"
     if not metrics.is_file():
-        command = " ".join([f"./scripts/inference.sh {path}", *(overrides or [])])
+        command = shlex.join(["./scripts/inference.sh", str(path), *(overrides or [])])
         raise ScdError(f"{path}: not evaluated with these options yet; first run {command}")
     return Candidate(loaded, read_json(metrics), [])
 

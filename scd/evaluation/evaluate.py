@@ -13,7 +13,7 @@ from scd.errors import ScdError
 from scd.evaluation.generate import generate_samples
 from scd.evaluation.measure import measure_samples
 from scd.evaluation.metrics import AvailableMetrics
-from scd.evaluation.protocol import MODEL, table_rows
+from scd.evaluation.protocol import MODEL, note_repeats, table_rows
 from scd.evaluation.report import (
     Done,
     report_single,
@@ -64,6 +64,7 @@ def evaluate_checkpoint(
         options = loaded.options
         data = clip_folder(options, options.data.val_list, "video")
         folder = evaluation_folder(options, loaded.source, data)
+        note_repeats(data, options.eval.videos)
         evaluation = evaluate(loaded.model, loaded.codec, data, options, folder, loaded.source)
         if evaluation is None:
             continue

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from scd.data.clips import clip_folder
 from scd.data.video import write_video
 from scd.errors import ScdError
-from scd.evaluation.protocol import predict_frames, read_evaluation_batch
+from scd.evaluation.protocol import note_repeats, predict_frames, read_evaluation_batch
 from scd.models.load import load_checkpoint_for_use
 from scd.utils.files import write_atomically
 
@@ -106,6 +106,13 @@ def _mark(frame: np.ndarray) -> None:
         frame[edge] = CONTEXT_COLOR
 
 
+def remove_other_videos(folder: Path, numbers: range) -> None:
+    """Delete the numbered videos that an earlier command left, but for those to be written now."""
+    for path in folder.glob("[0-9]*.mp4"):
+        if path.stem.isdecimal() and int(path.stem) not in numbers:
+            path.unlink()
+
+
 def sample_videos(
     checkpoint: Path, opt: str | None, count: int, output: Path | None, overrides: list[str]
 ) -> None:
@@ -125,6 +132,13 @@ def sample_videos(
     options = loaded.options
     folder = output or options.output / "videos"
     data = clip_folder(options, options.data.val_list, "video")
+    try:  # before anything is generated for it
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ScdError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    if output is None:
+        remove_other_videos(folder, range(count))
+    note_repeats(data, count)
     known = options.eval.context_frames
     videos = []
     for start in tqdm(range(0, count, options.eval.batch_size), desc="sample", unit="batch"):

@@ -5,6 +5,7 @@ to 8 bits and saved (`scd.evaluation.samples`) before anything is measured
 (`scd.evaluation.measure`).
 """
 
+import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from scd.models.autoencoder import Codec
 from scd.models.world_model import WorldModel
 from scd.options import Options
 from scd.rollout import continue_videos
+from scd.utils.processes import processes
 from scd.utils.seeding import generator
 
 EVALUATION_STREAM = 3
@@ -89,6 +91,16 @@ def read_evaluation_clip(data: ClipFolder, number: int, options: Options) -> dic
             f"eval.videos={options.eval.videos} and as many other real clips; lower eval.videos"
         )
     return data.read(entry, frames, options.data.frame_stride, _start_generator(number))
+
+
+def note_repeats(data: ClipFolder, videos: int) -> None:
+    """Say on the main process that clips are fewer than videos, if they are."""
+    if len(data) < videos and processes().is_main_process:
+        print(
+            f"note: {data.list_path} has {len(data)} clip{'s' * (len(data) > 1)} for {videos} "
+            f"videos: some are continued more than once, each time from another first frame",
+            file=sys.stderr,
+        )
 
 
 def read_evaluation_batch(

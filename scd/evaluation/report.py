@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from scd.evaluation.pictures import write_grid, write_side_by_side
+from scd.evaluation.pictures import remove_other_videos, write_grid, write_side_by_side
 from scd.evaluation.protocol import MODEL, REAL_SET
 from scd.evaluation.samples import SampleFolder
 from scd.evaluation.summary import Evaluation, markdown, sweep_tables, tables
@@ -70,9 +70,7 @@ def write_samples(samples: SampleFolder, options: Options, folder: Path) -> None
     Those of an earlier evaluation are replaced or deleted.
     """
     numbers = range(min(options.eval.saved_videos, samples.videos))
-    for path in folder.glob("[0-9]*.mp4"):
-        if path.stem.isdecimal() and int(path.stem) not in numbers:
-            path.unlink()
+    remove_other_videos(folder, numbers)
     if not numbers:
         (folder / "grid.png").unlink(missing_ok=True)
         return

@@ -177,6 +177,9 @@ def _built(options: Options, codec: Codec, tensors: dict[str, Tensor], path: Pat
     layers = m.encoder_layers + m.decoder_layers + m.layers
     if layers > len(tensors):
         raise ScdError(f"{path}: {layers} layers in its options, but {len(tensors)} tensors")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ScdError(f"{path}: {name} is not finite")
     return build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
 
 

@@ -10,6 +10,7 @@ A name that begins with a dot is a folder that is being written or deleted. Only
 experiment's lock writes here (`scd.utils.locks`), so any such folder at start is from a dead run.
 """
 
+import io
 import json
 import os
 import shutil
@@ -254,7 +255,24 @@ def _write(path: Path, content: dict[str, Any], metadata: dict[str, str]) -> Non
         save_file(content, path, metadata)
         set_usual_mode(path)
     else:
-        torch.save(content, path)
+        with _File(io.FileIO(path, "wb")) as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                raise file.failure or error from error
+
+
+class _File(io.BufferedWriter):
+    """A file that remembers why it could not be written: torch tells of a full disk in riddles."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 def _read(path: Path) -> dict[str, Any]:

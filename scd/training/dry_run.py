@@ -138,9 +138,8 @@ def counterpart(options: Options) -> Options:
         other = replace(m, type="causal_dit", layers=layers, encoder_layers=0, decoder_layers=0)
     else:
         decoder = max(m.layers // 3, 1)  # as in the paper: 4 of 12
-        other = replace(
-            m, type="scd", layers=0, encoder_layers=m.layers - decoder, decoder_layers=decoder
-        )
+        encoder = max(m.layers - decoder, 1)
+        other = replace(m, type="scd", layers=0, encoder_layers=encoder, decoder_layers=decoder)
     return replace(options, model=other)
 
 
@@ -228,8 +227,8 @@ def _architecture(path: str) -> AutoencoderOptions:
     """Load the options of the autoencoder that `path` is for: one of its folders has their name."""
     for part in reversed(Path(path).parts):
         file = to_read(Path("options") / f"{part}.yml")
-        if file.is_file():
-            return load_options(file).autoencoder
+        if file.is_file() and (found := load_options(file)).task == "autoencoder":
+            return found.autoencoder
     raise ScdError(
         f"{path}: no autoencoder there, and no folder of this path has the name of a file in "
         f"options/ that describes it"

@@ -68,6 +68,8 @@ def resume(
     if main:
         set_newer_checkpoints_aside(path)
         print(f"resuming {options.name} from step {state.step} ({path})")
+        if state.step > options.train.steps:
+            print(f"it has more steps than train.steps={options.train.steps}: nothing is trained")
         before, now = saved_precision(state.run), identity["precision"]
         if before not in (None, now):
             print(f"it was trained in {before} so far, and is in {now} from here on")
