@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 from scd.errors import ScdError
 from scd.models import SCD
 from scd.models.autoencoder import load_codec
-from scd.pipeline import SCDPipeline
+from scd.models.load import build_world_model, load_checkpoint_for_use
+from scd.options import load_options
+from scd.pipeline import SCDPipeline, pipeline_of
 
+ROOT = Path(__file__).parent.parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -66,6 +69,28 @@ def test_another_number_of_layers_is_refused(folder, layers):
     change_config(folder / "transformer", encoder_layers=layers)
     with pytest.raises(ScdError, match=r"the model's .* weights"):
         SCDPipeline.from_pretrained(folder)
+
+
+def test_config_and_options_tell_one_story(tiny_autoencoder_path, tmp_path):
+    """Diffusers goes by the one, this project's commands by the other."""
+    path = ROOT / "options/scd_doom_tiny.yml"
+    options = load_options(path, [f"autoencoder.path={tiny_autoencoder_path}", "model.heads=1"])
+    codec = load_codec(options.autoencoder.path)
+    model = build_world_model(options, codec)
+    folder = tmp_path / "model"
+    pipeline_of(options, model, codec.autoencoder).save_pretrained(folder)
+    (folder / "transformer" / WEIGHTS).unlink()
+    model.save_pretrained(folder / "transformer", max_shard_size="50KB")
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+    loaded = load_checkpoint_for_use(folder)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name].cpu(), tensor)
+    one = next((folder / "transformer").glob("*.safetensors"))
+    with pytest.raises(ScdError, match="weights of an exported model: give its folder"):
+        load_checkpoint_for_use(one)
+    change_config(folder / "transformer", sigma_min=0.2)
+    with pytest.raises(ScdError, match=r"config\.json: sigma_min is 0\.2, but .* in options\.yml"):
+        load_checkpoint_for_use(folder)
 
 
 def test_autoencoders_are_loaded_whole(folder):

@@ -1,5 +1,6 @@
 """Build a world model from options, or load one from any weights file."""
 
+import hashlib
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,8 +14,14 @@ from scd.models.bidirectional_dit import BidirectionalDiT
 from scd.models.causal_dit import CausalDiT
 from scd.models.reference import load_reference_checkpoint
 from scd.models.scd import SCD
-from scd.models.weights import build_to_fit, read_metadata, read_weights
-from scd.models.world_model import WorldModel
+from scd.models.weights import (
+    build_to_fit,
+    read_all_weights,
+    read_metadata,
+    read_weights,
+    weight_files,
+)
+from scd.models.world_model import WorldModel, own_config
 from scd.options import (
     OPTIONS_FILE,
     ModelOptions,
@@ -76,6 +83,7 @@ FOR_WANS = (
 # What makes the same tensors another model. Of the autoencoder only the place may change.
 FIXED = [f"model.{field.name}" for field in fields(ModelOptions)]
 FIXED += ["flow.prediction", "flow.sigma_min"]
+ONE_NETWORK = {"noise", "joint"}  # of model.encoder_frame, in two passes or in one
 
 
 @dataclass
@@ -160,16 +168,35 @@ def load_folder(folder: Path, options: Options) -> LoadedModel:
         vae = replace(options.autoencoder, path=str(folder / "vae"))  # the one that is used
         options = replace(options, autoencoder=vae)
     codec = load_codec(options.autoencoder.path)
-    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors, _ = read_weights(path)
-    model = _built(options, codec, tensors, path)
+    files = weight_files(folder)
+    model = _built(options, codec, read_all_weights(folder), folder / "transformer")
+    _check_config(model, folder / "transformer" / "config.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source: dict[str, str | int | None] = {
         "path": str(folder),
-        "sha256": sha256(path),
+        "sha256": sha256(files[0]) if len(files) == 1 else _hash_of_shards(files),
         "step": None,
     }
     return LoadedModel(model.to(device).eval(), codec.to(device), options, source)
+
+
+def _hash_of_shards(files: list[Path]) -> str:
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def _check_config(model: WorldModel, path: Path) -> None:
+    """Refuse a folder whose two descriptions of the model contradict each other.
+
+    This project goes by the options, diffusers by the config.
+    """
+    config = read_json(path) if path.is_file() else {}
+    wrong = [
+        f"{key} is {config[key]}, but {value} in {OPTIONS_FILE}"
+        for key, value in own_config(model).items()
+        if config.get(key, value) != value and {str(config[key]), str(value)} != ONE_NETWORK
+    ]
+    if wrong:
+        raise ScdError(f"{path}: {'; '.join(wrong)}")
 
 
 def _built(options: Options, codec: Codec, tensors: dict[str, Tensor], path: Path) -> WorldModel:
@@ -216,6 +243,8 @@ def _refuse_wan_folder(path: Path) -> None:
 
 def _own_options(path: Path, overrides: list[str] | None = None) -> Options | None:
     """Read the options that a checkpoint or a folder carries; None for the reference's files."""
+    if path.parent.name == "transformer" and (path.parents[1] / OPTIONS_FILE).is_file():
+        raise ScdError(f"{path}: weights of an exported model: give its folder, {path.parents[1]}")
     if path.is_dir():
         if (path / "checkpoints").is_dir():
             raise ScdError(
@@ -273,8 +302,7 @@ def _refuse_other_model(own: Options, options: Options, path: Path) -> None:
     for key in FIXED:
         section, _, name = key.partition(".")
         was, is_ = (getattr(getattr(o, section), name) for o in (own, options))
-        # These two are one network, in one pass or in two.
-        if was != is_ and {was, is_} != {"noise", "joint"}:
+        if was != is_ and {was, is_} != ONE_NETWORK:
             differences.append(f"{key} is {was} in the checkpoint, {is_} in the options")
     if differences:
         raise ScdError(f"{path}: does not fit the options: {'; '.join(differences)}")

@@ -40,7 +40,9 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     files = sorted((path / "transformer").glob("diffusion_pytorch_model*.safetensors"))
     if not files:
-        raise ScdError(f"{path}: a folder without weights in transformer")
+        raise ScdError(
+            f"{path / 'transformer'}: holds no weights (diffusion_pytorch_model.safetensors)"
+        )
     return files
 
 

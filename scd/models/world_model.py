@@ -440,6 +440,11 @@ def repeat_steps(conditions: Tensor, steps: int) -> Tensor:
     return conditions[:, None].expand(-1, steps, *conditions.shape[1:])
 
 
+def own_config(model: Any) -> dict[str, Any]:
+    """Take the arguments of a diffusers model from its config."""
+    return {key: value for key, value in model.config.items() if not key.startswith("_")}
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse the config of a network that cannot be; its names are those of the options.
 

@@ -17,9 +17,10 @@ from scd.models.world_model import (
     FrameDenoiser,
     PrecomputedModulation,
     TextKeys,
+    own_config,
     repeat_steps,
 )
-from scd.wan.network import WanWorldModel, config_of, filled, own_config
+from scd.wan.network import WanWorldModel, config_of, filled
 from scd.wan.stack import CLEAN_TIMESTEP, WanSizes, WanStack
 
 

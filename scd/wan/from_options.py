@@ -18,11 +18,12 @@ from scd.models.weights import (
     read_all_weights,
     read_metadata,
 )
+from scd.models.world_model import own_config
 from scd.options import Options, options_from_json
 from scd.utils.files import read_json
 from scd.wan.bidirectional_wan import BidirectionalWan
 from scd.wan.causal_wan import CausalWan
-from scd.wan.network import WanWorldModel, own_config
+from scd.wan.network import WanWorldModel
 from scd.wan.scd_wan import SCDWan
 
 KINDS: dict[str, type[WanWorldModel]] = {

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.models.world_model import WorldModel, count_patches
+from scd.models.world_model import WorldModel, count_patches, own_config
 from scd.wan.stack import WanSizes
 
 IMAGE_FACTS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")  # of image-to-video models
@@ -99,11 +99,6 @@ class WanWorldModel(WorldModel):
                 f"the text is {tuple(text.shape)}, expected ({batch}, T, {self.config.text_dim})"
             )
         return text
-
-
-def own_config(model: Any) -> dict[str, Any]:
-    """Take the arguments of a diffusers model from its config."""
-    return {key: value for key, value in model.config.items() if not key.startswith("_")}
 
 
 def config_of(transformer: WanTransformer3DModel) -> dict[str, Any]:
