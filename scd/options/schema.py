@@ -378,11 +378,14 @@ class RolloutOptions:
         lambda interval: len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
         "be the lowest and the highest noise level, in 0..1",
     )
-    window: int = not_negative(0)  # past frames that a new frame attends to; 0: all of them
+    # Past frames that a new frame attends to; 0: all of them. Once a learned start (first_frame of an
+    # SCD) has slid out, one more takes its place; sink frames keep it.
+    window: int = not_negative(0)
     # How many of the window's places the first frames of the video keep for good.
     sink_frames: int = not_negative(0)
     compile: bool = False  # torch.compile of the denoising steps; on CUDA, one graph per frame
-    # auto: bf16 where the device computes it at least as fast as fp32, otherwise fp32.
+    # auto: bf16 where the device computes it at least as fast as fp32, otherwise fp32. With weights
+    # in bf16, fp32 counts as auto.
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "fp32"
 
 
