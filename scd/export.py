@@ -169,7 +169,9 @@ def _earlier_card(folder: Path) -> tuple[dict[str, str], str]:
     path = folder / "README.md"
     if not path.is_file():  # a checkpoint has none
         return {}, ""
-    text, _, evaluation = path.read_text(encoding="utf-8").partition("\n## Evaluation\n")
+    text, _, evaluation = path.read_text(encoding="utf-8", errors="replace").partition(
+        "\n## Evaluation\n"
+    )
     rows = re.findall(r"^\| ([^|]+) \| (.+) \|$", text, re.MULTILINE)
     return dict(rows), evaluation.strip()
 

@@ -70,8 +70,10 @@ class RolloutPipeline(DiffusionPipeline):
             ScdError: the autoencoder's weights are not all there, of which diffusers only warns.
         """
         super().register_modules(**kwargs)
-        vae = kwargs["vae"]
-        for name, tensor in () if vae is None else vae.named_parameters():
+        vae = kwargs.get("vae")
+        if vae is None or any(hasattr(part, "_hf_hook") for part in vae.modules()):
+            return  # none, or its weights are where accelerate put them
+        for name, tensor in vae.named_parameters():
             if tensor.is_meta:
                 raise ScdError(f"vae: its config wants {name}, its weights lack it")
 
@@ -103,10 +105,10 @@ class RolloutPipeline(DiffusionPipeline):
         for name in changes:
             if name not in known:
                 raise ScdError(f"unknown setting {name!r}; known: {', '.join(known)}")
-        changes = {k: list(v) if isinstance(v, tuple) else v for k, v in changes.items()}
         changed = merge_rollout(RolloutOptions(**self.config.rollout), changes)
         by_scale = "guidance_scale" in changes
-        if by_scale and changed.guidance_scale != 1 and changed.guidance == "none":
+        off = changed.guidance == "none" and "guidance" not in changes
+        if by_scale and changed.guidance_scale != 1 and off:
             raise ScdError(
                 f"guidance_scale={changed.guidance_scale:g} does nothing with guidance='none': "
                 f"give guidance='context' or 'condition' as well"

@@ -15,7 +15,14 @@ from scd.analysis.gradient_paths import (
     measure_gradients,
     path_gradients,
 )
-from scd.analysis.gradient_report import describe_gradients, gradient_figure, gradient_table
+from scd.analysis.gradient_report import (
+    _norm_ratio,
+    _of_cosines,
+    _of_ratios,
+    describe_gradients,
+    gradient_figure,
+    gradient_table,
+)
 from scd.analysis.interventions import (
     causal_blocks,
     frame_diagonal_attention,
@@ -263,6 +270,18 @@ def test_intervals_hold_what_they_say(clips):
     found = bootstrap(values, 0)
     held = ((found.low <= 0) & (found.high >= 0)).double().mean()
     assert 0.92 < held < 0.975
+
+
+def test_intervals_stay_where_the_numbers_can_be():
+    g = torch.Generator().manual_seed(0)
+    squares = torch.randn(50, 3, 2, 1, 1, generator=g).exp()
+    for some in squares:  # of three clips
+        found = _of_ratios(some, 0, _norm_ratio)
+        assert 0 < found.low < found.mean < found.high
+    cosines = 1 - 0.1 * torch.rand(4, 1, generator=g)
+    assert _of_cosines(cosines, 0).high <= 1
+    nothing = _of_ratios(torch.zeros(3, 2, 1, 1), 0, _norm_ratio)
+    assert nothing.mean < 1e-100 and nothing.high < 1e-100
 
 
 # The report

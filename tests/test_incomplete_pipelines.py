@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 
 from scd.errors import ScdError
@@ -44,7 +45,8 @@ def change_config(folder: Path, **values) -> None:
 def test_whole_ones_are_loaded(folder):
     pipeline = SCDPipeline.from_pretrained(folder)
     assert pipeline.transformer.config.encoder_layers == 2
-    model, found = SCD.from_pretrained(folder / "transformer", output_loading_info=True)
+    named = {"pretrained_model_name_or_path": folder / "transformer"}
+    model, found = SCD.from_pretrained(**named, output_loading_info=True)
     assert isinstance(model, SCD) and not found["missing_keys"]
 
 
@@ -98,6 +100,14 @@ def test_autoencoders_are_loaded_whole(folder):
     change(folder / "vae", drop=lost)
     with pytest.raises(ScdError, match=f"vae: its config wants {lost}"):
         SCDPipeline.from_pretrained(folder)
+
+
+def test_parts_are_exchanged(folder):
+    """Also those whose weights accelerate keeps elsewhere."""
+    pipeline = SCDPipeline.from_pretrained(folder)
+    pipeline.register_modules(transformer=pipeline.transformer)
+    assert cpu_offload(pipeline.vae, "cpu").decoder.conv_in.weight.is_meta
+    SCDPipeline(pipeline.transformer, pipeline.vae)
 
 
 def test_parts_of_other_channels_are_refused(folder):

@@ -227,6 +227,9 @@ def test_refusals(pipeline):
         with pytest.raises(ScdError, match=message):
             off.settings(**changes)
     assert off.settings(guidance="context", guidance_scale=1.5, guidance_interval=(0.0, 0.5))
+    assert off.settings(guidance="none", guidance_scale=1.5).guidance == "none"
+    numbers = {"steps": np.int64(3), "temperature": np.float64(0.5)}
+    assert off.settings(**numbers) == off.settings(steps=3, temperature=0.5)
     with pytest.raises(ScdError, match=r"unknown key 'rollout\.strid'"):
         SCDPipeline(pipeline.transformer, pipeline.vae, {"strid": 1})
     with pytest.raises(ScdError, match="unknown setting 'guidance_weight'; known: steps, solver"):

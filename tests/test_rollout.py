@@ -574,6 +574,15 @@ def test_a_refused_reset_leaves_no_video(inputs):
         with pytest.raises(ScdError):
             wrong()
     assert old() is None
+    rollout.reset(context, actions[:, :K])
+    with pytest.MonkeyPatch.context() as patch:  # too late for the checks
+
+        def fails(*_):
+            raise torch.OutOfMemoryError("no memory")
+
+        patch.setattr(rollout, "_prefill", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            rollout.reset(context, actions[:, :K])
     with pytest.raises(ScdError, match="step before reset"):
         rollout.step(actions[:, K])
 
@@ -585,7 +594,7 @@ def test_noise_that_does_not_fit(inputs):
     rollout.reset(context, actions[:, :K])
     with pytest.raises(ScdError, match="noise has shape"):  # one for all samples
         rollout.step(actions[:, K], torch.randn(1, C, H, W))
-    generators = [torch.Generator() for _ in range(B + 1)]
+    generators = [torch.Generator() for _ in range(B + 1)]  # a list of one is for all
     rollout.reset(context, actions[:, :K], generator=generators)
     with pytest.raises(ScdError, match=f"{B + 1} generators for {B} samples"):
         rollout.step(actions[:, K])

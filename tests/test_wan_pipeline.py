@@ -469,14 +469,15 @@ def test_vbench(folder, embeds, tmp_path, capfd):
     for number in (2, 3):
         (out / f"a cat-{number}.mp4").unlink()
     code = "import sys, time; from pathlib import Path; from scd.utils.locks import claim\n"
-    code += "with claim(Path(sys.argv[1]), 3) as mine: print(mine, flush=True); time.sleep(60)"
-    lock = str(tmp_path / "videos.lock")
-    with subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE) as other:
+    code += "with claim(Path(sys.argv[1]), sys.argv[2]) as mine: "
+    code += "print(mine, flush=True); time.sleep(60)"
+    held = [sys.executable, "-c", code, str(tmp_path / "videos.lock"), "a cat-3.mp4"]
+    with subprocess.Popen(held, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"True\n"
         assert main(command(folder / "scd", embeds, *arguments)) == 0
         other.kill()
     assert (out / "a cat-2.mp4").exists() and not (out / "a cat-3.mp4").exists()
-    assert "1 videos were being made by other processes" in capfd.readouterr().out
+    assert "left to other processes: 1" in capfd.readouterr().out
     assert main(command(folder / "scd", embeds, *arguments)) == 0
     assert {path.name for path in out.iterdir()} == names
 

@@ -289,6 +289,35 @@ def test_an_update_reaches_who_was_here_before(driver, site):
         }
         manifest.write_text(json.dumps(about))
         worker.write_text(worker.read_text().replace(old, "anew"))
+        # Whoever left before the graph was kept gets the new one, which does not fit; after loading
+        # the page again, all of the new version.
+        driver.execute_async_script(
+            """
+            const done = arguments[0];
+            (async () => {
+              const [kept] = await caches.keys(), cache = await caches.open(kept);
+              await cache.delete("graphs/picture.onnx");
+              done();
+            })();
+            """
+        )
+        driver.get(address)
+        page.wait_for_text("#notice-text", "not the file of this site; reload the page")
+        page.wait(lambda: len(kept_in(page)) == 2, "the update")
+        page.open(address)
+        page.step()
+        page.wait(lambda: len(kept_in(page)) == 1, "what is kept")
+
+
+def test_an_update_waits_for_the_next_visit(driver, site):
+    shutil.copytree(site, copy := site.parent / "later", copy_function=shutil.copy)
+    page = Page(driver)
+    with serving(copy) as address:
+        limit_storage(driver, address, 1 << 30)
+        page.open(address)
+        worker = copy / "sw.js"
+        version = re.search(r'const VERSION = "(.+?)"', worker.read_text()).group(1)
+        worker.write_text(worker.read_text().replace(version, "anew"))
         for versions in (2, 1):  # at first, the old one plays while the new one is fetched
             driver.get("about:blank")
             page.open(address)

@@ -1,5 +1,7 @@
 """The probe of `gradient_paths` in the report: its figure, table and sentences."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
@@ -22,10 +24,10 @@ def probe_gradients(probed: ProbedModel) -> Section:
     """Compare the gradients of writing context and of denoising, by layer and noise level."""
     n, seed = len(probed.clips), probed.seed
     result = measure_gradients(probed.model, probed.clips, seed, probed.progress.update)
-    cosine, between = bootstrap(result.cosine, seed), bootstrap(result.between, seed)
-    cosine_mean = bootstrap(result.cosine.mean(dim=1), seed)
-    ratio = bootstrap(result.squares, seed, _norm_ratio)
-    ratio_mean = bootstrap(result.squares, seed, lambda means: _norm_ratio(means).mean(dim=-2))
+    cosine, between = _of_cosines(result.cosine, seed), _of_cosines(result.between, seed)
+    cosine_mean = _of_cosines(result.cosine.mean(dim=1), seed)
+    ratio = _of_ratios(result.squares, seed, _norm_ratio)
+    ratio_mean = _of_ratios(result.squares, seed, lambda means: _norm_ratio(means).mean(dim=-2))
     numbers = {
         "levels": LEVELS,
         "groups": result.groups,
@@ -155,6 +157,17 @@ def _bars(estimate: Estimate) -> Tensor:
     """Make the lengths of error bars below and above the mean, (2, …)."""
     below, above = estimate.mean - estimate.low, estimate.high - estimate.mean
     return torch.stack([below, above]).clamp(min=0)
+
+
+def _of_cosines(values: Tensor, seed: int) -> Estimate:
+    return Estimate(*(bound.clamp(-1, 1) for bound in bootstrap(values, seed)))
+
+
+def _of_ratios(values: Tensor, seed: int, ratio: Callable[[Tensor], Tensor]) -> Estimate:
+    """Estimate what is above 0 by its logarithm, so that its interval is too."""
+    tiny = torch.finfo(torch.double).tiny
+    found = bootstrap(values, seed, lambda means: ratio(means).clamp(min=tiny).log())
+    return Estimate(*(bound.exp() for bound in found))
 
 
 def _norm_ratio(squares: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from scd.utils.environment import environment
 
 NEW_FRAMES = 4  # generated per clip in every measurement
 SECTIONS = 7
-IDENTITY = ("checkpoint", "clips", "steps", "new_frames", "fine_tune", "options")
+IDENTITY = ("clips", "steps", "new_frames", "fine_tune", "options")
 
 
 def probe_checkpoint(
@@ -84,7 +84,8 @@ def probe_checkpoint(
         "environment": environment(),
     }
     # Other clips, steps or weights of the same step have a report of their own.
-    identity = json.dumps([about[key] for key in IDENTITY], sort_keys=True)
+    told = [loaded.source["sha256"], *(about[key] for key in IDENTITY)]
+    identity = json.dumps(told, sort_keys=True)
     folder = options.output / "probe" / f"{stem}-{sha256(identity.encode()).hexdigest()[:8]}"
     arguments = [*(["--opt", options_path] if options_path else []), *overrides]
     with tqdm(desc="probe", dynamic_ncols=True) as progress:

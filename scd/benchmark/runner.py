@@ -28,6 +28,8 @@ from scd.utils.files import write_atomically, write_json
 from scd.utils.precision import has_bf16
 from scd.utils.table import Table
 
+UNFINISHED = "benchmark-unfinished"  # until all cases are done, an earlier benchmark stays
+
 
 def benchmark(folder: Path, only: str | None, plots: bool) -> None:
     """Run the cases whose name contains `only`, and with `plots` those of the plots.
@@ -74,26 +76,33 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
         done.append(case)
         text = "\n\n".join(table.markdown() for table in _tables(done, results))
         figures["cases"] = _with_cases(done, results)
-        _write(folder, figures, text)
-    if plots:
-        dtype = "bfloat16" if bf16 else "float32"
-        for plotted in (cases.by_context, cases.by_steps):
-            plot = plotted(dtype)
-            figures[plotted.__name__] = _with_cases(
-                plot, [_in_own_process(case, folder) for case in plot]
-            )
-            _write(folder, figures, text)
-        plot_scaling(folder / "scaling.png", figures["by_context"], figures["by_steps"])
+        _write(folder, UNFINISHED, figures, text)
+    try:
+        if plots:
+            dtype = "bfloat16" if bf16 else "float32"
+            for plotted in (cases.by_context, cases.by_steps):
+                plot = plotted(dtype)
+                figures[plotted.__name__] = _with_cases(
+                    plot, [_in_own_process(case, folder) for case in plot]
+                )
+                _write(folder, UNFINISHED, figures, text)
+            plot_scaling(folder / "scaling.png", figures["by_context"], figures["by_steps"])
+    except ScdError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        failed.append("the plots")
     if done:
+        _write(folder, "benchmark", figures, text)
+        for kind in ("json", "md"):
+            (folder / f"{UNFINISHED}.{kind}").unlink(missing_ok=True)
         print(f"\n{text}\n\nfigures: {folder}/benchmark.json, benchmark.md")
     if failed:
-        raise ScdError(f"{len(failed)} of {len(chosen)} cases failed: {'; '.join(failed)}")
+        raise ScdError(f"failed: {'; '.join(failed)}")
 
 
-def _write(folder: Path, figures: dict[str, Any], text: str) -> None:
-    write_json(folder / "benchmark.json", figures)
+def _write(folder: Path, name: str, figures: dict[str, Any], text: str) -> None:
+    write_json(folder / f"{name}.json", figures)
     write_atomically(
-        folder / "benchmark.md", lambda aside: aside.write_text(text + "\n", encoding="utf-8")
+        folder / f"{name}.md", lambda aside: aside.write_text(text + "\n", encoding="utf-8")
     )
 
 

@@ -208,5 +208,5 @@ def _add_text_encoder(p: argparse.ArgumentParser) -> None:
         default="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         metavar="SOURCE",
         help="folder or repository on the hub with text_encoder/ and tokenizer/ (default: "
-        "%(default)s, 23 GB)",
+        "%(default)s, up to 23 GB)",
     )

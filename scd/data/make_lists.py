@@ -199,8 +199,8 @@ def _with_labels(root: Path, entries: dict[str, ClipEntry]) -> dict[str, ClipEnt
     path = root / CLASSES
     if path.exists() and read_json(path) != classes:
         raise ScdError(
-            f"{path}: numbers other classes than these folders, for lists that exist already: move "
-            f"it away, if they are not needed any more"
+            f"{path}: numbers other classes than these folders: move it away, if no list needs its "
+            f"numbers any more"
         )
     write_json(path, classes)
     numbers = {name: number for number, name in enumerate(classes)}

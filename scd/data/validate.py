@@ -31,7 +31,7 @@ def validate_experiment(options: Options, latents: LatentSpec | None, report: Pa
     """
     root = Path(options.data.root)
     if options.data.source == "prompts":
-        return _validate_prompts(root, options)
+        return _validate_prompts(root, options, report)
     checks = VideoChecks(root)
     train = survey_list(checks, root / options.data.train_list, _for_training(options, latents))
     val = survey_list(checks, root / options.data.val_list, _for_evaluation(options, latents))
@@ -45,12 +45,15 @@ def validate_experiment(options: Options, latents: LatentSpec | None, report: Pa
     )
 
 
-def _validate_prompts(root: Path, options: Options) -> None:
+def _validate_prompts(root: Path, options: Options, report: Path | None) -> None:
     """Check that prompts to train on have embeddings."""
     path = root / options.data.train_list
     prompts = list(dict.fromkeys(read_lines(path)))
     PromptFolder(root).check([options.wan.negative_prompt, *prompts])
     print(f"{path}: {len(prompts)} prompts; {root} has the embeddings of all")
+    if report is not None:
+        lists = [{"path": str(path), "prompts": len(prompts)}]
+        write_json(report, {"lists": lists, "warnings": []})
 
 
 def validate_list(list_path: Path, root: Path, report: Path | None) -> None:

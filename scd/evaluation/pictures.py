@@ -136,8 +136,6 @@ def sample_videos(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ScdError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    if output is None:
-        remove_other_videos(folder, range(count))
     note_repeats(data, count)
     known = options.eval.context_frames
     videos = []
@@ -152,6 +150,8 @@ def sample_videos(
             path = folder / f"{number:05d}.mp4"
             write_side_by_side(path, video, real, known, options.data.fps)
         videos.append(whole)
+    if output is None:
+        remove_other_videos(folder, range(count))
     columns = math.ceil(math.sqrt(count))
     write_mosaic(folder / "grid", torch.cat(videos), columns, known, options.data.fps)
     print(f"{folder}: {count} videos (left generated, right real), grid.mp4 and grid.png")

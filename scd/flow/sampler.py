@@ -50,7 +50,7 @@ def frame_noise(
     Raises:
         ScdError: initial noise of another shape, or another number of generators than samples.
     """
-    if isinstance(generator, list) and len(generator) != shape[0]:
+    if isinstance(generator, list) and len(generator) not in (1, shape[0]):
         raise ScdError(f"{len(generator)} generators for {shape[0]} samples")
     if initial is not None and tuple(initial.shape) != tuple(shape):
         raise ScdError(f"noise has shape {tuple(initial.shape)}, expected {tuple(shape)}")

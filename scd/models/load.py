@@ -190,6 +190,8 @@ def _check_config(model: WorldModel, path: Path) -> None:
     This project goes by the options, diffusers by the config.
     """
     config = read_json(path) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise ScdError(f"{path}: not a config")
     wrong = [
         f"{key} is {config[key]}, but {value} in {OPTIONS_FILE}"
         for key, value in own_config(model).items()

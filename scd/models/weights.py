@@ -38,7 +38,10 @@ def weight_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    files = sorted((path / "transformer").glob("diffusion_pytorch_model*.safetensors"))
+    whole = path / "transformer" / "diffusion_pytorch_model.safetensors"
+    if whole.is_file():  # beside which there may be variants
+        return [whole]
+    files = sorted(whole.parent.glob("diffusion_pytorch_model-*-of-*.safetensors"))
     if not files:
         raise ScdError(
             f"{path / 'transformer'}: holds no weights (diffusion_pytorch_model.safetensors)"

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -107,14 +108,20 @@ class WorldModel(ModelMixin, ConfigMixin):
     takes_first_look = False
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """Load a saved model, see diffusers; only weights that fit its config entirely.
 
         Raises:
             ScdError: tensors are missing or too many, of which diffusers only warns.
         """
-        model, found = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        refuse_incomplete(found, f"{args[0]}: the model's")
+        where = pretrained_model_name_or_path
+        model, found = super().from_pretrained(where, output_loading_info=True, **kwargs)
+        refuse_incomplete(found, f"{where}: the model's")
         return (model, found) if output_loading_info else model
 
     @property

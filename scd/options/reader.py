@@ -99,13 +99,21 @@ def merge_rollout(
     Raises:
         ScdError: an unknown name, or a value of another type or choice.
     """
+    changes = {key: _from_code(value) for key, value in changes.items()}
     try:
         values = _plain(changes, RolloutOptions, where, "rollout.")
         merged = OmegaConf.to_object(OmegaConf.unsafe_merge(OmegaConf.structured(rollout), values))
     except OmegaConfBaseException as error:
-        raise ScdError(f"{where}: {_one_line(error)}") from error
+        raise ScdError(f"{where}: {error.full_key}: {_one_line(error)}") from error
     assert isinstance(merged, RolloutOptions)
     return merged
+
+
+def _from_code(value: Any) -> Any:
+    """Take tuples as lists, and numbers of NumPy as Python's."""
+    if isinstance(value, tuple):
+        return [_from_code(one) for one in value]
+    return value.item() if hasattr(value, "item") else value
 
 
 def options_from_json(text: str, source: str, overrides: list[str] | None = None) -> Options:

@@ -378,8 +378,8 @@ class RolloutOptions:
         lambda interval: len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1,
         "be the lowest and the highest noise level, in 0..1",
     )
-    # Past frames that a new frame attends to; 0: all of them. Once a learned start (first_frame of an
-    # SCD) has slid out, one more takes its place; sink frames keep it.
+    # Past frames that a new frame attends to; 0: all of them. Once a learned start (first_frame of
+    # an SCD) has slid out, one more takes its place; sink frames keep it.
     window: int = not_negative(0)
     # How many of the window's places the first frames of the video keep for good.
     sink_frames: int = not_negative(0)

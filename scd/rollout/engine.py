@@ -127,6 +127,21 @@ class Rollout:
             text, negative_text: see `set_text`.
         """
         self._forget()
+        try:
+            self._begin_video(context, actions, labels, generator, text, negative_text)
+        except BaseException:
+            self._forget()
+            raise
+
+    def _begin_video(
+        self,
+        context: Tensor,
+        actions: Tensor | None,
+        labels: Tensor | None,
+        generator: Generators,
+        text: Tensor | None,
+        negative_text: Tensor | None,
+    ) -> None:
         self._check_context(context)
         batch, frames, _, height, width = context.shape
         if frames < self.model.first_predicted:

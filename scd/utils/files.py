@@ -29,13 +29,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, flush it to disk, then rename it to `path`.
 
     The folder is flushed as well, so that the file survives a power cut. If `write` raises, the old
-    file stays, and nothing half-written is left. Of a link, what it leads to is replaced; into a
-    device or a pipe `write` writes at once.
+    file stays, and nothing half-written is left. A link is replaced, not what it leads to, which
+    others may share; into a device or a pipe `write` writes at once.
 
     Raises:
         ScdError: the disk is full, the folder is read-only, or the like.
     """
-    path = path.resolve() if path.is_symlink() else path
     aside = path.with_name(_aside_name(path))
     try:
         if path.exists() and not path.is_file() and not path.is_dir():

@@ -1,6 +1,7 @@
 """Lock files, so that one process at a time works in a folder."""
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -59,11 +60,15 @@ def hold_lock(path: Path, busy: str, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def claim(path: Path, number: int) -> Iterator[bool]:
+def claim(path: Path, name: str) -> Iterator[bool]:
     """Claim one of many pieces of work within the block; yields whether no other process has it.
 
     As `hold_lock`, but of a single byte, so that one file serves all pieces; it stays empty. Where
     the file system knows no locks, every process is told that it has the piece.
+
+    Args:
+        path: of the lock.
+        name: of the piece, alike in all processes; its hash is the byte's place.
 
     Raises:
         ScdError: the file cannot be written.
@@ -76,7 +81,8 @@ def claim(path: Path, number: int) -> Iterator[bool]:
     with file:
         mine = True
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            place = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7])
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         except (BlockingIOError, PermissionError):
             mine = False
         except OSError:

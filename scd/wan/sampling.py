@@ -18,7 +18,7 @@ from scd.models.weights import weight_files
 from scd.options.reader import change_rollout
 from scd.utils.files import MAX_NAME_BYTES, read_json, sha256, write_json
 from scd.utils.locks import claim
-from scd.utils.paths import why_missing
+from scd.utils.paths import from_user, why_missing
 from scd.utils.precision import resolve_precision, with_weights_in
 from scd.utils.seeding import generator
 from scd.wan.from_options import options_in
@@ -193,7 +193,7 @@ def generate_benchmark(
             )
     common = {
         "model": [sha256(path) for path in weight_files(model)],
-        "autoencoder": [sha256(path) for path in sorted((model / "vae").glob("*.safetensors"))],
+        "autoencoder": [sha256(path) for path in sorted(_vae_folder(model).glob("*.safetensors"))],
         "text_encoder": texts.made_by,
         "rollout": dict(pipeline.config.rollout),
         "negative_prompt": texts.negative(request.negative_prompt),
@@ -213,15 +213,21 @@ def generate_benchmark(
     write_json(about, common)
     others = 0
     wanted = dict(zip(names, given, strict=True)).items()
-    for piece, ((name, text), number) in enumerate(product(wanted, range(videos))):
+    for (name, text), number in product(wanted, range(videos)):
         path = out / f"{name}-{number}.mp4"
-        with claim(out.with_name(f"{out.name}.lock"), piece) as mine:
+        with claim(out.with_name(f"{out.name}.lock"), path.name) as mine:
             others += not mine
             if mine and not path.exists():
                 one = replace(request, seed=request.seed + number)
                 generate_video(pipeline, texts, text, one, path)
     if others:
-        print(f"{out}: {others} videos were being made by other processes")
+        print(f"{out}: left to other processes: {others}, which they were making")
+
+
+def _vae_folder(model: Path) -> Path:
+    """Find the autoencoder of a pipeline's folder, or of a run's checkpoint."""
+    run = options_in(model)
+    return model / "vae" if run is None else from_user(str(run.autoencoder.path))
 
 
 def generate_video(

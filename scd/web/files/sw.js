@@ -32,10 +32,13 @@ addEventListener("fetch", (event) => {
   event.respondWith(answer(event.request));
 });
 
-// Pages that are open go on with the version that they began with; its files would not fit this one.
+// Pages that are open go on with the version that they began with; its files would not fit this
+// one. A page that is opened, or loaded again, asks for this one.
 function begin() {
   if (!registration.active) return skipWaiting();
 }
+
+addEventListener("message", () => skipWaiting());
 
 // What could not be fetched is a TypeError: an earlier version of the site, if there is one, then
 // goes on with what was kept of it.

@@ -55,7 +55,14 @@ class WorkerSocket {
 async function served() {
   const container = navigator.serviceWorker;
   if (!container) return;
-  await container.register("sw.js", { updateViaCache: "none" });
+  const registration = await container.register("sw.js", { updateViaCache: "none" });
+  if (registration.waiting && container.controller) { // an update, fetched in an earlier visit
+    const changed = new Promise((done) => (container.oncontrollerchange = done));
+    registration.waiting.postMessage("begin");
+    await changed;
+    location.reload();
+    await new Promise(() => {}); // the reload ends this page
+  }
   await container.ready;
   if ((crossOriginIsolated && container.controller) || ofThisTab.get(SERVED)) return;
   // Where nothing can be noted, it would be loaded for ever.
