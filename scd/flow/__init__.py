@@ -1,1 +1,1 @@
-"""Flow matching: noise levels, the training objective, the Euler sampler and guidance."""
+"""Flow matching: noise levels, the training objective, the samplers and guidance."""

@@ -133,7 +133,7 @@ class ModelWorld:
         """Encode the past again; see `World`.
 
         Frames that have left the window shaped those in it, since every layer reaches one window
-        further back. So (layers × window) frames are encoded.
+        further back. So (layers × (window − 1) + 1) frames are needed, all but the newest encoded.
         """
         model, options, s = self.pretrained.model, self.pretrained.options.rollout, settings
         if past[-1] is self._newest and s == replace(self._settings, seed=s.seed):
