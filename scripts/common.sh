@@ -24,7 +24,11 @@ fetch_weights() {
 
 # Print how many GPUs are visible, or NUM_GPUS.
 count_gpus() {
-    echo "${NUM_GPUS:-$("$(find_python)" -c "import torch; print(torch.cuda.device_count())")}"
+    if [ -n "${NUM_GPUS:-}" ]; then
+        echo "$NUM_GPUS"
+    else
+        "$(find_python)" -c "import torch; print(torch.cuda.device_count())"
+    fi
 }
 
 # Launch a scd command on all visible GPUs (NUM_GPUS and PORT override), or on the CPU: one process,
@@ -32,12 +36,16 @@ count_gpus() {
 # Replaces the script's process, so that signals of a scheduler and the exit code pass through.
 launch() {
     local python gpus port=${PORT:-29500}
-    # For torchrun, also under accelerate: pass on SIGUSR1 too, and leave time to save a large checkpoint.
+    # For torchrun, also under accelerate: pass on SIGUSR1 too, and leave time to save a large checkpoint
+    # (before torch 2.12 that time is always 30 s).
     export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
     python=$(find_python)
     gpus=$(count_gpus)
-    if [ -n "${ACCELERATE_CONFIG:-}" ]; then
+    if [ -n "${ACCELERATE_CONFIG:-}" ] && [ "$gpus" -eq 0 ] && [ -z "${NUM_PROCS:-}" ]; then
+        echo "error: ACCELERATE_CONFIG is set, but no GPU is visible: unset it, or set NUM_PROCS" >&2
+        exit 1
+    elif [ -n "${ACCELERATE_CONFIG:-}" ]; then
         # The sizes of parallelism_config only take effect if the file enables it (hsdp.yaml).
         exec "$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" \
             --num_processes "${NUM_PROCS:-$((gpus * ${NUM_NODES:-1}))}" \

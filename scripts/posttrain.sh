@@ -4,6 +4,7 @@
 # in smaller batches; the teacher takes hours.
 # Needs the data: `scd record --train-episodes 400 --val-episodes 512`, and
 # `scd encode --opt options/scd_doom.yml`.
+# Batches are those of each GPU: the shipped models had one (NUM_GPUS=1).
 # Every stage resumes; run it again after an interruption. key=value arguments go to the evaluations.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -16,7 +16,10 @@ else
             echo "error: $base is $("$base" --version 2>&1), but Python 3.11 or newer is needed; set PYTHON=" >&2
             exit 1
         }
-        "$base" -m venv .venv
+        "$base" -m venv .venv || {
+            rm -rf .venv # half of one would pass for whole
+            exit 1
+        }
     fi
     python=.venv/bin/python
     hint="source .venv/bin/activate"
@@ -43,8 +46,15 @@ show_progress() {
     echo "$packages packages in $((SECONDS / 60)):$(printf %02d $((SECONDS % 60))) minutes"
 }
 
+# As of `uv venv`, or of a system without ensurepip when it was made.
+"$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null || {
+    echo "error: $python has no pip: install your system's python3-venv, delete .venv and run this again" >&2
+    exit 1
+}
+
 stamp=$("$python" -c 'import sys; print(sys.prefix)')/.scd-installed
-files="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1) $PWD"
+hash='import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+files="$(cat pyproject.toml constraints.txt | "$python" -c "$hash") $PWD"
 installed=$(cat "$stamp" 2>/dev/null || true)
 if [ "$installed" != "$extras $files" ] && [ "$installed" != "dev $files" ]; then # dev has all
     echo "installing into $(dirname "$(dirname "$python")"): this takes some minutes the first time"

@@ -101,15 +101,47 @@ def test_slurm_launches_on_every_node_and_queues_what_can_go_on(state, restarts,
     heartbeat.write_text('{"state": "stopped"}')  # of an earlier job
     said = "" if state is None else f"""echo '{{"state": "{state}"}}' > {heartbeat}\n"""
     status = int(state not in ("stopped", "finished"))
+    said += "echo $SRUN_CPUS_PER_TASK >cores\n"
     srun = f'#!/bin/sh\nshift\n{said}SLURM_NODEID=1 "$@"\nexit {status}\n'
     program(project / "bin/srun", srun)
     printed = run(
         project, "scripts/slurm.sbatch", "options/x.yml", "a.b=c d",
         PATH=f"{project}/bin:{os.environ['PATH']}", SLURM_NNODES="2", SLURM_JOB_ID="7",
         SLURM_JOB_NODELIST="node-[a-b]", SLURM_RESTART_COUNT=str(restarts),
+        SLURM_CPUS_PER_TASK="64",
     )  # fmt: skip
     arguments = launch_command_parser().parse_args([a for a in printed[2:] if "requeue" not in a])
     assert (arguments.num_machines, arguments.machine_rank) == (2, 1)
     assert arguments.main_process_ip == "node-a"
     assert arguments.training_script_args == ["train", "--opt", "options/x.yml", "a.b=c d"]
     assert (printed[-1] == "requeue 7") == again
+    assert (project / "cores").read_text() == "64\n"  # which srun would not take over by itself
+
+
+def test_sharding_without_a_gpu_is_one_line(project):
+    done = subprocess.run(
+        ["bash", "scripts/train.sh", "options/x.yml"], cwd=project, capture_output=True, text=True,
+        env={**os.environ, "NUM_GPUS": "0", "ACCELERATE_CONFIG": "scripts/accelerate/ddp.yaml"},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ACCELERATE_CONFIG is set, but no GPU is visible")
+
+
+def test_an_environment_without_pip_gets_one(tmp_path):
+    """As `uv venv` makes it; what pip would install is left out."""
+    for name in ("scripts", "pyproject.toml", "constraints.txt"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    log = tmp_path / "log"
+    hashes = "*hashlib*) cat >/dev/null; echo 1 ;; *prefix*) echo .venv ;;"
+    program(
+        tmp_path / ".venv/bin/python",
+        f'#!/bin/sh\necho "$1 $2" >>{log}\n'
+        f'[ "$2 $3" = "pip --version" ] && exit 1\ncase "$2" in {hashes} esac\n',
+    )
+    subprocess.run(
+        ["bash", "scripts/setup_env.sh"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL,
+        env={**os.environ, "SCD_VENV": "1"},
+    )  # fmt: skip
+    asked = log.read_text().splitlines()
+    assert asked[0] == "-m pip" and asked[1] == "-m ensurepip" and asked[-1] == "-m pip"

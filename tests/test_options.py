@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -363,6 +364,7 @@ def test_every_rule_can_say_what_is_wrong(file: Path) -> None:
         *rules.COMMON,
         *rules.WORLD_MODEL,
         *rules.DISTILLATION,
+        *rules.TRAINING,
         *rules.AUTOENCODER,
         *first,
         *second,
@@ -387,6 +389,10 @@ def test_the_counterparts_of_the_refusals_load(file: Path) -> None:
         ["train.trackers=[tensorboard, wandb]", "seed=9223372036854775807"],
     ]:
         load_options(file, overrides)
+    upright = ["data.frame_size=832", "data.frame_width=480"]
+    load_options(ROOT / "options/scd_wan.yml", upright)
+    with pytest.raises(ScdError, match="leaves too little"):
+        load_options(ROOT / "options/scd_wan.yml", [*upright, "data.resize_shorter=470"])
 
 
 @pytest.mark.parametrize(
@@ -647,6 +653,34 @@ def test_a_student_may_be_used_otherwise_than_it_was_trained(overrides: list[str
     assert options_for_use(student, overrides=overrides).distill.method == "dmd"
     with pytest.raises(ScdError, match=r"with (distill\.method=dmd|rollout\.solver=euler)"):
         load_training_options(ROOT / "options/scd_doom_distilled.yml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "complaint"),
+    [
+        (
+            "causal_dit_minecraft",
+            ["flow.condition_dropout=0"],
+            "flow.condition_dropout=0.0 does not train",
+        ),
+        (
+            "causal_dit_minecraft",
+            ["flow.condition_dropout=1"],
+            "flow.condition_dropout=1.0 does not train",
+        ),
+        ("scd_doom", ["data.action_names=[a, b]"], "name all, or none"),
+        (
+            "scd_doom_distilled",
+            ["train.steps=1", "distill.critic_updates=5"],
+            "the student would not be updated once",
+        ),
+    ],
+)
+def test_what_trains_nothing_is_refused(name: str, overrides: list[str], complaint: str) -> None:
+    path = ROOT / f"options/{name}.yml"
+    load_options(path, overrides)  # a model can be used with it
+    with pytest.raises(ScdError, match=re.escape(complaint)):
+        load_training_options(path, overrides)
 
 
 # --- A base

@@ -192,8 +192,8 @@ def test_without_the_extra(monkeypatch, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("a cat")
     command = ["wan", "encode-prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "x")]
     assert main(command) == 1
-    assert "prompts need the package ftfy: pip install -e .[wan]" in capsys.readouterr().err
-    with pytest.raises(ScdError, match=r"pip install -e \.\[wan\]"):
+    assert "prompts need the package ftfy: pip install -e '.[wan]'" in capsys.readouterr().err
+    with pytest.raises(ScdError, match=r"pip install -e '\.\[wan\]'"):
         load_text_encoder("x/y", torch.device("cpu"))
 
 

@@ -170,7 +170,26 @@ def build_autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
     """Build a deep-compression autoencoder (DC-AE, arXiv 2410.10733) with fresh weights.
 
     `decoder_norm` is that of the decoder's ResBlocks; every other block has RMS norm.
+
+    Raises:
+        ScdError: channels of neighbouring stages between which there is no shortcut.
     """
+    stages = len(options.encoder_channels)
+    try:  # without memory
+        with torch.device("meta"):
+            trial = _autoencoder(options)
+            latents = trial.encode(torch.empty(1, 3, 2**stages, 2**stages)).latent
+            trial.decode(latents)
+    except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
+        raise ScdError(
+            f"autoencoder.encoder_channels={options.encoder_channels} and decoder_channels="
+            f"{options.decoder_channels}: a DC-AE of these cannot be computed, since its shortcuts "
+            f"average or repeat whole groups of channels: let them double, or stay"
+        ) from error
+    return _autoencoder(options)
+
+
+def _autoencoder(options: AutoencoderOptions) -> AutoencoderDC:
     batch_norm = [
         options.decoder_norm == "batch_norm" and kind == "ResBlock"
         for kind in options.decoder_block_types

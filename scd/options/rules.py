@@ -37,9 +37,9 @@ COMMON: list[Rule] = [
         "action_vector; [] swaps none",
     ),
     (
-        lambda o: o.data.resize_shorter is None or o.data.resize_shorter >= o.data.frame_size,
+        lambda o: o.data.resize_shorter is None or o.data.resize_shorter >= min(o.data.frame_sides),
         "data.resize_shorter={data.resize_shorter} leaves too little for "
-        "data.frame_size={data.frame_size}",
+        "data.frame_size={data.frame_size} and data.frame_width={data.frame_width}",
     ),
     (
         lambda o: not (o.data.mirror and o.model.has_actions),
@@ -229,6 +229,24 @@ def _stages(side: Literal["encoder", "decoder"]) -> list[Rule]:
     ]
 
 
+TRAINING: list[Rule] = [  # of world models; they do not bind their use
+    (
+        lambda o: (
+            o.rollout.guidance != "condition"
+            or o.model.is_wan
+            or o.distill.method != "none"
+            or 0 < o.flow.condition_dropout < 1
+        ),
+        "rollout.guidance=condition leads away from the null condition, which "
+        "flow.condition_dropout={flow.condition_dropout} does not train; begin with 0.1",
+    ),
+    (
+        lambda o: len(o.data.action_names) in (0, o.model.num_conditions),
+        "data.action_names={data.action_names} for model.num_conditions={model.num_conditions}: "
+        "name all, or none",
+    ),
+]
+
 FIRST_STAGE: list[Rule] = [
     (
         lambda o: o.discriminator.weight == 0,
@@ -327,7 +345,7 @@ def check_training(options: Options, source: str) -> None:
         ScdError: as `check` does.
     """
     if options.task == "world_model":
-        _raise_first(_broken(DISTILLATION, options), source)
+        _raise_first(_broken(TRAINING + DISTILLATION, options), source)
 
 
 def check_rollout(rollout: RolloutOptions) -> None:

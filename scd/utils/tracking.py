@@ -36,7 +36,7 @@ def trackers_of(options: "Options", job: str) -> list[str | GeneralTracker]:
     for name in options.train.trackers:
         if not installed[name]():
             raise ScdError(
-                f"train.trackers: {name} is not installed; run pip install 'scd[trackers]'"
+                f"train.trackers: {name} is not installed; run pip install -e '.[trackers]'"
             )
         found.append(WandB(options, job) if name == "wandb" else name)
     return found

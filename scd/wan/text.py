@@ -1,7 +1,7 @@
 """Wan's text encoder (UMT5, by transformers): prompts to embeddings, as diffusers' `WanPipeline`.
 
 It is four times the size of the 1.3B model, so embeddings are best made once, on disk: see
-`scd.data.prompts`. Transformers and ftfy are extras: `pip install -e .[wan]`.
+`scd.data.prompts`. Transformers and ftfy are extras: `pip install -e '.[wan]'`.
 """
 
 import html
@@ -112,4 +112,4 @@ def load_text_encoder(source: str, device: torch.device) -> TextEncoder:
 
 
 def _without_extra(error: ImportError) -> ScdError:
-    return ScdError(f"prompts need the package {error.name}: pip install -e .[wan]")
+    return ScdError(f"prompts need the package {error.name}: pip install -e '.[wan]'")

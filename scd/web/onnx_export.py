@@ -34,7 +34,7 @@ def to_onnx(graph: Graph) -> Any:
         import onnxscript  # noqa: F401 (torch.onnx needs both)
     except ImportError as error:
         raise ScdError(
-            f"web: the package {error.name} is missing: pip install 'scd[web]'"
+            f"web: the package {error.name} is missing: pip install -e '.[web]'"
         ) from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():

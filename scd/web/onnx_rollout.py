@@ -49,7 +49,7 @@ class OnnxRollout:
         try:
             import onnxruntime
         except ImportError as error:
-            raise ScdError("web: onnxruntime is missing: pip install 'scd[web]'") from error
+            raise ScdError("web: onnxruntime is missing: pip install -e '.[web]'") from error
 
         def load(name: str) -> Any:
             options = onnxruntime.SessionOptions()
