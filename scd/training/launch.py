@@ -146,6 +146,12 @@ def run_experiment(options: Options) -> None:
                 held.enter_context(hold_lock(options.output / LOCK, busy, advice))
                 for folder in (options.output, options.output / SNAPSHOTS):
                     remove_unfinished(folder)
+        if main and 1 < options.train.steps <= options.optim.warmup_steps:  # one step: a trial
+            print(
+                f"note: optim.warmup_steps={options.optim.warmup_steps} with train.steps="
+                f"{options.train.steps}: the learning rate never reaches optim.lr",
+                file=sys.stderr,
+            )
         with report_outcome(options.output, main):
             if options.train.compile:
                 refuse_missing_compiler(accelerator.device)
