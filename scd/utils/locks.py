@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 
 from scd.errors import ScdError, reason
@@ -34,12 +35,7 @@ def hold_lock(path: Path, busy: str, advice: str) -> Iterator[None]:
     Raises:
         ScdError: another process holds it, or the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open as long as it is locked
-    except OSError as error:
-        raise ScdError(f"{path.parent}: cannot be written ({error.strerror or error})") from error
-    with file:
+    with _opened(path) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # either, says POSIX
@@ -73,12 +69,7 @@ def claim(path: Path, name: str) -> Iterator[bool]:
     Raises:
         ScdError: the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open as long as it is locked
-    except OSError as error:
-        raise ScdError(f"{path.parent}: cannot be written ({error.strerror or error})") from error
-    with file:
+    with _opened(path) as file:
         mine = True
         try:
             place = int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:7])
@@ -88,6 +79,15 @@ def claim(path: Path, name: str) -> Iterator[bool]:
         except OSError:
             pass
         yield mine
+
+
+def _opened(path: Path) -> FileIO:
+    """Open a lock file, which is made if missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+b", buffering=0)
+    except OSError as error:
+        raise ScdError(f"{path.parent}: cannot be written ({error.strerror or error})") from error
 
 
 def _holder(path: Path) -> str:
