@@ -150,6 +150,26 @@ def test_a_case_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("*unfinished*"))
 
 
+def test_an_interrupted_benchmark_leaves_the_one_before(tmp_path, monkeypatch):
+    chosen = [case for case in cases.TABLE if isinstance(case, LongRolloutCase)] * 2
+    result = {"frame_seconds": [0.01], "bytes_after_each_tenth": [1e6], "peak_bytes": 1}
+    outcomes = iter([result])
+
+    def run(case, folder):
+        for outcome in outcomes:
+            return outcome
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "_in_own_process", run)
+    monkeypatch.setattr(cases, "TABLE", chosen)
+    (tmp_path / "benchmark.json").write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        runner.benchmark(tmp_path, None, False)
+    assert (tmp_path / "benchmark.json").read_text() == "before"
+    unfinished = json.loads((tmp_path / "benchmark-unfinished.json").read_text())
+    assert len(unfinished["cases"]) == 1
+
+
 def test_a_killed_case_is_told_apart(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     (tmp_path / "python").write_text("#!/bin/sh\necho 'UserWarning: lazy' >&2\nkill -9 $$\n")

@@ -117,6 +117,11 @@ def test_links_are_replaced_and_devices_stay(tmp_path: Path) -> None:
         read = pool.submit(pipe.read_text)
         write_json(pipe, [2])
         assert json.loads(read.result()) == [2] and pipe.is_fifo()
+    with open(target, "r+") as opened:  # as /dev/stdout leads to a file that a shell has opened
+        (stdout := tmp_path / "stdout").symlink_to(f"/proc/self/fd/{opened.fileno()}")
+        write_json(stdout, [4])
+    assert stdout.is_symlink() and read_json(target) == [4]
+    stdout.unlink()
     with pytest.raises(ScdError, match="full: cannot be written"):
         write_json(Path("/dev/full"), [3])
     assert Path("/dev/full").is_char_device()

@@ -230,6 +230,10 @@ def test_refusals(pipeline):
     assert off.settings(guidance="none", guidance_scale=1.5).guidance == "none"
     numbers = {"steps": np.int64(3), "temperature": np.float64(0.5)}
     assert off.settings(**numbers) == off.settings(steps=3, temperature=0.5)
+    interval = off.settings(guidance_interval=np.array([0.0, 0.5]))
+    assert interval == off.settings(guidance_interval=torch.tensor([0.0, 0.5]))
+    with pytest.raises(ScdError, match=r"rollout\.steps takes a single value"):
+        off.settings(steps=np.array([1, 2]))
     with pytest.raises(ScdError, match=r"unknown key 'rollout\.strid'"):
         SCDPipeline(pipeline.transformer, pipeline.vae, {"strid": 1})
     with pytest.raises(ScdError, match="unknown setting 'guidance_weight'; known: steps, solver"):

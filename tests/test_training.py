@@ -149,13 +149,13 @@ def test_resumed_equals_uninterrupted_to_the_bit(options, threads, extra):
 def test_what_a_number_of_steps_means_is_said(options, capsys, fresh_accelerate):
     """Fewer than a run has, or than its warm-up takes."""
     train(options("name=short"))
-    fewer = options("name=short", "train.steps=3", "optim.warmup_steps=3")
+    fewer = options("name=short", "train.steps=3", "optim.warmup_steps=4")
     capsys.readouterr()
     AcceleratorState._reset_state()
     launch.run_experiment(fewer)
     told = capsys.readouterr()
     assert "it has more steps than train.steps=3: nothing is trained" in told.out
-    assert "optim.warmup_steps=3 with train.steps=3: the learning rate never" in told.err
+    assert "optim.warmup_steps=4 with train.steps=3: the learning rate never" in told.err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about processors")

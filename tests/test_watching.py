@@ -414,7 +414,7 @@ def test_without_a_login_wandb_says_what_to_do(options, offline, monkeypatch, tm
 def test_a_tracker_that_is_not_installed_is_named(options, monkeypatch):
     """Accelerate would leave it out without a word."""
     monkeypatch.setattr(tracking, "is_wandb_available", lambda: False)
-    with pytest.raises(ScdError, match=r"not installed; run pip install 'scd\[trackers\]'"):
+    with pytest.raises(ScdError, match=r"not installed; run pip install -e '\.\[trackers\]'"):
         make_accelerator(options("train.trackers=[wandb]"))
 
 

@@ -324,6 +324,15 @@ def test_an_update_waits_for_the_next_visit(driver, site):
             page.wait(lambda: any("anew" in name for name in kept_in(page)), "the update")
             page.step()
             page.wait(lambda n=versions: len(kept_in(page)) == n, "what is kept")
+            if versions == 2:  # another tab takes nothing away from it
+                first = driver.current_window_handle
+                driver.switch_to.new_window("tab")
+                page.open(address)
+                page.step()
+                assert len(kept_in(page)) == 2
+                driver.close()
+                driver.switch_to.window(first)
+                page.step()
 
 
 def test_a_missing_file_of_another_start(driver, site):

@@ -28,7 +28,7 @@ from scd.utils.files import write_atomically, write_json
 from scd.utils.precision import has_bf16
 from scd.utils.table import Table
 
-UNFINISHED = "benchmark-unfinished"  # until all cases are done, an earlier benchmark stays
+UNFINISHED = "benchmark-unfinished"  # until every case was tried, an earlier benchmark stays
 
 
 def benchmark(folder: Path, only: str | None, plots: bool) -> None:
@@ -90,7 +90,7 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
     except ScdError as error:
         print(f"failed: {error}", file=sys.stderr)
         failed.append("the plots")
-    if done:
+    if done or "by_context" in figures:
         _write(folder, "benchmark", figures, text)
         for kind in ("json", "md"):
             (folder / f"{UNFINISHED}.{kind}").unlink(missing_ok=True)

@@ -32,11 +32,6 @@ DISTILLATION: list[Rule] = [
         "distill.weak_teacher, or a model with a condition",
     ),
     (
-        lambda o: o.distill.method != "dmd" or o.distill.critic_updates <= o.train.steps,
-        "distill.critic_updates={distill.critic_updates} is more than train.steps={train.steps}: "
-        "the student would not be updated once",
-    ),
-    (
         lambda o: o.distill.method == "none" or o.init_from is not None,
         "distill.method={distill.method} needs init_from, the student's first weights",
     ),

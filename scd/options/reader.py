@@ -110,10 +110,10 @@ def merge_rollout(
 
 
 def _from_code(value: Any) -> Any:
-    """Take tuples as lists, and numbers of NumPy as Python's."""
-    if isinstance(value, tuple):
-        return [_from_code(one) for one in value]
-    return value.item() if hasattr(value, "item") else value
+    """Take tuples and arrays as lists, and numbers of NumPy and torch as Python's."""
+    if hasattr(value, "tolist"):  # of arrays, tensors, and their numbers
+        return value.tolist()
+    return [_from_code(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def options_from_json(text: str, source: str, overrides: list[str] | None = None) -> Options:

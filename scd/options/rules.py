@@ -233,15 +233,18 @@ TRAINING: list[Rule] = [  # of world models; they do not bind their use
     (
         lambda o: (
             o.rollout.guidance != "condition"
+            or o.rollout.guidance_scale == 1
             or o.model.is_wan
             or o.distill.method != "none"
             or 0 < o.flow.condition_dropout < 1
         ),
-        "rollout.guidance=condition leads away from the null condition, which "
+        "rollout.guidance=condition needs both the condition and the null condition, which "
         "flow.condition_dropout={flow.condition_dropout} does not train; begin with 0.1",
     ),
     (
-        lambda o: len(o.data.action_names) in (0, o.model.num_conditions),
+        lambda o: (
+            not o.model.has_actions or len(o.data.action_names) in (0, o.model.num_conditions)
+        ),
         "data.action_names={data.action_names} for model.num_conditions={model.num_conditions}: "
         "name all, or none",
     ),

@@ -146,7 +146,7 @@ def run_experiment(options: Options) -> None:
                 held.enter_context(hold_lock(options.output / LOCK, busy, advice))
                 for folder in (options.output, options.output / SNAPSHOTS):
                     remove_unfinished(folder)
-        if main and 1 < options.train.steps <= options.optim.warmup_steps:  # one step: a trial
+        if main and 1 < options.train.steps < options.optim.warmup_steps:  # one step: a trial
             print(
                 f"note: optim.warmup_steps={options.optim.warmup_steps} with train.steps="
                 f"{options.train.steps}: the learning rate never reaches optim.lr",

@@ -37,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     aside = path.with_name(_aside_name(path))
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if _is_stream(path):
             write(path)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,6 +54,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             aside.unlink()
+
+
+def _is_stream(path: Path) -> bool:
+    """Tell whether a path is a device or a pipe, or as /dev/stdout a file that is open already."""
+    end = path.absolute()
+    for _ in range(40):  # links, as many as Linux follows
+        if end.parts[1:2] == ("proc",) or not end.is_symlink():
+            break
+        end = end.parent / os.readlink(end)
+    if end.parts[1:2] == ("proc",):
+        return path.exists()
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _aside_name(path: Path) -> str:

@@ -33,12 +33,19 @@ addEventListener("fetch", (event) => {
 });
 
 // Pages that are open go on with the version that they began with; its files would not fit this
-// one. A page that is opened, or loaded again, asks for this one.
+// one. The only page that is open asks for this one when it is loaded.
 function begin() {
   if (!registration.active) return skipWaiting();
 }
 
-addEventListener("message", () => skipWaiting());
+addEventListener("message", (event) => event.waitUntil(beginForTheOnly(event.ports[0])));
+
+async function beginForTheOnly(page) {
+  const all = await clients.matchAll({ type: "window", includeUncontrolled: true });
+  const here = all.filter(({ url }) => url.startsWith(registration.scope));
+  if (here.length > 1) page.postMessage("later");
+  else await skipWaiting();
+}
 
 // What could not be fetched is a TypeError: an earlier version of the site, if there is one, then
 // goes on with what was kept of it.

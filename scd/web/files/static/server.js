@@ -8,6 +8,7 @@ export const WHO = "This browser";
 
 const SERVED = "scd isolated"; // noted in this tab: the page has been loaded by its service worker
 const UNABLE = 4510;
+const LONGEST = 5000; // ms that an update is waited for
 
 let worker = null;
 let current = null; // socket
@@ -56,10 +57,7 @@ async function served() {
   const container = navigator.serviceWorker;
   if (!container) return;
   const registration = await container.register("sw.js", { updateViaCache: "none" });
-  if (registration.waiting && container.controller) { // an update, fetched in an earlier visit
-    const changed = new Promise((done) => (container.oncontrollerchange = done));
-    registration.waiting.postMessage("begin");
-    await changed;
+  if (registration.waiting && container.controller && (await begins(registration.waiting))) {
     location.reload();
     await new Promise(() => {}); // the reload ends this page
   }
@@ -71,11 +69,22 @@ async function served() {
   await new Promise(() => {}); // the reload ends this page
 }
 
+// Ask an update, fetched in an earlier visit, to take over; resolves to whether it has.
+function begins(update) {
+  return new Promise((done) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => done(false);
+    navigator.serviceWorker.oncontrollerchange = () => done(true);
+    setTimeout(done, LONGEST, false);
+    update.postMessage("begin", [port2]);
+  });
+}
+
 async function begin(socket, session) {
   try {
     if (window.scdMissing) throw new Error(window.scdMissing);
-    await served().catch((error) => console.warn("not kept for use offline:", error));
     if (!worker) {
+      await served().catch((error) => console.warn("not kept for use offline:", error));
       worker = new Worker(new URL(`../world/worker.js${location.search}`, import.meta.url), {
         type: "module",
       });
