@@ -9,5 +9,7 @@ fetch_weights
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 # Whole files side by side, on one thread each: the models are so small that threads mostly wait.
+# In the order of tests/conftest.py.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
-.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+    --no-loadscope-reorder "$@"

@@ -1,5 +1,6 @@
 """What several tests need: a small recording of Doom and an untrained autoencoder."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from scd.models.autoencoder import build_autoencoder
 from scd.options import AutoencoderOptions
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+SLOWEST = "test_web_page.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slowest file, then those of most tests; whatever is last runs alone."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name != SLOWEST, -tests[item.path]))
 
 
 @pytest.fixture(scope="session")
