@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
+from scd.models.config import own_config
 from scd.models.world_model import FirstLook
 from scd.options import RolloutOptions
 from scd.rollout import Rollout
@@ -16,7 +17,6 @@ from scd.rollout.cache import KVCache, Window
 from scd.utils.precision import with_weights_in
 from scd.wan import CausalWan, SCDWan
 from scd.wan.block import within_frames
-from scd.wan.network import own_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,6 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scd.models.config import check_config
 from scd.models.layers import (
     HEAD_DIM,
     Attend,
@@ -20,7 +21,7 @@ from scd.models.layers import (
     rotary_positions,
     unpatchify,
 )
-from scd.models.world_model import WorldModel, check_config
+from scd.models.world_model import WorldModel
 
 
 class DiT(WorldModel):

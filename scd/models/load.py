@@ -12,6 +12,7 @@ from scd.errors import ScdError
 from scd.models.autoencoder import Codec, load_codec
 from scd.models.bidirectional_dit import BidirectionalDiT
 from scd.models.causal_dit import CausalDiT
+from scd.models.config import own_config
 from scd.models.reference import load_reference_checkpoint
 from scd.models.scd import SCD
 from scd.models.weights import (
@@ -21,7 +22,7 @@ from scd.models.weights import (
     read_weights,
     weight_files,
 )
-from scd.models.world_model import WorldModel, own_config
+from scd.models.world_model import WorldModel
 from scd.options import (
     OPTIONS_FILE,
     ModelOptions,

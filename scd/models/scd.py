@@ -9,6 +9,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from scd.errors import ScdError
+from scd.models.config import check_config
 from scd.models.decoder import FrameDecoder
 from scd.models.encoder import CausalEncoder
 from scd.models.layers import HEAD_DIM, Modulations, look_up, project
@@ -19,7 +20,6 @@ from scd.models.world_model import (
     FirstLook,
     FrameDenoiser,
     PrecomputedModulation,
-    check_config,
     repeat_steps,
 )
 

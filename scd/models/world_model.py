@@ -1,8 +1,7 @@
 """The interfaces of world models: to the training objective, the rollout and diffusers."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,14 +10,12 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from scd.errors import ScdError
+from scd.models.config import count_patches
 from scd.models.layers import HEAD_DIM
 from scd.models.weights import refuse_incomplete
-from scd.options import FlowOptions, ModelOptions
-from scd.options.rules import wrong_choice
 
 MAX_TIMESTEP = 1000.0
 CLEAN_TIMESTEP = -1.0
-SIZES = ("channels", "patch_size", "heads", "layers", "encoder_layers", "decoder_layers")
 
 
 class PrecomputedModulation(NamedTuple):
@@ -434,38 +431,6 @@ def _as_indices(name: str, values: Tensor) -> Tensor:
     return values.long()
 
 
-def count_patches(height: int, width: int, rows: int, columns: int) -> int:
-    if not height or not width or height % rows or width % columns:
-        raise ScdError(
-            f"frames of {height}x{width}, which patches of {rows}x{columns} do not divide"
-        )
-    return (height // rows) * (width // columns)
-
-
 def repeat_steps(conditions: Tensor, steps: int) -> Tensor:
     """Repeat conditions (R,) or (R, V + 1) at every step: (R, T) or (R, T, V + 1)."""
     return conditions[:, None].expand(-1, steps, *conditions.shape[1:])
-
-
-def own_config(model: Any) -> dict[str, Any]:
-    """Take the arguments of a diffusers model from its config."""
-    return {key: value for key, value in model.config.items() if not key.startswith("_")}
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse the config of a network that cannot be; its names are those of the options.
-
-    Raises:
-        ScdError: an unknown choice, a size below 1, or a kind of condition without any.
-    """
-    kinds = {item.name: item.type for of in (ModelOptions, FlowOptions) for item in fields(of)}
-    for name, value in config.items():
-        if message := wrong_choice(name, kinds.get(name), value):
-            raise ScdError(message)
-        if name in SIZES and not (isinstance(value, int) and value > 0):
-            raise ScdError(f"{name} is {value!r}, not a positive integer")
-    condition, num_conditions = config["condition"], config["num_conditions"]
-    if num_conditions < 0:
-        raise ScdError(f"num_conditions is {num_conditions}, below 0")
-    if (condition == "none") != (num_conditions == 0):
-        raise ScdError(f"condition {condition!r} contradicts num_conditions {num_conditions}")

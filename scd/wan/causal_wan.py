@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.models.attention import clean_context_attention, clean_context_block_mask, uses_flex
+from scd.models.config import own_config
 from scd.models.world_model import (
     Cache,
     CausalWorldModel,
@@ -17,7 +18,6 @@ from scd.models.world_model import (
     FrameDenoiser,
     PrecomputedModulation,
     TextKeys,
-    own_config,
     repeat_steps,
 )
 from scd.wan.network import WanWorldModel, config_of, filled

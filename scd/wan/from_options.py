@@ -12,13 +12,13 @@ import torch
 
 from scd.distill.teacher import teacher_path
 from scd.errors import ScdError
+from scd.models.config import own_config
 from scd.models.weights import (
     SHOWN_DIFFERENCES,
     load_matching,
     read_all_weights,
     read_metadata,
 )
-from scd.models.world_model import own_config
 from scd.options import Options, options_from_json
 from scd.utils.files import read_json
 from scd.wan.bidirectional_wan import BidirectionalWan

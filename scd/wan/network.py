@@ -9,7 +9,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.models.world_model import WorldModel, count_patches, own_config
+from scd.models.config import count_patches, own_config
+from scd.models.world_model import WorldModel
 from scd.wan.stack import WanSizes
 
 IMAGE_FACTS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")  # of image-to-video models
