@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -512,29 +513,49 @@ def test_exits_are_uniform_and_depend_on_the_step_alone() -> None:
 # --- Training
 
 
-@pytest.fixture
-def options(doom_root: Path, tmp_path: Path, fresh_accelerate: None):
-    small = [
-        *(f"data.root={doom_root}", f"output_root={tmp_path}", "train.mixed_precision=fp32"),
-        *("data.source=video", "autoencoder.path=null", "model.patch_size=16", "model.heads=1"),
-        *("train.batch_size=2", "train.save_every=1", "train.log_every=1", "train.workers=0"),
-        *("eval.context_frames=4", "eval.new_frames=2", "eval.videos=2", "eval.comparisons=[]"),
-        *("train.compile=false", "data.frames=6", "train.keep_checkpoints=9"),
-    ]
-    student = ["model.encoder_layers=1", "model.decoder_layers=1"]
+SMALL = [
+    *("train.mixed_precision=fp32", "data.source=video", "autoencoder.path=null"),
+    *("model.patch_size=16", "model.heads=1", "train.batch_size=2", "train.save_every=1"),
+    *("train.log_every=1", "train.workers=0", "eval.context_frames=4", "eval.new_frames=2"),
+    *("eval.videos=2", "eval.comparisons=[]", "train.compile=false", "data.frames=6"),
+    "train.keep_checkpoints=9",
+]
+STUDENT = ["model.encoder_layers=1", "model.decoder_layers=1"]
 
-    def load(file: str, *overrides: str) -> Options:
-        return load_training_options(f"options/{file}.yml", [*small, *overrides])
 
-    base = load("scd_doom", *student, "name=base", "train.steps=1")
-    run_experiment(base)
+class Trained(NamedTuple):
+    """What a student can start from, and learn from."""
+
+    base: Path
+    teacher: Path
+
+    def checkpoint(self, which: str) -> Path:
+        return getattr(self, which) / "checkpoints/step-00000001/ema.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(doom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp("trained")
+    here = [*SMALL, f"data.root={doom_root}", f"output_root={root}", "train.steps=1"]
     dense = ["init_from=null", "flow.prefix_frames=[2,4]", "model.layers=1"]
-    teacher = load("bidirectional_dit_doom", *dense, "name=teacher", "train.steps=1")
-    run_experiment(teacher)
-    weights = [o.output / "checkpoints/step-00000001/ema.safetensors" for o in (base, teacher)]
+    for name, file, own in (
+        ("base", "scd_doom", STUDENT),
+        ("teacher", "bidirectional_dit_doom", dense),
+    ):
+        options = load_training_options(f"options/{file}.yml", [*here, f"name={name}", *own])
+        run_experiment(options)
+    return Trained(root / "base", root / "teacher")
+
+
+@pytest.fixture
+def options(doom_root: Path, trained: Trained, tmp_path: Path, fresh_accelerate: None):
     own = ["distill.context_frames=2", "distill.critic_updates=2", "optim.lr=1e-3"]
+    weights = trained.checkpoint("base"), trained.checkpoint("teacher")
     places = [f"init_from={weights[0]}", f"distill.teacher={weights[1]}"]
-    return lambda *o: load("scd_doom_distilled", *student, *own, *places, *o)
+    places += [f"data.root={doom_root}", f"output_root={tmp_path}"]
+    return lambda *further: load_training_options(
+        "options/scd_doom_distilled.yml", [*SMALL, *STUDENT, *own, *places, *further]
+    )
 
 
 @pytest.mark.parametrize(
@@ -607,10 +628,12 @@ def test_windows_begin_in_the_middle_of_a_video(options) -> None:
         load_training_options("options/scd_wan_distilled.yml", windows)
 
 
-def test_a_run_goes_on_with_its_teacher_and_its_steps(options, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_its_teacher_and_its_steps(
+    options, trained: Trained, tmp_path: Path
+) -> None:
     """The teacher may be moved; another one, or other rollouts, are another run."""
     run_experiment(options("name=run", "train.steps=1"))
-    other = f"distill.teacher={tmp_path}/base/exported"
+    other = f"distill.teacher={trained.base}/exported"
     for override, difference in (
         ("rollout.steps=1", "rollout.steps was 2, is 1"),
         ("rollout.shift=5", "rollout.shift was 2.7, is 5"),
@@ -620,9 +643,8 @@ def test_a_run_goes_on_with_its_teacher_and_its_steps(options, tmp_path: Path) -
     ):
         with pytest.raises(ScdError, match=f"belongs to another run: {difference}"):
             run_experiment(options("name=run", "train.steps=2", override))
-    checkpoint = tmp_path / "teacher/checkpoints/step-00000001/ema.safetensors"
     same = tmp_path / "ema.safetensors"
-    shutil.copy(checkpoint, same)
+    shutil.copy(trained.checkpoint("teacher"), same)
     slower = "distill.critic_lr=1e-6"  # rates may change
     run_experiment(options("name=run", "train.steps=2", f"distill.teacher={same}", slower))
 
@@ -635,12 +657,10 @@ def weakened(checkpoint: Path, copy: Path) -> Path:
     return copy
 
 
-def test_a_run_leads_away_from_the_weak_teacher_it_began_with(options, tmp_path: Path) -> None:
-    teacher, causal = (
-        tmp_path / kind / "checkpoints/step-00000001/ema.safetensors"
-        for kind in ("teacher", "base")
-    )
-    weak = weakened(teacher, tmp_path / "weak.safetensors")
+def test_a_run_leads_away_from_the_weak_teacher_it_began_with(
+    options, trained: Trained, tmp_path: Path
+) -> None:
+    weak = weakened(trained.checkpoint("teacher"), tmp_path / "weak.safetensors")
 
     def guided(*overrides: str) -> Options:
         return options("distill.guidance_scale=2", f"distill.weak_teacher={weak}", *overrides)
@@ -652,7 +672,7 @@ def test_a_run_leads_away_from_the_weak_teacher_it_began_with(options, tmp_path:
     ]
     assert gradients[0] != gradients[1]
     with pytest.raises(ScdError, match="a bidirectional and a causal model, but the weak one must"):
-        run_experiment(guided("name=mixed", f"distill.weak_teacher={causal}"))
+        run_experiment(guided("name=mixed", f"distill.weak_teacher={trained.checkpoint('base')}"))
     other = guided("name=guided", "train.steps=4")
     other.distill.weak_teacher = other.distill.teacher
     with pytest.raises(ScdError, match=r"the weights at distill\.weak_teacher are others"):
@@ -691,8 +711,8 @@ def test_a_causal_score_of_a_frame_depends_on_no_later_one(kind: str) -> None:
     assert (after[:, -1] - before[:, -1]).abs().max() > 1e-2
 
 
-def test_the_student_s_own_base_can_be_its_teacher(options, tmp_path: Path) -> None:
-    causal = tmp_path / "base/checkpoints/step-00000001/ema.safetensors"
+def test_the_student_s_own_base_can_be_its_teacher(options, trained: Trained) -> None:
+    causal = trained.checkpoint("base")
     run = options(f"distill.teacher={causal}", "train.steps=2")
     run_experiment(run)
     assert read_log(run.output / "log.jsonl")[-1]["dmd_gradient"] > 0
