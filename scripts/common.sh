@@ -37,8 +37,11 @@ count_gpus() {
 launch() {
     local python gpus port=${PORT:-29500}
     # For torchrun, also under accelerate: pass on SIGUSR1 too, and leave time to save a large checkpoint
-    # (before torch 2.12 that time is always 30 s).
-    export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+    # (before torch 2.12 that time is always 30 s). Under nohup a run outlives its terminal: torchrun
+    # would handle the signal that nohup ignores.
+    local signals=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    [ -n "$(trap -p HUP)" ] && signals=${signals/SIGHUP,/}
+    export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-$signals}
     export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
     python=$(find_python)
     gpus=$(count_gpus)

@@ -34,7 +34,7 @@ from scd.training.autoencoder_objective import (
     generator_hinge,
     last_layer,
 )
-from scd.training.autoencoder_task import AutoencoderTask
+from scd.training.autoencoder_task import AutoencoderTask, Predictor
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.ema import averaged_tensors
 from scd.training.run_log import read_log
@@ -416,6 +416,7 @@ def test_a_variational_autoencoders_decoder_trains(options, kl_path):
         (["autoencoder.path=null"], "discriminator.weight=0.5 needs autoencoder.path"),
         (["discriminator.weight=0"], "autoencoder.world_model is null, discriminator.weight is 0"),
         (["init_from=x"], "init_from with autoencoder.path"),
+        (["train.gradient_checkpointing=true"], "gradient_checkpointing: only task world_model"),
         (
             ["autoencoder.path=null", "discriminator.weight=0", "autoencoder.world_model=x"],
             "autoencoder.world_model=x needs autoencoder.path",
@@ -525,6 +526,22 @@ def test_a_decoder_gets_the_latents_of_a_rollout(decoder_options):
         other = task.prepare({**batch, "actions": actions})["latents"]
         changed = [not torch.allclose(other[:, i], ready["latents"][:, i]) for i in range(3)]
         assert changed == differs
+
+
+def test_validation_in_batches_finds_the_same(decoder_options, tmp_path, monkeypatch):
+    sizes, found = [], []
+    plain = Predictor.continue_clips
+
+    def noted(self, latents, batch):
+        sizes.append(len(latents))
+        return plain(self, latents, batch)
+
+    monkeypatch.setattr(Predictor, "continue_clips", noted)
+    for size in (1, 2):
+        task = AutoencoderTask(decoder_options(f"eval.batch_size={size}"), torch.device("cpu"))
+        found.append(task.validate(task.network, tmp_path))
+    assert sizes == [1, 1, 2]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0, 0.5])

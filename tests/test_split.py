@@ -176,6 +176,16 @@ def test_split_then_train(options, tmp_path, capsys):
     capsys.readouterr()
     assert main([*arguments, "train.steps=3", f"init_from={elsewhere}"]) == 1
     assert "the weights at init_from are others" in capsys.readouterr().err
+    # Gone, they are not needed any more; but a new run starts from nothing else.
+    elsewhere.unlink()
+    assert main([*arguments, "train.steps=3", f"init_from={elsewhere}"]) == 0
+    assert f"init_from={elsewhere} is gone: the run goes on without it" in capsys.readouterr().out
+    manifest = json.loads((out / "checkpoints/step-00000003/manifest.json").read_text())
+    assert len(manifest["run"]["init_from"]) == 64
+    # Weights that predict data are another model where the velocity is wanted.
+    arguments.append(f"init_from={out / 'model.safetensors'}")
+    assert main([*arguments, "name=new", "flow.prediction=velocity"]) == 1
+    assert "its flow.prediction is data, but velocity in the options" in capsys.readouterr().err
     assert main([*arguments, "name=new", "model.decoder_layers=1"]) == 1
     assert "does not fit the model" in capsys.readouterr().err
     assert main([*arguments, "name=new", "init_from=nowhere.safetensors"]) == 1

@@ -271,6 +271,31 @@ def test_nohup_keeps_its_meaning():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_several_processes_outlive_their_terminal_under_nohup_too(nohup, tmp_path):
+    """Torchrun would handle the signal, and its processes then no longer inherit that it is not."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$PET_SIGNALS_TO_HANDLE $*"\n')
+    python.chmod(0o755)
+    script = f"source scripts/common.sh; find_python() {{ echo {python}; }}; launch train"
+    command = [*(["nohup"] if nohup else []), "bash", "-c", script]
+    plain = {key: value for key, value in os.environ.items() if key != "PET_SIGNALS_TO_HANDLE"}
+    found = subprocess.run(
+        command,
+        env={**plain, "NUM_GPUS": "0", "NUM_PROCS": "2"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        ),  # the tests may be under it
+    ).stdout
+    signals, rest = found.split(maxsplit=1)
+    assert "torch.distributed.run" in rest and "SIGTERM" in signals
+    assert ("SIGHUP" in signals.split(",")) != nohup
+
+
 # Another working directory
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scd.errors import ScdError
@@ -407,6 +407,39 @@ def test_another_experiment_is_not_continued(options, finished):
     split = ["train.batch_size=1", "train.gradient_accumulation=2", "optim.lr=1e-4"]
     folder = train(options("name=finished", "train.steps=7", *split))
     assert latest_checkpoint(folder).name == "step-00000007"
+
+
+def test_a_run_goes_on_with_the_encoder_it_began_with(options, tiny_autoencoder_path, tmp_path):
+    """Its latents are what the weights mean; the decoder is not seen in training."""
+    path = shutil.copytree(tiny_autoencoder_path, tmp_path / "vae")
+    own = (f"autoencoder.path={path}", "model.patch_size=1", "data.source=video")
+    train(options(*own, "train.steps=1"))
+    weights = path / "diffusion_pytorch_model.safetensors"
+    for part, complaint in (("decoder", None), ("encoder", "the encoder at autoencoder.path")):
+        tensors = {
+            name: tensor + 0.1 if name.startswith(part) else tensor
+            for name, tensor in load_file(weights).items()
+        }
+        save_file(tensors, weights)
+        if complaint is None:
+            train(options(*own, "train.steps=2"))
+        else:
+            with pytest.raises(ScdError, match=complaint):
+                train(options(*own, "train.steps=3"))
+
+
+def test_sharded_weights_are_not_compared(options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ScdError, match="sharded weights differ by design"):
+        make_accelerator(options("train.check_weights_every=1"))
+
+
+def test_a_validation_that_cannot_be_is_refused_at_the_start(options, doom_root):
+    with pytest.raises(
+        ScdError, match=r"40 frames, but validation .* needs 41; train.sample_every"
+    ):
+        train(options("train.sample_every=9", "eval.context_frames=37"))
 
 
 def test_a_run_goes_on_with_the_clips_it_began_with(options, finished, doom_root, tmp_path, capsys):

@@ -299,6 +299,23 @@ def _whole(path: Path) -> str:
     return digest
 
 
+def refuse_other_prediction(path: Path, options: Options) -> None:
+    """Refuse weights that were trained to predict something else, where they say it.
+
+    The kind of model may be another: a causal model may start from a bidirectional one.
+    """
+    if path.parent.name == "transformer":  # the weights of an exported model
+        path = path.parents[1]
+    if path.is_dir() and not (path / OPTIONS_FILE).is_file():
+        return
+    if (own := _own_options(path)) is None:
+        return
+    for key in ("prediction", "sigma_min"):
+        was, is_ = getattr(own.flow, key), getattr(options.flow, key)
+        if was != is_:
+            raise ScdError(f"{path}: its flow.{key} is {was}, but {is_} in the options")
+
+
 def _refuse_other_model(own: Options, options: Options, path: Path) -> None:
     """Options given beside those of a checkpoint may change its use, but not what it is."""
     differences = []

@@ -195,6 +195,10 @@ AUTOENCODER: list[Rule] = [
         "optim.muon_lr: only task world_model has blocks with matrices for Muon",
     ),
     (
+        lambda o: not o.train.gradient_checkpointing,
+        "train.gradient_checkpointing: only task world_model can",
+    ),
+    (
         lambda o: o.train.val_loss_every == 0,
         "train.val_loss_every: only task world_model has a loss by noise level",
     ),

@@ -7,6 +7,7 @@ valid. The decoder learns from latents that a world model predicts, which are a 
 of their own, or against a patch discriminator, or both.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class AutoencoderTask:
         clips = options
         if options.autoencoder.path is None:
             self.network = build_autoencoder(options.autoencoder)
-            start_from(options.init_from, self.network)
+            start_from(options, self.network)
             self.objective = ReconstructionObjective(self.network, reconstruction)
         else:
             # For 8-bit pixels, TF32 is precise enough, and fp32 takes many times as long.
@@ -137,11 +138,13 @@ class AutoencoderTask:
         metrics = AvailableMetrics()
         found = metrics.compare_frames(out, real)
         if self.predictor is not None:
-            clips = self._validation_clips(self.options.data.frames)
-            latents = self.predictor.continue_clips(codec.encode(clips["video"]), clips)
-            predicted, real = latents[:, 1:], clips["video"][:, 1 - latents.shape[1] :]
-            of_predicted = metrics.compare_frames(codec.decode(predicted), real)
-            found |= {f"predicted_{name}": values for name, values in of_predicted.items()}
+            parts = []
+            for clips in self._validation_clips(self.options.data.frames):
+                latents = self.predictor.continue_clips(codec.encode(clips["video"]), clips)
+                predicted, real = latents[:, 1:], clips["video"][:, 1 - latents.shape[1] :]
+                parts.append(metrics.compare_frames(codec.decode(predicted), real))
+            for name in parts[0]:
+                found[f"predicted_{name}"] = torch.cat([part[name] for part in parts])
         return {name: float(values.mean()) for name, values in found.items()}
 
     @torch.no_grad()
@@ -153,8 +156,8 @@ class AutoencoderTask:
         """
         dtype = torch.float16
         if self.codec is None:
-            frames = self._validation_frames().flatten(0, 1).to(network.device)
-            unscaled = LatentCodec(network).encode_images(frames)
+            codec = LatentCodec(network)
+            unscaled = codec.unscale(codec.encode(self._validation_frames().to(network.device)))
             network.register_to_config(scaling_factor=round(1 / float(unscaled.std()), 4))
         else:
             assert self.options.autoencoder.path is not None
@@ -163,19 +166,20 @@ class AutoencoderTask:
 
     def _validation_frames(self) -> Tensor:
         """Read fixed frames of `eval.videos` different clips, (n, 1, 3, H, W) in [0, 1]."""
-        return self._validation_clips(1)["video"]
+        return torch.cat([clips["video"] for clips in self._validation_clips(1)])
 
-    def _validation_clips(self, frames: int) -> dict[str, Any]:
-        """Read a fixed clip of each of `eval.videos` videos, as a batch."""
+    def _validation_clips(self, frames: int) -> Iterator[dict[str, Any]]:
+        """Read a fixed clip of each of `eval.videos` videos, in batches of `eval.batch_size`."""
         count = min(self.options.eval.videos, len(self.validation_data))
-        stride = self.options.data.frame_stride
-        clips = [
-            self.validation_data.read(i, frames, stride, np.random.default_rng(i))
-            for i in range(count)
-        ]
-        stacked = {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}
-        tensors = {key: values.to(self.device) for key, values in stacked.items()}
-        return {**tensors, "sample": list(range(count))}
+        size, stride = self.options.eval.batch_size, self.options.data.frame_stride
+        for numbers in (range(i, min(i + size, count)) for i in range(0, count, size)):
+            clips = [
+                self.validation_data.read(i, frames, stride, np.random.default_rng(i))
+                for i in numbers
+            ]
+            stacked = {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}
+            tensors = {key: values.to(self.device) for key, values in stacked.items()}
+            yield {**tensors, "sample": list(numbers)}
 
 
 class Predictor:

@@ -8,11 +8,12 @@ from torch import nn
 from scd.errors import ScdError, naming_option
 from scd.flow.objective import FlowObjective, JointObjective
 from scd.models.autoencoder import Codec, load_codec
-from scd.models.load import build_world_model
+from scd.models.load import build_world_model, refuse_other_prediction
 from scd.models.weights import load_matching, read_all_weights
 from scd.models.world_model import CausalWorldModel, WorldModel
 from scd.options import FlowOptions, Options
 from scd.rollout.resampling import ResamplingObjective
+from scd.training.checkpoint import start_is_lost
 from scd.wan.from_options import build_wan
 from scd.wan.video_codec import WanCodec, load_video_codec
 
@@ -41,15 +42,19 @@ def build_network(options: Options, codec: AnyCodec) -> WorldModel:
     return build_world_model(options, codec)
 
 
-def start_from(init_from: str | None, network: nn.Module) -> None:
-    """Load the weights at `init_from` into a network, if there are any.
+def start_from(options: Options, network: nn.Module) -> None:
+    """Load the weights at `init_from` into a network, if there are any, and they are needed.
 
     Raises:
         ScdError: they are missing, damaged, or of another model.
     """
-    if init_from is not None:
-        with naming_option("init_from"):
-            load_matching(network, read_all_weights(Path(init_from)), init_from)
+    path = options.init_from
+    if path is None or start_is_lost(options):
+        return
+    with naming_option("init_from"):
+        if options.task == "world_model":
+            refuse_other_prediction(Path(path), options)
+        load_matching(network, read_all_weights(Path(path)), path)
 
 
 def latent_shape(codec: AnyCodec, options: Options) -> tuple[int, int, int]:

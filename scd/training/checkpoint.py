@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd.errors import ScdError, reason
-from scd.options import with_present_names
+from scd.options import Options, with_present_names
 from scd.utils.environment import git_commit
 from scd.utils.files import flush, read_json, set_usual_mode, sha256, write_json
 from scd.utils.processes import error_barrier
@@ -168,6 +168,16 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
     for old in older[: max(len(older) - (keep - 1), 0)]:
         _remove(old)
     return target
+
+
+def start_is_lost(options: Options) -> bool:
+    """Whether the weights at `init_from` are gone, and not needed any more: there are checkpoints.
+
+    They may well have been a checkpoint of another run, which keeps the newest alone.
+    """
+    path = options.init_from
+    lost = path is not None and not Path(path).exists()
+    return lost and bool(_checkpoints(options.output / "checkpoints"))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -1,7 +1,8 @@
 """Try an experiment before its data exist: run one step, rollout and evaluation on noise.
 
 Weights that it starts from, or that teach it, need not exist either: random ones stand for them, of
-a teacher as deep as the student. All sizes are the true ones. The costs of a step are printed
+a teacher as deep as the student. (The world model that a decoder learns from must: it decides what
+is tried.) All sizes are the true ones. The costs of a step are printed
 first, so that they are seen even on a machine that is too small to run it. A Wan is tried in
 miniature (`wan_dry_run.py`).
 """
@@ -152,7 +153,9 @@ def _on_noise(options: Options, folder: Path) -> Options:
         path = str(folder / "autoencoder")
         build_autoencoder(architecture).half().save_pretrained(path)
         options = replace(options, autoencoder=replace(options.autoencoder, path=path))
-    if options.task == "world_model" and options.init_from is not None:
+    if options.task == "autoencoder":
+        options = replace(options, init_from=None)
+    elif options.init_from is not None:
         options = _with_random_weights(options, folder)
     new_frames = max(2, SHORTEST - evaluation.context_frames)
     options = replace(

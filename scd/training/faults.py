@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather, gather_object
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from scd.data.loader import TrainingClips, too_many_broken
 from scd.errors import ScdError
@@ -110,17 +110,14 @@ class RunningStatistics:
             buffer.copy_(saved)
 
 
-def refuse_unequal_weights(network: nn.Module, step: int) -> None:
-    """Compare a hash of all parameters across the processes; collective.
+def refuse_unequal_weights(networks: Sequence[nn.Module], step: int) -> None:
+    """Compare a hash of all parameters across the processes, which hold them whole; collective.
 
     Raises:
-        ScdError: naming the processes whose weights differ from those of process 0; or the weights
-            are sharded, and differ by design.
+        ScdError: naming the processes whose weights differ from those of process 0.
     """
     digest = hashlib.sha256()
-    for parameter in network.parameters():
-        if isinstance(parameter, DTensor):
-            raise ScdError("train.check_weights_every: sharded weights differ by design; set it 0")
+    for parameter in chain.from_iterable(network.parameters() for network in networks):
         digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     found = gather_object([digest.hexdigest()])
     others = [str(number) for number, value in enumerate(found) if value != found[0]]

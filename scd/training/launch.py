@@ -64,7 +64,7 @@ def make_accelerator(options: Options) -> Accelerator:
     Its other variables are ignored; one line on stderr names those that contradict the options.
 
     Raises:
-        ScdError: it shards a task whose weights every process holds whole.
+        ScdError: it shards a task whose weights every process holds whole, or is to compare.
     """
     ignored = pop_accelerate_settings()
     precision = run_precision(options)
@@ -91,6 +91,8 @@ def make_accelerator(options: Options) -> Accelerator:
             "task=autoencoder is not sharded, its models are small: launch it without fsdp2.yaml "
             "or hsdp.yaml (ACCELERATE_CONFIG)"
         )
+    if plugin is not None and options.train.check_weights_every:
+        raise ScdError("train.check_weights_every: sharded weights differ by design; set it to 0")
     # A step that updates the critic alone leaves the student without gradients.
     unused = DistributedDataParallelKwargs(
         find_unused_parameters=options.distill.method == "dmd"

@@ -8,6 +8,7 @@ from accelerate.utils import broadcast_object_list
 
 from scd.data.clips import Clips
 from scd.errors import ScdError
+from scd.models.autoencoder import encoder_hash
 from scd.models.weights import load_matching, weight_files
 from scd.options import Options, options_to_dict
 from scd.training.checkpoint import (
@@ -16,6 +17,7 @@ from scd.training.checkpoint import (
     load_checkpoint,
     remove_leftovers,
     set_newer_checkpoints_aside,
+    start_is_lost,
 )
 from scd.training.tasks import Task
 from scd.utils.files import sha256
@@ -23,6 +25,7 @@ from scd.utils.processes import error_barrier
 
 # Options with weights that a run depends on: the files may be moved, but not changed.
 WEIGHTS = ("init_from", "distill.teacher", "distill.weak_teacher", "autoencoder.world_model")
+LOST = "lost"  # the hash of weights that are gone
 # Options that may change: paths, speed, length, what is measured.
 FREE = (
     *("name", "output_root", *WEIGHTS, "data.max_broken_clips"),
@@ -59,6 +62,10 @@ def resume(
     if path is None:
         return None
     state = load_checkpoint(path)
+    if identity["init_from"] == LOST:
+        identity["init_from"] = state.run.get("init_from")
+        if main:
+            print(f"note: init_from={options.init_from} is gone: the run goes on without it")
     refuse_other_run(state.run, identity, str(path))
     load_matching(task.network, state.ema, str(path))  # only to see that it fits
     load_matching(task.network, state.model, str(path))
@@ -91,18 +98,27 @@ def newest_checkpoint(folder: Path, main: bool) -> Path | None:
 
 
 def run_identity(options: Options, processes: int) -> dict[str, Any]:
-    """Describe a run for its checkpoints: every option, clips per step, hashes of `WEIGHTS`."""
+    """Describe a run for its checkpoints: every option, clips per step, hashes of weights.
+
+    Those are of all `WEIGHTS`, and of the encoder that makes the latents.
+    """
     values = options_to_dict(options)
     paths = flatten_options(values)
+    path = options.autoencoder.path
+    if start_is_lost(options):
+        paths["init_from"] = LOST
     return {
         "options": values,
         "clips_per_step": clips_per_step(options, processes),
+        "encoder": None if path is None or options.model.is_wan else encoder_hash(path),
         **{key: _hash_weights(paths[key]) for key in WEIGHTS},
     }
 
 
 def _hash_weights(path: str | None) -> str | None:
-    return None if path is None else "-".join(map(sha256, weight_files(Path(path))))
+    if path in (None, LOST):
+        return path
+    return "-".join(map(sha256, weight_files(Path(path))))
 
 
 def describe_clips(clips: Clips) -> str:
@@ -160,6 +176,8 @@ def refuse_other_run(saved: dict[str, Any], now: dict[str, Any], checkpoint: str
         )
     if "clips" in saved and saved["clips"] != now["clips"]:  # older runs do not say
         changes.append(f"the clips of data.train_list were {saved['clips']}, are {now['clips']}")
+    if saved.get("encoder", now["encoder"]) != now["encoder"]:  # older runs do not say
+        changes.append("the encoder at autoencoder.path is another")
     for key in WEIGHTS:
         # A run from before the option was made had none; of one from before it was hashed, it is
         # not known which.

@@ -144,7 +144,7 @@ class Trainer:
                 if self.bad_steps.in_a_row >= t.max_bad_steps:
                     self._give_up()
                 if t.check_weights_every and self.step % t.check_weights_every == 0:
-                    refuse_unequal_weights(self.task.network, self.step)
+                    refuse_unequal_weights([model.network for model in self.models], self.step)
                 # Before the checkpoint: what comes after it is not repeated by a resumed run.
                 if self._is_due(t.snapshot_every):
                     self.heartbeat.beat("saving", self.step)

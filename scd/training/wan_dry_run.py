@@ -151,6 +151,7 @@ def miniature(options: Options, folder: Path) -> Options:
         distill=replace(
             d,
             teacher=None if d.method == "none" else str(folder / "teacher"),
+            weak_teacher=None if d.weak_teacher is None else str(folder / "teacher"),
             context_frames=min(d.context_frames, 1),
             window_frames=None,
             critic_updates=1,  # the only step updates the student too

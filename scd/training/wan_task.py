@@ -1,5 +1,6 @@
 """Train a Wan on latents of captioned videos, or distil it on prompts alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from scd.flow.objective import with_scaled_latents
 from scd.options import Options
 from scd.rollout import Rollout
 from scd.training.build import build_codec, latent_shape, make_objective
+from scd.training.checkpoint import start_is_lost
 from scd.training.encode import check_training_latents
 from scd.training.world_model_task import HeldOutLoss, WorldModelTask
 from scd.utils.precision import resolve_precision
@@ -42,7 +44,8 @@ class WanTask(WorldModelTask):
         self.codec = codec.to(device)
         self.codec.precision = resolve_precision("auto", device)
         torch.manual_seed(options.seed)
-        self.network = start_wan(options, codec.channels, codec.downsampling)
+        start = replace(options, init_from=None) if start_is_lost(options) else options
+        self.network = start_wan(start, codec.channels, codec.downsampling)
         self.network.set_gradient_checkpointing(options.train.gradient_checkpointing)
         self.objective = make_objective(self.network, options.flow, options.seed)
         self.texts = open_prompts(options)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scd.data.clips import ClipFolder, clip_folder
 from scd.data.loader import HELD_OUT_STREAM
+from scd.errors import ScdError
 from scd.evaluation.evaluate import evaluate_in_passing
 from scd.flow.objective import LEVELS, errors_by_level, with_scaled_latents
 from scd.models.autoencoder import load_codec
@@ -53,13 +54,15 @@ class WorldModelTask:
         self.codec.precision = resolve_precision("tf32", device)
         torch.manual_seed(options.seed)
         self.network = build_world_model(options, self.codec)
-        start_from(options.init_from, self.network)
+        start_from(options, self.network)
         self.network.set_gradient_checkpointing(options.train.gradient_checkpointing)
         self.objective: nn.Module = make_objective(self.network, options.flow, options.seed)
         self.training_data = clip_folder(options, options.data.train_list, options.data.source)
         self.validation_data = clip_folder(options, options.data.val_list, "video")
         if options.data.source == "latents":
             check_training_latents(self.training_data, self.codec, options)
+        if options.train.sample_every:
+            refuse_short_clips(self.validation_data, options)
         self.held_out = None
         if options.train.val_loss_every:
             self.held_out = HeldOutLoss(self.validation_data, self.codec, options, device)
@@ -101,6 +104,25 @@ class WorldModelTask:
     def export(self, network: WorldModel, folder: Path) -> None:
         vae = getattr(self.codec, "autoencoder", None)
         pipeline_of(self.options, network, vae).save_pretrained(folder)
+
+
+def refuse_short_clips(data: ClipFolder, options: Options) -> None:
+    """Refuse clips too short to validate with before the first step, not after many; collective.
+
+    Raises:
+        ScdError: naming the first of them.
+    """
+    o = options.eval
+    needed = (o.context_frames + o.new_frames - 1) * options.data.frame_stride + 1
+    with error_barrier():
+        if processes().is_main_process:
+            for number in range(min(o.videos, VALIDATION_VIDEOS, len(data))):
+                if (frames := data.length(number)) < needed:
+                    raise ScdError(
+                        f"{data.root / str(data.name(number))}: {frames} frames, but validation "
+                        f"with eval.context_frames={o.context_frames} and eval.new_frames="
+                        f"{o.new_frames} needs {needed}; train.sample_every=0 does without"
+                    )
 
 
 def parameter_groups(network: WorldModel, options: OptimOptions) -> list[dict[str, Any]]:
