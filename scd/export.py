@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from scd.errors import ScdError
 from scd.evaluation.samples import EVALUATIONS
 from scd.evaluation.summary import rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use, source_of
+from scd.models.weights import weight_files
 from scd.models.world_model import WorldModel
-from scd.options import Options
+from scd.options import OPTIONS_FILE, Options, load_options
 from scd.pipeline import pipeline_of
 from scd.training.run_log import read_log
 from scd.utils.environment import git_commit
-from scd.utils.files import read_json, write_folder_atomically
+from scd.utils.files import read_json, sha256, write_folder_atomically
 from scd.utils.precision import with_weights_in
 from scd.wan.from_options import options_in
 from scd.wan.training_run import TRAINING_FILE, load_pipeline_of_checkpoint, save_run
@@ -29,6 +32,9 @@ license: {license}
 tags: [scd, {task}, flow-matching]
 ---
 """
+CARD = "README.md"
+# What exports write: the rest of a folder stays there when another export replaces it.
+WRITTEN = {"model_index.json", "transformer", "vae", OPTIONS_FILE, TRAINING_FILE, CARD}
 # Rows of a card that a further export of an exported folder takes over.
 ORIGIN = ("autoencoder", "training data", "training", "teacher", "git commit", "checkpoint")
 OWN = {"license": "mit", "task": "world-model, video-prediction"}
@@ -72,7 +78,8 @@ def export_checkpoint(
     """Write the folder that `SCDPipeline.from_pretrained` and `scd play` load, or, of a Wan's
     checkpoint, the one that `SCDWanPipeline.from_pretrained` and `scd wan generate` load.
 
-    If the autoencoder's folder is beside the new one, its files are linked, not copied.
+    If the autoencoder's folder is beside the new one, its files are linked, not copied. An earlier
+    export is replaced; what else its folder holds, such as evaluations, stays.
 
     Args:
         dtype: of the world model's weights; the autoencoder's are unchanged.
@@ -89,7 +96,36 @@ def export_checkpoint(
         _export_wan(checkpoint, options, folder, dtype)
         return
     loaded = load_checkpoint_for_use(checkpoint, None, overrides)
-    write_folder_atomically(folder, lambda aside: _write(loaded, aside, folder, dtype))
+    _replace(folder, lambda aside: _write(loaded, aside, folder, dtype))
+
+
+def _replace(folder: Path, write: Callable[[Path], object]) -> None:
+    """Write a folder atomically, and keep in it all of the present one that exports do not write.
+
+    Files that are kept are linked: the present folder stays whole until the new one is.
+    """
+
+    def write_and_keep(aside: Path) -> None:
+        write(aside)
+        new = WRITTEN.union(path.name for path in aside.iterdir())
+        if folder.is_dir():
+            shutil.copytree(
+                folder,
+                aside,
+                symlinks=True,
+                ignore=lambda parent, _: new if Path(parent) == folder else set(),
+                copy_function=_link,
+                dirs_exist_ok=True,
+            )
+
+    write_folder_atomically(folder, write_and_keep)
+
+
+def _link(file: str, to: str) -> None:
+    try:
+        os.link(file, to, follow_symlinks=False)
+    except OSError:  # a file system without such links
+        shutil.copy2(file, to, follow_symlinks=False)
 
 
 def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -104,8 +140,8 @@ def _write(loaded: LoadedModel, aside: Path, folder: Path, dtype: torch.dtype) -
             if (codec / file.name).is_file():
                 file.unlink()
                 os.symlink(Path("..", "..", codec.name, file.name), file)
-    card = model_card(model, loaded.options, loaded.source, folder.name, dtype)
-    (aside / "README.md").write_text(card, encoding="utf-8")
+    card = model_card(model, loaded.options, loaded.source, folder.name, dtype, aside)
+    (aside / CARD).write_text(card, encoding="utf-8")
 
 
 def _export_wan(checkpoint: Path, options: Options, folder: Path, dtype: torch.dtype) -> None:
@@ -115,10 +151,10 @@ def _export_wan(checkpoint: Path, options: Options, folder: Path, dtype: torch.d
 
     def write(aside: Path) -> None:
         save_run(pipeline, options, aside)
-        card = model_card(model, options, source, folder.name, dtype)
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        card = model_card(model, options, source, folder.name, dtype, aside)
+        (aside / CARD).write_text(card, encoding="utf-8")
 
-    write_folder_atomically(folder, write)
+    _replace(folder, write)
 
 
 def model_card(
@@ -127,11 +163,13 @@ def model_card(
     source: dict[str, str | int | None],
     name: str,
     dtype: torch.dtype,
+    written: Path,
 ) -> str:
     """Write a model card in Markdown: the model, its data, training, use and evaluations.
 
     Args:
         source: of the checkpoint, as `scd.models.load.source_of` says it.
+        written: the folder that its weights are exported to.
     """
     weights = Path(str(source["path"]))
     head = CARD_HEAD.format(**(OF_WAN if options.model.is_wan else OWN))
@@ -160,13 +198,14 @@ def model_card(
     else:
         unevaluated += "run `scd evaluate`, then `scd export` again."
     kept = [evaluation] if evaluation and same_use else []
-    parts += _evaluations(weights, str(source["sha256"])) or kept or [unevaluated]
+    places = {_experiment(weights).resolve(), options.output.resolve()}
+    parts += _evaluations(places, str(source["sha256"]), written) or kept or [unevaluated]
     return "\n\n".join(parts) + "\n"
 
 
 def _earlier_card(folder: Path) -> tuple[dict[str, str], str]:
     """Read what the card of an exported folder says of its origin, and its evaluation."""
-    path = folder / "README.md"
+    path = folder / CARD
     if not path.is_file():  # a checkpoint has none
         return {}, ""
     text, _, evaluation = path.read_text(encoding="utf-8", errors="replace").partition(
@@ -279,12 +318,19 @@ def _usage_of_wan(options: Options, name: str) -> str:
     )
 
 
-def _evaluations(weights: Path, sha256: str) -> list[str]:
-    """Collect the tables of this checkpoint's evaluations, each under its protocol."""
+def _evaluations(places: set[Path], checkpoint: str, written: Path) -> list[str]:
+    """Collect the tables of this model's evaluations, each under its protocol.
+
+    Args:
+        places: folders of experiments where they may lie.
+        checkpoint: SHA-256 of the checkpoint. Evaluations of what an export makes of it count too.
+    """
     tables = []
-    for path in sorted((_experiment(weights) / EVALUATIONS).glob("*/metrics.json")):
+    found = sorted(path for at in places for path in (at / EVALUATIONS).glob("*/metrics.json"))
+    own = {checkpoint, *map(sha256, weight_files(written))} if found else set()
+    for path in found:
         metrics = read_json(path)
-        if metrics["checkpoint"]["sha256"] != sha256:
+        if metrics["checkpoint"]["sha256"] not in own:
             continue
         protocol: dict[str, Any] = metrics["protocol"]
         window, steps = protocol["rollout_window"], protocol["rollout_steps"]
@@ -299,7 +345,12 @@ def _evaluations(weights: Path, sha256: str) -> list[str]:
 
 
 def _experiment(weights: Path) -> Path:
-    """Go from experiments/<name>/checkpoints/step-…/ema.safetensors to experiments/<name>."""
+    """Find the experiment of experiments/<name>/checkpoints/step-…/ema.safetensors or of an export.
+
+    An exported model is evaluated in the folder that its options name.
+    """
+    if weights.is_dir():
+        return load_options(weights / OPTIONS_FILE).output
     return weights.parent.parent.parent
 
 

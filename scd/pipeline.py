@@ -3,14 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
+from os import PathLike
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
 import yaml
 from diffusers import AutoencoderDC, AutoencoderKL, DiffusionPipeline
 from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
 from scd.errors import ScdError, reason
@@ -27,6 +30,8 @@ from scd.options import (
 from scd.rollout import Rollout
 from scd.utils.precision import with_weights_in
 
+SHARED = ["*.json", "*.md", "*.safetensors", "*.yml"]  # what is fetched: neither code nor pickles
+FETCHING = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 ROUNDING = 1e-3  # how far floats may exceed [0, 1], from rounding in bf16
 
 
@@ -86,6 +91,23 @@ class RolloutPipeline(DiffusionPipeline):
             (folder / OPTIONS_FILE).write_text(text, encoding="utf-8")
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
+    ) -> Self:
+        """Load a pipeline from a folder, or of `owner/name` on the Hugging Face hub; see diffusers.
+
+        Raises:
+            ScdError: it cannot be fetched from the hub.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            # Diffusers itself refuses a repository whose model is not of one of its own classes.
+            how = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
+            folder = fetch_pipeline(str(pretrained_model_name_or_path), **how)
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(str(folder), **kwargs)
+
     def enable_model_cpu_offload(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse to offload: the KV cache stays on its device between frames, so must the model."""
         name = type(self).__name__
@@ -125,8 +147,9 @@ class RolloutPipeline(DiffusionPipeline):
 class SCDPipeline(RolloutPipeline):
     """Pipeline that continues videos frame by frame, given actions, a class label, or neither.
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` work as in every diffusers pipeline. The
-    experiment's `options.yml` is saved too; `scd play` needs it.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` work as in every diffusers pipeline: the
+    last writes diffusers' own model card; `hf upload OWNER/NAME FOLDER` keeps that of `scd export`.
+    The experiment's `options.yml` is saved too; `scd play` needs it.
 
     Args:
         transformer: the world model.
@@ -260,6 +283,29 @@ def pipeline_of(
 ) -> SCDPipeline:
     """Make the pipeline of an experiment's model."""
     return SCDPipeline(model, vae, asdict(options.rollout), options_to_dict(options))
+
+
+def fetch_pipeline(name: str, **how: Any) -> Path:
+    """Fetch a pipeline's repository from the hub, and return the folder that it is cached in.
+
+    Args:
+        how: to do it, as `snapshot_download` takes it: `revision`, `token` and others.
+
+    Raises:
+        ScdError: no network, no access, no such repository, or no pipeline in it.
+    """
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=SHARED, **how))
+    except Exception as error:  # of HTTP, of the hub, of its storage back ends: many kinds
+        nothing_cached = isinstance(error, LocalEntryNotFoundError)
+        why = (error.__cause__ if nothing_cached else None) or error
+        raise ScdError(
+            f"{name}: no such folder, and it cannot be fetched from the hub "
+            f"({type(why).__name__}: {reason(why)}): check the name, the network and HF_TOKEN"
+        ) from error
+    if not (folder / "model_index.json").is_file():
+        raise ScdError(f"{name}: holds no pipeline (model_index.json is missing): check the name")
+    return folder
 
 
 def as_numbers(

@@ -119,6 +119,66 @@ def test_the_card_of_a_second_export_says_where_the_first_comes_from(experiment,
     assert "table of one" not in found and "has not been evaluated yet" in found
 
 
+def evaluate(folder, experiment):
+    """Leave what an evaluation of an exported folder leaves, without its samples."""
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    name = experiment / "evaluation" / f"{folder.name}-1f2e3d4c"
+    name.mkdir(parents=True)
+    protocol = {"videos": 5, "data": "val.json", "context_frames": 8, "new_frames": 16}
+    metrics = {"checkpoint": {"sha256": sha256(weights)}}
+    metrics["protocol"] = protocol | {"rollout_steps": 1, "rollout_window": 0}
+    (name / "metrics.json").write_text(json.dumps(metrics))
+    (name / "metrics.md").write_text("| table of the folder |\n")
+
+
+def test_a_second_export_keeps_the_evaluations_of_the_first(experiment, tmp_path):
+    """They lie in the exported folder where that is the folder of its own experiment too."""
+    _, checkpoint = experiment
+    out = tmp_path / "mine"
+    export = ["export", str(checkpoint), "--out", str(out), "name=mine", f"output_root={tmp_path}"]
+    assert main(export) == 0
+    assert "table of the folder" not in (out / "README.md").read_text()
+    evaluate(out, out)
+    (out / "samples").mkdir()
+    (out / "samples" / "grid.png").write_text("a grid")
+    (out / "metrics.md").symlink_to("evaluation/mine-1f2e3d4c/metrics.md")
+    (out / "vae" / "old.json").write_text("of an earlier export")
+    assert main(export) == 0
+    assert (out / "samples" / "grid.png").read_text() == "a grid"
+    assert (out / "metrics.md").is_symlink()
+    assert (out / "metrics.md").read_text() == "| table of the folder |\n"
+    assert not (out / "vae" / "old.json").exists()
+    card = (out / "README.md").read_text()
+    assert "5 videos of val.json, 16 new frames after 8" in card and "table of the folder" in card
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_whole(experiment, tmp_path, monkeypatch):
+    _, checkpoint = experiment
+    out = tmp_path / "mine"
+    assert main(["export", str(checkpoint), "--out", str(out)]) == 0
+    evaluate(out, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for link in ("link", "replace"):  # and nothing can be copied either
+        monkeypatch.setattr(f"scd.export.os.{link}", full)
+    monkeypatch.setattr("scd.export.shutil.copy2", full)
+    assert main(["export", str(checkpoint), "--out", str(out)]) == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_card_of_an_exported_folder_has_its_own_evaluation(experiment, tmp_path):
+    _, checkpoint = experiment
+    first, second = tmp_path / "first", tmp_path / "second"
+    named = ["name=mine", f"output_root={tmp_path}/runs"]
+    assert main(["export", str(checkpoint), "--out", str(first), *named]) == 0
+    evaluate(first, tmp_path / "runs" / "mine")
+    assert main(["export", str(first), "--out", str(second), "name=other"]) == 0
+    assert "table of the folder" in (second / "README.md").read_text()
+
+
 def test_weights_that_are_not_finite_are_refused(experiment, tmp_path, capsys):
     _, checkpoint = experiment
     tensors, metadata = read_weights(checkpoint)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils import hub_utils as diffusers_hub
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from scd import pipeline as pipelines
 from scd.errors import ScdError
 from scd.models.autoencoder import LatentCodec, PixelCodec, load_codec
 from scd.options import RolloutOptions, load_options
@@ -195,6 +197,41 @@ def test_what_is_pushed_can_be_played(tmp_path, monkeypatch):
     path = tmp_path / "options.yml"
     path.write_text(pushed["options.yml"])
     assert load_options(path) == load_options(shipped / "options.yml")
+
+
+def test_a_name_on_the_hub_is_fetched_and_loaded_as_a_folder(tmp_path, monkeypatch):
+    SCDPipeline(make_model(channels=3, patch_size=16)).save_pretrained(tmp_path)
+    asked = []
+
+    def fetch(name, allow_patterns, **how):
+        assert allow_patterns == ["*.json", "*.md", "*.safetensors", "*.yml"]
+        asked.append((name, how))
+        return str(tmp_path)
+
+    monkeypatch.setattr(pipelines, "snapshot_download", fetch)
+    loaded = SCDPipeline.from_pretrained("someone/model", revision="v1", dtype=torch.bfloat16)
+    assert loaded.dtype == torch.bfloat16
+    assert asked == [("someone/model", {"revision": "v1"})]
+    (tmp_path / "transformer/diffusion_pytorch_model.safetensors").rename(
+        tmp_path / "transformer/diffusion_pytorch_model.bin"
+    )
+    with pytest.raises(OSError, match="safetensors"):  # no pickle in its place
+        SCDPipeline.from_pretrained("someone/model")
+    (tmp_path / "model_index.json").unlink()
+    with pytest.raises(ScdError, match="someone/model: holds no pipeline"):
+        SCDPipeline.from_pretrained("someone/model")
+
+
+def test_a_name_that_cannot_be_fetched_is_one_clear_line(monkeypatch):
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("nothing in the cache\nat all") from OSError("no network")
+
+    monkeypatch.setattr(pipelines, "snapshot_download", offline)
+    with pytest.raises(ScdError) as refused:
+        SCDPipeline.from_pretrained("someone/model")
+    line = str(refused.value)
+    assert line.startswith("someone/model: no such folder, and it cannot be fetched from the hub")
+    assert "(OSError: no network): check the name" in line and "\n" not in line
 
 
 def test_a_model_is_not_offloaded(pipeline):

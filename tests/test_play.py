@@ -165,6 +165,24 @@ def test_each_model_begins_with_its_own_steps(tmp_path, tiny_autoencoder_path):
     assert torch.equal(made[None][1], made[3][1]) and not torch.equal(made[None][1], made[1][1])
 
 
+def test_each_model_begins_with_its_own_guidance(tmp_path, tiny_autoencoder_path):
+    """A guided model beside one that is not; a chosen scale then holds for both."""
+    folder = pretrained_folder(tmp_path, tiny_autoencoder_path)
+    guided = ["rollout.guidance=context", "rollout.guidance_scale=2.5"]
+    models = {"model": load_pretrained(folder, guided), "baseline": load_pretrained(folder)}
+    assert [model.about["guidance_scale"] for model in models.values()] == [2.5, 1.0]
+    with closing(Game(Catalog(models, [some_start()]))) as game:
+        made = {}
+        for scale in (None, 1.0, 2.5):
+            game.reset("here", ["model", "baseline"], 3)
+            game.change(guidance_scale=scale)
+            frame = game.step(1)
+            made[scale] = [latents([frame], world) for world in (0, 1)]
+    assert torch.equal(made[None][0], made[2.5][0]) and torch.equal(made[None][1], made[1.0][1])
+    assert not torch.equal(made[1.0][0], made[2.5][0])
+    assert torch.equal(made[2.5][0], made[2.5][1])
+
+
 def test_refused_starts_change_nothing(game):
     game.reset("there", ["baseline"], 1)
     line = game.history.timeline

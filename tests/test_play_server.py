@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from starlette.websockets import WebSocketState
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scd import cli
@@ -30,6 +30,7 @@ from scd.play.latency import measure_latency, running_server
 from scd.play.messages import CloseCode, CloseConnection
 from scd.play.server import Address, listen, serve
 from scd.play.session import Session
+from scd.play.starts import Start
 from tests.play import Player, StillWorld, playing, small_catalog, some_start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +114,47 @@ def test_keys_make_pictures(catalog):
     run(test, catalog)
 
 
+def test_each_of_several_quick_steps_makes_a_frame(catalog):
+    async def test(host: str) -> None:
+        async with playing(host) as player:
+            for _ in range(4):
+                await player.send("step")
+            assert [(await player.picture())["frame"] for _ in range(4)] == [6, 7, 8, 9]
+            await quiet(player)
+            for _ in range(20):
+                await player.send("step")
+            last = [await player.picture() for _ in range(16)][-1]
+            assert last["frame"] < 30  # not all of them waited
+
+    run(test, catalog, limits=replace(FAST, unseen=1))
+
+
+def test_settings_that_wait_have_one_state_together(catalog):
+    async def test(host: str) -> None:
+        async with playing(host) as player:
+            await player.send("start", start="there", worlds=["model"])  # takes a while
+            for seed in (7, 8, 9):
+                await player.send("settings", seed=seed)
+            assert (await player.receive("state"))["start"] == "there"
+            assert (await player.receive("state"))["settings"]["seed"] == 9
+            await player.send("keep")
+            assert (await player.receive("state"))["branches"]
+
+    run(test, catalog)
+
+
+def test_frames_made_after_a_rewind_into_the_start_clip_are_not_of_it(catalog):
+    async def test(host: str) -> None:
+        async with playing(host) as player:
+            await player.send("rewind", frame=2)
+            shown = await player.picture()
+            await player.send("step")
+            made = await player.picture()
+            assert [(p["frame"], p["flags"]) for p in (shown, made)] == [(2, 3), (3, 0)]
+
+    run(test, catalog)
+
+
 def test_where_no_action_stands_for_no_key_the_world_waits(catalog):
     model = catalog.first
     data = replace(model.options.data, action_names=["left", "right", "jump", "duck"])
@@ -175,7 +217,7 @@ def test_commands(catalog):
             assert (await player.receive("state"))["branches"][-1]["kept"]
             await player.send("settings", steps=3, seed=9, fps=30)
             state = await player.receive("state")
-            assert state["settings"] == {"steps": 3, "guidance_scale": 1.0, "seed": 9}
+            assert state["settings"] == {"steps": 3, "guidance_scale": None, "seed": 9}
             for wrong in (
                 {"kind": "rewind", "frame": 99},
                 {"kind": "return", "branch": 99},
@@ -456,6 +498,21 @@ def test_a_player_comes_back(catalog, how):
     run(test, catalog, max_sessions=1, limits=Limits(away_seconds=1.0))
 
 
+def test_who_leaves_without_a_message_keeps_no_place(catalog):
+    async def greeted(socket: ClientConnection) -> None:
+        while json.loads(await socket.recv())["type"] != "hello":  # else it waits for the place
+            pass
+
+    async def test(host: str) -> None:
+        async with connect(f"ws://{host}/ws"):
+            pass  # gone before hello
+        for _ in range(2):  # and after it
+            async with asyncio.timeout(10), connect(f"ws://{host}/ws") as socket:
+                await greeted(socket)  # not after away_seconds
+
+    run(test, catalog, max_sessions=1)
+
+
 def test_another_page_takes_over(catalog):
     async def test(host: str) -> None:
         async with playing(host) as first:
@@ -611,6 +668,25 @@ def test_the_printed_address_can_be_opened():
         assert "0.0.0.0" not in Address(everywhere).url(8000)
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 beside IPv4 here")
+def test_the_address_of_all_interfaces_answers_to_ipv4_and_ipv6():
+    with listen(Address("::", 0)) as listening:
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, listening.getsockname()[1]), 5).close()
+
+
+def test_without_both_at_once_the_printed_address_is_one_of_ipv6(monkeypatch):
+    monkeypatch.setattr("scd.play.server.sockets.has_dualstack_ipv6", lambda: False)
+    monkeypatch.setattr("scd.play.server._own_address", lambda v6: "fd00::2" if v6 else "10.0.0.2")
+    assert Address("::").url(8000) == "http://[fd00::2]:8000/"
+    assert Address("0.0.0.0").url(8000) == "http://10.0.0.2:8000/"
+
+
+def test_an_empty_host_is_refused():
+    with pytest.raises(ScdError, match="--host is empty"):
+        listen(Address(host="", port=0))
+
+
 def test_a_port_in_use(catalog):
     taken = socket.create_server(("127.0.0.1", 0))
     with taken, pytest.raises(ScdError, match=r"in use.*choose another --port"):
@@ -708,6 +784,13 @@ def test_a_recording_is_as_fast_as_it_was_played():
     assert recording.played_fps(frames[:3]) is None
 
 
+@pytest.mark.parametrize("gap", [0.99, 1.2, 3.0])
+def test_a_recording_of_a_slow_model_is_as_slow(gap):
+    times = [gap * number + 100 * (number > 5) for number in range(10)]  # with one pause
+    frames = [Frame(number, 0, (), made) for number, made in enumerate(times)]
+    assert recording.played_fps(frames) == pytest.approx(1 / gap)
+
+
 def test_measuring(catalog, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "PRESSES", 2)
     results = measure_latency(catalog, 4)["results"]
@@ -729,4 +812,13 @@ def test_measuring_a_fast_world(catalog, monkeypatch):
     monkeypatch.setattr(measuring, "PRESSES", 2)
     monkeypatch.setattr(Catalog, "make_world", lambda *_: StillWorld())
     (result,) = measure_latency(Catalog({"model": catalog.first}, catalog.starts), 1000)["results"]
+    assert result["pictures_per_second"] > 0
+
+
+def test_measuring_a_world_of_large_pictures(catalog, monkeypatch):
+    """One of more than 1 MiB, the most that the library takes by default."""
+    monkeypatch.setattr(measuring, "PRESSES", 1)
+    monkeypatch.setattr(Catalog, "make_world", lambda *_: StillWorld())
+    start = Start("large", (0,), np.zeros((1, 640, 640, 3), np.uint8))
+    (result,) = measure_latency(Catalog({"model": catalog.first}, [start]), 1)["results"]
     assert result["pictures_per_second"] > 0

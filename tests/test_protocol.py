@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,15 @@ from scd.data.clips import clip_folder
 from scd.data.video import VideoFile
 from scd.doom.replay import Replay
 from scd.errors import ScdError
-from scd.evaluation import frechet_distance, generate, measure, metric_weights, metrics, protocol
+from scd.evaluation import (
+    frechet_distance,
+    generate,
+    measure,
+    metric_weights,
+    metrics,
+    pictures,
+    protocol,
+)
 from scd.evaluation.compare import compare_checkpoints
 from scd.evaluation.evaluate import (
     evaluate,
@@ -55,19 +64,20 @@ from scd.evaluation.protocol import (
     REPEAT,
     REPEAT_SET,
     play_with_other_keys,
+    predict_frames,
     read_evaluation_batch,
     swap_new_actions,
 )
 from scd.evaluation.report import write_samples
 from scd.evaluation.samples import EVALUATIONS, SampleFolder, identity
-from scd.evaluation.summary import make_row, rollout_text, tables
+from scd.evaluation.summary import make_row, missing_notes, rollout_text, tables
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import LoadedModel, build_world_model
 from scd.options import RolloutOptions, load_options, options_from_json, options_to_dict
 from scd.utils import precision as arithmetic
 
 ROOT = Path(__file__).parent.parent
-SWAPPED = "turn left and turn right swapped"
+SWAPPED = "turn left and turn right swapped, one trajectory"  # of a model with two
 FEW = ["eval.videos=1", "eval.trajectories=1", "eval.seeds=[0]", "eval.swapped_actions=[]"]
 CPU = torch.device("cpu")
 UNSAVED = {"path": None, "sha256": None, "step": None}
@@ -290,6 +300,52 @@ def test_comparisons_are_chosen(whole, options, model, data, no_weights, tmp_pat
         found = evaluate(model, PixelCodec(), data, options, tmp_path / "samples", UNSAVED)
         assert list(found.rows) == rows
     assert found.rows == whole[1].rows
+
+
+def test_another_scaling_of_the_latents_is_another_evaluation(
+    options, data, tiny_autoencoder_path, tmp_path
+):
+    """It is in the config, not in the weights; folders from before it was kept go on."""
+    vae = shutil.copytree(tiny_autoencoder_path, tmp_path / "vae")
+    options.autoencoder.path = str(vae)
+    before = identity("hash", options, data)
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 9.0}))
+    after = identity("hash", options, data)
+    assert before != after and after["scaling"]["scaling_factor"] == 9
+    parts = {MODEL: []}, {}, UNSAVED
+    SampleFolder.describe(tmp_path / "new", before, *parts)
+    with pytest.raises(ScdError, match="samples of another evaluation; move them away"):
+        SampleFolder.describe(tmp_path / "new", after, *parts)
+    older = {key: value for key, value in before.items() if key != "scaling"}
+    SampleFolder.describe(tmp_path / "older", older, *parts)
+    SampleFolder.describe(tmp_path / "older", before, *parts)
+
+
+@pytest.mark.parametrize("side", [8, 48, 64])
+def test_clips_of_widths_that_the_decoder_cannot_read(side, whole, tmp_path):
+    samples = SampleFolder(whole[0])
+    samples.path, samples.frame_size = tmp_path, side
+    clip = torch.randint(256, (samples.frames, 3, side, side)) / 255
+    samples.write_clip(REAL_SET, 0, clip)
+    assert torch.equal(samples.read_clip(REAL_SET, 0), clip)
+
+
+def test_other_clips_of_the_same_episodes_are_told_of(data, capsys):
+    for videos, others, told in ((1, True, ""), (2, False, ""), (2, True, "2 are parts of the")):
+        protocol.note_repeats(data, videos, others)
+        message = capsys.readouterr().err
+        assert told in message and bool(told) == bool(message)
+
+
+def test_a_metric_that_is_missing_somewhere_is_told_of_there(whole):
+    found = whole[1]
+    some = replace(found, missing={"fvd": "clips are short", "lpips": "not here"})
+    few = replace(found, missing={"lpips": "not here"})
+    assert missing_notes([({"steps": "1"}, some), ({"steps": "2"}, few)]) == [
+        "fvd is missing with steps=1: clips are short",
+        "lpips is missing: not here",
+    ]
 
 
 def test_another_precision_is_another_measurement(
@@ -944,6 +1000,11 @@ def test_the_script_that_samples_videos(checkpoint, tmp_path, monkeypatch, capsy
     found = sorted(path.name for path in (tmp_path / "videos").iterdir())
     assert found == ["00000.mp4", "00001.mp4", "grid.mp4", "grid.png"]
     assert "note: " not in capsys.readouterr().err
+    monkeypatch.setattr(pictures, "predict_frames", lambda *a: predict_frames(*a) / 0)
+    assert script["main"]() == 1
+    assert "the prediction of video 0, 1 is not finite" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.argv", ["script", *arguments, str(tmp_path / "videos")])
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("sys.argv", ["script", *arguments, str(tmp_path / "file/videos")])
     assert script["main"]() == 1
@@ -1013,6 +1074,12 @@ def test_models_in_one_table(options, doom_root, tmp_path, monkeypatch, capsys):
     table = (tmp_path / "compare.md").read_text()
     assert table.strip() in capsys.readouterr().out
     assert "\nFrames: " in table
+    assert "dense: fvd is missing: " in table
+    with pytest.raises(ScdError, match="not evaluated with these options yet"):
+        compare_checkpoints(paths[:2], tmp_path, ["eval.fvd_precision=bf16"])
+    twice = [paths[0], shutil.copy(paths[0], tmp_path / "copy.safetensors")]
+    compare_checkpoints(twice, tmp_path / "twice")
+    assert "| scd_doom_tiny, step 7 |" in (tmp_path / "twice/compare.md").read_text()
     assert "causal_dit 64 wide, 2 layers" in table and "scd 64 wide, 1+1 layers" in table
     for path in tmp_path.rglob("metrics.json"):
         path.write_text(path.read_text().replace('"fvd_precision"', '"renamed"'))

@@ -20,6 +20,8 @@ from scd.utils.files import MAX_ARRAY_BYTES, npz_header, read_npz, write_atomica
 # A clip is decoded from the key frame before it. With x264's default distance, 250, reading 16
 # frames from the middle of a 128x128 video took 3 times as long; files grow by 3 to 7 %.
 KEYFRAME_EVERY = 24
+UNREADABLE_WIDTHS = (8, 12, 16, 24, 48, 72)  # known of decord
+READABLE_WIDTHS = (32, 56, 80)
 
 # Closing a reader waits for its decoder threads. A forked process (a data worker) has none of them,
 # so it never closes the readers that it inherited: it would hang or abort.
@@ -240,8 +242,8 @@ class VideoFile(Video):
         except (decord.DECORDError, RuntimeError) as error:
             if "The size must exactly match" in str(error):
                 raise ScdError(
-                    f"{self.path}: the decoder cannot read videos of this width (known for 8, 12, "
-                    f"16, 24, 48 and 72 pixels): scale it to another"
+                    f"{self.path}: the decoder cannot read videos of this width (known for "
+                    f"{', '.join(map(str, UNREADABLE_WIDTHS))} pixels): scale it to another"
                 ) from error
             raise ScdError(f"{self.path}: damaged video ({_reason(error)})") from error
 

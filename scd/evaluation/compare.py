@@ -136,16 +136,17 @@ def _frame_maker(loaded: LoadedModel) -> tuple[Callable[[], torch.Tensor], int]:
 
 def comparison(candidates: list[Candidate]) -> Table:
     """Make a table with one line for each model; times also as multiples of the fastest."""
+    names = _names([candidate.loaded for candidate in candidates])
     fastest = min(candidate.frame_seconds for candidate in candidates)
     first = candidates[0].evaluation["protocol"]
     rows = [candidate.evaluation["rows"][MODEL] for candidate in candidates]
     metrics = columns(rows, [first])
     heads = ["name", "model", "parameters", "s/frame ↓", "ratio", *(c.head for c in metrics)]
     lines = []
-    for candidate, row in zip(candidates, rows, strict=True):
+    for name, candidate, row in zip(names, candidates, rows, strict=True):
         lines.append(
             [
-                candidate.loaded.options.name,
+                name,
                 candidate.sizes,
                 f"{_parameters(candidate) / 1e6:.1f} M",
                 f"{candidate.frame_seconds:.3f}",
@@ -157,21 +158,42 @@ def comparison(candidates: list[Candidate]) -> Table:
         f"Time: batch 1, {first['context_frames']} frames of context, without the autoencoder; "
         f"median of {TIMED_FRAMES} frames."
     )
-    options = [candidate.loaded.options for candidate in candidates]
-    made = [(o.name, rollout_text(o.rollout)) for o in options]
+    how = [rollout_text(candidate.loaded.options.rollout) for candidate in candidates]
+    made = list(zip(names, how, strict=True))
     if len({how for _, how in made}) == 1:
         made = [("Frames", made[0][1])]
-    return Table(heads, lines, 2, [note, *(f"{name}: {how}." for name, how in made)])
+    lacking = [
+        f"{name}: {metric} is missing: {why}."
+        for name, candidate in zip(names, candidates, strict=True)
+        for metric, why in candidate.evaluation.get("missing", {}).items()
+    ]
+    return Table(heads, lines, 2, [note, *(f"{name}: {how}." for name, how in made), *lacking])
+
+
+def _names(models: list[LoadedModel]) -> list[str]:
+    """Name models by their experiment, and where that is not enough by step or file too."""
+    names = [model.options.name for model in models]
+    return [
+        name if names.count(name) == 1 else f"{name}, {_which(model)}"
+        for name, model in zip(names, models, strict=True)
+    ]
+
+
+def _which(model: LoadedModel) -> str:
+    step = model.source["step"]
+    return str(model.source["path"]) if step is None else f"step {step}"
 
 
 def _candidate(path: Path, overrides: list[str] | None) -> Candidate:
     loaded = load_checkpoint_for_use(path, None, overrides).for_rollouts()
     data = clip_folder(loaded.options, loaded.options.data.val_list, "video")
     metrics = evaluation_folder(loaded.options, loaded.source, data) / "metrics.json"
-    if not metrics.is_file():
+    found = read_json(metrics) if metrics.is_file() else None
+    precision = loaded.options.eval.fvd_precision  # the folder holds those of both
+    if found is None or found["protocol"].get("fvd_precision", precision) != precision:
         command = shlex.join(["./scripts/inference.sh", str(path), *(overrides or [])])
         raise ScdError(f"{path}: not evaluated with these options yet; first run {command}")
-    return Candidate(loaded, read_json(metrics), [])
+    return Candidate(loaded, found, [])
 
 
 def _parameters(candidate: Candidate) -> int:

@@ -64,7 +64,7 @@ def evaluate_checkpoint(
         options = loaded.options
         data = clip_folder(options, options.data.val_list, "video")
         folder = evaluation_folder(options, loaded.source, data)
-        note_repeats(data, options.eval.videos)
+        note_repeats(data, options.eval.videos, "other" in options.eval.comparisons)
         evaluation = evaluate(loaded.model, loaded.codec, data, options, folder, loaded.source)
         if evaluation is None:
             continue

@@ -4,7 +4,6 @@ import torch
 from tqdm import tqdm
 
 from scd.data.clips import ClipFolder
-from scd.errors import ScdError
 from scd.evaluation.protocol import (
     AUTOENCODED_SET,
     OTHER_KEYS_AUTOENCODED_SET,
@@ -12,6 +11,7 @@ from scd.evaluation.protocol import (
     OTHER_SET,
     REAL_SET,
     autoencode_frames,
+    not_finite,
     play_with_other_keys,
     predict_frames,
     predictions,
@@ -113,7 +113,4 @@ def _make(
         else:
             broken.append(number)
     if broken:
-        raise ScdError(
-            f"{set_}: the prediction of video {', '.join(map(str, broken))} is not "
-            f"finite; the weights or the rollout's options are broken"
-        )
+        raise not_finite(set_, broken)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from scd.data.clips import clip_folder
 from scd.data.video import write_video
 from scd.errors import ScdError
-from scd.evaluation.protocol import note_repeats, predict_frames, read_evaluation_batch
+from scd.evaluation.protocol import not_finite, note_repeats, predict_frames, read_evaluation_batch
 from scd.models.load import load_checkpoint_for_use
 from scd.utils.files import write_atomically
 
@@ -146,6 +146,9 @@ def sample_videos(
             loaded.model, loaded.codec, options, batch, numbers, options.eval.seeds[0]
         )
         whole = torch.cat([batch["video"][:, :known], predicted], dim=1).cpu()
+        finite = whole.isfinite().all(dim=(1, 2, 3, 4)).tolist()
+        if broken := [number for number, fine in zip(numbers, finite, strict=True) if not fine]:
+            raise not_finite(str(checkpoint), broken)
         for number, video, real in zip(numbers, whole, batch["video"].cpu(), strict=True):
             path = folder / f"{number:05d}.mp4"
             write_side_by_side(path, video, real, known, options.data.fps)

@@ -87,20 +87,30 @@ def read_evaluation_clip(data: ClipFolder, number: int, options: Options) -> dic
     round_, entry = divmod(number, len(data))
     if round_ and data.length(entry) == (frames - 1) * options.data.frame_stride + 1:
         raise ScdError(
-            f"{data.list_path}: {len(data)} clips of just {frames} frames: too few for "
-            f"eval.videos={options.eval.videos} and as many other real clips; lower eval.videos"
+            f"{data.list_path}: {len(data)} clips of just {frames} frames: too few for clip "
+            f"{number + 1}; lower the number of videos, or make eval.comparisons without `other`"
         )
     return data.read(entry, frames, options.data.frame_stride, _start_generator(number))
 
 
-def note_repeats(data: ClipFolder, videos: int) -> None:
-    """Say on the main process that clips are fewer than videos, if they are."""
-    if len(data) < videos and processes().is_main_process:
-        print(
-            f"note: {data.list_path} has {len(data)} clip{'s' * (len(data) > 1)} for {videos} "
-            f"videos: some are continued more than once, each time from another first frame",
-            file=sys.stderr,
+def note_repeats(data: ClipFolder, videos: int, others: bool = False) -> None:
+    """Say on the main process that clips are fewer than videos, if they are.
+
+    Args:
+        others: whether as many other real clips are taken too.
+    """
+    if len(data) < videos:
+        problem = "some are continued more than once, each time from another first frame"
+    elif others and len(data) < 2 * videos:
+        problem = (
+            f"of as many other real clips, {2 * videos - len(data)} are parts of the same ones, so "
+            f"their distances are too low; record more, or lower eval.videos"
         )
+    else:
+        return
+    if processes().is_main_process:
+        count = f"{len(data)} clip{'s' * (len(data) > 1)} for {videos} videos"
+        print(f"note: {data.list_path} has {count}: {problem}", file=sys.stderr)
 
 
 def read_evaluation_batch(
@@ -136,6 +146,13 @@ def predict_frames(
         generator=[generator("cpu", "evaluate", seed, number) for number in numbers],
     )
     return _rounded(codec.decode(new))
+
+
+def not_finite(what: str, numbers: list[int]) -> ScdError:
+    return ScdError(
+        f"{what}: the prediction of video {', '.join(map(str, numbers))} is not finite; the "
+        f"weights or the rollout's options are broken"
+    )
 
 
 def autoencode_frames(codec: Codec, video: Tensor) -> Tensor:
@@ -228,4 +245,6 @@ def _swapped_row(options: Options) -> str:
         names[action] if action < len(names) else f"action {action}"
         for action in options.eval.swapped_actions
     )
-    return f"{one} and {other} swapped"
+    # The model has the best of its trajectories.
+    alone = ", one trajectory" if len(set(options.eval.seeds)) > 1 else ""
+    return f"{one} and {other} swapped{alone}"

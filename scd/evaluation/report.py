@@ -32,8 +32,9 @@ def report_single(options: Options, done: Done) -> dict[str, Table]:
     samples, result = options.output / "samples", tables(evaluation)
     print(f"\n{markdown(result)}\n")
     print(f"metrics: {options.output / 'metrics.json'}, metrics.md")
-    print(f"videos:  {samples}/*.mp4 (left generated, right real, context frames framed)")
-    print(f"grid:    {samples / 'grid.png'}")
+    if options.eval.saved_videos:
+        print(f"videos:  {samples}/*.mp4 (left generated, right real, context frames framed)")
+        print(f"grid:    {samples / 'grid.png'}")
     print(f"lossless samples: {folder}")
     return result
 

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from scd.data.clips import ClipFolder
 from scd.data.lists import path_problem
-from scd.data.video import VideoFile, write_video
+from scd.data.video import READABLE_WIDTHS, UNREADABLE_WIDTHS, VideoFile, write_video
 from scd.data.video_checks import identity_of
 from scd.errors import ScdError
 from scd.evaluation.metrics import Setting
 from scd.evaluation.pictures import to_bytes
-from scd.models.autoencoder import autoencoder_hash
+from scd.models.autoencoder import autoencoder_hash, scaling_of
 from scd.options import FvdPrecision, Options, with_former_names
 from scd.utils.files import read_json, sha256, write_atomically, write_json
 
@@ -47,6 +47,7 @@ _WITHOUT_INFLUENCE = {
     "flow": ("self_forcing_sigma",),
     "eval": ("batch_size", "saved_videos", "comparisons", "fvd_precision", "windows"),
 }
+SCALING = "scaling"  # in an identity: of the autoencoder's latents
 FRAMING = ("frame_stride", "frame_size", "resize_shorter")  # options of data that shape the clips
 
 
@@ -66,14 +67,19 @@ def identity(checkpoint_hash: str, options: Options, data: ClipFolder) -> dict[s
         "format": FORMAT,
         "checkpoint": checkpoint_hash,
         "autoencoder": None if autoencoder is None else autoencoder_hash(autoencoder),
+        SCALING: None if autoencoder is None else scaling_of(autoencoder),
         "data": _data_hash(data, options.eval.videos),
         "options": with_former_names(sections),  # or renaming an option would orphan all samples
     }
 
 
 def identity_name(identity: dict[str, Any]) -> str:
-    """Shorten an identity to the first digits of its hash."""
-    text = json.dumps(identity, sort_keys=True)
+    """Shorten an identity to the first digits of its hash.
+
+    It leaves out what older folders do not say.
+    """
+    named = {key: value for key, value in identity.items() if key != SCALING}
+    text = json.dumps(named, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -157,7 +163,8 @@ class SampleFolder:
         """
         if (path / MANIFEST).exists():
             manifest = read_json(path / MANIFEST)
-            if not isinstance(manifest, dict) or manifest.get("identity") != identity:
+            found = manifest.get("identity") if isinstance(manifest, dict) else None
+            if not isinstance(found, dict) or {SCALING: identity[SCALING], **found} != identity:
                 raise ScdError(f"{path}: holds samples of another evaluation; move them away")
         parts = {"rows": rows, "protocol": protocol, "checkpoint": checkpoint}
         write_json(path / MANIFEST, {"identity": identity, **parts})
@@ -166,8 +173,12 @@ class SampleFolder:
         return self.path / set_ / f"{number:05d}.mp4"
 
     def write_clip(self, set_: str, number: int, clip: Tensor) -> None:
+        frames = to_bytes(clip)  # (F, H, W, 3)
+        if self.frame_size in UNREADABLE_WIDTHS:
+            wider = next(width for width in READABLE_WIDTHS if width > self.frame_size)
+            frames = np.pad(frames, ((0, 0), (0, 0), (0, wider - self.frame_size), (0, 0)))
         # The frame rate does not matter here: the videos for people are written elsewhere.
-        write_video(self.clip_path(set_, number), to_bytes(clip), fps=10, crf=0)
+        write_video(self.clip_path(set_, number), frames, fps=10, crf=0)
 
     def read_clip(self, set_: str, number: int) -> Tensor:
         """Read a saved clip, (F, 3, H, W), to the bit as it was written.
@@ -180,6 +191,8 @@ class SampleFolder:
         if len(video) != self.frames:
             raise ScdError(f"{path}: {len(video)} frames, wanted {self.frames}; remove it")
         frames = torch.from_numpy(video.frames(np.arange(self.frames)))
+        if self.frame_size in UNREADABLE_WIDTHS:
+            frames = frames[:, :, : self.frame_size]
         return frames.permute(0, 3, 1, 2).float() / 255
 
     @property

@@ -182,7 +182,7 @@ def columns(rows: list[Row], protocols: list[dict[str, Any]]) -> list[Column]:
     known += [
         Column(key + first, m, f"{m.title} +1…+{FIRST_FRAMES} {m.better}")
         for key, m in frames.items()
-        if m.first_frames
+        if m.first_frames and all(p["new_frames"] >= FIRST_FRAMES for p in protocols)
     ]
     known += [Column(key, m, m.head + _conditions(protocols)) for key, m in sets.items()]
     return _shown(known, rows)
@@ -246,12 +246,11 @@ def _make_tables(
         cells = [[*named.values()] + [column.cell(row) for column in shown] for named, row in lines]
         return Table([*names, *(column.head for column in shown)], cells, len(names), notes)
 
-    missing = {metric: why for e in evaluations for metric, why in e.missing.items()}
     over_time = columns_over_time(rows, protocols)
     made = {
         "evaluation": table(
             columns(rows, protocols),
-            [f"{metric} is missing: {why}" for metric, why in missing.items()],
+            missing_notes([(names, e) for (names, _), e in zip(lines, evaluations, strict=False)]),
         )
     }
     if over_time:
@@ -262,6 +261,19 @@ def _make_tables(
         )
         made["evaluation over time"] = table(over_time, [note] if ratios else [])
     return made
+
+
+def missing_notes(evaluations: list[tuple[dict[str, str], Evaluation]]) -> list[str]:
+    """Say which metrics are missing and why, and where it is not in all evaluations, in which."""
+    lacking: dict[tuple[str, str], list[str]] = {}
+    for names, evaluation in evaluations:
+        for problem in evaluation.missing.items():
+            lacking.setdefault(problem, []).append(", ".join(f"{k}={v}" for k, v in names.items()))
+    notes = []
+    for (metric, why), where in lacking.items():
+        place = "" if len(where) == len(evaluations) else f" with {'; '.join(where)}"
+        notes.append(f"{metric} is missing{place}: {why}")
+    return notes
 
 
 def markdown(tables: dict[str, Table]) -> str:

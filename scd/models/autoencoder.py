@@ -314,6 +314,13 @@ def autoencoder_hash(path: str) -> str:
     return sha256(_weight_file(path))
 
 
+def scaling_of(path: str) -> dict[str, Any]:
+    """Read the scaling of an autoencoder's latents, which its weights do not tell."""
+    config = read_json(to_read(path) / "config.json")
+    keys = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    return {key: config[key] for key in keys if config.get(key) is not None}
+
+
 def encoder_hash(path: str) -> str:
     """Identify the latents of an autoencoder by the SHA-256 of its encoder's weights.
 

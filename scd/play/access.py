@@ -107,7 +107,7 @@ class Limits:
         alive_seconds: between two heartbeats.
         unseen: pictures sent that the player has not confirmed; then no more are made.
         messages_per_second: from the player.
-        queued_commands: that wait to be executed.
+        queued_commands: that wait to be executed. As many single steps can wait to be made.
         fps: frames per second at the beginning.
     """
 

@@ -15,7 +15,6 @@ from scd.play.worlds import (
     load_pretrained,
 )
 
-MAX_GUIDANCE = 4.0
 MAX_SEED = 2**31 - 1
 REAL = "real"  # the world of Doom itself
 IDLE = ("none", "noop", "no-op", "no_op", "idle", "nothing")  # names of the idle action
@@ -74,10 +73,8 @@ class Catalog:
 
     @property
     def settings(self) -> Settings:
-        """The settings that a game begins with."""
-        options = self.first.options.rollout
-        scale = options.guidance_scale if options.guidance != "none" else 1.0
-        return Settings(guidance_scale=min(max(scale, 1.0), MAX_GUIDANCE))
+        """The first model's own settings, for a world without a server."""
+        return Settings(self.first.steps, self.first.guidance_scale)
 
     def start(self, name: str) -> Start:
         """Look up a start clip.

@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from scd.errors import ScdError
-from scd.play.catalog import MAX_GUIDANCE, MAX_SEED, Catalog
+from scd.play.catalog import MAX_SEED, Catalog
 from scd.play.history import Frame, History
 from scd.play.starts import Action
-from scd.play.worlds import MAX_STEPS, Settings, View, World
+from scd.play.worlds import MAX_GUIDANCE, MAX_STEPS, Settings, View, World
 
 
 class Game:
@@ -20,7 +20,7 @@ class Game:
 
     def __init__(self, catalog: Catalog):
         self.catalog = catalog
-        self.settings = catalog.settings
+        self.settings = Settings()
         self.names: list[str] = []
         self._worlds: list[World] = []
         self.reset(catalog.starts[0].name, catalog.worlds[:1], self.settings.seed)

@@ -67,7 +67,7 @@ async def running_server(catalog: Catalog, **how: Any) -> AsyncIterator[str]:
 async def _measure(catalog: Catalog, worlds: Sequence[str], frames: int) -> dict[str, Any]:
     async with (
         running_server(catalog, limits=UNLIMITED) as host,
-        connect(f"ws://{host}/ws") as player,
+        connect(f"ws://{host}/ws", max_size=None) as player,  # pictures may be large
     ):
         start = catalog.starts[0].name
         await _send(player, "start", start=start, worlds=worlds)

@@ -21,7 +21,8 @@ from scd.play.starts import Start
 
 MAX_RECORDINGS = 2  # made at the same time
 ENLARGE = 4
-PAUSE = 1.0  # seconds between two frames that count as a pause
+# A longer gap between two frames is a pause: in seconds, and in gaps of this timeline.
+PAUSE, PAUSE_GAPS = 1.0, 3.0
 
 
 def start_thumbnail(start: Start) -> bytes:
@@ -73,8 +74,11 @@ def played_fps(frames: list[Frame]) -> float | None:
     It may be below the player's setting, and vary; this is the median.
     """
     played = [frame.made for frame in frames if frame.made is not None]
-    gaps = [after - before for before, after in pairwise(played) if 0 < after - before < PAUSE]
-    return 1 / statistics.median(gaps) if gaps else None
+    gaps = [after - before for before, after in pairwise(played) if after > before]
+    if not gaps:
+        return None
+    longest = max(PAUSE, PAUSE_GAPS * statistics.median(gaps))
+    return 1 / statistics.median(gap for gap in gaps if gap <= longest)
 
 
 def _mp4(frames: list[Frame], fps: float) -> bytes:

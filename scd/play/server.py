@@ -141,7 +141,8 @@ class Address:
         """Make the URL to open; for a server on all interfaces, with this machine's address."""
         host = self.host
         if host in ("0.0.0.0", "::"):
-            host = _own_address() or sockets.gethostname()
+            v6_alone = host == "::" and not sockets.has_dualstack_ipv6()
+            host = _own_address(v6_alone) or sockets.gethostname()
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
@@ -169,23 +170,29 @@ def serve(catalog: Catalog, address: Address, max_sessions: int) -> None:
     uvicorn.Server(server_config(app)).run(sockets=[listening])
 
 
-def _own_address() -> str | None:
+def _own_address(v6: bool) -> str | None:
     """Find this machine's address in its network, without sending anything; None: no network."""
-    with sockets.socket(sockets.AF_INET, sockets.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # reserved for documentation, in use by nobody
+    family = sockets.AF_INET6 if v6 else sockets.AF_INET
+    nobody = "2001:db8::1" if v6 else "192.0.2.1"  # reserved for documentation
+    with suppress(OSError), sockets.socket(family, sockets.SOCK_DGRAM) as probe:
+        probe.connect((nobody, 9))
         return str(probe.getsockname()[0])
     return None
 
 
 def listen(address: Address) -> sockets.socket:
-    """Open the listening socket.
+    """Open the listening socket; at `::` also for IPv4, where the system can do that.
 
     Raises:
-        ScdError: the address is not available.
+        ScdError: the address is not available, or empty.
     """
+    if not address.host:  # to the socket it would mean all interfaces
+        raise ScdError("play: --host is empty: give an address, or 0.0.0.0 to let others in")
+    both = address.host == "::" and sockets.has_dualstack_ipv6()
     try:
         family = sockets.AF_INET6 if ":" in address.host else sockets.AF_INET
-        return sockets.create_server((address.host, address.port), family=family)
+        where = (address.host, address.port)
+        return sockets.create_server(where, family=family, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or error
         raise ScdError(

@@ -17,7 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from scd.errors import ScdError
 from scd.play.access import Limits, RateLimiter
-from scd.play.catalog import MAX_GUIDANCE, MAX_SEED, Catalog
+from scd.play.catalog import MAX_SEED, Catalog
 from scd.play.game import Game
 from scd.play.held_actions import HeldActions
 from scd.play.history import Frame
@@ -31,7 +31,7 @@ from scd.play.messages import (
     pack_picture,
     parse_message,
 )
-from scd.play.worlds import MAX_STEPS
+from scd.play.worlds import MAX_GUIDANCE, MAX_STEPS
 
 Result = TypeVar("Result")
 
@@ -45,6 +45,7 @@ class Session:
         self.limits = limits
         self.fps = limits.fps
         self.paused = True
+        self.heard = False  # whether the player has ever sent a message
         self.last_input = time.monotonic()
         self._worker = worker
         self._connection: _Connection | None = None
@@ -128,7 +129,7 @@ class _Connection:
         self.socket = socket
         self._commands: deque[Message] = deque()
         self._wakeup = asyncio.Event()  # set by every message
-        self._single_step = False
+        self._steps = 0  # single ones that wait to be made
         self._held = HeldActions(session.game.catalog)
         self._serial = self._seen = 0  # of the newest picture that was sent, and confirmed
         self._next_frame_at = 0.0
@@ -166,6 +167,7 @@ class _Connection:
                 raise CloseConnection(
                     CloseCode.TOO_MANY_MESSAGES, f"more than {self._rate.rate:g} messages a second"
                 )
+            self.session.heard = True
             text = received.get("text")
             if text is None:
                 raise CloseConnection(CloseCode.BAD_MESSAGE, "messages must be text")
@@ -184,7 +186,7 @@ class _Connection:
         if message.type == "input":
             self._held.update(fields, session.last_input, session.fps)
         elif message.type == "step":
-            self._single_step = True
+            self._steps = min(self._steps + 1, session.limits.queued_commands)
         else:
             if len(self._commands) >= session.limits.queued_commands:
                 raise CloseConnection(CloseCode.TOO_MANY_MESSAGES, "too many commands at once")
@@ -217,11 +219,11 @@ class _Connection:
                 raise CloseConnection(
                     CloseCode.IDLE, f"no input for {session.limits.idle_seconds:g} seconds"
                 )
-            wanted = self._single_step or not session.paused
+            wanted = self._steps > 0 or not session.paused
             if self._held.action(now, session.fps) is None:  # the world waits for a key
-                wanted = self._single_step = False
+                wanted, self._steps = False, 0
             if wanted and self._serial - self._seen < session.limits.unseen:
-                if self._single_step or self._next_frame_at <= now:
+                if self._steps or self._next_frame_at <= now:
                     await self._step(now)
                     continue
                 wait = min(wait, self._next_frame_at - now)
@@ -235,9 +237,9 @@ class _Connection:
         # A frame that is a little late keeps the rhythm. After a later one, or a single step, it
         # begins anew, so that the following frames do not come in a burst.
         late = now - self._next_frame_at
-        anew = self._single_step or late > 0.5 / session.fps
+        anew = self._steps > 0 or late > 0.5 / session.fps
         self._next_frame_at = (now if anew else self._next_frame_at) + 1 / session.fps
-        self._single_step = False
+        self._steps = max(self._steps - 1, 0)
         action, seq = self._held.action(now, session.fps), self._held.seq
         assert action is not None  # see `_play`
         self._held.clear_taps()
@@ -288,7 +290,7 @@ class _Connection:
     ) -> None:
         game = self.session.game
         self._serial += 1
-        flags |= GIVEN if frame.number < len(game.start.actions) else 0
+        flags |= GIVEN if frame.made is None else 0
         worlds = [game.catalog.worlds.index(name) for name in game.names]
         data = pack_picture(
             frame, worlds, serial=self._serial, seq=seq, flags=flags, made_ms=made_ms

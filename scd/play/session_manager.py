@@ -66,7 +66,8 @@ class SessionManager:
             ended = end.code is not CloseCode.TAKEN_OVER
             raise
         except WebSocketDisconnect as gone:
-            ended = gone.code in PROTOCOL_ERRORS
+            # A player who has never sent a message has nothing to come back to.
+            ended = gone.code in PROTOCOL_ERRORS or not session.heard
             raise
         finally:
             if ended:

@@ -27,6 +27,7 @@ from scd.utils.paths import why_missing
 from scd.utils.seeding import generator
 
 MAX_STEPS = 16  # that a player can choose, and that a model begins with
+MAX_GUIDANCE = 4.0  # likewise
 MAX_REPLAY = 1500  # frames of Doom that are replayed to restore one; takes about two seconds
 MAX_ACTIONS = 256  # one byte in a picture message
 
@@ -37,10 +38,11 @@ class Settings:
 
     Args:
         steps: denoising steps a frame; None: each model's own number.
+        guidance_scale: 1 is no guidance; None: each model's own scale.
     """
 
     steps: int | None = None
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
     seed: int = 0
 
 
@@ -140,14 +142,17 @@ class ModelWorld:
             self._settings = s  # already there, and the seed only changes the noise to come
             return
         self._settings, self._newest = s, past[-1]
-        guided = self.pretrained.guidance if s.guidance_scale != 1.0 else "none"
-        # Every frame can be the first of a rollout, after a rewind, and stays what it was.
-        options = replace(options, first_frame_steps=0)
-        steps = self.pretrained.steps if s.steps is None else s.steps
-        self._rollout = Rollout(
-            model,
-            replace(options, steps=steps, guidance=guided, guidance_scale=s.guidance_scale),
+        own = self.pretrained
+        scale = own.guidance_scale if s.guidance_scale is None else s.guidance_scale
+        options = replace(
+            options,
+            # Every frame can be the first of a rollout, after a rewind, and stays what it was.
+            first_frame_steps=0,
+            steps=own.steps if s.steps is None else s.steps,
+            guidance=own.guidance if scale != 1.0 else "none",
+            guidance_scale=scale,
         )
+        self._rollout = Rollout(model, options)
         self._rollout.on_encoded = self._note_encoded
         reach = model.cached_layers * (self._rollout.window.frames - 1) + 1
         latents = torch.stack([view.latents for view in past[-reach:] if view.latents is not None])
@@ -245,17 +250,27 @@ class Pretrained:
     options: Options
 
     @property
-    def about(self) -> dict[str, str | int]:
+    def about(self) -> dict[str, str | int | float]:
         """What the page shows about the model."""
-        parameters = sum(p.numel() for p in self.model.parameters())
-        kind = type(self.model).__name__
-        about = {"name": self.options.name, "kind": kind, "parameters": parameters}
-        return {**about, "steps": self.steps}
+        return {
+            "name": self.options.name,
+            "kind": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
 
     @property
     def steps(self) -> int:
         """Its own number of denoising steps, as far as a player could choose it."""
         return min(self.options.rollout.steps, MAX_STEPS)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Its own scale of guidance, as far as a player could choose it; 1: none."""
+        options = self.options.rollout
+        scale = options.guidance_scale if options.guidance != "none" else 1.0
+        return min(max(scale, 1.0), MAX_GUIDANCE)
 
     @property
     def guidance(self) -> Guidance:

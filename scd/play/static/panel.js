@@ -65,9 +65,10 @@ export class Panel {
     for (const chip of this.beside.children) {
       chip.setAttribute("aria-pressed", state.worlds.includes(chip.dataset.world));
     }
+    const model = [...state.worlds, ...this.#offered].find((name) => this.#about[name]);
     for (const [name, slider] of Object.entries(this.sliders)) {
-      // No number of steps is set: each model takes its own.
-      slider.value = state.settings[name] ?? state[name] ?? this.#about[state.worlds[0]]?.steps;
+      // Neither steps nor guidance are set at first: each model takes its own.
+      slider.value = state.settings[name] ?? state[name] ?? this.#about[model][name];
       this.#label(name);
     }
     if (document.activeElement !== this.seed) this.seed.value = state.settings.seed;

@@ -104,9 +104,8 @@ function restoreEarlier() {
   const exists = (name) => hello.worlds.includes(name);
   if (earlier && hello.starts.includes(earlier.start) && earlier.worlds.every(exists)) {
     connection.command({ type: "start", start: earlier.start, worlds: earlier.worlds });
-    const { steps, ...settings } = earlier.settings;
-    if (steps !== null) settings.steps = steps; // null: each model's own
-    connection.command({ type: "settings", ...settings, fps: earlier.fps });
+    const chosen = Object.entries(earlier.settings).filter(([, value]) => value !== null);
+    connection.command({ type: "settings", ...Object.fromEntries(chosen), fps: earlier.fps });
   }
   earlier = null;
 }
