@@ -149,6 +149,7 @@ def predict_frames(
 
 
 def not_finite(what: str, numbers: list[int]) -> ScdError:
+    """Make the error that names videos whose predictions are not finite."""
     return ScdError(
         f"{what}: the prediction of video {', '.join(map(str, numbers))} is not finite; the "
         f"weights or the rollout's options are broken"

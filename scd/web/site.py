@@ -192,7 +192,7 @@ def _write_manifest(folder: Path, catalog: Catalog, weights: Format) -> None:
         "version": version,
         "weights": weights,
         "hello": offers(catalog, Limits()),
-        "settings": {**asdict(catalog.settings), "steps": pretrained.steps},
+        "settings": asdict(catalog.settings),
         "fps": Limits().fps,
         "rollout": {
             "solver": rollout.solver,

@@ -7,7 +7,9 @@ import { History, Refusal } from "./history.js";
 const [GIVEN, AGAIN] = [1, 2]; // flags of a picture
 const HEADER = 24;
 const WORLD_HEADER = 16;
-const PAUSE = 1; // seconds between two frames that count as a pause
+// A longer gap between two frames is a pause: in seconds, and in gaps of this timeline.
+const [PAUSE, PAUSE_GAPS] = [1, 3];
+const WAITING_STEPS = 16; // at most
 
 const seconds = () => performance.now() / 1000;
 
@@ -33,7 +35,7 @@ export class Session {
   #fps;
   #held;
   #commands = [];
-  #single = false;
+  #steps = 0; // single ones that wait to be made
   #serial = 0;
   #seen = 0;
   #nextFrameAt = 0;
@@ -64,7 +66,7 @@ export class Session {
     this.#connection += 1;
     this.#held = new HeldAction(this.#about.hello.idle);
     this.#commands = [];
-    this.#single = false;
+    this.#steps = 0;
     this.#serial = this.#seen = 0;
     const resumed = wanted === this.id;
     this.#say({ type: "hello", session: this.id, resumed, ...this.#about.hello });
@@ -77,7 +79,7 @@ export class Session {
   handle(message) {
     if (message.type === "seen") this.#seen = message.serial;
     else if (message.type === "input") this.#held.update(message, seconds());
-    else if (message.type === "step") this.#single = true;
+    else if (message.type === "step") this.#steps = Math.min(this.#steps + 1, WAITING_STEPS);
     else this.#commands.push(message);
     this.#wake();
   }
@@ -115,10 +117,10 @@ export class Session {
       const now = seconds();
       let wait = this.#about.hello.limits.alive_seconds;
       const action = this.#held.action(now, this.#fps);
-      if (action === null) this.#single = false; // the world waits for a key
-      const wanted = action !== null && (this.#single || !this.paused);
+      if (action === null) this.#steps = 0; // the world waits for a key
+      const wanted = action !== null && (this.#steps > 0 || !this.paused);
       if (wanted && this.#serial - this.#seen < this.#about.hello.limits.unseen) {
-        if (this.#single || this.#nextFrameAt <= now) {
+        if (this.#steps > 0 || this.#nextFrameAt <= now) {
           await this.#step(now, action);
           continue;
         }
@@ -141,9 +143,9 @@ export class Session {
     // A frame that is a little late keeps the rhythm. After a later one, or a single step, it
     // begins anew, so that the following frames do not come in a burst.
     const late = now - this.#nextFrameAt;
-    const anew = this.#single || late > 0.5 / this.#fps;
+    const anew = this.#steps > 0 || late > 0.5 / this.#fps;
     this.#nextFrameAt = (anew ? now : this.#nextFrameAt) + 1 / this.#fps;
-    this.#single = false;
+    this.#steps = Math.max(this.#steps - 1, 0);
     const [seq, connection] = [this.#held.seq, this.#connection];
     this.#held.clearTaps();
     const number = this.#history.newest.number + 1;
@@ -232,9 +234,9 @@ export class Session {
   }
 
   #sendPicture(flags, seq = 0, made = 0) {
-    const { number, action, view } = this.#history.newest;
+    const { number, action, view, made: madeAt } = this.#history.newest;
     const { size, protocol } = this.#about.hello;
-    const given = number < this.#start.given ? GIVEN : 0;
+    const given = madeAt === null ? GIVEN : 0;
     const buffer = new ArrayBuffer(HEADER + WORLD_HEADER + view.rgb.length);
     const data = new DataView(buffer);
     this.#serial += 1;
@@ -252,7 +254,10 @@ export class Session {
 /** The median frames per second of play without pauses; null: fewer than two frames were played. */
 function playedFps(frames) {
   const made = frames.map((frame) => frame.made).filter((at) => at !== null);
-  const gaps = made.slice(1).map((at, i) => at - made[i]).filter((gap) => gap > 0 && gap < PAUSE);
+  const gaps = made.slice(1).map((at, i) => at - made[i]).filter((gap) => gap > 0);
   if (!gaps.length) return null;
-  return 1 / gaps.sort((a, b) => a - b)[Math.floor(gaps.length / 2)];
+  const median = (sorted) => sorted[Math.floor(sorted.length / 2)];
+  gaps.sort((a, b) => a - b);
+  const longest = Math.max(PAUSE, PAUSE_GAPS * median(gaps));
+  return 1 / median(gaps.filter((gap) => gap <= longest));
 }
