@@ -21,7 +21,7 @@ from scd.errors import ScdError
 from scd.evaluation.evaluate import evaluation_folder
 from scd.evaluation.protocol import MODEL
 from scd.evaluation.samples import FRAMING
-from scd.evaluation.summary import columns, rollout_text
+from scd.evaluation.summary import columns, missing_notes, rollout_text
 from scd.models.load import LoadedModel, load_checkpoint_for_use
 from scd.models.world_model import CausalWorldModel
 from scd.options import Options
@@ -162,11 +162,8 @@ def comparison(candidates: list[Candidate]) -> Table:
     made = list(zip(names, how, strict=True))
     if len({how for _, how in made}) == 1:
         made = [("Frames", made[0][1])]
-    lacking = [
-        f"{name}: {metric} is missing: {why}."
-        for name, candidate in zip(names, candidates, strict=True)
-        for metric, why in candidate.evaluation.get("missing", {}).items()
-    ]
+    missing = [candidate.evaluation.get("missing", {}) for candidate in candidates]
+    lacking = missing_notes(list(zip(names, missing, strict=True)))
     return Table(heads, lines, 2, [note, *(f"{name}: {how}." for name, how in made), *lacking])
 
 

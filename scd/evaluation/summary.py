@@ -250,7 +250,13 @@ def _make_tables(
     made = {
         "evaluation": table(
             columns(rows, protocols),
-            missing_notes([(names, e) for (names, _), e in zip(lines, evaluations, strict=False)]),
+            # One evaluation has several lines, several have one each.
+            missing_notes(
+                [
+                    (", ".join(f"{key}={value}" for key, value in names.items()), e.missing)
+                    for (names, _), e in zip(lines, evaluations, strict=False)
+                ]
+            ),
         )
     }
     if over_time:
@@ -263,15 +269,19 @@ def _make_tables(
     return made
 
 
-def missing_notes(evaluations: list[tuple[dict[str, str], Evaluation]]) -> list[str]:
-    """Say which metrics are missing and why, and where it is not in all evaluations, in which."""
+def missing_notes(evaluations: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """Say which metrics are missing and why, and where it is not in all evaluations, in which.
+
+    Args:
+        evaluations: what each is called, and why which metrics are missing.
+    """
     lacking: dict[tuple[str, str], list[str]] = {}
-    for names, evaluation in evaluations:
-        for problem in evaluation.missing.items():
-            lacking.setdefault(problem, []).append(", ".join(f"{k}={v}" for k, v in names.items()))
+    for name, missing in evaluations:
+        for problem in missing.items():
+            lacking.setdefault(problem, []).append(name)
     notes = []
     for (metric, why), where in lacking.items():
-        place = "" if len(where) == len(evaluations) else f" with {'; '.join(where)}"
+        place = "" if len(where) == len(evaluations) else f" for {'; '.join(where)}"
         notes.append(f"{metric} is missing{place}: {why}")
     return notes
 
