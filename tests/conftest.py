@@ -1,5 +1,7 @@
 """What several tests need: a small recording of Doom and an untrained autoencoder."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +12,48 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from scd.doom.record import record_dataset
 from scd.models.autoencoder import build_autoencoder
-from scd.options import AutoencoderOptions
+from scd.options import AutoencoderOptions, Options
+from scd.training import step_cost
+from scd.training.build import AnyCodec
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 SLOWEST = "test_web_page.py"
 
+os.fsync = lambda number: None  # only where the power fails does it matter when files are on disk
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked as slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the slowest file, then those of most tests; whatever is last runs alone."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name != SLOWEST, -tests[item.path]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_once() -> Iterator[None]:
+    """Count what a step costs once for all runs of equal options: a fifth of a small run's time."""
+    plain = step_cost.estimate_step
+    known: dict[object, step_cost.StepEstimate] = {}
+
+    def estimate_step(
+        options: Options, codec: AnyCodec, counts_scores: bool = True
+    ) -> step_cost.StepEstimate:
+        anywhere = re.sub(r"'/[^']*'", "''", repr(options))  # whatever the folders are
+        key = (anywhere, type(codec), codec.channels, codec.downsampling, counts_scores)
+        if key not in known:
+            known[key] = plain(options, codec, counts_scores)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_cost, "estimate_step", estimate_step)
+        yield
 
 
 @pytest.fixture(scope="session")

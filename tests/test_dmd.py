@@ -561,11 +561,14 @@ def options(doom_root: Path, trained: Trained, tmp_path: Path, fresh_accelerate:
 @pytest.mark.parametrize(
     "further",
     [
-        ["distill.adversarial_weight=0"],
-        ["distill.adversarial_weight=0.1"],
-        ["data.frames=8", "distill.window_frames=6", "rollout.window=5"],
+        pytest.param(["distill.adversarial_weight=0"], id="matching", marks=pytest.mark.slow),
+        pytest.param(["distill.adversarial_weight=0.1"], id="adversarial"),
+        pytest.param(
+            ["data.frames=8", "distill.window_frames=6", "rollout.window=5"],
+            id="windows",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["matching", "adversarial", "windows"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(options, further, tmp_path: Path) -> None:
     whole = options("name=whole", "train.steps=4", *further)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -135,20 +136,21 @@ DENSE = ["model.type=causal_dit", "model.layers=3"]
 DENSE += ["model.encoder_layers=0", "model.decoder_layers=0"]
 VECTORS = ["model.condition=action_vector", "eval.swapped_actions=[]"]
 LONG = ["data.frames=10", "distill.window_frames=6"]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("stage", "more", "deeper"),
     [
         ("consistency", [], 0),
-        ("consistency", ["distill.guidance_scale=2"], 0),
-        ("distilled", [], 0),
+        slow("consistency", ["distill.guidance_scale=2"], 0),
+        slow("distilled", [], 0),
         ("distilled", [], 2),
-        ("distilled", ["distill.context_frames=5"], 0),
+        slow("distilled", ["distill.context_frames=5"], 0),
         ("distilled", ["distill.guidance_scale=2", *VECTORS], 0),
-        ("distilled", ["distill.self_rollout=false"], 0),
-        ("distilled", DENSE, 0),
-        ("long", LONG, 0),
+        slow("distilled", ["distill.self_rollout=false"], 0),
+        slow("distilled", DENSE, 0),
+        slow("long", LONG, 0),
         ("long", [*LONG, "rollout.window=6"], 0),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +30,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Adam divides by small second moments: rounding of sums in another order grows to a share of a
 # step. Of a step (lr 1e-4), after four steps; measured: 0.02.
 TOLERANCE = 0.1 * 1e-4
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -124,10 +126,10 @@ def assert_close(one: TrainingState, other: TrainingState) -> None:
         ("torchrun", []),
         ("sharded", ["train.snapshot_every=2"]),
         ("plain", ["optim.muon_lr=null", "train.val_loss_every=2"]),
-        ("sharded", ["optim.muon_lr=null", "train.sample_every=4", "train.val_loss_every=2"]),
-        ("sharded", ["model.encoder_frame=noise", "train.val_loss_every=2"]),
+        slow("sharded", ["optim.muon_lr=null", "train.sample_every=4", "train.val_loss_every=2"]),
+        slow("sharded", ["model.encoder_frame=noise", "train.val_loss_every=2"]),
         ("sharded", ["optim.muon_lr=null", "flow.self_forcing_prob=0.5"]),
-        ("plain", ["optim.muon_lr=null", "flow.self_forcing_prob=0.5"]),
+        slow("plain", ["optim.muon_lr=null", "flow.self_forcing_prob=0.5"]),
     ],
 )
 def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, tmp_path):
@@ -153,6 +155,7 @@ def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, 
     assert_close(state_of(tmp_path / "two"), whole)
 
 
+@pytest.mark.slow
 def test_hybrid_sharding_equals_one_with_four_times_the_batch(overrides, tmp_path):
     """Two copies of the weights, each spread over two processes; one process goes on with it."""
     on_several(4, "hybrid", [*overrides, "name=four", "train.batch_size=1"])
@@ -172,7 +175,7 @@ def test_sharded_resumes_from_one_process(overrides, tmp_path):
     assert_close(state_of(tmp_path / "one"), whole)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", slow("bf16")])
 def test_sharded_with_an_autoencoder_trains_as_data_parallel(
     precision, overrides, tiny_autoencoder_path, tmp_path
 ):
@@ -217,7 +220,7 @@ def test_a_dry_run_has_one_folder_for_all_processes(overrides, tmp_path):
     assert not (tmp_path / "dry").exists()
 
 
-@pytest.mark.parametrize("kind", ["plain", "sharded"])
+@pytest.mark.parametrize("kind", [slow("plain"), "sharded"])
 @pytest.mark.parametrize("method", ["consistency", "distilled", "long"])
 def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_path):
     """With teacher, target or critic beside the student; all processes leave at the same step.

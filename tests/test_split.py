@@ -143,6 +143,7 @@ def train(options: Options) -> int:
     return main(["train", "--opt", str(path)])
 
 
+@pytest.mark.slow
 def test_split_then_train(options, tmp_path, capsys):
     """The command's folder is all that training needs; its weights are part of the run."""
     assert train(options()) == 0

@@ -197,7 +197,10 @@ def test_a_home_that_others_can_write_to_is_not_taken(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "locale",
-    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    [
+        pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow),
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
 )
 def test_no_letter_is_too_much_for_a_locale(tmp_path, locale):
     log = tmp_path / "log.jsonl"

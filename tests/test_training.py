@@ -270,6 +270,7 @@ def test_attention_is_compiled_and_trains_as_without(options, monkeypatch, kind)
     assert any("softmax" in target for target in compiled)
 
 
+@pytest.mark.slow
 def test_compiled_gradients_are_the_same_every_time():
     """Of such gradients in no fixed order, three of four differ from the first (two threads)."""
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -110,6 +111,7 @@ def train(file: str, *overrides: str) -> list[dict]:
 SCD = ["model.encoder_layers=2", "model.decoder_layers=2", "wan.decoder_first=1"]
 
 
+@pytest.mark.slow
 def test_teacher_forcing_from_videos_with_captions(
     wan_folder, data_root, overrides, tmp_path, capsys
 ):
@@ -168,7 +170,8 @@ def test_every_stage_runs_by_its_command(wan_folder, data_root, overrides, tmp_p
     assert about["rollout"]["solver"] == "consistency" and about["rollout"]["steps"] == 2
 
 
-FILES = ["scd_wan", "scd_wan_consistency", "scd_wan_distilled", "causal_wan"]
+slow = partial(pytest.param, marks=pytest.mark.slow)
+FILES = ["scd_wan", slow("scd_wan_consistency"), "scd_wan_distilled", slow("causal_wan")]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -243,7 +246,7 @@ def test_prompts_are_validated(data_root, overrides, capsys):
     assert "no embedding of 1 prompts, such as 'a cow'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", ["scd_wan", "scd_wan_distilled"])
+@pytest.mark.parametrize("stage", [slow("scd_wan"), "scd_wan_distilled"])
 def test_two_processes_that_shard_equal_one(stage, wan_folder, data_root, overrides, tmp_path):
     given = [*overrides, *SCD, "optim.lr=1e-4", "train.steps=4", "train.sample_every=0"]
     given += [f"init_from={wan_folder}/scd", "optim.warmup_steps=0", "train.save_every=4"]
@@ -260,6 +263,7 @@ def test_two_processes_that_shard_equal_one(stage, wan_folder, data_root, overri
     assert any((moved[name] - tensor).abs().max() > 1e-4 for name, tensor in start.items())
 
 
+@pytest.mark.slow
 def test_keys_steer_a_world_that_is_trained_on_them(wan_folder, data_root, overrides, tmp_path):
     """At the start they have no effect; after training on videos with actions they have one."""
     keys = [*SCD, "model.condition=action", "model.num_conditions=3"]

@@ -101,6 +101,7 @@ def test_latents_are_those_of_the_engine(tiny, changes: dict[str, Any]) -> None:
     assert largest_difference(pretrained, folder, settings, levels, frames) < WITHIN
 
 
+@pytest.mark.slow
 def test_each_of_100_frames_of_the_shipped_model(tmp_path) -> None:
     pretrained = load_pretrained(SHIPPED)
     settings = replace(pretrained.options.rollout, steps=2)

@@ -32,7 +32,7 @@ const done = arguments[0];
 navigator.gpu.requestAdapter().then((adapter) => done(adapter !== null), () => done(false));
 """
 LEVELS = 1  # of 255, the largest difference of a pixel from onnxruntime in Python
-pytestmark = NEEDS_CHROMIUM
+pytestmark = [NEEDS_CHROMIUM, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -215,6 +215,7 @@ def test_phone_and_touch(page):
         page.wait(lambda: set(page.actions(2)) == {NONE}, "standing")
 
 
+@pytest.mark.slow
 def test_offline_once_loaded(driver, site):
     """Threads by the service worker's headers; the host gone, the page still begins and plays."""
     page = Page(driver)
@@ -234,6 +235,7 @@ def test_offline_once_loaded(driver, site):
     page.step()
 
 
+@pytest.mark.slow
 def test_an_incomplete_update_leaves_what_is_kept(driver, site):
     shutil.copytree(site, copy := site.parent / "updated", copy_function=shutil.copy)
     page = Page(driver)
@@ -356,6 +358,7 @@ def test_plays_without_cookies(address, downloads):
         driver.quit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 5 << 20], ids=["none", "5 MB"])
 def test_plays_where_nothing_can_be_kept(driver, site, room):
     """A full disk: the browser refuses to keep files, all of them or the large ones."""

@@ -211,6 +211,8 @@ class VideoFile(Video):
         try:
             self._reader = decord.VideoReader(str(path), num_threads=1)
         except (decord.DECORDError, RuntimeError) as error:
+            if not path.is_file():  # any more
+                raise ScdError(f"{path}: no such video") from error
             raise ScdError(f"{path}: not a readable video ({_reason(error)})") from error
         _readers.add(self._reader)
 

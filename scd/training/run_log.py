@@ -201,10 +201,7 @@ def draw_loss_curve(log: Path, picture: Path) -> None:
 
     A critic's, where there is one: the student's is added to it in some steps only.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     entries = [entry for entry in read_log(log) if entry.get("loss") is not None]
     if not entries:
@@ -213,7 +210,8 @@ def draw_loss_curve(log: Path, picture: Path) -> None:
     steps, losses = zip(*points, strict=True)
     half = max(len(losses) // 40, 1)  # of the averaging window
     smooth = [float(np.mean(losses[max(i - half, 0) : i + half + 1])) for i in range(len(losses))]
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
+    axis = figure.subplots(gridspec_kw={"left": 0.12, "right": 0.98, "bottom": 0.13, "top": 0.97})
     axis.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
     axis.plot(steps, smooth, color="tab:blue")
     # A student that is its own teacher begins with a loss of 0.
@@ -221,4 +219,3 @@ def draw_loss_curve(log: Path, picture: Path) -> None:
     axis.set(xlabel="step", ylabel="training loss", yscale=scale)
     axis.grid(alpha=0.3, which="both")
     write_atomically(picture, lambda aside: figure.savefig(aside, dpi=110))
-    plt.close(figure)
