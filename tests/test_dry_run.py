@@ -26,6 +26,8 @@ from scd.training.step_cost import estimate_step
 ROOT = Path(__file__).parent.parent
 # Those of Wans run in miniature (tests/test_wan_training.py).
 FILES = sorted(p for p in (ROOT / "options").glob("*.yml") if "_wan" not in p.stem)
+# Like others but for sizes, data or numbers of steps.
+ALIKE = ("_large", "_tiny", "_realestate10k", "_ucf101", "_continued", "_weak", "_adversarial")
 SMALL = {
     "world_model": ["model.heads=1", "data.frames=3", "eval.context_frames=3"],
     "autoencoder": ["autoencoder.lpips_weight=0", "data.frames=1"],
@@ -46,7 +48,13 @@ def narrow(a: AutoencoderOptions) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem.endswith(ALIKE) else [])
+        for p in FILES
+    ],
+)
 def test_every_options_file_runs_dry(file, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     plain = dry_run._architecture

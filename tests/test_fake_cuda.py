@@ -60,7 +60,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def make(kind: type, **config) -> WorldModel:
-    layers = {"layers": 2} if kind is CausalDiT else {"encoder_layers": 2, "decoder_layers": 2}
+    layers = {"layers": 1} if kind is CausalDiT else {"encoder_layers": 1, "decoder_layers": 1}
     condition = {"condition": "action", "num_conditions": 3}
     with CUDA:
         return kind(**{"channels": CHANNELS, "heads": 1, **condition, **layers, **config})
@@ -114,7 +114,6 @@ def test_every_fusion(fusion, monkeypatch):
         (CausalDiT, {}),
     ],
 )
-@pytest.mark.parametrize("inputs_on", ["cpu", "cuda:0"])
 @pytest.mark.parametrize(
     ("settings", "known", "side"),
     [
@@ -128,17 +127,18 @@ def test_every_fusion(fusion, monkeypatch):
         ({"guidance": "none"}, 0, 2),
     ],
 )
-def test_a_rollout(kind, config, inputs_on, settings, known, side):
+def test_a_rollout(kind, config, settings, known, side):
+    """Of a context on the CPU, as it comes from a loader; it may lie on the GPU as well."""
     if kind is CausalDiT and settings["guidance"] == "context":
         pytest.skip("the dense baseline has no context to perturb")
     model = make(kind, first_frame=not known, **config).eval()
-    rollout = Rollout(model, RolloutOptions(3, **settings), known + 2)
+    rollout = Rollout(model, RolloutOptions(2, **settings), known + 2)
     rollout.reset(
-        torch.empty(B, known, CHANNELS, side, side, device=inputs_on),
-        torch.zeros(B, known, dtype=torch.long, device=inputs_on),
+        torch.empty(B, known, CHANNELS, side, side, device="cpu"),
+        torch.zeros(B, known, dtype=torch.long, device="cpu"),
     )
     for _ in range(2):
-        frame = rollout.step(torch.zeros(B, dtype=torch.long, device=inputs_on))
+        frame = rollout.step(torch.zeros(B, dtype=torch.long, device="cpu"))
     assert frame.device == CUDA and frame.shape == (B, CHANNELS, side, side)
 
 

@@ -171,7 +171,7 @@ def test_every_stage_runs_by_its_command(wan_folder, data_root, overrides, tmp_p
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
-FILES = ["scd_wan", slow("scd_wan_consistency"), "scd_wan_distilled", slow("causal_wan")]
+FILES = ["scd_wan", slow("scd_wan_consistency"), slow("scd_wan_distilled"), slow("causal_wan")]
 
 
 @pytest.mark.parametrize("name", FILES)

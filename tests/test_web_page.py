@@ -311,6 +311,7 @@ def test_an_update_reaches_who_was_here_before(driver, site):
         page.wait(lambda: len(kept_in(page)) == 1, "what is kept")
 
 
+@pytest.mark.slow
 def test_an_update_waits_for_the_next_visit(driver, site):
     shutil.copytree(site, copy := site.parent / "later", copy_function=shutil.copy)
     page = Page(driver)

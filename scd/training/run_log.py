@@ -211,7 +211,7 @@ def draw_loss_curve(log: Path, picture: Path) -> None:
     half = max(len(losses) // 40, 1)  # of the averaging window
     smooth = [float(np.mean(losses[max(i - half, 0) : i + half + 1])) for i in range(len(losses))]
     figure = Figure(figsize=(7, 4))
-    axis = figure.subplots(gridspec_kw={"left": 0.12, "right": 0.98, "bottom": 0.13, "top": 0.97})
+    axis = figure.subplots(gridspec_kw={"left": 0.14, "right": 0.98, "bottom": 0.13, "top": 0.97})
     axis.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
     axis.plot(steps, smooth, color="tab:blue")
     # A student that is its own teacher begins with a loss of 0.
