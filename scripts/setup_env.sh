@@ -58,8 +58,7 @@ files="$(cat pyproject.toml constraints.txt | "$python" -c "$hash") $PWD"
 installed=$(cat "$stamp" 2>/dev/null || true)
 if [ "$installed" != "$extras $files" ] && [ "$installed" != "dev $files" ]; then # dev has all
     echo "installing into $(dirname "$(dirname "$python")"): this takes some minutes the first time"
-    # --no-compile: Python compiles a module when it is first imported, and few of them ever are.
-    "$python" -m pip install --no-compile --progress-bar off --disable-pip-version-check \
+    "$python" -m pip install --progress-bar off --disable-pip-version-check \
         --constraint constraints.txt --editable ".[$extras]" | show_progress
     echo "$extras $files" >"$stamp"
 fi

@@ -159,7 +159,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
         slow("distilled", ["distill.self_rollout=false"], 0),
         slow("distilled", DENSE, 0),
         slow("long", LONG, 0),
-        ("long", [*LONG, "rollout.window=6"], 0),
+        slow("long", [*LONG, "rollout.window=6"], 0),
     ],
 )
 def test_post_training_costs_what_its_steps_take(stage, more, deeper, tmp_path, monkeypatch):
@@ -215,6 +215,7 @@ def test_post_training_costs_what_its_steps_take(stage, more, deeper, tmp_path, 
         assert found.flops - slower.flops == pytest.approx(0.75 * found.student)
 
 
+@pytest.mark.slow
 def test_a_step_has_all_its_batches():
     """With accumulated gradients a step costs a multiple of one batch, and no more memory."""
     file, small = ROOT / "options/scd_doom_distilled.yml", ["model.heads=1", "model.patch_size=4"]

@@ -175,7 +175,8 @@ def test_sharded_resumes_from_one_process(overrides, tmp_path):
     assert_close(state_of(tmp_path / "one"), whole)
 
 
-@pytest.mark.parametrize("precision", ["fp32", slow("bf16")])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_sharded_with_an_autoencoder_trains_as_data_parallel(
     precision, overrides, tiny_autoencoder_path, tmp_path
 ):
@@ -280,6 +281,7 @@ def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_p
         )
 
 
+@pytest.mark.slow
 def test_sharded_students_are_rolled_out_in_the_precision_of_their_training(overrides, tmp_path):
     overrides = [*overrides, "data.frames=6", "optim.muon_lr=null"]
     run_experiment(load_options(OPTIONS, [*overrides, "name=base", "train.steps=1"]))

@@ -195,10 +195,11 @@ def test_a_home_that_others_can_write_to_is_not_taken(tmp_path, monkeypatch):
 # A locale that is not UTF-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "locale",
     [
-        pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow),
+        {"PYTHONIOENCODING": "ascii"},
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     ],
 )
