@@ -128,7 +128,7 @@ def test_every_fusion(fusion, monkeypatch):
     ],
 )
 def test_a_rollout(kind, config, settings, known, side):
-    """Of a context on the CPU, as it comes from a loader; it may lie on the GPU as well."""
+    """Of a context on the CPU, as it comes from a loader."""
     if kind is CausalDiT and settings["guidance"] == "context":
         pytest.skip("the dense baseline has no context to perturb")
     model = make(kind, first_frame=not known, **config).eval()

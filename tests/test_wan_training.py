@@ -246,7 +246,8 @@ def test_prompts_are_validated(data_root, overrides, capsys):
     assert "no embedding of 1 prompts, such as 'a cow'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stage", [slow("scd_wan"), slow("scd_wan_distilled")])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["scd_wan", "scd_wan_distilled"])
 def test_two_processes_that_shard_equal_one(stage, wan_folder, data_root, overrides, tmp_path):
     given = [*overrides, *SCD, "optim.lr=1e-4", "train.steps=4", "train.sample_every=0"]
     given += [f"init_from={wan_folder}/scd", "optim.warmup_steps=0", "train.save_every=4"]
