@@ -17,7 +17,7 @@ from scd.training import step_cost
 from scd.training.build import AnyCodec
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-SLOWEST = "test_web_page.py"
+SLOWEST = ("test_web_page.py", "test_posttrain.py", "test_own_data.py", "test_processes.py")
 
 os.fsync = lambda number: None  # only where the power fails does it matter when files are on disk
 
@@ -27,13 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Begin with the slowest file, then those of most tests; whatever is last runs alone."""
+    """Begin with the slowest files, then those of most tests; whatever is last runs alone."""
     if not config.getoption("--slow"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in set(slow)]
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name != SLOWEST, -tests[item.path]))
+    items.sort(key=lambda item: (item.path.name not in SLOWEST, -tests[item.path]))
 
 
 @pytest.fixture(scope="session", autouse=True)

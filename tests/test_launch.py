@@ -127,8 +127,9 @@ def test_sharding_without_a_gpu_is_one_line(project):
     assert done.stderr.startswith("error: ACCELERATE_CONFIG is set, but no GPU is visible")
 
 
-def test_an_environment_without_pip_gets_one(tmp_path):
-    """As `uv venv` makes it; what pip would install is left out."""
+@pytest.mark.parametrize("fails", ["uv", "nothing"])
+def test_an_environment_without_pip_gets_one(tmp_path, fails):
+    """As `uv venv` makes it; uv installs, or pip where uv cannot. What is installed is left out."""
     for name in ("scripts", "pyproject.toml", "constraints.txt"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
@@ -136,12 +137,14 @@ def test_an_environment_without_pip_gets_one(tmp_path):
     hashes = "*hashlib*) cat >/dev/null; echo 1 ;; *prefix*) echo .venv ;;"
     program(
         tmp_path / ".venv/bin/python",
-        f'#!/bin/sh\necho "$1 $2" >>{log}\n'
+        f'#!/bin/sh\necho "$2 $3" >>{log}\n[ "$2" = {fails} ] && exit 1\n'
         f'[ "$2 $3" = "pip --version" ] && exit 1\ncase "$2" in {hashes} esac\n',
     )
     subprocess.run(
-        ["bash", "scripts/setup_env.sh"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL,
+        ["bash", "scripts/setup_env.sh"], cwd=tmp_path, check=True, capture_output=True,
         env={**os.environ, "SCD_VENV": "1"},
     )  # fmt: skip
-    asked = log.read_text().splitlines()
-    assert asked[0] == "-m pip" and asked[1] == "-m ensurepip" and asked[-1] == "-m pip"
+    packagers = ("pip", "ensurepip", "uv")
+    asked = [line for line in log.read_text().splitlines() if line.startswith(packagers)]
+    by_pip = ["pip install"] if fails == "uv" else []
+    assert asked == ["pip --version", "ensurepip --upgrade", "pip install", "uv pip", *by_pip]
