@@ -187,11 +187,19 @@ def test_joint_denoising_is_the_same_alone_and_in_a_batch(
     torch.testing.assert_close(none, both, rtol=0, atol=0)
 
 
-def test_joint_consistency_written_out() -> None:
-    """Every frame draws its noise as in a rollout: the initial, then that of every later step."""
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_joint_consistency_written_out(scale: float) -> None:
+    """Every frame draws its noise as in a rollout: the initial, then that of every later step.
+
+    With guidance, below the highest level, away from what no frame has a condition for.
+    """
     model = make_model()
     latents, actions = make_clip()
     settings = RolloutOptions(3, "consistency", "even", 5.0, guidance="none")
+    if scale != 1:
+        settings = replace(
+            settings, guidance="condition", guidance_scale=scale, guidance_interval=[0.0, 0.95]
+        )
     seed = torch.Generator().manual_seed(7)
     new = continue_videos(model, settings, latents[:, :2], 4, actions, generator=seed)
     seed, draws = torch.Generator().manual_seed(7), []
@@ -203,8 +211,12 @@ def test_joint_consistency_written_out() -> None:
     for sigma, following, fresh in zip(levels, levels[1:], (first, second, None), strict=False):
         times = torch.full((2, FRAMES), 1000 * sigma)
         times[:, :2] = CLEAN_TIMESTEP
+        noisy = torch.cat([latents[:, :2], x], dim=1)
         with torch.no_grad():
-            v = model.velocity(latents, torch.cat([latents[:, :2], x], dim=1), times, actions)
+            v = model.velocity(latents, noisy, times, actions)
+            if sigma <= 0.95:
+                without = model.velocity(latents, noisy, times, torch.full_like(actions, 4))
+                v = without + scale * (v - without)
         x = x - sigma * v[:, 1:]
         if fresh is not None:
             x = (1 - following) * x + following * fresh

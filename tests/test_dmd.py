@@ -2,6 +2,8 @@
 
 import math
 import shutil
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -34,6 +36,8 @@ from scd.training.checkpoint import load_checkpoint
 from scd.training.launch import run_experiment
 from scd.training.resume import refuse_other_run, run_identity
 from scd.training.run_log import read_log
+from scd.utils.seeding import generator as seeded
+from scd.utils.seeding import uniform_per_sample
 from tests.test_training import assert_same_state
 
 KNOWN, NEW = 3, 4
@@ -364,6 +368,45 @@ def test_a_batch_is_the_mean_of_its_clips() -> None:
         batch = {"latents": latents[which], "actions": actions[which], "sample": samples}
         losses.append(objective({**batch, "step": 2})["loss"])
     torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_what_each_loss_of_a_step_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Critic and teacher see own clips, each under noise of its own; the head real ones as well."""
+    clips, shift, lowest, highest = 12, 3.0, 0.4, 0.8
+    objective = objective_of(adversarial_weight=0.5, shift=shift, score_range=[lowest, highest])
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(clips, KNOWN + NEW, 3, 4, 4, generator=generator)
+    actions = torch.randint(0, 4, (clips, KNOWN + NEW), generator=generator)
+    samples, asked = list(range(clips)), defaultdict(list)
+
+    def spy(name: str, plain: Callable) -> None:
+        monkeypatch.setattr(objective, name, lambda *a: (asked[name].append(a), plain(*a))[1])
+
+    for name in ("critic_loss", "gradient", "logits"):
+        spy(name, getattr(objective, name))
+    objective({"latents": latents, "actions": actions, "sample": samples, "step": 2})
+    seeds = [seeded("cpu", 3, "rollout", sample) for sample in samples]
+    own = roll_out(
+        objective.model, SETTINGS, latents[:, :KNOWN], NEW, draw_exit(3, 2), actions, None, seeds
+    ).frames
+    (critic,), (score,), judged = (asked[name] for name in ("critic_loss", "gradient", "logits"))
+    shown = [(critic, own), (score, own), (judged[0], latents[:, KNOWN:]), (judged[1], own)]
+    for (given, frames, _), expected in shown:
+        assert torch.equal(given.context, latents[:, :KNOWN])
+        assert torch.equal(given.conditions, actions)
+        torch.testing.assert_close(frames, expected, rtol=1e-4, atol=1e-4)
+    for (_, _, noising), stream in ((critic, "critic"), (score, "score")):
+        level = uniform_per_sample((), samples, latents.device, 3, f"{stream} level")
+        shifted = (shift * level / (1 + (shift - 1) * level)).clamp(lowest, highest)
+        torch.testing.assert_close(noising.sigma, shifted)
+        assert {lowest, highest} < {round(value, 6) for value in shifted.tolist()}
+    assert judged[0][2] is judged[1][2]
+    noises = [args[2].noise for args in (critic, score, judged[0])]
+    for one, other in combinations(noises, 2):
+        assert (one * other).mean().abs() < 0.1  # of 2304 normal numbers: 5 standard deviations
+        assert abs(one.std() - 1) < 0.1
+    low = judged[0][2].sigma
+    assert 0.02 < low.min() < 0.15 and 0.35 < low.max() < 0.5
 
 
 def test_only_the_head_learns_to_tell_generated_from_real_clips() -> None:

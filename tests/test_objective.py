@@ -1,5 +1,7 @@
 """The training objective."""
 
+from itertools import combinations
+
 import pytest
 import torch
 
@@ -91,7 +93,18 @@ def test_draws_belong_to_the_sample_not_the_batch(clips):
     for one, other in zip(whole, part, strict=True):
         assert torch.equal(one[1:2], other)
     assert not torch.equal(whole.noise[0], whole.noise[1])
-    assert not torch.equal(whole.noise[0, 0], whole.noise[0, 1])  # K draws differ
+
+
+def test_no_two_draws_are_alike(clips):
+    """Neither of one clip, nor those for different purposes (4 standard deviations)."""
+    latents = clips[0][:1].expand(200, -1, -1, -1, -1)
+    options = FlowOptions(noise_draws=2, encoder_input="mixed", history_noise_max=1.0)
+    draws = draw_noise(options, 0, list(range(200)), latents, (3, 16), looks=True)
+    normal = [*draws.noise.unbind(1), draws.look_noise, draws.context_noise.view_as(latents)]
+    uniform = [*draws.prefix.unbind(1), draws.history_noise, 5 * (1 - draws.look_level[:, 0])]
+    for alike in (normal, [*draws.level.unbind(1)], [12**0.5 * (u - 0.5) for u in uniform]):
+        for one, other in combinations(alike, 2):
+            assert abs((one * other).mean()) < 4 / one.numel() ** 0.5
 
 
 def test_noise_levels_are_logit_normal(clips):
@@ -103,11 +116,25 @@ def test_noise_levels_are_logit_normal(clips):
 
 
 @torch.no_grad()
+def test_noise_levels_have_the_mean_and_spread_of_the_options(clips):
+    """Noise is where σ is 1."""
+    latents, actions = clips
+    made = objective(logit_mean=-0.5, logit_std=1.5)
+    draws = draws_of(made, latents)
+    times = []
+    forward = made.model.forward
+    made.model.forward = lambda *args, **named: (times.append(args[2]), forward(*args, **named))[1]
+    made.loss(latents, actions, draws)
+    expected = 1000 * torch.sigmoid(-0.5 + 1.5 * draws.level[:, :, 1:])
+    torch.testing.assert_close(times[0], expected)
+
+
+@torch.no_grad()
 def test_encoder_input(clips):
     latents, actions = clips
     seen = {}
     for mode in ("clean", "noisy", "mixed"):
-        made = objective(encoder_input=mode, clean_fraction=0.5)
+        made = objective(encoder_input=mode, clean_fraction=0.3)
         draws = draws_of(made, latents)
         forward = made.model.encoder.forward
         made.model.encoder.forward = lambda x, *a, m=mode, f=forward: (
@@ -116,6 +143,10 @@ def test_encoder_input(clips):
         )[1]
         made.loss(latents, actions, draws)
         clean = draws.clean_frame[:, :-1]
+    many = draw_noise(
+        made.options, 0, list(range(500)), latents[:1].expand(500, *latents[0].shape), None
+    )
+    assert abs(many.clean_frame.float().mean() - 0.3) < 0.04  # 2000 frames: 4 standard deviations
     history = latents[:, :-1]  # the last frame is nobody's
     assert torch.equal(seen["clean"], history)
     same = (seen["noisy"] == history).flatten(2).all(-1)
