@@ -109,6 +109,20 @@ def test_the_loss_is_that_of_the_formula(
     torch.testing.assert_close(found, torch.stack(errors).mean(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_label_is_as_an_action_that_all_frames_have() -> None:
+    losses, (latents, actions) = [], make_clip()
+    labels = actions[:, 0]
+    given = {"action": {"actions": labels[:, None].expand(-1, FRAMES)}, "label": {"label": labels}}
+    for condition, batch in given.items():
+        torch.manual_seed(0)
+        how = {**SIZES, "condition": condition}
+        teacher = perturbed(CausalDiT(**how, layers=1), 3)
+        student = perturbed(SCD(**how, encoder_layers=1, decoder_layers=1), 1)
+        objective = ConsistencyObjective(student, teacher, options_of(levels=4))
+        losses.append(objective({"latents": latents, **batch, "sample": [0, 1]})["loss"])
+    torch.testing.assert_close(*losses)
+
+
 def test_only_the_student_learns() -> None:
     student, teacher = make_scd(1), make_scd(2)
     objective = ConsistencyObjective(student, teacher.requires_grad_(False), options_of(levels=4))

@@ -41,21 +41,24 @@ from scd.utils.seeding import uniform_per_sample
 from tests.test_training import assert_same_state
 
 KNOWN, NEW = 3, 4
-SIZES = {"channels": 3, "patch_size": 2, "heads": 1, "condition": "action", "num_conditions": 4}
+SIZES = {"channels": 3, "patch_size": 2, "heads": 1, "num_conditions": 4}
 SETTINGS = RolloutOptions(
     steps=3, solver="consistency", spacing="even", shift=2.0, guidance="none", guidance_scale=1.0
 )
 
 
-def make(kind: str, prediction: str = "data", seed: int = 1) -> CausalWorldModel:
+def make(
+    kind: str, prediction: str = "data", seed: int = 1, layers: int = 2, condition: str = "action"
+) -> CausalWorldModel:
     torch.manual_seed(seed)
     frames = {"scd": "shift", "scd noise": "noise", "scd joint": "joint"}
+    how = {**SIZES, "prediction": prediction, "condition": condition}
     if kind in frames:
-        layers = {"encoder_layers": 2, "decoder_layers": 1, "encoder_frame": frames[kind]}
-        model = SCD(**SIZES, **layers, prediction=prediction)
+        parts = {"encoder_layers": layers, "decoder_layers": 1, "encoder_frame": frames[kind]}
+        model = SCD(**how, **parts)
     else:
         types = {"causal": CausalDiT, "bidirectional": BidirectionalDiT}
-        model = types[kind](**SIZES, layers=2, prediction=prediction)
+        model = types[kind](**how, layers=layers)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -87,11 +90,11 @@ def rolled_out(model: CausalWorldModel, exit_step: int) -> tuple[Generated, Tens
 def test_teacher_forced_clips_come_from_real_frames(kind: str) -> None:
     """Each is the model's clean frame of the real one under noise, after the real ones before."""
     model, (clip, actions) = make(kind), make_clip()
-    settings = replace(SETTINGS, steps=2)
+    settings = replace(SETTINGS, steps=2, temperature=0.5)
     made = teacher_forced(model, settings, clip, KNOWN, 0.5, actions, generators())
     level = 2 / 3  # 1/2, shifted by 2
     assert made.timesteps.unique().tolist() == pytest.approx([1000 * level])
-    noise = torch.stack([torch.randn(NEW, 3, 4, 4, generator=g) for g in generators()])
+    noise = 0.5 * torch.stack([torch.randn(NEW, 3, 4, 4, generator=g) for g in generators()])
     torch.testing.assert_close(made.noisy, level * noise + (1 - level) * clip[:, KNOWN:])
     changed = clip.clone()
     changed[:, KNOWN] += 1  # the first new frame: seen by those after it, and by itself as noise
@@ -377,14 +380,20 @@ def test_what_each_loss_of_a_step_is_of(monkeypatch: pytest.MonkeyPatch) -> None
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(clips, KNOWN + NEW, 3, 4, 4, generator=generator)
     actions = torch.randint(0, 4, (clips, KNOWN + NEW), generator=generator)
-    samples, asked = list(range(clips)), defaultdict(list)
+    samples, asked, answers = list(range(clips)), defaultdict(list), defaultdict(list)
 
     def spy(name: str, plain: Callable) -> None:
-        monkeypatch.setattr(objective, name, lambda *a: (asked[name].append(a), plain(*a))[1])
+        def spied(*args):
+            asked[name].append(args)
+            answers[name].append(plain(*args))
+            return answers[name][-1]
+
+        monkeypatch.setattr(objective, name, spied)
 
     for name in ("critic_loss", "gradient", "logits"):
         spy(name, getattr(objective, name))
-    objective({"latents": latents, "actions": actions, "sample": samples, "step": 2})
+    batch = {"latents": latents, "actions": actions, "sample": samples, "step": 2}
+    values = objective(batch)
     seeds = [seeded("cpu", 3, "rollout", sample) for sample in samples]
     own = roll_out(
         objective.model, SETTINGS, latents[:, :KNOWN], NEW, draw_exit(3, 2), actions, None, seeds
@@ -407,6 +416,47 @@ def test_what_each_loss_of_a_step_is_of(monkeypatch: pytest.MonkeyPatch) -> None
         assert abs(one.std() - 1) < 0.1
     low = judged[0][2].sigma
     assert 0.02 < low.min() < 0.15 and 0.35 < low.max() < 0.5
+    real, fake = answers["logits"]
+    discriminator = torch.log(1 + torch.exp(fake - real)).mean()
+    torch.testing.assert_close(values["discriminator_loss"], discriminator.detach())
+
+
+def test_the_student_goes_against_the_gradient_of_its_clips(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objective, (latents, actions) = objective_of(), make_clip()
+    gradients, plain = [], objective.gradient
+    monkeypatch.setattr(
+        objective, "gradient", lambda *a: (gradients.append(plain(*a)), gradients[-1])[1]
+    )
+    batch = {"latents": latents, "actions": actions, "sample": [0, 1], "step": 2}
+    objective(batch)["loss"].backward()
+    seeds = [seeded("cpu", 3, "rollout", sample) for sample in (0, 1)]
+    context, exit_at = latents[:, :KNOWN], draw_exit(3, 2)
+    made = roll_out(objective.model, SETTINGS, context, NEW, exit_at, actions, None, seeds)
+    frames, (gradient,) = replay(objective.model, made, actions), gradients
+    parameters = list(objective.model.parameters())
+    expected = torch.autograd.grad(frames, parameters, gradient / gradient.numel())
+    for parameter, wanted in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_a_label_is_as_an_action_that_all_frames_have() -> None:
+    """In the rollout to a later window, and in the window itself."""
+    losses, (latents, actions) = [], make_clip()
+    latents, labels = latents.repeat(1, 2, 1, 1, 1)[:, :8], actions[:, 0]
+    given = {"action": {"actions": labels[:, None].expand(-1, 8)}, "label": {"label": labels}}
+    options = options_of(window_frames=KNOWN + 2)
+    options.data.frames = 8
+    step = next(step for step in range(2, 40, 2) if draw_start(options, step) == KNOWN)
+    for condition, batch in given.items():
+        student = make("scd", condition=condition)
+        teacher, critic = (make("causal", seed=s, condition=condition) for s in (2, 3))
+        objective = DMDObjective(student, teacher, Critic(critic, False), options)
+        values = objective({"latents": latents, **batch, "sample": [0, 1], "step": step})
+        assert values["replay_error"] < 1e-4
+        losses.append(values["loss"])
+    torch.testing.assert_close(*losses)
 
 
 def test_only_the_head_learns_to_tell_generated_from_real_clips() -> None:
@@ -427,19 +477,20 @@ def test_only_the_head_learns_to_tell_generated_from_real_clips() -> None:
         assert same == name.startswith("critic.score."), name
 
 
+@pytest.mark.parametrize(("layers", "first"), [(2, 1), (3, 2), (5, 2), (6, 3)])
 @pytest.mark.parametrize("kind", ["causal", "bidirectional"])
-def test_features_come_from_the_first_blocks_alone(kind: str) -> None:
+def test_features_come_from_the_first_blocks_alone(kind: str, layers: int, first: int) -> None:
     """They are those of a whole pass, to the bit; the model keeps all its blocks."""
-    model, (latents, actions) = make(kind), make_clip()
+    model, (latents, actions) = make(kind, layers=layers), make_clip()
     noisy, times = latents[:, None, KNOWN:], torch.full((2, 1, NEW), 300.0)
-    outputs: list[list[Tensor]] = [[], []]
+    outputs: list[list[Tensor]] = [[] for _ in range(layers)]
     for block, kept in zip(model.blocks, outputs, strict=True):
         block.register_forward_hook(lambda block, inputs, out, kept=kept: kept.append(out))
     features = early_features(model, latents, noisy, times, actions)
-    assert [len(kept) for kept in outputs] == [1, 0]
+    assert [len(kept) for kept in outputs] == first * [1] + (layers - first) * [0]
     model(latents, noisy, times, actions)
-    assert [len(kept) for kept in outputs] == [2, 1]
-    assert torch.equal(features, outputs[0][1][:, -NEW:])
+    assert [len(kept) for kept in outputs] == first * [2] + (layers - first) * [1]
+    assert torch.equal(features, outputs[first - 1][1][:, -NEW:])
 
 
 def test_the_students_gradient_is_the_weighted_sum_of_both() -> None:

@@ -6,14 +6,18 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from scd.errors import ScdError
-from scd.models import SCD, attention, cpu, masks
+from scd.models import SCD, BidirectionalDiT, CausalDiT, attention, cpu, masks
 from scd.models.attention import block_causal_attention
 from scd.models.decoder import FUSIONS, FrameDecoder
 from scd.models.layers import (
     HEAD_DIM,
+    NORM_EPS,
     Block,
     ConditionEmbedding,
+    Modulation,
     Modulations,
+    OutputNorm,
+    TimestepEmbedding,
     project,
     rotary_positions,
 )
@@ -138,6 +142,7 @@ def test_no_condition_is_the_null_condition(model, inputs):
     latents, *_ = inputs
     null = torch.full((B, F), model.null_condition)
     assert torch.equal(model.encode(latents), model.encode(latents, null))
+    assert torch.equal(model.encoder(latents, None), model.encoder(latents, null))
 
 
 @torch.no_grad()
@@ -150,10 +155,48 @@ def test_batched_equals_single(model, inputs):
         assert (whole[one] - single).abs().max() < 1e-5
 
 
-def test_fresh_decoder_predicts_zero(inputs):
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        (SCD, {"encoder_layers": 1, "decoder_layers": 1}),
+        (CausalDiT, {"layers": 1}),
+        (BidirectionalDiT, {"layers": 1}),
+    ],
+)
+def test_fresh_models_predict_zero_and_modulate_nothing(inputs, kind, layers):
     latents, noisy, times, _ = inputs
-    model = SCD(channels=C, patch_size=2, heads=1, encoder_layers=1, decoder_layers=1)
+    model = kind(channels=C, patch_size=2, heads=1, **layers)
     assert model.velocity(latents, noisy, times).abs().max() == 0
+    for part in model.modules():
+        if isinstance(part, Modulation | OutputNorm) and part.linear is not None:
+            assert not part.linear.weight.any() and not part.linear.bias.any()
+        elif isinstance(part, TimestepEmbedding):
+            for linear in (part.linear_1, part.linear_2):
+                assert 0.018 < linear.weight.std() < 0.022  # of 4096 numbers or more
+
+
+def test_the_output_norm_written_out():
+    """The context's perturbation comes between the norm and its modulation."""
+    x, e, perturbation = (torch.randn(B, F, 6, 64), torch.randn(B, F, 64), torch.randn(B, F, 6, 64))
+    normed = torch.nn.functional.layer_norm(x, (64,), eps=NORM_EPS) + perturbation
+    modulated, plain = OutputNorm(64, modulated=True), OutputNorm(64, modulated=False)
+    scale, shift = modulated.linear(torch.nn.functional.silu(e))[:, :, None].chunk(2, dim=-1)
+    found = [norm(x, Modulations(e, project), perturbation) for norm in (modulated, plain)]
+    torch.testing.assert_close(found[0], normed * (1 + scale) + shift)
+    torch.testing.assert_close(found[1], normed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first_frame", [False, True])
+def test_encode_gives_the_context_of_the_frame_after_each(inputs, first_frame):
+    latents, noisy, times, actions = inputs
+    model, seen = make_model(first_frame=first_frame), []
+    decode = model.decode
+    model.decode = lambda x, t, context, c: (seen.append(context), decode(x, t, context, c))[1]
+    model.velocity(latents, noisy, times, actions)
+    contexts = model.encode(latents, actions)
+    assert contexts.shape[1] == F
+    torch.testing.assert_close(contexts[:, :-1], seen[0][:, -(F - 1) :])
 
 
 def test_qkv_start_is_that_of_three_linears():

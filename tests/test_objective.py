@@ -73,9 +73,11 @@ def test_loss_is_the_velocity_error_of_the_plain_model(clips):
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["velocity", "data"])
 def test_a_perfect_prediction_has_no_loss(clips, prediction):
+    """Nor at noise levels below `sigma_min`."""
     latents, actions = clips
     made = objective(make_model(channels=C, prediction=prediction), noise_draws=2)
     draws = draws_of(made, latents)
+    draws.level[:, 0] = -5
 
     def perfect(noisy, context, e):
         clean = latents[:, 1:].repeat_interleave(2, dim=0)
@@ -84,6 +86,22 @@ def test_a_perfect_prediction_has_no_loss(clips, prediction):
 
     made.model.decoder.forward = perfect
     assert made.loss(latents, actions, draws) < 1e-8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("self_forcing_prob", [0.0, 1.0])
+def test_a_label_is_as_an_action_that_all_frames_have(clips, self_forcing_prob):
+    """Also in the rollouts that resample a history."""
+    latents, actions = clips
+    labels, losses = actions[:, 0], []
+    batch = {"latents": latents, "sample": [0, 1, 2], "step": 1}
+    given = {"action": {"actions": labels[:, None].expand(-1, F)}, "label": {"label": labels}}
+    for condition, conditions in given.items():
+        made = objective(
+            make_model(channels=C, condition=condition), self_forcing_prob=self_forcing_prob
+        )
+        losses.append(made({**batch, **conditions})["loss"])
+    torch.testing.assert_close(*losses)
 
 
 def test_draws_belong_to_the_sample_not_the_batch(clips):

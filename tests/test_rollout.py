@@ -63,7 +63,9 @@ def plain_rollout(model, context, noise, actions, guidance="none", scale=1.0):
     return frames[:, context.shape[1] :]
 
 
-@pytest.mark.parametrize(("guidance", "scale"), [("none", 1.0), ("condition", 1.7)])
+@pytest.mark.parametrize(
+    ("guidance", "scale"), [("none", 1.0), ("condition", 1.7), ("condition", 0.5)]
+)
 def test_cached_equals_uncached(model, inputs, guidance, scale):
     context, noise, actions = inputs
     new = generate(
