@@ -10,6 +10,7 @@ from scd.flow.objective import FlowObjective
 from scd.models import CausalDiT
 from scd.models.world_model import FirstLook
 from scd.options import FlowOptions
+from scd.rollout import Rollout, resampling
 from scd.rollout.resampling import Resampling, draw_resampling, resample
 from scd.training.build import make_objective
 from scd.utils.seeding import generator
@@ -290,6 +291,22 @@ def test_resampled_clips_do_not_depend_on_their_batch(clips):
     torch.testing.assert_close(history_of(made, lambda: made(part)), whole[1:2])
     other = history_of(made, lambda: made(batch_of(clips, step=2)))
     assert (other - whole).abs().max() > 1e-2 and not whole.requires_grad
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_histories_are_resampled_in_the_precision_of_the_step(clips, monkeypatch, autocast):
+    precisions = []
+
+    class Watched(Rollout):
+        def __init__(self, model, settings, *rest):
+            precisions.append(settings.precision)
+            super().__init__(model, settings, *rest)
+
+    monkeypatch.setattr(resampling, "Rollout", Watched)
+    made = objective(self_forcing_prob=1.0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        made(batch_of(clips))
+    assert precisions == ["bf16" if autocast else "fp32"]
 
 
 @pytest.mark.parametrize("self_forcing_prob", [0.0, 1.0])
