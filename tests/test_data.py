@@ -78,6 +78,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
+def test_an_old_folder_makes_room_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while it is deleted leaves no half of it."""
+    folder, deleted, delete = tmp_path / "folder", [], shutil.rmtree
+
+    def record(path: Path, **how: bool) -> None:
+        deleted.append(path)
+        delete(path, **how)
+
+    write_folder_atomically(folder, lambda aside: (aside / "old").write_text(""))
+    monkeypatch.setattr(files.shutil, "rmtree", record)
+    write_folder_atomically(folder, lambda aside: (aside / "new").write_text(""))
+    assert deleted and folder not in deleted
+    assert sorted(tmp_path.rglob("*")) == [folder, folder / "new"]
+
+
 def test_those_who_may_read_other_files_may_read_weights(tmp_path: Path) -> None:
     """Since 0.8, safetensors makes its files readable for their owner alone."""
     before = os.umask(0o027)

@@ -166,6 +166,7 @@ def test_an_export_that_fails_leaves_the_earlier_one_whole(experiment, tmp_path,
     monkeypatch.setattr("scd.export.shutil.copy2", full)
     assert main(["export", str(checkpoint), "--out", str(out)]) == 1
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.glob(".mine.*"))
 
 
 def test_the_card_of_an_exported_folder_has_its_own_evaluation(experiment, tmp_path):

@@ -15,9 +15,17 @@ from scd.data.clips import ClipFolder, clip_folder
 from scd.data.framing import Framing, resize_shorter
 from scd.data.latents import read_latents
 from scd.data.lists import ClipEntry, read_list, write_list
-from scd.data.loader import StepSampler, TrainingClips
+from scd.data.loader import (
+    FRAMING_STREAM,
+    HELD_OUT_STREAM,
+    ORDER_STREAM,
+    START_STREAM,
+    StepSampler,
+    TrainingClips,
+)
 from scd.data.video import NpzVideo, write_video
 from scd.errors import ScdError
+from scd.evaluation.protocol import EVALUATION_STREAM
 from scd.models.autoencoder import load_codec
 from scd.options import load_options
 from scd.training.encode import encode_dataset
@@ -74,6 +82,7 @@ def test_another_size_is_refused_where_nothing_scales() -> None:
 def test_scaling_keeps_the_shape_of_things_and_does_not_alias() -> None:
     assert resize_shorter(numbered(1, 240, 320), 64).shape[-2:] == (64, 85)
     assert resize_shorter(numbered(1, 320, 240), 64).shape[-2:] == (85, 64)
+    assert resize_shorter(numbered(1, 240, 320), 128).shape[-2:] == (128, 171)  # of 170.7
     assert resize_shorter(numbered(1, 20, 30), 40).shape[-2:] == (40, 60)
     ramp = resize_shorter(numbered(1, 128, 128), 32)[0, 1, 0].float()
     assert (ramp - (torch.arange(32) * 4 + 1.5)).abs()[2:-2].max() <= 1
@@ -127,6 +136,12 @@ def test_crops_are_a_function_of_seed_and_sample(wide_root: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(alone, other, strict=True))
     slopes = [float(clip[0, 0, 0].diff().sum()) for batch in alone for clip in batch]
     assert min(slopes) < 0 < max(slopes)  # some are mirrored
+
+
+def test_no_two_draws_share_a_stream() -> None:
+    """Where a clip begins would tell where it is cropped."""
+    streams = [ORDER_STREAM, START_STREAM, FRAMING_STREAM, HELD_OUT_STREAM, EVALUATION_STREAM]
+    assert len(set(streams)) == len(streams)
 
 
 def test_evaluation_and_latents_see_the_center(

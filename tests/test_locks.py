@@ -64,6 +64,7 @@ def free(path: Path) -> bool:
 
 def test_another_process_is_kept_out_until_the_holder_is_dead(tmp_path):
     path = tmp_path / "new folder" / "lock"
+    assert free(path)  # an earlier holder's name is not the next one's
     with holder_of(path) as holder:
         told = rf"^somebody is here \(process {holder.pid} on \S+ since 2\S+\); go away$"
         with pytest.raises(ScdError, match=told), hold_lock(path, "somebody is here", "go away"):

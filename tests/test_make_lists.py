@@ -79,6 +79,11 @@ def test_the_split_is_a_function_of_the_names(root: Path, video: Callable[[Path]
     assert len(first & {entry.video_path for entry in read_list(root / "v.json")}) >= 2
 
 
+def test_the_share_is_rounded_to_the_nearest_number_of_videos(root: Path) -> None:
+    assert main(["make-lists", str(root), "--val-fraction", "0.15"]) == 0
+    assert len(read_list(root / "val.json")) == 2  # of 1.8
+
+
 def test_two_lists_are_two_files(root: Path, capsys: pytest.CaptureFixture) -> None:
     same = ["--train-list", "a.json", "--val-list", "./a.json"]
     assert main(["make-lists", str(root), *same]) == 1

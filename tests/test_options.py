@@ -387,6 +387,11 @@ def test_the_counterparts_of_the_refusals_load(file: Path) -> None:
         ["data.resize_shorter=null"],
         ["data.source=latents", "autoencoder.path=somewhere"],
         ["train.trackers=[tensorboard, wandb]", "seed=9223372036854775807"],
+        ["optim.schedule=wsd", "optim.decay_steps=8", "optim.min_lr_ratio=0.1"],
+        [
+            *("task=autoencoder", "autoencoder.path=a", "autoencoder.world_model=x"),
+            "autoencoder.predicted_frames=3",
+        ],
     ]:
         load_options(file, overrides)
     upright = ["data.frame_size=832", "data.frame_width=480"]

@@ -223,6 +223,45 @@ def test_what_is_suspicious_is_reported(
     assert f"warning: {report['warnings'][0]}" in out
 
 
+@pytest.mark.parametrize(
+    ("frames", "new_frames", "warned"),
+    [
+        (14, 6, []),
+        (15, 6, ["train.json: 3 of 3 clips are shorter than the 43 frames of data.frames:"]),
+        (14, 7, ["val.json: 2 of 2 clips are shorter than the 43 frames of eval.context_frames"]),
+    ],
+)
+def test_every_third_frame_ends_a_clip_at_the_last_that_is_used(
+    validate: Callable, frames: int, new_frames: int, warned: list[str]
+) -> None:
+    """Of 40 frames: 14, or 8 of context and 6 new ones."""
+    _, _, report = validate(
+        *("data.frame_stride=3", f"data.frames={frames}", f"eval.new_frames={new_frames}"),
+        *("model.condition=none", "model.num_conditions=0", "eval.swapped_actions=[]"),
+    )
+    assert len(report["warnings"]) == len(warned)
+    assert all(told in found for told, found in zip(warned, report["warnings"], strict=True))
+
+
+def test_a_training_video_with_other_actions_is_no_new_video(
+    root: Path, validate: Callable
+) -> None:
+    trained, entries = read_list(root / "train.json")[0], read_list(root / "val.json")
+    other = replace(entries[0], video_path=trained.video_path)
+    write_list(root / "val.json", [other, *entries[1:]])
+    _, _, report = validate()
+    (warning,) = report["warnings"]
+    assert "1 clips are in the training list as well" in warning
+
+
+def test_actions_behind_the_last_frame_do_not_count(root: Path, validate: Callable) -> None:
+    before = validate()[2]["lists"][0]["actions"]
+    path = root / "train/00000.npz"
+    np.savez(path, actions=np.append(np.load(path)["actions"], [3] * 5))
+    report = validate()[2]
+    assert report["lists"][0]["actions"] == before and report["lists"][0]["broken"] == []
+
+
 def test_labels_are_counted_and_checked(root: Path, validate: Callable) -> None:
     for name in ("train", "val"):
         entries = read_list(root / f"{name}.json")

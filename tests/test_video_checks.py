@@ -19,6 +19,7 @@ from scd.data.sequential_video import InOrderVideo, decode, remedy
 from scd.data.video import VideoFile, write_video
 from scd.data.video_checks import (
     KEPT,
+    WHOLE_BYTES,
     X264_SETTINGS,
     VideoChecks,
     check_video,
@@ -228,6 +229,29 @@ def test_a_video_that_was_replaced_is_checked_again(generated: Path, tmp_path: P
     assert len(checks.open("v.mp4")) == 400 and checks.check("v.mp4").random_access
     checks.save()
     assert VideoChecks(tmp_path)._kept["v.mp4"].frames == 400
+
+
+def test_checks_that_another_process_saves_meanwhile_stay(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, drawn(4), 25)
+    one, other = VideoChecks(tmp_path), VideoChecks(tmp_path)
+    one.check("a.mp4")
+    other.check("b.mp4")
+    one.save()
+    other.save()
+    assert read_json(tmp_path / KEPT)["videos"].keys() == {"a.mp4", "b.mp4"}
+
+
+def test_both_ends_of_a_large_file_identify_it(tmp_path: Path) -> None:
+    for name, place in (("whole", None), ("copy", None), ("first", 0), ("last", -1)):
+        content = bytearray(2 * WHOLE_BYTES)
+        if place is not None:
+            content[place] = 1
+        (tmp_path / name).write_bytes(content)
+    whole, copy, first, last = (
+        identity_of(tmp_path / name) for name in ("whole", "copy", "first", "last")
+    )
+    assert whole == copy and len({whole, first, last}) == 3
 
 
 @pytest.mark.parametrize(

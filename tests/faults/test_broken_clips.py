@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,16 @@ def test_a_stand_in_is_the_next_whole_clip_of_the_epoch(root: Path) -> None:
         assert torch.equal(whole[sample]["video"], same["video"])
     assert "not a readable video" in clips.problem(0, 1)
     assert "could not be read for a while" in clips.problem(0, 0)
+
+
+def test_the_last_clip_of_an_epoch_is_replaced_by_its_first(doom_root: Path) -> None:
+    clips = clips_of(doom_root, 1)
+    order = [int(number) for number in clips._order(0)]
+    entries, last = clips.folder.entries, len(order) - 1
+    entries[order[-1]] = replace(entries[order[-1]], video_path="train/missing.mp4")
+    clip = clips[last]
+    assert clip["broken"].tolist() == [order[-1]]
+    assert torch.equal(clip["video"], clips._read(last, order[0])["video"])
 
 
 def test_workers_and_processes_have_no_say_in_stand_ins(root: Path) -> None:
