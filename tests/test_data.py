@@ -1,5 +1,6 @@
 """Lists, videos, actions, latents, the order of clips: right on good files, clear on bad ones."""
 
+import errno
 import gc
 import json
 import multiprocessing
@@ -76,6 +77,23 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     write_atomically(path, lambda aside: aside.write_text("new"))
     assert path.read_text() == "new"
+
+
+def test_an_old_folder_comes_back_where_the_new_one_cannot_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "folder", Path.rename
+    write_folder_atomically(folder, lambda aside: (aside / "old").write_text(""))
+
+    def fail(path: Path, to: Path) -> Path:
+        if path.suffix == ".new":
+            raise OSError(errno.EIO, "broken")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ScdError, match="folder: cannot be written"):
+        write_folder_atomically(folder, lambda aside: (aside / "new").write_text(""))
+    assert sorted(tmp_path.rglob("*")) == [folder, folder / "old"]
 
 
 def test_an_old_folder_makes_room_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,12 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
             flush(part)
         if path.exists():
             path.rename(old)
-        aside.rename(path)
+        try:
+            aside.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         flush(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
