@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from scd.analysis import attention_mass as masses
+from scd.analysis import measurements
 from scd.analysis.attention_mass import attention_mass, frame_mass
 from scd.analysis.context_ablation import (
     ABLATIONS,
@@ -26,6 +27,7 @@ from scd.analysis.interventions import (
     skip_layers,
 )
 from scd.analysis.measurements import (
+    FrameEvaluator,
     ProbeClips,
     clip_numbers,
     loss_by_level,
@@ -43,6 +45,7 @@ from scd.flow.noise import FlowDraws
 from scd.flow.objective import LEVELS, FlowObjective, with_scaled_latents
 from scd.flow.sampler import noise_levels
 from scd.models import SCD, CausalDiT
+from scd.models.autoencoder import PixelCodec
 from scd.models.load import load_checkpoint_for_use
 from scd.options import FlowOptions, load_options
 from tests.test_causal_dit import make as make_model
@@ -207,6 +210,9 @@ def test_known_similarities(clips):
     assert result.error.max() == 0
     # Off the mean (1/3, 2/3): (2/3, -2/3) once and (-1/3, 1/3) twice point in opposite directions.
     assert same(result.centered[1], torch.tensor([[1.0, -1, -1], [-1, 1, 1], [-1, 1, 1]]), 1e-5)
+    # The two as clips of one layer: similarities of 1 and 0 between the first step and the last.
+    of_clips = step_similarity(features.transpose(1, 2).contiguous())
+    assert same(of_clips.error, torch.tensor([[0.5, 0, 0]] * 2), 1e-6)
     pictures = principal_pictures(features.contiguous(), 0)
     assert pictures.shape == (2, steps, tokens, 3)
     assert (pictures[1, 0, :, 0] - pictures[1, 1, :, 0]).abs().min() > 0.99
@@ -336,7 +342,37 @@ def test_pairs():
     # Levels 2 and 1 times as large: half as much more. Off that ratio clips are at ±1 and 0.
     loss, plain = torch.tensor([[3.0, 10.0], [1.0, 10.0]]), torch.tensor([[1.0, 10.0]] * 2)
     assert relative_increase(loss, plain) == (0.5, 0.5)
-    assert relative_increase(2 * plain, plain) == (1.0, 0.0)
+    other = torch.tensor([[1.0, 10.0], [3.0, 2.0]])  # twice as much of every clip
+    assert relative_increase(2 * other, other) == (1.0, 0.0)
+
+
+def test_generated_frames_are_scored_as_a_video_stores_them(clips, monkeypatch):
+    """Rounded to 8 bits; FVD is of the whole clips, which begin with the frames given."""
+    compared, featured = [], []
+
+    class Metrics:
+        metrics = ("fvd",)
+
+        def compare_frames(self, videos, real):
+            compared.extend([videos, real])
+            return {"psnr": torch.zeros(videos.shape[:2])}
+
+    def features(videos):
+        featured.append(videos)
+        return videos.mean(dim=(1, 3, 4))
+
+    monkeypatch.setattr(measurements, "AvailableMetrics", Metrics)
+    monkeypatch.setattr(measurements, "i3d_features", features)
+    monkeypatch.setattr(measurements, "FVD_CLIPS", B)
+    monkeypatch.setattr(measurements, "SHORTEST", K + NEW)
+    video = torch.rand(B, K + NEW, 3, H, W, generator=torch.Generator().manual_seed(1))
+    clips = replace(clips, video=video, latents=2 * video - 1)
+    evaluator = FrameEvaluator(PixelCodec(), clips, STEPS, 0)
+    assert evaluator(make(CausalDiT, channels=3)).fvd > 0
+    new, real = compared
+    assert same(255 * new, (255 * new).round(), 1e-4) and new.unique().numel() > 10
+    assert same(real, video[:, K:])
+    assert same(featured[0], video) and same(featured[1], torch.cat([video[:, :K], new], 1))
 
 
 def test_changed_contexts(clips):

@@ -31,14 +31,14 @@ FRAMES = 6
 SETTINGS = RolloutOptions(steps=3, guidance="none", solver="multistep")
 
 
-def make_model(prediction: str = "data") -> BidirectionalDiT:
+def make_model(prediction: str = "data", condition: str = "action") -> BidirectionalDiT:
     torch.manual_seed(0)
     model = BidirectionalDiT(
         channels=3,
         patch_size=2,
         heads=1,
         layers=2,
-        condition="action",
+        condition=condition,
         num_conditions=4,
         prediction=prediction,
     )
@@ -119,6 +119,7 @@ def test_draws_do_not_see_each_other() -> None:
 
 @pytest.mark.parametrize("prediction", ["data", "velocity"])
 def test_loss_is_that_of_the_frames_after_the_prefix(prediction: str) -> None:
+    """The second clip without its actions, as if dropout had taken them."""
     model = make_model(prediction)
     latents, actions = make_clip()
     options = FlowOptions(prediction=prediction, prefix_frames=[2, 4], noise_draws=2)
@@ -126,10 +127,11 @@ def test_loss_is_that_of_the_frames_after_the_prefix(prediction: str) -> None:
     assert isinstance(objective, JointObjective)
     draws = draw_noise(options, 0, [0, 1], latents, None)
     draws = draws._replace(
-        prefix=torch.tensor([[0.0, 0.99], [0.5, 0.0]]), drop_condition=torch.zeros(2).bool()
+        prefix=torch.tensor([[0.0, 0.99], [0.5, 0.0]]), drop_condition=torch.tensor([False, True])
     )
     with torch.no_grad():
         loss = objective.loss(latents, actions, draws)
+    actions[1] = 4  # none
     expected = []
     for clip in range(2):
         for draw in range(2):
@@ -195,7 +197,7 @@ def test_joint_consistency_written_out(scale: float) -> None:
     """
     model = make_model()
     latents, actions = make_clip()
-    settings = RolloutOptions(3, "consistency", "even", 5.0, guidance="none")
+    settings = RolloutOptions(3, "consistency", "even", 5.0, guidance="none", temperature=0.8)
     if scale != 1:
         settings = replace(
             settings, guidance="condition", guidance_scale=scale, guidance_interval=[0.0, 0.95]
@@ -206,7 +208,7 @@ def test_joint_consistency_written_out(scale: float) -> None:
     for _ in range(4):
         initial = torch.randn(2, 3, 4, 4, generator=seed)[:, None]
         draws.append(torch.cat([initial, torch.randn(2, 2, 3, 4, 4, generator=seed)], dim=1))
-    x, first, second = torch.stack(draws, dim=2).unbind(dim=1)  # (B, 4, C, H, W) each
+    x, first, second = (0.8 * torch.stack(draws, dim=2)).unbind(dim=1)  # (B, 4, C, H, W) each
     levels = noise_levels(3, "even", 5.0)
     for sigma, following, fresh in zip(levels, levels[1:], (first, second, None), strict=False):
         times = torch.full((2, FRAMES), 1000 * sigma)
@@ -221,6 +223,21 @@ def test_joint_consistency_written_out(scale: float) -> None:
         if fresh is not None:
             x = (1 - following) * x + following * fresh
     torch.testing.assert_close(new, x, rtol=1e-4, atol=1e-4)
+
+
+def test_a_label_is_the_condition_of_every_frame() -> None:
+    latents, _ = make_clip()
+    labels = torch.tensor([1, 3])
+
+    def continued(condition: str, **given: Tensor) -> Tensor:
+        seed = torch.Generator().manual_seed(7)
+        model = make_model(condition=condition)
+        return continue_videos(model, SETTINGS, latents[:, :2], 4, **given, generator=seed)
+
+    of_labels = continued("label", labels=labels)
+    of_actions = continued("action", actions=labels[:, None].expand(-1, FRAMES))
+    torch.testing.assert_close(of_labels, of_actions, rtol=0, atol=0)
+    assert not torch.allclose(continued("label"), of_labels)
 
 
 def test_it_cannot_be_rolled_out_frame_by_frame() -> None:

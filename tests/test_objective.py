@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scd.flow.noise import draw_noise
-from scd.flow.objective import FlowObjective
+from scd.flow.objective import FlowObjective, errors_by_level
 from scd.models import CausalDiT
 from scd.models.world_model import FirstLook
 from scd.options import FlowOptions
@@ -103,6 +103,18 @@ def test_a_label_is_as_an_action_that_all_frames_have(clips, self_forcing_prob):
         )
         losses.append(made({**batch, **conditions})["loss"])
     torch.testing.assert_close(*losses)
+
+
+@torch.no_grad()
+def test_no_level_is_measured_below_the_models_lowest(clips):
+    """A velocity is divided by that one at least."""
+    latents, actions = clips
+    model = make_model(channels=C, prediction="data", sigma_min=0.2)
+    noise = torch.randn(B, 1, F - 1, C, H, W, generator=torch.Generator().manual_seed(1))
+    errors = errors_by_level(model, latents, actions, noise, levels=(0.0, 0.1, 0.2, 0.25))
+    lowest = errors[:, 2:3].expand(-1, 2, -1)
+    assert torch.allclose(errors[:, :2], lowest, rtol=1e-4)
+    assert not torch.allclose(errors[:, 3], errors[:, 2], rtol=1e-2)
 
 
 def test_draws_belong_to_the_sample_not_the_batch(clips):

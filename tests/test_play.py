@@ -20,6 +20,7 @@ from scd.pipeline import SCDPipeline
 from scd.play import history, worlds
 from scd.play.catalog import Catalog, load_catalog
 from scd.play.game import Game
+from scd.play.held_actions import HeldActions
 from scd.play.history import Frame, History
 from scd.play.messages import AGAIN, GIVEN, CloseCode, CloseConnection, pack_picture, parse_message
 from scd.play.starts import Start, load_starts, make_starts
@@ -98,6 +99,16 @@ def test_going_on_after_a_rewind_repeats_the_frames(game, back_to):
         assert one.abs().max() > 0.1
 
 
+def test_a_first_frame_after_a_rewind_takes_no_more_steps(tmp_path, tiny_autoencoder_path):
+    changes = ["rollout.solver=consistency", "rollout.steps=1", "rollout.first_frame_steps=3"]
+    model = load_pretrained(pretrained_folder(tmp_path, tiny_autoencoder_path), changes)
+    with closing(Game(Catalog({"model": model}, [some_start()]))) as game:
+        first = play(game, [1, 2])
+        game.rewind(first[0].number)
+        again = game.step(2)
+    assert (latents(first[1:]) - latents([again])).abs().max() < TOLERANCE
+
+
 def test_what_slid_out_of_the_window_still_counts(game):
     """Why a rewind takes in more than the window: with the window alone the frames differ."""
     game.reset("here", ["model"], 3)
@@ -143,6 +154,17 @@ def test_settings(game):
         with pytest.raises(ScdError, match=f"{next(iter(wrong))} is .*, but must be between"):
             game.change(**wrong)
         assert game.settings == before
+
+
+def test_worlds_are_told_when_their_past_has_lost_its_beginning(game, monkeypatch):
+    monkeypatch.setattr(history, "MAX_FRAMES", 8)
+    monkeypatch.setattr(history, "DROPPED_AT_ONCE", 3)
+    complete = []
+    monkeypatch.setattr(ModelWorld, "restore", lambda self, *given: complete.append(given[2]))
+    for actions in ([1, 1], [1]):  # 8 frames, then one too many
+        play(game, actions)
+        game.rewind(game.history.newest.number)
+    assert game.history.oldest == 3 and complete == [True, False]
 
 
 def test_each_model_begins_with_its_own_steps(tmp_path, tiny_autoencoder_path):
@@ -271,6 +293,14 @@ def test_what_is_there_already_is_not_replayed(monkeypatch):
     assert len(begun) == 3 and world.step(3, 3).picture.max() == 4
 
 
+@pytest.mark.parametrize(("fps", "remembered"), [(10.0, 1.0), (0.5, 2.0)])
+def test_a_tap_is_remembered_for_a_second_or_a_frame(catalog, fps, remembered):
+    held = HeldActions(catalog)
+    held.update({"action": 1, "seq": 1}, 0.0, fps)
+    held.update({"seq": 2}, 0.1, fps)
+    assert [held.action(remembered + late, fps) for late in (-0.1, 0.1)] == [1, catalog.idle]
+
+
 # History
 
 
@@ -352,7 +382,9 @@ def test_history_is_bounded(monkeypatch):
         past.rewind(past.newest.number - 1)
         past.append(*some_line(1, past.newest.number + 1))
     assert len(past.branches) == history.MAX_BRANCHES  # and all of them live beside a full line
+    back_to = past.timeline[10]
     past.rewind(past.oldest + 10)
+    assert past.newest is back_to
     for _ in range(400):  # a new line from there: what branches hold for themselves is bounded
         past.append(*some_line(1, past.newest.number + 1))
     assert (
