@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
+from scd.data.lists import read_list, write_list
 from scd.errors import ScdError
 from scd.models.autoencoder import (
     Codec,
@@ -542,6 +543,35 @@ def test_validation_in_batches_finds_the_same(decoder_options, tmp_path, monkeyp
         found.append(task.validate(task.network, tmp_path))
     assert sizes == [1, 1, 2]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_the_predicted_frames_alone_are_compared_with_theirs(
+    decoder_options, tmp_path, monkeypatch
+):
+    """Predicted exactly, they score as their reconstructions do; the given one has no say."""
+
+    def exact(_, latents, batch):
+        given, predicted = latents[:, -3:].split([1, 2], dim=1)
+        return torch.cat([torch.zeros_like(given), predicted], dim=1)
+
+    monkeypatch.setattr(Predictor, "continue_clips", exact)
+    task = AutoencoderTask(decoder_options(), torch.device("cpu"))
+    found = task.validate(task.network, tmp_path)["predicted_psnr"]
+    codec = LatentCodec(task.network)
+    real = torch.cat([clips["video"] for clips in task._validation_clips(6)])[:, 4:]
+    with torch.no_grad():
+        errors = (codec.decode(codec.encode(real)).clamp(0, 1) - real).square()
+    expected = (-10 * errors.mean(dim=(2, 3, 4)).log10()).mean()
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_validation_frames_are_of_a_time_of_their_own(decoder_options, doom_root, tmp_path):
+    """Also where two are of the same video."""
+    own = shutil.copytree(doom_root, tmp_path / "doom")
+    write_list(own / "val.json", 2 * read_list(own / "val.json")[:1])
+    task = AutoencoderTask(decoder_options(f"data.root={own}"), torch.device("cpu"))
+    one, other = task._validation_frames()
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("weight", [0, 0.5])

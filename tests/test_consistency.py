@@ -18,6 +18,7 @@ from scd.options import Options, load_options, load_training_options
 from scd.rollout.resampling import own_history
 from scd.training.distillation_task import DistillationTask
 from scd.training.launch import run_experiment
+from scd.training.resume import refuse_other_run, run_identity
 from scd.training.run_log import read_log
 from tests.test_training import assert_same_state
 
@@ -201,6 +202,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert len(logged) == 4 and all(entry["loss"] > 0 and entry["tflops"] > 0 for entry in logged)
     exported = load_checkpoint_for_use(whole.output / "exported")
     assert exported.options.rollout.solver == "consistency"
+
+
+def test_a_run_goes_on_with_the_average_that_its_targets_are_of(
+    options, fresh_accelerate: None
+) -> None:
+    """Rates may change, and where nothing learns from the average, it too."""
+    saved, slower, other = (
+        run_identity(options(*changed), 1)
+        for changed in (["optim.ema_decay=0.5"], ["optim.ema_decay=0.5", "optim.lr=1e-6"], [])
+    )
+    refuse_other_run(saved, slower, "checkpoint")
+    with pytest.raises(ScdError, match=r"another run: optim\.ema_decay was 0\.5, is 0\.9"):
+        refuse_other_run(saved, other, "checkpoint")
+    for run in (saved, other):
+        run["options"]["distill"]["method"] = "none"
+    refuse_other_run(saved, other, "checkpoint")
 
 
 @pytest.mark.parametrize("key", ["init_from", "distill.teacher", "distill.weak_teacher"])

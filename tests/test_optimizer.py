@@ -1,6 +1,7 @@
 """Muon for the matrices of the blocks, AdamW for the rest, and the rates of both."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from scd.models.scd import SCD
-from scd.options import OptimOptions
-from scd.training.optimizer import AdamWithMuon, lr_multiplier, make_optimizer
+from scd.options import OptimOptions, Options
+from scd.training.optimizer import AdamWithMuon, OptimizedModel, lr_multiplier, make_optimizer
 from scd.training.world_model_task import MATRICES, parameter_groups
 
 
@@ -52,6 +53,34 @@ def test_each_optimizer_has_its_parameters(layers):
         assert torch.equal(bias, layer.bias)
         moved = torch.linalg.svdvals(layer.weight - weight) / (0.01 * 2**0.5)
         assert moved.min() > 0.6 and moved.max() < 1.3
+
+
+def test_weights_decay_in_each_optimizer(layers):
+    """By lr times `weight_decay`; without gradients nothing else moves them (1e-6)."""
+    given = groups(layers)
+    optimizer = make_optimizer(given, OptimOptions(muon_lr=0.01, weight_decay=0.5), True)
+    before = [[p.detach().clone() for p in group["params"]] for group in given]
+    for layer in layers:
+        for p in layer.parameters():
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for group, old in zip(given, before, strict=True):
+        for p, was in zip(group["params"], old, strict=True):
+            torch.testing.assert_close(p, was * (1 - 0.5 * group["lr"]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("limit", "left"), [(2.0, 2.0), (20.0, 10.0)])
+def test_a_gradient_is_clipped_and_its_norm_before_that_is_told(limit, left):
+    """One of 6 and 8, over two parameters (1e-5)."""
+    network = nn.Linear(1, 1)
+    options = Options(optim=OptimOptions(max_grad_norm=limit))
+    model = OptimizedModel(network, [{"params": list(network.parameters())}], options, True)
+    network.weight.grad, network.bias.grad = torch.full((1, 1), 6.0), torch.full((1,), -8.0)
+    clip = torch.nn.utils.clip_grad_norm_
+    norm = model.clip_gradient(SimpleNamespace(device=torch.device("cpu"), clip_grad_norm_=clip))
+    assert float(norm) == pytest.approx(10)
+    clipped = torch.cat([network.weight.grad[0], network.bias.grad])
+    torch.testing.assert_close(clipped, torch.tensor([0.6, -0.8]) * left, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("bf16", [True, False])

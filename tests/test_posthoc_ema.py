@@ -24,7 +24,8 @@ from scd.training.ema import (
     set_newer_snapshots_aside,
     write_average,
 )
-from scd.training.launch import run_experiment
+from scd.training.launch import build_task, make_accelerator, run_experiment
+from scd.training.trainer import Trainer
 
 TINY = Path(__file__).parent.parent / "options/scd_doom_tiny.yml"
 STEPS, EVERY = 400, 20
@@ -228,6 +229,33 @@ def test_a_killed_run_keeps_the_same_snapshots_and_averages(doom_root, tmp_path,
     for name, tensor in loaded.model.state_dict().items():
         kept = load_file(o.output / SNAPSHOTS / names[3])[f"0.1/{name}"].float()
         assert torch.allclose(tensor.cpu(), kept, atol=1e-3), name
+
+
+def test_a_bad_step_is_left_out_of_the_averages(doom_root, tmp_path):
+    """The third of three; after two good ones, the weights are not the averages."""
+    small = [
+        *(f"data.root={doom_root}", f"output_root={tmp_path}", "autoencoder.path=null"),
+        *("data.source=video", "data.frames=4", "model.patch_size=16", "model.heads=1"),
+        *("model.encoder_layers=1", "model.decoder_layers=1", "train.snapshot_every=9"),
+        *("train.batch_size=2", "train.workers=0", "train.mixed_precision=fp32"),
+    ]
+    o = load_options(TINY, [*small, "train.steps=3"])
+    accelerator = make_accelerator(o)
+    task = build_task(o, accelerator)
+    trainer = Trainer(o, task, accelerator)
+    forward, averages = task.objective.forward, []
+
+    def third_is_bad(batch):
+        averages.append({n: t.clone() for n, t in trainer.posthoc_ema.state().items()})
+        return {"loss": forward(batch)["loss"] * (float("nan") if batch["step"] == 3 else 1)}
+
+    task.objective.forward = third_is_bad
+    trainer.run()
+    assert trainer.bad_steps.in_a_row == 1
+    left = trainer.posthoc_ema.state()
+    assert all(torch.equal(left[name], tensor) for name, tensor in averages[2].items())
+    weights = task.network.state_dict()
+    assert any(not torch.equal(left[f"0.1/{n}"], tensor) for n, tensor in weights.items())
 
 
 def test_averages_are_not_begun_half_way(doom_root, tmp_path):

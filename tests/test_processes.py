@@ -16,9 +16,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from scd.distill.dmd import draw_start
 from scd.options import load_options
+from scd.training import watchdog
 from scd.training.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
 from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
+from scd.training.watchdog import DONE, SILENT_BEATS, _Watchdog
 from scd.training.world_model_task import MATRICES
 from tests.test_dmd import weakened
 from tests.train_on_processes import launch
@@ -141,11 +143,11 @@ def test_two_processes_equal_one_with_twice_the_batch(kind, options, overrides, 
     whole = state_of(tmp_path / "one")
     assert_close(state_of(tmp_path / "two"), whole)
     assert (tmp_path / "two/exported/model_index.json").is_file()
+    logs = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5)
     # Each process has one of the two held-out clips; the weights differ by rounding.
-    held_out = [
-        [entry for entry in read_log(tmp_path / name / "log.jsonl") if "val_loss" in entry]
-        for name in ("one", "two")
-    ]
+    held_out = [[entry for entry in log if "val_loss" in entry] for log in logs]
     assert len(held_out[0]) == len(held_out[1]) == (2 if "train.val_loss_every=2" in options else 0)
     for one, two in zip(*held_out, strict=True):
         assert two == pytest.approx(one, rel=1e-6)
@@ -332,3 +334,59 @@ def test_a_lost_process_ends_the_run_and_is_named(overrides, tmp_path):
     assert len(told) == 1 and "process 1 (" in told[0] and "is lost" in told[0], said[-3000:]
     heartbeat = json.loads((tmp_path / "lost/heartbeat.json").read_text())
     assert heartbeat["state"] == "lost" and heartbeat["message"] in told[0]
+
+
+class Store:
+    """torch's store of keys and values, in memory; a call of `set` may fail."""
+
+    def __init__(self, *place, **settings):
+        self.values, self.calls, self.fails = {}, 0, lambda call: False
+
+    def set(self, key, value):
+        self.calls += 1
+        if self.fails(self.calls):
+            raise RuntimeError("Broken pipe")
+        self.values[key] = value.encode()
+
+    def get(self, key):
+        return self.values[key]
+
+    def check(self, keys):
+        return all(key in self.values for key in keys)
+
+
+@pytest.fixture
+def watch(monkeypatch, tmp_path):
+    """Make the watchdog of the first process, and a list of what it ends the run for."""
+    monkeypatch.setattr(watchdog, "TCPStore", Store)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+
+    def make(processes):
+        dog, ended = _Watchdog(0, processes, tmp_path), []
+        monkeypatch.setattr(dog, "_end", ended.append)
+        return dog, ended
+
+    return make
+
+
+@pytest.mark.parametrize(("sign", "is_lost"), [(DONE, False), ("7 host, process id 1", True)])
+def test_a_process_that_left_in_order_is_not_lost(watch, sign, is_lost):
+    dog, ended = watch(2)
+    dog.store.set(dog.keys[1], sign)
+    for beat in range(SILENT_BEATS + 1):
+        dog._beat(str(beat))
+        dog._check()
+    assert bool(ended) == is_lost
+    assert not is_lost or "process 1 (host, process id 1) is lost" in ended[0]
+
+
+@pytest.mark.parametrize(("every", "unreachable"), [(2, False), (1, True)])
+def test_a_launcher_that_answers_now_and_then_is_there(watch, every, unreachable):
+    """It is not after as many failures in a row as a process may be silent for."""
+    dog, ended = watch(1)
+    dog.store.fails = lambda call: call % every == 0
+    beats = iter([False] * (2 * SILENT_BEATS + 2) + [True])
+    dog.leave.wait = lambda seconds: next(beats)
+    dog.run()
+    assert ["cannot be reached" in message for message in ended] == [True] * unreachable

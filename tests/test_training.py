@@ -25,6 +25,7 @@ from scd.pipeline import SCDPipeline
 from scd.training import checkpoint, launch, watchdog
 from scd.training.checkpoint import latest_checkpoint, load_checkpoint
 from scd.training.encode import encode_dataset
+from scd.training.faults import is_bad_step
 from scd.training.launch import deterministic_on_cpu, make_accelerator
 from scd.training.optimizer import lr_multiplier
 from scd.training.run_log import read_log
@@ -245,6 +246,9 @@ def test_accumulation_equals_a_larger_batch(options):
     for key, tensor in a.model.items():
         # Adam divides by tiny second moments early on, so compare to the size of a step.
         assert (tensor - b.model[key]).abs().max() < 0.05 * 3 * 1e-4, key
+    logs = [read_log(folder.parent / "log.jsonl") for folder in (one, two)]
+    losses = [[entry["loss"] for entry in log if "loss" in entry] for log in logs]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["scd", "causal_dit"])
@@ -470,6 +474,20 @@ def test_not_a_number_is_not_applied(options):
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.parametrize(
+    ("loss", "norms", "limit", "bad"),
+    [
+        (1.0, [1.0, 100.0], 10.0, False),  # the critic's may be large
+        (1.0, [100.0, 1.0], 10.0, True),
+        (1.0, [100.0, 100.0], None, False),
+        (float("inf"), [1.0, 1.0], None, True),
+        (1.0, [1.0, float("nan")], 10.0, True),
+    ],
+)
+def test_what_a_bad_step_is(loss, norms, limit, bad):
+    assert bool(is_bad_step(torch.tensor(loss), torch.tensor(norms).unbind(), limit)) == bad
+
+
 def test_latents_of_another_autoencoder_are_refused(
     options, doom_root, tiny_autoencoder_path, tmp_path
 ):
@@ -620,11 +638,13 @@ def test_global_generators_have_no_say(options, monkeypatch):
 
 def test_changed_optimizer_options_count_after_resuming(options):
     train(options("name=betas", "train.steps=2"))
-    changed = ["optim.betas=[0.5,0.6]", "optim.weight_decay=0.1", "optim.lr=1e-5"]
+    changed = ["optim.betas=[0.5,0.6]", "optim.weight_decay=0.2", "optim.lr=1e-5"]
+    changed += ["optim.muon_lr=1e-4"]
     folder = train(options("name=betas", "train.steps=3", *changed))
-    group = load_checkpoint(folder / "step-00000003").optimizer["param_groups"][0]
-    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.1)
-    assert group["initial_lr"] == 1e-5
+    adamw, muon = load_checkpoint(folder / "step-00000003").optimizer["param_groups"]
+    assert adamw["betas"] == (0.5, 0.6)
+    assert adamw["weight_decay"] == muon["weight_decay"] == 0.2
+    assert (adamw["initial_lr"], muon["initial_lr"]) == (1e-5, 1e-4)
 
 
 def test_a_validation_that_a_kill_prevented_is_made_up_for(options, monkeypatch):

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +90,17 @@ def test_the_held_out_loss_is_always_of_the_same_clips_and_noise(options, monkey
         assert found[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2, rel=1e-12)
 
 
+def test_each_held_out_clip_has_its_own_start_and_noise(options, doom_root, tmp_path):
+    """Also where two are of the same video."""
+    own = shutil.copytree(doom_root, tmp_path / "doom")
+    write_list(own / "val.json", 2 * read_list(own / "val.json")[:1])
+    o = options(f"data.root={own}", "train.val_loss_every=1")
+    model, loss = build_world_model(o, PixelCodec()).eval(), held_out_of(o)
+    first, second = loss.clips
+    assert not torch.equal(first["latents"], second["latents"])
+    assert loss._errors(model, 0, first, "fp32") != loss._errors(model, 1, first, "fp32")
+
+
 def test_the_held_out_loss_falls_where_a_model_is_better(options):
     """An untrained output is 0: the loss is the mean square of ε − x. One that knows ε beats it."""
     o = options("train.val_loss_every=2", "flow.prediction=velocity")
@@ -166,6 +178,18 @@ def test_speed_is_reported_in_the_words_of_the_field(monkeypatch):
     }
     assert entry(cost, None).keys() == entry(cost, 48e12).keys() - {"mfu"}
     assert entry(None, 48e12).keys() == {"seconds", "clips_per_second", "data_wait"}
+
+
+def test_each_report_has_its_own_share_of_waiting(monkeypatch):
+    """1 s of 4 for the first batch, 3 s of 4 for the second; the steps between are no waiting."""
+    clock = iter([0.0, 1.0, 10.0, 13.0])
+    monkeypatch.setattr(performance, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    meter = ThroughputMeter(8, 2, None, None)
+    batches = meter.time_waiting(iter([{}, {}]))
+    for share in (0.25, 0.75):
+        next(batches)
+        meter.add_step(4.0)
+        assert meter.report(CPU)["data_wait"] == share
 
 
 @pytest.mark.parametrize(
