@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -11,14 +13,15 @@ from torch import Tensor
 
 from scd.analysis.split import Split, split_model, split_options
 from scd.errors import ScdError
-from scd.evaluation.compare import compare_checkpoints
+from scd.evaluation import compare
+from scd.evaluation.compare import Candidate, compare_checkpoints, time_frames
 from scd.evaluation.evaluate import evaluate_checkpoint
 from scd.flow.noise import draw_noise
 from scd.flow.objective import JointObjective, errors_by_level
 from scd.flow.sampler import noise_levels
 from scd.models import BidirectionalDiT, CausalDiT
 from scd.models.autoencoder import PixelCodec
-from scd.models.load import build_world_model
+from scd.models.load import LoadedModel, build_world_model
 from scd.models.world_model import CLEAN_TIMESTEP
 from scd.options import FlowOptions, Options, RolloutOptions, load_options
 from scd.rollout import Rollout, continue_videos
@@ -289,6 +292,18 @@ def test_its_split_is_an_scd_of_its_weights() -> None:
         ("decoder.blocks.1.attention.qkv.weight", "blocks.5.attention.qkv.weight"),
     ):
         torch.testing.assert_close(student.state_dict()[name], weights[source])
+
+
+def test_its_time_is_shared_by_the_frames_it_makes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = doom_options(
+        *("autoencoder.path=null", "data.source=video", "data.frame_size=8", "model.patch_size=2"),
+        *("eval.context_frames=2", "eval.new_frames=4", "rollout.steps=1"),
+    )
+    candidate = Candidate(LoadedModel(make_model(), PixelCodec(), options, {}), {}, [])
+    clock = SimpleNamespace(perf_counter=count(step=8).__next__)
+    monkeypatch.setattr(compare, "time", clock)
+    time_frames([candidate])
+    assert candidate.seconds == [2.0] * compare.TIMED_FRAMES
 
 
 def test_a_training_is_validated_exported_and_evaluated(

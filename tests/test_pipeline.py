@@ -109,6 +109,7 @@ def test_pixel_space_and_numpy(tmp_path):
     out = pixel(frames, output_type="np", **given).frames
     assert isinstance(out, np.ndarray)
     assert out.shape == (2, 5, 64, 64, 3)
+    assert np.allclose(out[:, :3], frames / 255, rtol=0, atol=1e-6)
     as_tensor = pixel(torch.from_numpy(frames).movedim(-1, 2), output_type="np", **given).frames
     assert np.array_equal(as_tensor[:, :3], out[:, :3])
     again = pixel(out[:, :3], output_type="np", **given).frames  # what came out goes in

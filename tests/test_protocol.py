@@ -7,20 +7,24 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import ImageDraw
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import adaptive_avg_pool2d
 
 from scd.cli import main
-from scd.data.clips import clip_folder
+from scd.data.clips import ClipFolder, clip_folder
+from scd.data.lists import ClipEntry, write_list
 from scd.data.video import VideoFile
 from scd.doom.replay import Replay
 from scd.errors import ScdError
 from scd.evaluation import (
+    compare,
     frechet_distance,
     generate,
     measure,
@@ -29,7 +33,7 @@ from scd.evaluation import (
     pictures,
     protocol,
 )
-from scd.evaluation.compare import compare_checkpoints
+from scd.evaluation.compare import Candidate, compare_checkpoints, comparison
 from scd.evaluation.evaluate import (
     evaluate,
     evaluate_checkpoint,
@@ -49,6 +53,7 @@ from scd.evaluation.metrics import (
     Setting,
     TrajectoryMetric,
 )
+from scd.evaluation.pictures import write_grid
 from scd.evaluation.protocol import (
     AUTOENCODED,
     AUTOENCODED_SET,
@@ -68,7 +73,7 @@ from scd.evaluation.protocol import (
     swap_new_actions,
 )
 from scd.evaluation.report import write_samples
-from scd.evaluation.samples import EVALUATIONS, SampleFolder, identity
+from scd.evaluation.samples import EVALUATIONS, SampleFolder, identity, identity_name, siblings
 from scd.evaluation.summary import make_row, missing_notes, rollout_text, tables
 from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import LoadedModel, build_world_model
@@ -282,6 +287,18 @@ def test_saved_samples_are_found_by_versions_to_come(options, data):
     }
 
 
+def test_the_name_of_saved_samples_stays_what_it_was(options, tmp_path):
+    """It is of contents, not of this machine; another one would orphan all samples."""
+    options.eval.videos = 1
+    entries = [ClipEntry(f"{name}.mp4", f"{name}.npz") for name in "abc"]
+    for entry in entries:
+        (tmp_path / entry.video_path).write_bytes(f"video {entry.video_path}".encode())
+        (tmp_path / entry.action_path).write_bytes(b"actions")
+    write_list(tmp_path / "val.json", entries)
+    found = identity("hash", options, ClipFolder(tmp_path, "val.json", "video", "action", 4))
+    assert identity_name({**found, "options": {"rollout": {"steps": 2}}}) == "97fc0d11"
+
+
 def test_swap_changes_only_the_frames_to_come(options):
     actions = torch.tensor([[0, 1, 2, 3, 1, 2, 0, 3, 1, 2]])
     swapped = swap_new_actions(actions, options)
@@ -330,6 +347,25 @@ def test_clips_of_widths_that_the_decoder_cannot_read(side, whole, tmp_path):
     assert torch.equal(samples.read_clip(REAL_SET, 0), clip)
 
 
+@pytest.mark.parametrize(
+    ("context_frames", "new_frames", "named"),
+    [
+        (3, 4, ["given", "+1", "+2", "+3", "+4"]),
+        (0, 3, ["+1", "+2", "+3"]),
+        (2, 22, ["given", *(f"+{number}" for number in range(2, 23, 2))]),
+    ],
+)
+def test_the_grid_names_its_moments(context_frames, new_frames, named, tmp_path, monkeypatch):
+    """From the last frame given to the last one made; two more texts name the rows."""
+    texts = []
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda draw, place, text, **how: texts.append(text)
+    )
+    video = torch.zeros(1, context_frames + new_frames, 3, 8, 8)
+    write_grid(tmp_path / "grid.png", video, video, context_frames)
+    assert texts == [*named, "generated", "real"]
+
+
 def test_other_clips_of_the_same_episodes_are_told_of(data, capsys):
     for videos, others, told in ((1, True, ""), (2, False, ""), (2, True, "2 are parts of the")):
         protocol.note_repeats(data, videos, others)
@@ -361,6 +397,25 @@ def test_another_precision_is_another_measurement(
     bf16 = ["FVD ↓ (n=3, bf16)", "KVD ↓ (n=3, bf16)"]
     fp32 = ["FVD ↓ (n=3)", "KVD ↓ (n=3)"]
     assert heads == [({"fp32"}, fp32), ({"bf16"}, bf16), (set(), bf16), (set(), fp32)]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, True),
+        ({"fvd_precision": "bf16"}, False),
+        ({"videos": 3}, False),
+        ({"context_frames": 2}, False),
+        ({"new_frames": 3}, False),
+    ],
+)
+def test_measurements_are_taken_from_evaluations_measured_alike(change, found, tmp_path):
+    made_of = {"format": 1, "data": "hash", "options": {"data": {"frame_size": 32}}}
+    alike = {"videos": 2, "context_frames": 1, "new_frames": 4, "fvd_precision": "fp32"}
+    one, other = (tmp_path / name / EVALUATIONS / "samples" for name in ("one", "other"))
+    SampleFolder.describe(one, made_of, {MODEL: ["model-seed-0"]}, alike, UNSAVED)
+    SampleFolder.describe(other, made_of, {MODEL: ["model-seed-0"]}, {**alike, **change}, UNSAVED)
+    assert [folder.path for folder in siblings(SampleFolder(one))] == [other] * found
 
 
 def test_precision_is_part_of_what_samples_are(monkeypatch, checkpoint, no_weights, options):
@@ -419,6 +474,25 @@ def test_best_of_trajectories():
     assert result["lpips"] == pytest.approx((2 + 0) / 2)
 
 
+def test_the_first_frames_and_each_frame_alone():
+    """The first four: best of a video's trajectories; one frame: mean of all trajectories."""
+    first = torch.tensor([[1.0, 3, 5, 7, 50, 60], [10, 10, 10, 10, 10, 10]])
+    second = torch.tensor([[3.0, 5, 7, 9, 20, 30], [0, 0, 0, 0, 0, 0]])
+    row = make_row([{"psnr": first}, {"psnr": second}], {})
+    assert row["psnr_first_4"] == pytest.approx((6 + 10) / 2)
+    assert row["psnr_by_frame"] == pytest.approx([3.5, 4.5, 5.5, 6.5, 20, 25])
+
+
+@pytest.mark.parametrize(
+    ("frames", "quarters"),
+    [(3, [1, 2, 3]), (6, [1.5, 3.5, 5, 6]), (10, [2, 5, 7.5, 9.5])],
+)
+def test_quarters_are_four_where_frames_are(frames, quarters):
+    values = torch.arange(1.0, frames + 1).expand(2, -1)
+    row = make_row([{"motion": values}], {"motion": torch.ones(2, frames)})
+    assert row["motion_by_quarter"] == pytest.approx(quarters)
+
+
 @pytest.mark.parametrize(("metric", "worse"), [("psnr", -1.0), ("ssim", -1.0), ("lpips", 1.0)])
 def test_a_worse_trajectory_changes_nothing(metric, worse):
     values = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
@@ -435,6 +509,19 @@ def test_other_clips_are_other_clips(options, data):
     others = read_evaluation_batch(data, [2, 3], options, CPU)
     assert torch.equal(ours["video"], again["video"].flip(0))
     assert not torch.equal(ours["video"], others["video"])
+
+
+def test_noise_is_of_the_clip_and_the_seed_whatever_the_batch(options, model, data):
+    batch = read_evaluation_batch(data, [0, 1], options, CPU)
+    alone = {key: values[1:] for key, values in batch.items()}
+
+    def predicted(batch, numbers, seed):
+        return predict_frames(model, PixelCodec(), options, batch, numbers, seed)[-1]
+
+    ours = predicted(batch, [0, 1], 0)
+    assert (predicted(alone, [1], 0) - ours).abs().max() < 1.5 / 255
+    for number, seed in ((0, 0), (1, 5)):
+        assert (predicted(alone, [number], seed) - ours).abs().mean() > 0.01
 
 
 def test_doom_is_played_on_with_other_keys(options, model, data, no_weights, tmp_path, monkeypatch):
@@ -1090,3 +1177,32 @@ def test_models_in_one_table(options, doom_root, tmp_path, monkeypatch, capsys):
     for model, path in zip(models, paths[:2], strict=True):
         assert model["evaluation"]["checkpoint"]["path"] == str(path)
         assert f"{model['evaluation']['rows']['model']['psnr']:.2f}" in table
+
+
+def test_models_that_were_evaluated_otherwise_are_refused(tmp_path, monkeypatch):
+    keys = ("videos", "context_frames", "new_frames", "seeds", "data_hash", "fvd_precision")
+    for key in keys:
+        protocols = {name: {**dict.fromkeys(keys, 1), key: name} for name in ("one", "two")}
+
+        def candidate(path, overrides, protocols=protocols):
+            return Candidate(None, {"protocol": protocols[path.name]}, [])
+
+        monkeypatch.setattr(compare, "_candidate", candidate)
+        with pytest.raises(ScdError, match=f"evaluated with different {key}: one, two"):
+            compare_checkpoints([Path("one"), Path("two")], tmp_path)
+
+
+def test_the_median_time_counts_and_the_fastest_is_the_measure(options, model):
+    protocol_ = {"videos": 3, "context_frames": 3, "new_frames": 4, "fvd_precision": "fp32"}
+    evaluation = {"protocol": protocol_, "rows": {MODEL: {}}}
+    candidates = [
+        Candidate(
+            LoadedModel(model, PixelCodec(), replace(options, name=name), UNSAVED),
+            evaluation,
+            seconds,
+        )
+        for name, seconds in (("slow", [1.0, 1.0, 9.0]), ("fast", [4.5, 0.5, 0.5]))
+    ]
+    table = comparison(candidates)
+    assert table.heads[3:5] == ["s/frame ↓", "ratio"]
+    assert [line[3:5] for line in table.lines] == [["1.000", "2.00"], ["0.500", "1.00"]]

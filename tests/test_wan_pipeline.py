@@ -19,6 +19,7 @@ from scd.cli import main
 from scd.data.prompts import write_embedding, write_prompt_list
 from scd.data.video import VideoFile, VideoWriter, write_video
 from scd.errors import ScdError
+from scd.evaluation import streams
 from scd.options import RolloutOptions
 from scd.rollout import Rollout
 from scd.utils.seeding import generator
@@ -557,6 +558,18 @@ def test_measure(tmp_path, capsys):
     assert "sharpness →1" in printed and "| mean" in printed
     assert main(["wan", "measure", str(tmp_path), "--windows", "9"]) == 1
     assert main(["wan", "measure", str(tmp_path), "--windows", "1"]) == 1
+
+
+def test_videos_are_measured_in_pieces_as_at_once(tmp_path, monkeypatch):
+    """The last frame of the first piece is sharper than all others, and counts once."""
+    noise = np.random.default_rng(0).integers(0, 64, (20, 32, 64, 3), np.uint8)
+    noise[4] *= 4
+    write_video(tmp_path / "video.mp4", noise, 16, crf=0)
+    monkeypatch.setattr(streams, "FRAMES_AT_ONCE", 5)
+    pieces = streams.measure_streams(tmp_path, 2)["video.mp4"]
+    monkeypatch.setattr(streams, "FRAMES_AT_ONCE", 10)
+    for key, values in streams.measure_streams(tmp_path, 2)["video.mp4"].items():
+        assert pieces[key] == pytest.approx(values, rel=1e-4), key
 
 
 def test_what_convert_writes_is_a_pipeline(folder):
