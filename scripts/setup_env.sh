@@ -37,6 +37,7 @@ files="$(cat pyproject.toml constraints.txt | "$python" -c "$hash") $PWD"
 installed=$(cat "$stamp" 2>/dev/null || true)
 if [ "$installed" != "$extras $files" ] && [ "$installed" != "dev $files" ]; then # dev has all
     echo "installing into $(dirname "$(dirname "$python")"): this takes some minutes the first time"
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
     what=(--constraint constraints.txt --editable ".[$extras]")
     [ -t 2 ] || what+=(--quiet) # no progress bars in a log
     # uv takes a third of pip's time, but does not know of an index that is set for pip.
