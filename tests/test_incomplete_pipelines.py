@@ -1,4 +1,4 @@
-"""Saved pipelines whose parts do not fit are refused; diffusers only warns of missing weights."""
+"""Saved parts that do not fit are refused; diffusers only warns of missing weights."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from scd.errors import ScdError
 from scd.models import SCD
 from scd.models.autoencoder import load_codec
 from scd.models.load import build_world_model, load_checkpoint_for_use
+from scd.models.weights import load_matching
 from scd.options import load_options
 from scd.pipeline import SCDPipeline, pipeline_of
 
@@ -135,3 +136,14 @@ def test_parts_of_other_channels_are_refused(folder):
 def test_arguments_of_no_network(config, message):
     with pytest.raises(ScdError, match=message):
         SCD(**{"heads": 1, "encoder_layers": 1, "decoder_layers": 1, **config})
+
+
+def test_integers_of_another_type_are_refused():
+    """Weights are converted from one precision to another; counters never."""
+    network = torch.nn.BatchNorm1d(2)
+    weights = {name: tensor.half() for name, tensor in network.state_dict().items()}
+    weights["num_batches_tracked"] = network.num_batches_tracked.clone()
+    load_matching(network, weights, "here")
+    weights["num_batches_tracked"] = network.num_batches_tracked.int()
+    with pytest.raises(ScdError, match=r"here: .* num_batches_tracked is \(\) torch\.int32"):
+        load_matching(network, weights, "here")

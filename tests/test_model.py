@@ -177,6 +177,7 @@ def test_fresh_models_predict_zero_and_modulate_nothing(inputs, kind, layers):
 
 def test_the_output_norm_written_out():
     """The context's perturbation comes between the norm and its modulation."""
+    torch.manual_seed(0)
     x, e, perturbation = (torch.randn(B, F, 6, 64), torch.randn(B, F, 64), torch.randn(B, F, 6, 64))
     normed = torch.nn.functional.layer_norm(x, (64,), eps=NORM_EPS) + perturbation
     modulated, plain = OutputNorm(64, modulated=True), OutputNorm(64, modulated=False)

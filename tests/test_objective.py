@@ -148,7 +148,7 @@ def test_noise_levels_are_logit_normal(clips):
 
 @torch.no_grad()
 def test_noise_levels_have_the_mean_and_spread_of_the_options(clips):
-    """Noise is where σ is 1."""
+    """At timesteps 1000·sigmoid(mean + spread·z): the larger, the more noise."""
     latents, actions = clips
     made = objective(logit_mean=-0.5, logit_std=1.5)
     draws = draws_of(made, latents)
