@@ -313,6 +313,8 @@ def as_numbers(
 ) -> Tensor | None:
     """Convert conditions from lists, arrays or tensors of any number type to a tensor.
 
+    It is on the CPU, where rollouts check the values.
+
     Raises:
         ScdError: they are not numbers, or have another shape.
     """
@@ -330,4 +332,4 @@ def as_numbers(
         tensor = tensor[None]
     if tuple(tensor.shape) != shape:
         raise ScdError(f"{name} have shape {tuple(tensor.shape)}, expected {shape}")
-    return tensor.long() if integers else tensor.float()
+    return (tensor.long() if integers else tensor.float()).cpu()

@@ -278,7 +278,7 @@ def test_a_wasted_step_is_told(options, capfd, fresh_accelerate: None) -> None:
         ("distill.teacher=null", "every method has a teacher"),
         ("init_from=null", "needs init_from"),
         ("rollout.solver=euler", "is sampled with rollout.solver=consistency"),
-        ("distill.method=none", "and none has none"),
+        ("distill.method=none", "set both, or neither"),
         ("distill.weak_teacher=weak", "nothing leads away from it"),
         ("distill.score_range=[0.5,0.2]", "lowest and the highest"),
         ("distill.adversarial_weight=0.1", "is of distill.method=dmd"),

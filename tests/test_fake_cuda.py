@@ -1,7 +1,7 @@
 """CUDA's code paths without CUDA: fake tensors that say they are on `cuda:0`.
 
-They compute nothing, but find what would fail on a GPU: tensors on mixed devices, masks of another
-size, masks too large for memory. Forward only: autograd's engine wants a real device.
+They compute nothing, but find what would fail on a GPU, or wait for it: tensors on mixed devices,
+masks of another size, masks too large for memory, values that are read. Forward only: autograd's engine wants a real device.
 """
 
 from collections.abc import Iterator
@@ -34,12 +34,15 @@ B, CHANNELS = 2, 4
 
 @pytest.fixture(autouse=True)
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything inside is fake; stubbed is only what reads values or needs a CUDA generator."""
+    """Everything inside is fake; stubbed is only what reads the values of settings or needs a CUDA generator."""
     levels = scd.flow.sampler.noise_levels
 
     def real_levels(*arguments, **keywords):
         with unset_fake_temporarily():
             return levels(*arguments, **keywords)
+
+    def checked(model: WorldModel, conditions: Tensor) -> None:
+        assert conditions.device.type == "cpu"
 
     def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
         assert block_mask.kv_num_blocks.device == block_mask.kv_indices.device == q.device
@@ -49,7 +52,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(scd.rollout.engine, "noise_levels", real_levels)
     monkeypatch.setattr(scd.rollout.resampling, "draw_resampling", lambda *of: Resampling(0.7, 1))
     monkeypatch.setattr(seeding, "generator", lambda device, *key: None)
-    monkeypatch.setattr(WorldModel, "check_conditions", lambda self, conditions: None)
+    monkeypatch.setattr(WorldModel, "check_conditions", checked)
     monkeypatch.setattr(attention, "_flex", flex)
     for cached in (attention._cached_block_mask, layers._rotary_tables):
         cached.cache_clear()

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from scd.analysis import figures
@@ -228,12 +229,6 @@ def _describe_trend(by_layer: Tensor) -> str:
     layers = len(by_layer)
     if layers < FEWEST_LAYERS:
         return f"cannot be judged from {layers} layers"
-    trend = rank_correlation(torch.arange(layers), by_layer)
+    trend = float(spearmanr(range(layers), by_layer.numpy()).statistic)
     verdict = "holds" if trend * (layers - 1) ** 0.5 <= -CHANCE else "does not hold"
     return f"{verdict} here (rank correlation with depth {trend:+.2f}, {layers} layers)"
-
-
-def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Compute Spearman's rank correlation of two vectors without ties."""
-    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1])

@@ -84,8 +84,8 @@ def probe_checkpoint(
         "environment": environment(),
     }
     # Other clips, steps or weights of the same step have a report of their own.
-    told = [loaded.source["sha256"], *(about[key] for key in IDENTITY)]
-    identity = json.dumps(told, sort_keys=True)
+    inputs = [loaded.source["sha256"], *(about[key] for key in IDENTITY)]
+    identity = json.dumps(inputs, sort_keys=True)
     folder = options.output / "probe" / f"{stem}-{sha256(identity.encode()).hexdigest()[:8]}"
     arguments = [*(["--opt", options_path] if options_path else []), *overrides]
     with tqdm(desc="probe", dynamic_ncols=True) as progress:

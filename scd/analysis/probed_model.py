@@ -25,11 +25,12 @@ from scd.data.clips import clip_folder
 from scd.data.loader import TrainingClips
 from scd.errors import ScdError
 from scd.evaluation.metrics import METRICS
-from scd.flow.objective import FlowObjective, with_scaled_latents
+from scd.flow.objective import with_scaled_latents
 from scd.models import CausalWorldModel
 from scd.models.autoencoder import Codec
 from scd.models.load import LoadedModel
 from scd.options import Options
+from scd.training.build import make_objective
 from scd.training.encode import check_training_latents
 from scd.training.optimizer import make_optimizer
 from scd.training.world_model_task import parameter_groups
@@ -255,7 +256,7 @@ def fine_tuning(
     yield 0
     t = options.train
     model.set_gradient_checkpointing(t.gradient_checkpointing)
-    objective = FlowObjective(model, options.flow, options.seed)
+    objective = make_objective(model, options.flow, options.seed)
     optimizer = make_optimizer(
         parameter_groups(model, options.optim), options.optim, has_bf16(model.device)
     )
@@ -271,7 +272,7 @@ def fine_tuning(
             samples = batch.pop("sample").tolist()
             batch = with_scaled_latents({k: v.to(device) for k, v in batch.items()}, codec)
             with autocast(device, precision):
-                loss = objective({**batch, "sample": samples})["loss"]
+                loss = objective({**batch, "sample": samples, "step": t.steps + step + 1})["loss"]
             (loss / t.gradient_accumulation).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.optim.max_grad_norm)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -189,7 +189,7 @@ def check_latents(
             headers[path] = header
         with_video = [path for path in headers if path in videos]
         for problem in pool.map(
-            lambda path: of_another_video(headers[path], path, videos[path], hastily=True),
+            lambda path: of_another_video(headers[path], path, videos[path], trust_mtime=True),
             with_video,
         ):
             if problem is not None:
@@ -198,20 +198,20 @@ def check_latents(
 
 
 def of_another_video(
-    header: LatentHeader | None, path: Path, video: Path, hastily: bool = False
+    header: LatentHeader | None, path: Path, video: Path, trust_mtime: bool = False
 ) -> str | None:
     """Return a message if latents were encoded from another video than the present one, else None.
 
     Latents that do not name their video, as in older files, are accepted.
 
     Args:
-        hastily: read the video only if its size is right and it is younger than the latents.
+        trust_mtime: read the video only if its size is right and it is younger than the latents.
     """
     if header is None or header.video is None or not video.is_file():
         return None
     now, then = video.stat(), path.stat()
     same = header.video.startswith(f"{now.st_size}-")
-    if same and not (hastily and now.st_mtime < then.st_mtime):
+    if same and not (trust_mtime and now.st_mtime < then.st_mtime):
         same = header.video == identity_of(video)
     return (
         None if same else f"{path}: latents of another video, {video} has changed: run scd encode"

@@ -68,8 +68,9 @@ def early_features(
 def relativistic_loss(higher: Tensor, lower: Tensor) -> Tensor:
     """Compute the mean of log(1 + exp(lower − higher)) over pairs of logits (B,).
 
-    A discriminator wants real clips higher, a generator its own (arXiv 1807.00734). The two of a
-    pair have the same given frames and conditions, so that what is said of them is the difference.
+    The discriminator pushes real logits up, the generator those of its own clips (arXiv
+    1807.00734). The two clips of a pair have the same given frames and conditions, so only what
+    sets them apart counts.
     """
     return softplus(lower.float() - higher.float()).mean()
 

@@ -267,7 +267,7 @@ class DMDObjective(nn.Module):
 
 
 def trains_student(options: Options, step: int) -> bool:
-    """Whether the student is updated in a step, from 1: in the last of every few of the critic."""
+    """Check whether a step, from 1, updates the student: one of every few of the critic's does."""
     return step % options.distill.critic_updates == 0
 
 

@@ -54,7 +54,7 @@ def kernel_distance(features_a: Tensor, features_b: Tensor) -> float:
 
 
 def _checked(features: Tensor) -> Tensor:
-    """Features as float64 on the CPU.
+    """Convert features to float64 on the CPU.
 
     Raises:
         ScdError: not (n, d) with n at least 2, or not finite.

@@ -284,7 +284,7 @@ def siblings(samples: SampleFolder) -> list[SampleFolder]:
 
 
 def _is_row(sets: object) -> bool:
-    """Whether these are names of folders, and of none outside."""
+    """Check that these are names of folders, and of none outside."""
     return (
         isinstance(sets, list)
         and bool(sets)

@@ -68,10 +68,11 @@ class FlowObjective(nn.Module):
         """Compute the loss of clips as `with_scaled_latents` gives them.
 
         Args:
-            batch: `sample`, the clips' numbers, best as a list or on the CPU, since they are read;
-                `latents` (B, F, C, h, w); `actions` (B, F) or (B, F, V), or `label` (B,), where the
-                model has such conditions; their values are not checked again here. Where the model
-                has a text, `text` (B, T, text_dim), and `null_text` (1, T, text_dim) for no text.
+            batch: `sample`, the clips' numbers, as a list or on the CPU (reading them from a GPU
+                would wait for it); `latents` (B, F, C, h, w); `actions` (B, F) or (B, F, V), or
+                `label` (B,), where the model has such conditions; their values are not checked
+                again here. Where the model has a text, `text` (B, T, text_dim), and `null_text`
+                (1, T, text_dim) for no text.
         """
         latents = batch["latents"]
         tokens = self.model.tokens_per_frame(*latents.shape[-2:])

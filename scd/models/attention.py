@@ -1,6 +1,6 @@
 """Attention inside a frame, and block-causal attention over frames without a dense mask.
 
-CUDA takes short sequences at once, with a mask; long ones go through FlexAttention (arXiv
+On CUDA, short sequences use a dense mask; long ones go through FlexAttention (arXiv
 2412.05496), whose kernels skip the blocks of tokens that the mask excludes. All else is in `cpu`.
 """
 
@@ -20,8 +20,8 @@ from scd.models.masks import MaskMod, block_causal, clean_context, dense_mask, t
 # would be the largest thing in memory.
 MASKED_TOKENS = 1024
 BLOCK = 128  # queries and keys in a block of FlexAttention
-# All but cuDNN, which torch prefers on Hopper in bf16: for every number of keys, in a rollout every
-# frame, that makes a plan, in up to half a second (github.com/modelscope/FunASR/issues/3704).
+# All but cuDNN, which torch prefers on Hopper in bf16: it builds a plan for each number of keys, so
+# for every frame of a rollout, in up to half a second (github.com/modelscope/FunASR/issues/3704).
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -41,7 +41,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 def block_causal_attention(
     q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, block_mask: BlockMask | None = None
 ) -> Tensor:
-    """Attend to all tokens of the own and of earlier frames (section 3 of the model).
+    """Attend to all tokens of the own and of earlier frames (arXiv 2602.10095, section 4).
 
     Args:
         q: (B, heads, F·N, head_dim), the queries of the newest F frames.
@@ -114,7 +114,7 @@ def clean_context_attention(
 
 
 def uses_flex(keys: int, device: torch.device) -> bool:
-    """Whether this many keys go through FlexAttention."""
+    """Check whether this many keys go through FlexAttention."""
     return device.type == "cuda" and keys > MASKED_TOKENS
 
 
@@ -162,8 +162,8 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(dim=-1)[None, None].int(), numbers[None, None].int()
 
 
-# A compiled model asks for its block mask before its layers: what dynamo traces knows no cache, and
-# would make it anew in every layer.
+# A compiled model asks for its block mask before its layers: dynamo ignores `lru_cache`, so that
+# every layer would make it anew.
 
 
 @torch.compiler.disable

@@ -139,7 +139,7 @@ Codec = PixelCodec | LatentCodec
 
 
 def encode_alike(one: Codec, other: Codec) -> bool:
-    """Whether two codecs give the same latents: the numbers that they encode with are equal."""
+    """Check whether two codecs give the same latents: they encode with equal numbers."""
     if not (isinstance(one, LatentCodec) and isinstance(other, LatentCodec)):
         return type(one) is type(other)
     weights, others = (

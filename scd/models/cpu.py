@@ -174,7 +174,7 @@ class PackedWeights:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within the block, and this thread, the layers multiply by the packed weights."""
+        """Multiply by the packed weights within the block, in this thread."""
         token = _in_use.set(self._of)
         try:
             yield

@@ -153,7 +153,7 @@ def source_of(path: Path) -> dict[str, str | int | None]:
     Raises:
         ScdError: it is missing, damaged, or not the file that its manifest describes.
     """
-    return {"path": str(path), "sha256": _whole(path), "step": _step(_metadata(path), path)}
+    return {"path": str(path), "sha256": _checked_hash(path), "step": _step(_metadata(path), path)}
 
 
 def load_folder(folder: Path, options: Options) -> LoadedModel:
@@ -288,8 +288,8 @@ def _step(metadata: dict[str, str], path: Path) -> int | None:
     return None if step is None else int(step)
 
 
-def _whole(path: Path) -> str:
-    """The file's SHA-256, which must be the one in the manifest where the file lies beside one."""
+def _checked_hash(path: Path) -> str:
+    """Hash a file; where it lies beside a manifest, refuse another SHA-256 than that names."""
     digest = sha256(path)
     manifest = path.with_name("manifest.json")
     described = read_json(manifest) if manifest.is_file() else None
@@ -317,7 +317,7 @@ def refuse_other_prediction(path: Path, options: Options) -> None:
 
 
 def _refuse_other_model(own: Options, options: Options, path: Path) -> None:
-    """Options given beside those of a checkpoint may change its use, but not what it is."""
+    """Refuse options that would make the checkpoint another model; they may change its use."""
     differences = []
     for key in FIXED:
         section, _, name = key.partition(".")
@@ -329,7 +329,7 @@ def _refuse_other_model(own: Options, options: Options, path: Path) -> None:
 
 
 def _check_reference(model: WorldModel, codec: Codec, options: Options, path: Path) -> None:
-    """Sizes come from the tensors, codec and data from the options: they must tell one story."""
+    """Refuse a reference checkpoint whose tensors contradict the codec and data of the options."""
     differences = [
         f"{key} is {found} in the checkpoint, {wanted} in the options"
         for key, found, wanted in (

@@ -9,8 +9,8 @@ from scd.options.wan_rules import Rule
 DISTILLATION: list[Rule] = [
     (
         lambda o: (o.distill.method == "none") == (o.distill.teacher is None),
-        "distill.teacher={distill.teacher} with distill.method={distill.method}: every method has "
-        "a teacher, and none has none",
+        "distill.teacher={distill.teacher} with distill.method={distill.method}: set both, or "
+        "neither",
     ),
     (
         lambda o: o.distill.weak_teacher is None or o.distill.guidance_scale != 1,

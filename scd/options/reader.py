@@ -261,7 +261,7 @@ def _expand_paths(options: Options) -> None:
 
 
 def _parse_override(text: str) -> dict[str, Any]:
-    """`a.b=value` as {"a": {"b": value}}."""
+    """Parse `a.b=value` to {"a": {"b": value}}."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ScdError(f"override {text!r}: overrides are written key=value")

@@ -52,8 +52,8 @@ COMMON: list[Rule] = [
     ),
     (
         lambda o: (o.optim.decay_steps > 0) == (o.optim.schedule == "wsd"),
-        "optim.decay_steps={optim.decay_steps} with optim.schedule={optim.schedule}: wsd needs it "
-        "above 0, the others have none",
+        "optim.decay_steps={optim.decay_steps} with optim.schedule={optim.schedule}: only wsd "
+        "has such steps, and it needs some",
     ),
     (
         lambda o: (
@@ -210,7 +210,7 @@ AUTOENCODER: list[Rule] = [
 
 
 def _stages(side: Literal["encoder", "decoder"]) -> list[Rule]:
-    """Rules for the stages of an autoencoder that is built from scratch."""
+    """List the rules for the stages of an autoencoder that is built from scratch."""
 
     def part(o: Options, name: str) -> list:
         return getattr(o.autoencoder, f"{side}_{name}")

@@ -1,6 +1,6 @@
 """Every option: its type, its default, what it means, and the values that it takes by itself.
 
-Which values contradict each other stands in `rules.py`.
+`rules.py` lists the combinations that are refused.
 """
 
 from collections.abc import Callable
@@ -195,8 +195,8 @@ class WanOptions:
     text_length: int = positive(512)  # tokens of a prompt, behind whose end there are zeros
     decoder_first: int = not_negative(5)  # of scd_wan's decoder layers: those from Wan's beginning
     chunk_frames: int = positive(1)  # of causal_wan: frames that are denoised together
-    # What stands for no prompt: in its place by flow.condition_dropout, and what the guidance of a
-    # teacher leads away from. Its embedding must be beside those of the prompts.
+    # The prompt that means none: flow.condition_dropout puts it in place of a clip's own, and the
+    # teacher's guidance leads away from it. Its embedding must be beside those of the prompts.
     negative_prompt: str = ""
 
 
@@ -205,8 +205,7 @@ class FlowOptions:
     """The training objective (flow matching)."""
 
     prediction: Literal["velocity", "data"] = "velocity"  # data: the network predicts clean frames
-    # With prediction data: the velocity is a difference divided by sigma, which counts as at least
-    # this.
+    # With prediction data: the velocity is a difference divided by sigma, clamped to at least this.
     sigma_min: float = positive(0.05)
     # The frames that the causal encoder sees in training. mixed: each frame is clean with
     # probability clean_fraction, otherwise noisy.

@@ -10,8 +10,11 @@ class RolloutConditions:
     """Actions and labels of a rollout as ids, and the modulation that follows from them alone.
 
     Where an action or a class is one of several, the modulation is computed once, for all of them,
-    and frames keep their ids. There are too many vectors: frames keep the vectors, and their
+    and frames keep their ids. Vectors cannot be enumerated: frames keep the vectors, and their
     modulation is computed with each frame, by a few small matrix products.
+
+    Values are checked where they are on the CPU. Reading them from a GPU would wait for it, in a
+    training rollout once a frame, and there the data set has checked them.
 
     Args:
         labels: (B,), of the whole rollout.
@@ -32,7 +35,7 @@ class RolloutConditions:
     ):
         if labels is not None:
             model.frame_conditions((batch, 1), None, labels)
-            model.check_conditions(labels)
+            _check_on_cpu(model, labels)
             labels = labels.long().to(model.device)
         self._model = model
         self._batch = batch
@@ -67,8 +70,7 @@ class RolloutConditions:
         if conditions is None:
             conditions = torch.zeros(shape, dtype=torch.long, device=model.device)
         if actions is not None:
-            # Before they are used, on the device they came on: on the CPU that costs no sync.
-            model.check_conditions(conditions)
+            _check_on_cpu(model, conditions)
             conditions = conditions.to(model.device)
         return conditions if self._modulation is None else self._ids[conditions]
 
@@ -98,3 +100,8 @@ class RolloutConditions:
         shape, next_shape = conditions.shape[:2], next_conditions.shape[:2]
         ids, next_ids = torch.arange(len(rows), device=rows.device).tensor_split([shape.numel()])
         return ids.view(shape), next_ids.view(next_shape), modulation
+
+
+def _check_on_cpu(model: CausalWorldModel, conditions: Tensor) -> None:
+    if conditions.device.type == "cpu":
+        model.check_conditions(conditions)

@@ -49,7 +49,7 @@ class Rollout:
 
     A model in bf16 computes in bf16 unless `settings.precision` says more than the default: as
     diffusers' `torch_dtype` promises, but in float32 where bf16 is slow. A model whose weights are
-    of another type is copied: whoever makes many rollouts brings it in the right one
+    of another type is copied: for many rollouts, convert it once
     (`scd.utils.precision.with_weights_in`).
 
     Args:

@@ -38,7 +38,7 @@ def draw_resampling(options: FlowOptions, seed: int, step: int, frames: int) -> 
         return None
     lowest, highest = options.self_forcing_sigma
     sigma = lowest + (highest - lowest) * float(torch.rand((), generator=of_step))
-    most = max(1, min(MAX_GIVEN, frames - 2))  # the last frame is nobody's history
+    most = max(1, min(MAX_GIVEN, frames - 2))  # no frame follows the last one
     given = int(torch.randint(1, most + 1, (), generator=of_step))
     return Resampling(sigma, given)
 
@@ -85,8 +85,6 @@ def resample(
     steps: int = STEPS,
 ) -> Tensor:
     """Make clips (B, F, C, H, W) anew: frame after frame, out of the clips' noised frames.
-
-    As in any rollout, the values of every frame's action are checked, which waits for a GPU.
 
     Args:
         generators: one for each clip.

@@ -171,7 +171,7 @@ def save_checkpoint(folder: Path, state: TrainingState, keep: int) -> Path:
 
 
 def start_is_lost(options: Options) -> bool:
-    """Whether the weights at `init_from` are gone, and not needed any more: there are checkpoints.
+    """Check whether `init_from` is gone and no longer needed, since there are checkpoints.
 
     They may well have been a checkpoint of another run, which keeps the newest alone.
     """
@@ -273,7 +273,7 @@ def _write(path: Path, content: dict[str, Any], metadata: dict[str, str]) -> Non
 
 
 class _File(io.BufferedWriter):
-    """A file that remembers why it could not be written: torch tells of a full disk in riddles."""
+    """A file that remembers why it could not be written: `torch.save` hides a full disk."""
 
     failure: OSError | None = None
 

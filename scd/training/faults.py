@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from scd.data.loader import TrainingClips, too_many_broken
@@ -146,30 +146,32 @@ class BrokenClips:
         self.clips = clips
         self.path = output / "broken-clips.jsonl"
         self.entries: list[dict[str, Any]] = []
+        self.skipped: list[tuple[int, int]] = []  # for samples of this process since `count`
         if clips.max_broken and self.path.exists():
             found = (e for e in read_log(self.path) if e.keys() >= {"clip", "problem"})
             self.entries = [entry for entry in found if entry["step"] <= step]
 
-    def pop_from(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Remove the numbers of broken clips from a step's batch and count them; collective.
+    def pop_from(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Remove the numbers of broken clips from a batch on the CPU, and remember them."""
+        if not self.clips.max_broken:
+            return batch
+        for sample, numbers in zip(batch["sample"].tolist(), batch["broken"].tolist(), strict=True):
+            self.skipped += [(sample, number) for number in numbers if number >= 0]
+        return {key: value for key, value in batch.items() if key != "broken"}
 
-        Returns:
-            The batch without them.
+    def count(self, step: int) -> None:
+        """Count the broken clips that processes have skipped for a step; collective.
 
         Raises:
             ScdError: naming them on every process, if there are more than `data.max_broken_clips`.
         """
         limit = self.clips.max_broken
-        if not limit:
-            return batch
-        device = processes().device
-        samples, broken = (gather(batch[key].to(device)).tolist() for key in ("sample", "broken"))
         found = len(self.entries)
-        for sample, numbers in zip(samples, broken, strict=True):
-            for number in numbers:
-                if number >= 0 and all(entry["clip"] != number for entry in self.entries):
-                    problem = self.clips.problem(sample, number)
-                    self.entries.append({"step": step, "clip": number, "problem": problem})
+        for sample, number in sorted(gather_object(self.skipped)):
+            if all(entry["clip"] != number for entry in self.entries):
+                problem = self.clips.problem(sample, number)
+                self.entries.append({"step": step, "clip": number, "problem": problem})
+        self.skipped = []
         if len(self.entries) > found and processes().is_main_process:
             for entry in self.entries[found:]:
                 print(f"broken clip, skipped: {entry['problem']}", file=sys.stderr)
@@ -177,4 +179,3 @@ class BrokenClips:
             write_atomically(self.path, lambda aside: aside.write_text(text, encoding="utf-8"))
         if len(self.entries) > limit:
             raise too_many_broken([entry["problem"] for entry in self.entries], limit)
-        return {key: value for key, value in batch.items() if key != "broken"}

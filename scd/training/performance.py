@@ -103,11 +103,15 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def _peak_memory(device: torch.device) -> dict[str, float]:
-    """Read peak memory in GiB; of a GPU, allocated by tensors and reserved by torch for them."""
+    """Read peak memory in GiB; of a GPU, allocated by tensors and reserved by torch for them.
+
+    A GPU's `alloc_retries` count how often torch freed its cache to find memory: each one stalls.
+    """
     if device.type == "cuda":
         return {
             "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
             "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+            "alloc_retries": torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
         }
     return {"memory_gib": peak_resident_bytes() / 2**30}
 

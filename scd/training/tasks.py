@@ -53,7 +53,7 @@ class Task(Protocol):
         ...
 
     def trains_network(self, step: int) -> bool:
-        """Whether a step, from 1, updates the network; the critic is updated in every step."""
+        """Check whether a step, from 1, updates the network; every step updates the critic."""
         ...
 
     def on_average_changed(self, average: dict[str, Tensor]) -> None:

@@ -167,7 +167,7 @@ class Trainer:
         seen: list[tuple[Tensor, Tensor]] = []  # sample numbers and loss of each batch
         self.statistics.save()
         for micro_step in range(accumulation):
-            batch = self.broken_clips.pop_from(next(batches), self.step + 1)
+            batch = self.broken_clips.pop_from(next(batches))
             samples = batch.pop("sample")
             tensors = {
                 k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()
@@ -187,14 +187,17 @@ class Trainer:
         norms = [model.clip_gradient(self.accelerator) for model in self.models]
         named = dict(zip(("grad_norm", "critic_grad_norm"), norms, strict=False))
         totals |= named
-        bad, stop, save_failed = any_process(
+        bad, stop, save_failed, skipped = any_process(
             self.accelerator,
             is_bad_step(totals["loss"], norms, self.options.optim.skip_grad_norm),
             request.signal is not None,
             self.checkpoints.failed,
+            bool(self.broken_clips.skipped),
         )
         if save_failed:
             self.checkpoints.finish()  # which raises
+        if skipped:
+            self.broken_clips.count(self.step + 1)
         for model in self.models:
             model.step(apply=not bad and (trains_network or model is not self.model))
         self.step += 1

@@ -22,7 +22,7 @@ def hold_lock(path: Path, busy: str, advice: str) -> Iterator[None]:
     It is a POSIX record lock, which belongs to a process: the operating system frees it the moment
     that process is dead, however it died, and forked children (data workers) do not inherit it. A
     worker that outlives its run for a moment would keep the next run out under `flock`, which
-    belongs to the open file. The other side of it: within one process nothing is kept out.
+    belongs to the open file. It does not exclude threads of one process.
 
     Where the file system knows no locks, one line says so, and nothing is locked.
 

@@ -46,14 +46,14 @@ def resolve_precision(wanted: str, device: torch.device) -> Precision:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 at least as fast as float32."""
+    """Check whether the device multiplies bfloat16 at least as fast as float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and _cpu_has_bf16()
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Whether the device multiplies in TF32: NVIDIA's from Ampere on."""
+    """Check whether the device multiplies in TF32: NVIDIA's from Ampere on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

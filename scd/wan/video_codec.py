@@ -46,7 +46,7 @@ class WanCodec(nn.Module):
 
     @torch.no_grad()
     def encode_unscaled(self, video: Tensor) -> Tensor:
-        """As `encode`, but without the scaling: the mode of what the encoder predicts."""
+        """Encode as `encode` does, but leave the mode that the encoder predicts unscaled."""
         # What is left over at the end would be encoded as a latent of too few pictures.
         whole = video.shape[1] - (video.shape[1] - 1) % self.frames_per_latent
         pixels = (video[:, :whole] * 2 - 1).transpose(1, 2).to(self.autoencoder.dtype)
