@@ -1,7 +1,8 @@
 """CUDA's code paths without CUDA: fake tensors that say they are on `cuda:0`.
 
 They compute nothing, but find what would fail on a GPU, or wait for it: tensors on mixed devices,
-masks of another size, masks too large for memory, values that are read. Forward only: autograd's engine wants a real device.
+masks of another size, masks too large for memory, values that are read. Forward only:
+autograd's engine wants a real device.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ B, CHANNELS = 2, 4
 
 @pytest.fixture(autouse=True)
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Everything inside is fake; stubbed is only what reads the values of settings or needs a CUDA generator."""
+    """Everything inside is fake, but for what reads settings or needs a CUDA generator."""
     levels = scd.flow.sampler.noise_levels
 
     def real_levels(*arguments, **keywords):

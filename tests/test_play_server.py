@@ -808,7 +808,7 @@ def test_measuring(catalog, monkeypatch, capsys):
 
 
 def test_measuring_a_fast_world(catalog, monkeypatch):
-    """It confirms more pictures a second than a player may send messages."""
+    """It confirms more frames a second than a player may send messages."""
     monkeypatch.setattr(measuring, "PRESSES", 2)
     monkeypatch.setattr(Catalog, "make_world", lambda *_: StillWorld())
     (result,) = measure_latency(Catalog({"model": catalog.first}, catalog.starts), 1000)["results"]

@@ -145,7 +145,7 @@ def test_keys_rate_and_latency(page):
     page.wait_for_text("#rate", r"^\d+\.\d$")
     page.release(Keys.ARROW_UP)
     latency = page.wait_for_text("#latency", r"^\d+(?= ms$)")
-    print(f"pictures a second: {page.text('#rate')}, key to picture: {latency} ms")
+    print(f"frames a second: {page.text('#rate')}, key to picture: {latency} ms")
     label = page.find("#times .stack").get_attribute("aria-label")
     assert label.startswith("encoder ")
     page.press(" ")

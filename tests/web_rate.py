@@ -2,8 +2,8 @@
 
 Nothing else should run on the machine. Exports the model (a checkpoint or a folder) in every
 format, opens the sites in turn in headless Chromium, by WASM, and prints a line for each round,
-then a table of medians: pictures per second as fast as they can be made, the time from key to
-picture at ten pictures a second, and the times of the parts of a picture, in ms.
+then a table of medians: frames a second as fast as they can be made, the time from key to
+picture at ten frames a second, and the times of the parts of a picture, in ms.
 """
 
 import argparse

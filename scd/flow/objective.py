@@ -134,7 +134,10 @@ class FlowObjective(nn.Module):
         return (velocity - frames.target[:, :, first:]).square().mean()
 
     def _add_noise(self, latents: Tensor, draws: FlowDraws) -> NoisyFrames:
-        """Mix frames with noise: x_t = σ·ε + (1−σ)·x, at logit-normal σ."""
+        """Mix frames with noise: x_t = σ·ε + (1−σ)·x, at logit-normal σ.
+
+        σ is continuous; the paper's code rounds it to one of 1,000 levels.
+        """
         clean = latents[:, None]
         sigmas = torch.sigmoid(self.options.logit_mean + self.options.logit_std * draws.level)
         sigma = sigmas[..., None, None, None]
