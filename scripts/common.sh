@@ -24,8 +24,11 @@ fetch_weights() {
 
 # Print how many GPUs are visible, or NUM_GPUS.
 count_gpus() {
-    if [ -n "${NUM_GPUS:-}" ]; then
+    if [[ "${NUM_GPUS:-}" =~ ^[0-9]+$ ]]; then
         echo "$NUM_GPUS"
+    elif [ -n "${NUM_GPUS:-}" ]; then
+        echo "error: NUM_GPUS=$NUM_GPUS is not a number of GPUs" >&2
+        return 1
     else
         "$(find_python)" -c "import torch; print(torch.cuda.device_count())"
     fi
@@ -45,6 +48,10 @@ launch() {
     export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600}
     python=$(find_python)
     gpus=$(count_gpus)
+    if [ -n "${ACCELERATE_CONFIG:-}" ] && [ ! -f "$ACCELERATE_CONFIG" ]; then
+        echo "error: ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file" >&2
+        exit 1
+    fi
     if [ -n "${ACCELERATE_CONFIG:-}" ] && [ "$gpus" -eq 0 ] && [ -z "${NUM_PROCS:-}" ]; then
         echo "error: ACCELERATE_CONFIG is set, but no GPU is visible: unset it, or set NUM_PROCS" >&2
         exit 1

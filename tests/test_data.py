@@ -24,7 +24,7 @@ from scd.data.clips import ClipFolder, read_actions, with_float_pixels
 from scd.data.latents import LatentHeader, latent_header, read_latents, write_latents
 from scd.data.lists import ClipEntry, read_list, write_list
 from scd.data.loader import StepSampler, TrainingClips
-from scd.data.video import VideoFile, write_video
+from scd.data.video import VideoFile, VideoWriter, write_video
 from scd.data.video_checks import identity_of
 from scd.errors import ScdError
 from scd.models.autoencoder import encoder_hash, load_codec
@@ -123,6 +123,16 @@ def test_those_who_may_read_other_files_may_read_weights(tmp_path: Path) -> None
     for path in (file, folder / "b.safetensors"):
         assert path.stat().st_mode & 0o777 == 0o640
         assert list(path.parent.glob("*.mode")) == []
+
+
+def test_a_colon_in_a_path_names_no_protocol(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    frames = np.zeros((4, 16, 16, 3), np.uint8)
+    write_video(Path("cat: at once.mp4"), frames, 10)
+    with VideoWriter(Path("cat: in pieces.mp4"), 16, 16, 10) as writer:
+        writer.write(frames)
+    assert all(len(VideoFile(path)) == 4 for path in Path().glob("cat: *.mp4"))
+    assert len(list(Path().iterdir())) == 2
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:

@@ -216,6 +216,13 @@ def test_an_episode_may_end_under_other_keys(doom_root: Path, monkeypatch) -> No
         assert replay.play_on(doom_root / "val/00000.mp4", 5, [1, 1, 1]) is None
 
 
+def test_an_episode_that_ends_while_it_is_entered(doom_root: Path, monkeypatch) -> None:
+    with closing(Replay(doom_root)) as replay:
+        monkeypatch.setattr(replay._simulator, "step", lambda action: None)
+        with pytest.raises(ScdError, match="the episode leads elsewhere now"):
+            replay.play_on(doom_root / "val/00000.mp4", 5, [1])
+
+
 def test_several_keys_at_once(tmp_path: Path, simulator: DoomSimulator) -> None:
     """A recording with keys: vectors beside the frames that they led to, and walked curves."""
     record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=120, size=64, keys=True)
@@ -271,6 +278,14 @@ def test_a_refused_recording_leaves_no_trace(tmp_path: Path, monkeypatch) -> Non
     (root / "recording.json").write_text('{"frames": 4}')
     record_dataset(root, 1, 1, 4, 64)
     assert read_json(root / "recording.json")["frame_size"] == 64
+
+
+def test_episodes_of_unknown_settings_are_left_alone(doom_root: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(doom_root, tmp_path / "doom")
+    (root / "recording.json").unlink()
+    with pytest.raises(ScdError, match="holds episodes of unknown settings"):
+        record_dataset(root, 1, 1, 4, 32)
+    assert not (root / "recording.json").exists()
 
 
 def test_recording_again_writes_nothing(doom_root: Path, tmp_path: Path, capfd) -> None:

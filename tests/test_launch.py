@@ -118,13 +118,22 @@ def test_slurm_launches_on_every_node_and_queues_what_can_go_on(state, restarts,
     assert (project / "cores").read_text() == "64\n"  # which srun would not take over by itself
 
 
-def test_sharding_without_a_gpu_is_one_line(project):
+@pytest.mark.parametrize(
+    ("gpus", "config", "message"),
+    [
+        ("0", "scripts/accelerate/ddp.yaml", "ACCELERATE_CONFIG is set, but no GPU is visible"),
+        ("2", "nope.yaml", "ACCELERATE_CONFIG=nope.yaml: no such file"),
+        ("two", "", "NUM_GPUS=two is not a number of GPUs"),
+        ("-1", "", "NUM_GPUS=-1 is not a number of GPUs"),
+    ],
+)
+def test_what_cannot_be_launched_is_one_line(gpus, config, message, project):
     done = subprocess.run(
         ["bash", "scripts/train.sh", "options/x.yml"], cwd=project, capture_output=True, text=True,
-        env={**os.environ, "NUM_GPUS": "0", "ACCELERATE_CONFIG": "scripts/accelerate/ddp.yaml"},
+        env={**os.environ, "NUM_GPUS": gpus, "ACCELERATE_CONFIG": config},
     )  # fmt: skip
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ACCELERATE_CONFIG is set, but no GPU is visible")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("fails", ["uv", "nothing"])

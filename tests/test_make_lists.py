@@ -84,6 +84,13 @@ def test_the_share_is_rounded_to_the_nearest_number_of_videos(root: Path) -> Non
     assert len(read_list(root / "val.json")) == 2  # of 1.8
 
 
+def test_one_video_is_left_to_train_on(tmp_path: Path, video: Callable[[Path], None]) -> None:
+    for number in range(5):
+        video(tmp_path / f"{number}.mp4")
+    assert main(["make-lists", str(tmp_path), "--val-fraction", "0.95"]) == 0
+    assert len(read_list(tmp_path / "train.json")) == 1
+
+
 def test_two_lists_are_two_files(root: Path, capsys: pytest.CaptureFixture) -> None:
     same = ["--train-list", "a.json", "--val-list", "./a.json"]
     assert main(["make-lists", str(root), *same]) == 1
@@ -280,10 +287,15 @@ def test_linked_folders_are_followed_and_no_folder_twice(tmp_path: Path, video, 
     video(disk / "deep/3.mp4")
     (root / "disk").symlink_to(disk)
     (root / "again").symlink_to(root / "here")  # before it in the alphabet
+    (root / "0.mp4").symlink_to(root / "here/1.mp4")
+    (root / "4.mp4").symlink_to(disk / "2.mp4")
+    video(tmp_path / "elsewhere.mp4")
+    (root / "5.mp4").symlink_to(tmp_path / "elsewhere.mp4")
     (disk / "deep/loop").symlink_to(root)
     assert main(["make-lists", str(root), "--val-fraction", "0.4"]) == 0
     listed = [read_list(root / f"{part}.json") for part in ("train", "val")]
     assert sorted(str(e.video_path) for entries in listed for e in entries) == [
+        "5.mp4",
         "disk/2.mp4",
         "disk/deep/3.mp4",
         "here/1.mp4",
@@ -291,6 +303,8 @@ def test_linked_folders_are_followed_and_no_folder_twice(tmp_path: Path, video, 
     err = capfd.readouterr().err
     assert f"left out: {root / 'again'}: the same folder as {root / 'here'}" in err
     assert f"left out: {root / 'disk/deep/loop'}: the same folder as {root}" in err
+    assert f"left out: {root / '0.mp4'}: the same video as {root / 'here/1.mp4'}" in err
+    assert f"left out: {root / '4.mp4'}: the same video as {root / 'disk/2.mp4'}" in err
 
 
 def test_arrays_beside_a_video_that_are_no_actions_are_named(tmp_path: Path, video, capfd) -> None:

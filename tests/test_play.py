@@ -398,7 +398,7 @@ def test_history_is_bounded(monkeypatch):
 
 
 def test_pretrained_folders_that_cannot_be_played(tmp_path, tiny_autoencoder_path):
-    with pytest.raises(ScdError, match="no such folder; --model names a folder"):
+    with pytest.raises(ScdError, match="no such folder; expected the folder of"):
         load_pretrained(tmp_path / "none")
     folder = pretrained_folder(tmp_path / "good", tiny_autoencoder_path)
     for override, match in (

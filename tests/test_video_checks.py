@@ -192,6 +192,16 @@ def test_colors_that_another_decoder_rounds_otherwise(
     assert checked == [True, False]
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_mirrored_videos_are_read_as_players_show_them(tmp_path: Path, axis: int) -> None:
+    write_video(tmp_path / "plain.mp4", drawn(20), 25)
+    flip = ["-display_vflip:v:0", "-display_hflip:v:0"][axis - 1]
+    ffmpeg(flip, "-i", tmp_path / "plain.mp4", "-c", "copy", tmp_path / "mirrored.mp4")
+    (tmp_path / "plain.mp4").unlink()
+    frames = VideoChecks(tmp_path).open("mirrored.mp4").frames(np.arange(20))
+    assert shown(np.flip(frames, axis)) == list(range(20))
+
+
 def test_frames_behind_a_change_of_size(tmp_path: Path) -> None:
     """Counted from the beginning, not from where the size changed."""
     small, large = drawn(30), np.repeat(np.repeat(drawn(60)[:, :, :], 2, 1), 2, 2)[:, :96, :96]

@@ -1,6 +1,7 @@
 """Prompts and their embeddings: as diffusers' own pipeline makes them, and on disk."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -155,11 +156,14 @@ def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):
     (tmp_path / "broken/text_encoder").mkdir(parents=True)
     good = ["--text-encoder", str(source)]
     assert main(["wan", "encode-prompts", "p.txt", "--out", "other", *good]) == 0
+    same = f"{os.path.relpath(source)}/"
+    assert main(["wan", "encode-prompts", "p.txt", "--out", "other", "--text-encoder", same]) == 0
     capfd.readouterr()
     for arguments, message in (
         (["no.txt", "--out", "x", *good], "no.txt: no such file"),
         (["empty.txt", "--out", "x", *good], "empty.txt: holds no prompt"),
         (["bytes.txt", "--out", "x", *good], "bytes.txt: not UTF-8"),
+        (["half", "--out", "x", *good], "half: not a readable text file (Is a directory)"),
         (["p.txt", "--out", "other", "--text-encoder", "x/y"], "other: holds embeddings of"),
         (["p.txt", "--out", "x1", "--text-encoder", "half"], "text_encoder: no such folder"),
         (["p.txt", "--out", "x2", "--text-encoder", "broken"], "broken: no readable text encoder"),

@@ -463,6 +463,7 @@ def test_a_checkpoint_of_a_run_generates_and_is_exported(
         (["evaluate", str(first)], "a scd_wan, which other commands are for: `scd wan generate`"),
         (["evaluate", str(exported)], "the pipeline of a Wan, which other commands are for"),
         (["export", str(exported), "--out", str(middle)], "the pipeline of a Wan"),
+        (["play", "--model", str(exported)], "the pipeline of a Wan"),
     ):
         assert main(arguments) == 1
         last_line = capfd.readouterr().err.splitlines()[-1]

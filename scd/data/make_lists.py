@@ -105,13 +105,15 @@ def make_lists(request: ListRequest) -> None:
 def _files(root: Path) -> list[Path]:
     """Find videos and arrays below a folder, relative to it, in alphabetical order.
 
-    Linked folders are followed after all others, and no folder is read twice. So the search ends
-    where links form a loop, and no clip gets into both lists under two names.
+    Linked folders are followed after all others, and no folder is read twice; a linked video is
+    left out if it is found by itself. So the search ends where links form a loop, and no clip gets
+    into both lists under two names.
     """
     if not root.is_dir():
         raise ScdError(f"{root}: {why_missing(root, 'folder')}")
     found: list[Path] = []
     links: list[Path] = []
+    linked_videos: list[Path] = []
     seen: dict[str, Path] = {}
 
     def refuse(error: OSError) -> None:
@@ -129,12 +131,23 @@ def _files(root: Path) -> list[Path]:
             links.extend(here / name for name in folders if (here / name).is_symlink())
             for name in files:
                 path = here / name
-                if not name.startswith(".") and path.suffix.lower() in (*VIDEO_SUFFIXES, ".npz"):
+                if name.startswith(".") or path.suffix.lower() not in (*VIDEO_SUFFIXES, ".npz"):
+                    continue
+                if path.is_symlink() and path.suffix.lower() in VIDEO_SUFFIXES:
+                    linked_videos.append(path)
+                else:
+                    seen[os.path.join(real, name)] = path
                     found.append(path.relative_to(root))
 
     search(root)
     while links:
         search(links.pop(0))
+    for path in sorted(linked_videos):
+        if (real := os.path.realpath(path)) in seen:
+            print(f"left out: {path}: the same video as {seen[real]}", file=sys.stderr)
+        else:
+            seen[real] = path
+            found.append(path.relative_to(root))
     return sorted(found)
 
 
@@ -185,7 +198,7 @@ def _by_fraction(videos: list[str], fraction: float) -> tuple[list[str], list[st
     So the split is the same on every machine, and adding videos moves few of the others.
     """
     queue = sorted(videos, key=lambda video: hashlib.sha256(os.fsencode(video)).digest())
-    count = max(1, round(fraction * len(videos)))
+    count = min(max(1, round(fraction * len(videos))), len(videos) - 1)  # one trains
     return sorted(queue[count:]), sorted(queue[:count])
 
 

@@ -5,6 +5,7 @@ after a hash of it: the rows of its tokens, (n, text_dim), without the zeros beh
 """
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ class PromptFolder:
 
     def check_source(self, text_encoder: str, length: int) -> None:
         """Refuse to mix with embeddings that another text encoder made, or of another length."""
-        if (self.text_encoder, self.length) != (text_encoder, length):
+        same = os.path.abspath(self.text_encoder) == os.path.abspath(text_encoder)
+        if not same or self.length != length:
             raise ScdError(
                 f"{self.folder}: holds embeddings of {self.text_encoder} with {self.length} "
                 f"tokens, not of {text_encoder} with {length}: choose another folder"
@@ -142,6 +144,8 @@ def read_lines(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as error:
         raise ScdError(f"{path}: {why_missing(path)}") from error
+    except OSError as error:
+        raise ScdError(f"{path}: not a readable text file ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ScdError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     prompts = [line.strip() for line in lines if line.strip()]

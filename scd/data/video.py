@@ -53,7 +53,7 @@ def write_video(
     arguments = _coding(height, width, fps, crf, enlarge)
 
     def write(aside: Path) -> None:
-        command = [ffmpeg(path), "-y", "-v", "error", *arguments, str(aside)]
+        command = [ffmpeg(path), "-y", "-v", "error", *arguments, f"file:{aside}"]
         done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
         _check_done(path, done.returncode, done.stderr)
 
@@ -100,7 +100,7 @@ class VideoWriter:
         arguments = [*_coding(height, width, fps, crf), *live.split()]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe would fill up
         self._process = subprocess.Popen(
-            [self._ffmpeg, "-y", "-v", "error", *arguments, str(self.unfinished)],
+            [self._ffmpeg, "-y", "-v", "error", *arguments, f"file:{self.unfinished}"],
             stdin=subprocess.PIPE,
             stderr=self._errors,
         )
@@ -125,8 +125,8 @@ class VideoWriter:
             return
 
         def write(aside: Path) -> None:  # with an index, which seeking needs
-            command = [self._ffmpeg, "-y", "-v", "error", "-i", str(self.unfinished)]
-            done = subprocess.run([*command, "-c", "copy", str(aside)], capture_output=True)
+            command = [self._ffmpeg, "-y", "-v", "error", "-i", f"file:{self.unfinished}"]
+            done = subprocess.run([*command, "-c", "copy", f"file:{aside}"], capture_output=True)
             _check_done(self.path, done.returncode, done.stderr)
 
         write_atomically(self.path, write)
@@ -209,7 +209,7 @@ class VideoFile(Video):
         self.path = path
         decord.logging.set_level(decord.logging.QUIET)  # errors are raised as well
         try:
-            self._reader = decord.VideoReader(str(path), num_threads=1)
+            self._reader = decord.VideoReader(f"file:{path}", num_threads=1)
         except (decord.DECORDError, RuntimeError) as error:
             if not path.is_file():  # any more
                 raise ScdError(f"{path}: no such video") from error

@@ -66,10 +66,9 @@ def record_dataset(
     settings = {"frames": frames, "frame_size": size, "actions": list(names)}
     note = root / RECORDING
     noted = read_json(note) if note.exists() else None
-    if noted not in (None, settings) and any(any(root.glob(f"{split}/*.mp4")) for split in counts):
-        raise ScdError(
-            f"{root} holds a recording with other settings ({note}): choose another folder"
-        )
+    if noted != settings and any(any(root.glob(f"{split}/*.mp4")) for split in counts):
+        why = "a recording with other settings" if noted else "episodes of unknown settings"
+        raise ScdError(f"{root} holds {why} ({note}): choose another folder")
     with closing(DoomSimulator(size)) as simulator:
         if noted != settings:
             write_json(note, settings)

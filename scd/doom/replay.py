@@ -73,9 +73,8 @@ class Replay:
                 self._simulator.reset(seed + attempt * ATTEMPT_SEED)
                 if not self._is_at(poses[0]):
                     continue
-                for action in actions[1 : frame + 1]:
-                    self._simulator.step(self._held(action))
-                if self._is_at(poses[frame]):
+                steps = (self._simulator.step(self._held(a)) for a in actions[1 : frame + 1])
+                if all(seen is not None for seen in steps) and self._is_at(poses[frame]):
                     return
         raise ScdError(
             f"{path}: the episode leads elsewhere now: it was recorded by another version, or its "

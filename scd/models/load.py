@@ -221,7 +221,7 @@ def options_for_use(
     Raises:
         ScdError: the file is missing or damaged, no world model, or the options cannot work.
     """
-    _refuse_wan_folder(path)
+    refuse_wan_folder(path)
     own = _own_options(path)
     if options_path is not None or own is None:
         options = load_options(options_path or project_file(REFERENCE_OPTIONS), overrides)
@@ -237,7 +237,8 @@ def options_for_use(
     return options
 
 
-def _refuse_wan_folder(path: Path) -> None:
+def refuse_wan_folder(path: Path) -> None:
+    """Refuse the pipeline of a Wan, which other commands are for."""
     index = path / "model_index.json"
     found = read_json(index) if index.is_file() else None
     if isinstance(found, dict) and found.get("_class_name") == "SCDWanPipeline":
@@ -306,6 +307,7 @@ def refuse_other_prediction(path: Path, options: Options) -> None:
     """
     if path.parent.name == "transformer":  # the weights of an exported model
         path = path.parents[1]
+    refuse_wan_folder(path)
     if path.is_dir() and not (path / OPTIONS_FILE).is_file():
         return
     if (own := _own_options(path)) is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from scd.doom.simulator import DoomSimulator
 from scd.errors import ScdError
 from scd.models.autoencoder import Codec
-from scd.models.load import load_folder
+from scd.models.load import load_folder, refuse_wan_folder
 from scd.models.world_model import WorldModel
 from scd.options import OPTIONS_FILE, Guidance, Options, load_options
 from scd.play.starts import Action, Start
@@ -291,9 +291,10 @@ def load_pretrained(folder: Path, overrides: list[str] | None = None) -> Pretrai
     """
     if not folder.is_dir():
         raise ScdError(
-            f"{folder}: {why_missing(folder, 'folder')}; --model names a folder with a pretrained "
-            f"model (transformer/, vae/, options.yml)"
+            f"{folder}: {why_missing(folder, 'folder')}; expected the folder of a pretrained model "
+            f"(transformer/, vae/, options.yml)"
         )
+    refuse_wan_folder(folder)
     options = load_options(folder / OPTIONS_FILE, overrides)
     check_playable(options, folder / OPTIONS_FILE)
     loaded = load_folder(folder, options).for_rollouts()
