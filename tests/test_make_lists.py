@@ -155,6 +155,7 @@ def test_broken_videos_are_named_and_left_out(root: Path, capsys: pytest.Capture
     [
         ([], [], "no videos below it"),
         (["a.mp4"], [], "too few for two lists"),
+        (["x/a.mp4"], ["--labels"], "too few for two lists"),
         (["a.mp4", "b.mp4"], ["--labels"], "a.mp4: lies in no class folder"),
         (["a.mp4", "b.mp4"], ["--val-fraction", "1"], "between 0 and 1"),
         (["x/a.mp4"], ["--split", "ucf101-mcvd"], "not named as in UCF-101"),

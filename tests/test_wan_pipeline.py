@@ -72,6 +72,7 @@ def seeded(seed: int) -> torch.Generator:
         {},
         {"base_dim": 3, "num_res_blocks": 1, "temperal_downsample": [True, False, False]},
         {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12},
+        {"latents_mean": [0] * 16, "latents_std": [1] * 16},
         {"dtype": torch.bfloat16},
     ],
     ids=name,

@@ -80,8 +80,9 @@ def make_lists(request: ListRequest) -> None:
         train, val = _by_fraction(list(entries), request.val_fraction)
     else:
         train, val = SPLITS[request.split](list(entries))
+    classes = None
     if request.labels or request.split != "fraction":
-        entries = _with_labels(root, entries)
+        entries, classes = _with_labels(root, entries)
     checks = VideoChecks(root)
     try:
         broken = _broken(checks, entries)
@@ -93,6 +94,8 @@ def make_lists(request: ListRequest) -> None:
     halves = [[entries[v] for v in videos if v in entries] for videos in (train, val)]
     if not all(halves):
         raise ScdError(f"{root}: {len(entries)} usable videos are too few for two lists")
+    if classes is not None:
+        write_json(root / CLASSES, classes)
     for path, half in zip(targets, halves, strict=True):
         write_list(path, half)
         print(f"{path}: {_summary(half)}")
@@ -202,8 +205,10 @@ def _by_fraction(videos: list[str], fraction: float) -> tuple[list[str], list[st
     return sorted(queue[count:]), sorted(queue[:count])
 
 
-def _with_labels(root: Path, entries: dict[str, ClipEntry]) -> dict[str, ClipEntry]:
-    """Label entries with the classes of their folders, and write `classes.json`."""
+def _with_labels(
+    root: Path, entries: dict[str, ClipEntry]
+) -> tuple[dict[str, ClipEntry], list[str]]:
+    """Label entries with the classes of their folders; return them, and the classes in order."""
     names = {video: PurePosixPath(video).parent.name for video in entries}
     if "" in names.values():
         video = next(video for video, name in names.items() if not name)
@@ -215,9 +220,8 @@ def _with_labels(root: Path, entries: dict[str, ClipEntry]) -> dict[str, ClipEnt
             f"{path}: numbers other classes than these folders: move it away, if no list needs its "
             f"numbers any more"
         )
-    write_json(path, classes)
     numbers = {name: number for number, name in enumerate(classes)}
-    return {video: replace(e, label=numbers[names[video]]) for video, e in entries.items()}
+    return {video: replace(e, label=numbers[names[video]]) for video, e in entries.items()}, classes
 
 
 def _broken(checks: VideoChecks, entries: dict[str, ClipEntry]) -> dict[str, str]:

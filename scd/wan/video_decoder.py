@@ -14,7 +14,7 @@ def latent_statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
     Models see (latents - mean) / std.
     """
     mean, std = (
-        torch.tensor(values, device=vae.device).view(-1, 1, 1)
+        torch.tensor(values, dtype=torch.float32, device=vae.device).view(-1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, std

@@ -66,13 +66,15 @@ def keys(start: Start, actions: int, frames: int) -> list[int]:
 
 
 def _settings(pretrained: Pretrained) -> RolloutOptions:
-    return replace(pretrained.options.rollout, guidance="none", guidance_scale=1.0)
+    """Set what both sides do: no guidance, and no more steps than can be chosen in the browser."""
+    rollout = pretrained.options.rollout
+    return replace(rollout, steps=pretrained.steps, guidance="none", guidance_scale=1.0)
 
 
 def _by_torch(pretrained: Pretrained, start: Start, frames: int, seed: int) -> np.ndarray:
-    """Generate frames as `scd play` does: (F, H, W, 3) uint8."""
+    """Generate frames as `scd play` does, without guidance: (F, H, W, 3) uint8."""
     world, first = ModelWorld(pretrained), len(start.actions)
-    world.reset(start, Settings(seed=seed))
+    world.reset(start, Settings(guidance_scale=1.0, seed=seed))
     actions = keys(start, pretrained.model.num_conditions, frames)
     return np.stack([world.step(a, first + i).picture for i, a in enumerate(actions)])
 

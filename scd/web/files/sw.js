@@ -17,7 +17,7 @@ addEventListener("install", (event) => {
 });
 
 addEventListener("activate", (event) => {
-  const mine = CACHE.slice(0, CACHE.lastIndexOf(" "));
+  const mine = CACHE.slice(0, CACHE.lastIndexOf(" ") + 1); // not the caches of folders below
   const old = (name) => name.startsWith(mine) && name !== CACHE;
   event.waitUntil(
     caches.keys()

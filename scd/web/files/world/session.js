@@ -152,6 +152,7 @@ export class Session {
     const view = await this.#world.step(action, number);
     this.#history.append({ number, action, view, made: seconds() });
     if (connection === this.#connection) this.#sendPicture(0, seq, 1000 * (seconds() - now));
+    else this.#sendPicture(AGAIN); // to a page that connected meanwhile, and may be paused
   }
 
   async #execute(message) {
