@@ -323,7 +323,7 @@ def test_loss_is_the_objective_of_training_at_one_level(clips, monkeypatch, kind
         draws = FlowDraws(
             level=torch.full(shape, level).logit(),
             noise=torch.cat([torch.zeros(B, 1, 1, C, H, W), torch.cat(noise)], dim=2),
-            context_noise=torch.zeros(B, K + NEW, N, model.width),
+            context_noise=None,
             drop_condition=torch.zeros(B, dtype=torch.bool),
             clean_frame=torch.zeros(B, K + NEW, dtype=torch.bool),
             history_noise=torch.zeros(B),

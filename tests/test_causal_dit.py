@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from scd.errors import ScdError
 from scd.flow.objective import FlowObjective
 from scd.flow.sampler import noise_levels
-from scd.models import SCD, CausalDiT, attention, causal_dit, cpu, masks
+from scd.models import SCD, CausalDiT, attention, cpu, masks, teacher_forcing
 from scd.options import FlowOptions, RolloutOptions
 from scd.rollout import Rollout, generate
 
@@ -152,7 +152,7 @@ def test_a_sliding_window_shows_so_many_past_frames(monkeypatch, kept, first_fra
             q, k, v, mask & (near | (frame[None] < kept))
         )
 
-    monkeypatch.setattr(causal_dit, "clean_context_attention", masked)
+    monkeypatch.setattr(teacher_forcing, "clean_context_attention", masked)
     for known, frame in found.items():
         sequence = torch.cat([video[:, :known], noise[:, known : known + 1]], dim=1)
         times = torch.full((B, known + 1), 1000.0)

@@ -18,7 +18,7 @@ from scd.evaluation.evaluate import evaluate_checkpoint
 from scd.flow.noise import draw_noise
 from scd.flow.objective import LEVELS, FlowObjective, errors_by_level
 from scd.flow.sampler import noise_levels
-from scd.models import SCD, CausalDiT, CausalWorldModel, encoder, masks
+from scd.models import SCD, BidirectionalDiT, CausalDiT, masks, teacher_forcing
 from scd.models.load import load_checkpoint_for_use
 from scd.models.world_model import FirstLook, FrameDenoiser
 from scd.options import DistillOptions, FlowOptions, Options, RolloutOptions, load_options
@@ -271,7 +271,7 @@ def test_a_sliding_window_shows_so_many_past_frames(monkeypatch, frame, kept, fi
         mask = mask & (near | (number[None] < kept))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
-    monkeypatch.setattr(encoder, "clean_context_attention", masked)
+    monkeypatch.setattr(teacher_forcing, "clean_context_attention", masked)
     for known, (context, seen) in found.items():
         look = FirstLook.pure(seen[:, None])
         expected = model.encoder(video[:, :known], actions[:, : known + 1], first_look=look)
@@ -429,7 +429,8 @@ def test_consistency_distillation_looks_at_pure_noise(inputs, of_teacher, scale)
     noisy = s * draws.noise[:, :, 1:] + (1 - s) * latents[:, None, 1:]
 
     def velocity(model: SCD, x: Tensor, levels: Tensor, conditions: Tensor = actions) -> Tensor:
-        return model(latents, x, 1000 * levels, conditions, first_look=look)
+        seen = look if model.takes_first_look else None
+        return model(latents, x, 1000 * levels, conditions, first_look=seen)
 
     null = velocity(teacher, noisy, sigma, torch.full_like(actions, 3))
     v = null + scale * (velocity(teacher, noisy, sigma) - null)
@@ -510,15 +511,17 @@ def test_refusals(inputs):
         load_options("options/scd_doom.yml", ["model.encoder_frame=nois"])
 
 
-def test_other_models_do_not_use_a_first_look(inputs):
+def test_a_model_refuses_what_it_does_not_take(inputs):
     latents, noisy, times, actions, look = inputs
-    torch.manual_seed(0)
     sizes = {"channels": C, "patch_size": 2, "heads": 1, "condition": "action"}
-    models: list[CausalWorldModel] = [
-        make("shift"),
-        CausalDiT(**sizes, num_conditions=3, layers=1).eval(),
-    ]
-    for model in models:
-        given = latents, noisy, times, actions
-        seen = model.velocity(*given, first_look=last_frames(look, F - 1))
-        assert torch.equal(seen, model.velocity(*given))
+    dense = [kind(**sizes, num_conditions=3, layers=1) for kind in (CausalDiT, BidirectionalDiT)]
+    drawn = latents, noisy[:, None, 1:], times[:, None, 1:], actions
+    given = {
+        "perturbation": torch.zeros(B, F - 1, N, 64),
+        "first_look": last_frames(look, F - 1),
+        "text": torch.zeros(B, 2, 8),
+    }
+    for model, refused in ((make("shift"), ["first_look", "text"]), *((d, given) for d in dense)):
+        for name in refused:
+            with pytest.raises(ScdError, match=f"takes no {name.replace('_', ' ')}"):
+                model(*drawn, **{name: given[name]})

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 import scd.flow.sampler
 import scd.rollout.engine
 import scd.rollout.resampling
-from scd.models import SCD, CausalDiT, WorldModel, attention, layers
+from scd.models import SCD, CausalDiT, WorldModel, attention, rotary
 from scd.models.autoencoder import LatentCodec
 from scd.models.decoder import FUSIONS
 from scd.options import FlowOptions, Options, RolloutOptions
@@ -55,11 +55,11 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(seeding, "generator", lambda device, *key: None)
     monkeypatch.setattr(WorldModel, "check_conditions", checked)
     monkeypatch.setattr(attention, "_flex", flex)
-    for cached in (attention._cached_block_mask, layers._rotary_tables):
+    for cached in (attention._cached_block_mask, rotary._cached_tables):
         cached.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
-    for cached in (attention._cached_block_mask, layers._rotary_tables):
+    for cached in (attention._cached_block_mask, rotary._cached_tables):
         cached.cache_clear()
 
 

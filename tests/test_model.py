@@ -15,12 +15,10 @@ from scd.models.layers import (
     Block,
     ConditionEmbedding,
     Modulation,
-    Modulations,
     OutputNorm,
     TimestepEmbedding,
-    project,
-    rotary_positions,
 )
+from scd.models.rotary import rotary_positions
 
 B, F, C, H, W = 2, 5, 4, 4, 6
 
@@ -182,7 +180,7 @@ def test_the_output_norm_written_out():
     normed = torch.nn.functional.layer_norm(x, (64,), eps=NORM_EPS) + perturbation
     modulated, plain = OutputNorm(64, modulated=True), OutputNorm(64, modulated=False)
     scale, shift = modulated.linear(torch.nn.functional.silu(e))[:, :, None].chunk(2, dim=-1)
-    found = [norm(x, Modulations(e, project), perturbation) for norm in (modulated, plain)]
+    found = [norm(x, e, perturbation) for norm in (modulated, plain)]
     torch.testing.assert_close(found[0], normed * (1 + scale) + shift)
     torch.testing.assert_close(found[1], normed)
 
@@ -201,21 +199,28 @@ def test_encode_gives_the_context_of_the_frame_after_each(inputs, first_frame):
 
 
 def test_qkv_start_is_that_of_three_linears():
-    weight = Block(128, 0).attention.qkv.weight
+    weight = Block(128).attention.qkv.weight
     from scd.models.layers import initialize
 
-    block = Block(128, 0)
+    block = Block(128)
     initialize(block)
     bound = (6 / 256) ** 0.5
     assert bound * 0.99 < block.attention.qkv.weight.abs().max() <= bound
     assert weight.shape == (384, 128)
 
 
-def test_sharding_sees_what_a_block_is_modulated_by():
+def test_sharding_sees_what_a_block_is_modulated_by(model, inputs):
     """FSDP reduces a block's gradients once those of the tensors in its inputs are there."""
-    e = torch.randn(1, 1, 64, requires_grad=True)
-    leaves = torch.utils._pytree.tree_leaves(Modulations(e, project))
-    assert any(leaf is e for leaf in leaves)
+    seen = []
+    hooks = [
+        model.encoder.conditioning.register_forward_hook(lambda module, args, e: seen.append(e)),
+        model.encoder.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args)),
+    ]
+    model.velocity(*inputs)
+    for hook in hooks:
+        hook.remove()
+    e, arguments = seen
+    assert any(leaf is e for leaf in torch.utils._pytree.tree_leaves(arguments))
 
 
 def test_wrong_conditions_are_refused(model, inputs):
@@ -330,8 +335,8 @@ def test_data_prediction_gives_the_velocity(inputs):
     for t in (800.0, 10.0):
         times = torch.full((B, F), t)
         with torch.no_grad():
-            modulations = Modulations(model.decoder.conditioning(times, None), project)
-            clean = model.decoder(noisy, context, modulations)
+            e = model.decoder.conditioning(times, None)
+            clean = model.decoder(noisy, context, e)
             velocity = model.decode(noisy, times, context, None)
         expected = (noisy - clean) / max(t / 1000, 0.05)
         assert torch.allclose(velocity, expected, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,6 @@
 """The training objective."""
 
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -26,9 +27,9 @@ def objective(model=None, **options) -> FlowObjective:
     return make_objective(model or make_model(channels=C), FlowOptions(**options), 0)
 
 
-def draws_of(made: FlowObjective, latents, samples=(0, 1, 2)):
+def draws_of(made: FlowObjective, latents, samples=(0, 1, 2), looks=False):
     shape = (TOKENS, made.model.width)
-    return draw_noise(made.options, made.seed, list(samples), latents, shape, looks=True)
+    return draw_noise(made.options, made.seed, list(samples), latents, shape, looks)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,8 @@ def test_no_level_is_measured_below_the_models_lowest(clips):
 def test_draws_belong_to_the_sample_not_the_batch(clips):
     latents, _ = clips
     made = objective()
-    whole, part = draws_of(made, latents, (4, 5, 6)), draws_of(made, latents[:1], (5,))
+    whole = draws_of(made, latents, (4, 5, 6), looks=True)
+    part = draws_of(made, latents[:1], (5,), looks=True)
     for one, other in zip(whole, part, strict=True):
         assert torch.equal(one[1:2], other)
     assert not torch.equal(whole.noise[0], whole.noise[1])
@@ -167,12 +169,7 @@ def test_encoder_input(clips):
     for mode in ("clean", "noisy", "mixed"):
         made = objective(encoder_input=mode, clean_fraction=0.3)
         draws = draws_of(made, latents)
-        forward = made.model.encoder.forward
-        made.model.encoder.forward = lambda x, *a, m=mode, f=forward: (
-            seen.update({m: x}),
-            f(x, *a),
-        )[1]
-        made.loss(latents, actions, draws)
+        seen[mode] = history_of(made, partial(made.loss, latents, actions, draws))
         clean = draws.clean_frame[:, :-1]
     many = draw_noise(
         made.options, 0, list(range(500)), latents[:1].expand(500, *latents[0].shape), None
@@ -190,10 +187,9 @@ def test_encoder_input(clips):
 def history_of(made: FlowObjective, compute):
     """What the encoder is shown when a loss is computed, last of all."""
     seen = []
-    forward = made.model.encoder.forward
-    made.model.encoder.forward = lambda x, *rest: (seen.append(x), forward(x, *rest))[1]
+    hook = made.model.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     compute()
-    made.model.encoder.forward = forward
+    hook.remove()
     return seen[-1]
 
 

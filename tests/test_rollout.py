@@ -129,7 +129,7 @@ def test_context_guidance_written_out(model, inputs):
     positive = model.encoder(context, conditions)[:, -1:]
     perturbation = torch.zeros(B, K, 6, model.width)
     perturbation[:, -1] = eta * zeta
-    negative = model.encoder(context, conditions, perturbation)[:, -1:]
+    negative = model.encoder(context, conditions, perturbation=perturbation)[:, -1:]
     x = noise[:, :1]
     levels = noise_levels(STEPS)
     for sigma, following in pairwise(levels):

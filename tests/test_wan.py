@@ -221,7 +221,7 @@ def test_a_rollout_is_the_teacher_forced_network(inputs, config, guided):
                     looks = torch.cat([torch.zeros_like(history), seen], dim=1)
                     first, times = model.first_predicted, torch.full((B, n), 1000.0)
                     look = FirstLook(looks[:, first:], times[:, first:])
-                    more = {"first_look": look} if model.config.get("encoder_frame") else {}
+                    more = {"first_look": look} if model.takes_first_look else {}
                     return model(
                         padded,
                         frames[:, None, first:],
@@ -362,7 +362,7 @@ def test_context_guidance_perturbs_in_units_of_the_context(inputs, config):
     zeta = 0.1 * zeta[:, None].expand(-1, 2, -1, -1)
     parts = latents[:, :3], noisy[:, None, 1:3], torch.full((B, 1, 2), 1000.0), actions
     positive, negative = (
-        model(*parts, p, first_look=look, text=text)[:, 0, 1] for p in (None, zeta)
+        model(*parts, perturbation=p, first_look=look, text=text)[:, 0, 1] for p in (None, zeta)
     )
     expected = noisy[:, 2] - (negative + 1.5 * (positive - negative))
     assert (found - expected).abs().max() < TOLERANCE
@@ -376,7 +376,7 @@ def test_k_draws_are_k_separate_passes(inputs, config):
     model = make(config).double()
     first = model.first_predicted
     look = FirstLook(noisy.flip(0)[:, first:], times.flip(1)[:, first:])
-    more = {"first_look": look} if model.config.get("encoder_frame") else {}
+    more = {"first_look": look} if model.takes_first_look else {}
     noisy, times = (torch.stack([x, x.flip(1)], dim=1)[:, :, first:] for x in (noisy, times))
     together = model(latents, noisy, times, None, text=text, **more)
     for k in range(2):

@@ -110,7 +110,7 @@ def test_the_last_frames_alone(inputs, config):
     """F' noisy frames after F - F' given ones are the last of F noisy frames."""
     latents, noisy, times, text = inputs
     model, actions = make(config, num_actions=3).double(), torch.tensor([[0, 1, 2, 0]] * B)
-    look = FirstLook(noisy.flip(0), times.flip(1))
+    look = FirstLook(noisy.flip(0), times.flip(1)) if model.takes_first_look else None
     whole = model(latents, noisy[:, None], times[:, None], actions, first_look=look, text=text)
     for count in (1, 2, 3):
         last = slice(F - count, None)
@@ -119,7 +119,7 @@ def test_the_last_frames_alone(inputs, config):
             noisy[:, None, last],
             times[:, None, last],
             actions,
-            first_look=FirstLook(*(part[:, last] for part in look)),
+            first_look=look and FirstLook(*(part[:, last] for part in look)),
             text=text,
         )
         assert (found - whole[:, :, last]).abs().max() < EXACT

@@ -99,14 +99,17 @@ class ConsistencyObjective(nn.Module):
         noise, clean = draws.noise[:, :, first:], latents[:, None, first:]
         noisy = sigma * noise + (1 - sigma) * clean  # (B, K, F', C, H, W)
         look = draws.pure_look(first)  # the encoder learns for rollouts
+        own_look = look if self.model.takes_first_look else None
         history = latents if history is None else history
         with torch.no_grad():
-            velocity = self.teacher(history, noisy, times, conditions, look, text, null_text)
+            velocity = self.teacher(
+                history, noisy, times, conditions, first_look=look, text=text, null_text=null_text
+            )
             stepped = noisy - (sigma - next_sigma) * velocity  # (B, K, F', C, H, W)
             ahead = self.target(
-                history, stepped, next_times, conditions, first_look=look, text=text
+                history, stepped, next_times, conditions, first_look=own_look, text=text
             )
             target = clean_frames(stepped, ahead, next_times)  # (B, K, F', C, H, W)
-        velocity = self.model(history, noisy, times, conditions, first_look=look, text=text)
+        velocity = self.model(history, noisy, times, conditions, first_look=own_look, text=text)
         predicted = clean_frames(noisy, velocity, times)
         return (predicted - target).square().mean()

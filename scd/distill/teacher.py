@@ -107,6 +107,7 @@ class GuidedTeacher(nn.Module):
         noisy: Tensor,
         timesteps: Tensor,
         conditions: Tensor | None,
+        *,
         first_look: FirstLook | None = None,
         text: Tensor | None = None,
         null_text: Tensor | None = None,
@@ -114,15 +115,16 @@ class GuidedTeacher(nn.Module):
         """Predict velocities.
 
         Args and returns as `WorldModel.forward`, and
+            first_look: for the models that take one.
             null_text: (1, T, text_dim), that of v⁻, with a text.
         """
         model, weak, scale = self.model, self.weak, self.scale
+        inputs = latents, noisy, timesteps, conditions
         if scale == 1 or (weak is None and conditions is None and text is None):
-            return model(latents, noisy, timesteps, conditions, first_look=first_look, text=text)
+            return _velocity(model, *inputs, first_look=first_look, text=text)
         if weak is not None:
             positive, negative = (
-                each(latents, noisy, timesteps, conditions, first_look=first_look, text=text)
-                for each in (model, weak)
+                _velocity(each, *inputs, first_look=first_look, text=text) for each in (model, weak)
             )
             return guide(positive, negative, scale)
         both = (torch.cat([x, x]) for x in (latents, noisy, timesteps))
@@ -134,9 +136,17 @@ class GuidedTeacher(nn.Module):
             text = torch.cat([text, null_text.expand_as(text)])
         if first_look is not None:
             first_look = FirstLook(*(torch.cat([x, x]) for x in first_look))
-        velocity = model(*both, conditions, first_look=first_look, text=text)
+        velocity = _velocity(model, *both, conditions, first_look=first_look, text=text)
         positive, negative = velocity.chunk(2)
         return guide(positive, negative, scale)
+
+
+def _velocity(
+    model: WorldModel, *inputs: Tensor | None, first_look: FirstLook | None, text: Tensor | None
+) -> Tensor:
+    """Predict velocities, with the first look if the model takes one."""
+    look = first_look if model.takes_first_look else None
+    return model(*inputs, first_look=look, text=text)
 
 
 def clean_frames(noisy: Tensor, velocity: Tensor, timesteps: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class FlowObjective(nn.Module):
             frames.noisy[:, :, first:],  # (B, K, F', C, H, W)
             frames.sigmas[:, :, first:] * MAX_TIMESTEP,  # (B, K, F')
             conditions,
-            perturbation,  # (B, F', N, D)
+            perturbation=perturbation,  # (B, F', N, D)
             first_look=draws.first_look(latents, first),
             text=text,
         )  # (B, K, F', C, H, W)

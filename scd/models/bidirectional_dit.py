@@ -10,7 +10,6 @@ from torch import Tensor
 
 from scd.models.attention import full_attention
 from scd.models.dit import DiT
-from scd.models.layers import Modulations, project
 from scd.models.world_model import CLEAN_TIMESTEP, FirstLook
 
 
@@ -29,6 +28,7 @@ class BidirectionalDiT(DiT):
         noisy: Tensor,
         timesteps: Tensor,
         conditions: Tensor | None,
+        *,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
@@ -41,6 +41,7 @@ class BidirectionalDiT(DiT):
         Returns:
             (B, K, F', C, H, W); of given frames, without meaning.
         """
+        self.refuse_unused(perturbation, first_look, text)
         draws, first = noisy.shape[1], latents.shape[1] - noisy.shape[2]
         clean = repeat(latents, "b f c h w -> (b k) f c h w", k=draws)  # (B·K, F, C, H, W)
         noisy = rearrange(noisy, "b k f c h w -> (b k) f c h w")  # (B·K, F', C, H, W)
@@ -55,6 +56,6 @@ class BidirectionalDiT(DiT):
         e = self.conditioning(torch.cat([start, times], dim=1), conditions)  # (B·K, F, D)
         positions = torch.arange(frames.shape[1], device=frames.device)
         attends = [full_attention] * len(self.blocks)
-        x = self._predict(frames, Modulations(e, project), positions, attends)  # (B·K, F, C, H, W)
+        x = self._predict(frames, e, positions, attends)  # (B·K, F, C, H, W)
         velocity = self.as_velocity(x[:, first:], noisy, times)  # (B·K, F', C, H, W)
         return rearrange(velocity, "(b k) f c h w -> b k f c h w", k=draws)

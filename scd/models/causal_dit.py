@@ -4,12 +4,11 @@ from functools import partial
 
 import torch
 from diffusers import ModelMixin  # noqa: F401 (diffusers' pipelines look for it beside the class)
-from einops import rearrange, repeat
 from torch import Tensor
 
-from scd.models.attention import clean_context_attention, clean_context_block_mask, uses_flex
 from scd.models.dit import DiT
-from scd.models.layers import Modulations, look_up, precompute_modulation, project
+from scd.models.layers import precompute_modulation
+from scd.models.teacher_forcing import clean_and_noisy
 from scd.models.world_model import (
     CLEAN_TIMESTEP,
     Cache,
@@ -44,39 +43,21 @@ class CausalDiT(DiT, CausalWorldModel):
         noisy: Tensor,
         timesteps: Tensor,
         conditions: Tensor | None,
+        *,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
         text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
-        draws, first = noisy.shape[1], latents.shape[1] - noisy.shape[2]
+        self.refuse_unused(perturbation, first_look, text)
         clean = latents[:, :-1]  # (B, F - 1, C, H, W): the last frame is nobody's history
-        count = clean.shape[1]
-        frames = torch.cat([clean, rearrange(noisy, "b k f c h w -> b (k f) c h w")], dim=1)
-        noisy_times = rearrange(timesteps, "b k f -> b (k f)")  # (B, K·F')
-        clean_times = torch.full_like(noisy_times[:, :1], CLEAN_TIMESTEP).expand(-1, count)
-        times = torch.cat([clean_times, noisy_times], dim=1)  # (B, F - 1 + K·F')
-        if conditions is not None:
-            noisy_conditions = repeat(conditions[:, first:], "b f ... -> b (k f) ...", k=draws)
-            conditions = torch.cat([conditions[:, :-1], noisy_conditions], dim=1)
-        positions = torch.arange(count + 1, device=latents.device)
-        positions = torch.cat([positions[:-1], *[positions[first:]] * draws])  # (F - 1 + K·F',)
         n = self.tokens_per_frame(*latents.shape[-2:])
-        block_mask = None
-        if uses_flex(tokens := frames.shape[1] * n, latents.device):
-            block_mask = clean_context_block_mask(n, count, first, tokens, latents.device)
-        attend = partial(
-            clean_context_attention,
-            tokens_per_frame=n,
-            clean_frames=count,
-            first=first,
-            block_mask=block_mask,
-            history_gradient=history_gradient,
-        )
-        modulations = Modulations(self.conditioning(times, conditions), project)
-        prediction = self._predict(frames, modulations, positions, [attend] * len(self.blocks))
-        prediction = rearrange(prediction[:, count:], "b (k f) c h w -> b k f c h w", k=draws)
+        sequence = clean_and_noisy(clean, noisy, timesteps, conditions, n, history_gradient)
+        e = self.conditioning(sequence.timesteps, sequence.conditions)  # (B, F - 1 + K·F', D)
+        attends = [sequence.attend] * len(self.blocks)
+        prediction = self._predict(sequence.frames, e, sequence.positions, attends)
+        prediction = prediction[:, clean.shape[1] :].unflatten(1, noisy.shape[1:3])
         return self.as_velocity(prediction, noisy, timesteps)  # (B, K, F', C, H, W)
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
@@ -133,4 +114,4 @@ class CausalDiT(DiT, CausalWorldModel):
         """Predict frames (B, F, C, H, W) that follow those in the cache, and write their keys."""
         positions = torch.arange(frames.shape[1], device=frames.device) + cache.frames
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        return self._predict(frames, Modulations(modulation, look_up), positions, attends)
+        return self._predict(frames, modulation, positions, attends)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scd.errors import ScdError
 from scd.models.attention import full_attention
@@ -15,15 +14,14 @@ from scd.models.layers import (
     Block,
     ConditionEmbedding,
     Float32Linear,
-    Modulations,
     OutputNorm,
-    Rotary,
     initialize,
     patchify,
     precompute_modulation,
-    rotary_positions,
+    run_blocks,
     unpatchify,
 )
+from scd.models.rotary import Rotary, rotary_positions
 
 
 class Fusion(ABC):
@@ -136,20 +134,21 @@ class FrameDecoder(nn.Module):
         self.conditioning = ConditionEmbedding(width, num_conditions)
         for name, layer in self.fusion.layers(width).items():
             self.add_module(name, layer)
-        self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
         self.unembed = Float32Linear(width, channels * patch_size**2)
         initialize(self)
         nn.init.zeros_(self.unembed.weight)
         self.fusion.initialize(self)
 
-    def forward(self, noisy: Tensor, context: Tensor, modulations: Modulations) -> Tensor:
+    def forward(self, noisy: Tensor, context: Tensor, e: Tensor) -> Tensor:
         """Predict frames from noisy ones, each independent of the others.
 
         Args:
             noisy: (B, F, C, H, W).
             context: (B, F, N, D), of these frames.
-            modulations: of the timesteps and conditions of these frames (B, F).
+            e: (B, F, D), the embeddings of their timesteps and conditions; or (B, F, 6·L + 2, D),
+                precomputed modulation.
 
         Returns:
             (B, F, C, H, W): velocity or clean frame, as the model was trained.
@@ -158,7 +157,7 @@ class FrameDecoder(nn.Module):
         rows, columns = height // self.patch_size, width // self.patch_size
         tokens = rows * columns
         # Every frame is frame 0 of a sequence of its own.
-        modulations = modulations.frame_by_frame()  # of (B·F, 1)
+        e = e.flatten(0, 1).unsqueeze(1)  # (B·F, 1, D) or (B·F, 1, 6·L + 2, D)
         x = patchify(noisy, self.patch_size).to(self.embed.weight.dtype)  # (B, F, N, C·p·p)
         x = self.embed(x).flatten(0, 1)  # (B·F, N, D)
         context = context.flatten(0, 1).type_as(x)  # (B·F, N, D)
@@ -168,16 +167,12 @@ class FrameDecoder(nn.Module):
         if x.shape[2] == 2 * tokens:
             # Context tokens carry the row and column of the noisy tokens.
             rotary = Rotary(*(table.repeat(2, 1) for table in rotary))
-        for number, block in enumerate(self.blocks, 1):
-            # Nobody reads the context half of the last block.
-            keep = tokens if number == len(self.blocks) else None
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, modulations, rotary, full_attention, keep, use_reentrant=False
-                )
-            else:
-                x = block(x, modulations, rotary, full_attention, keep)  # as x; the last: N
-        x = self.unembed(self.norm_out(x.float(), modulations))  # (B·F, 1, N, C·p·p)
+        attends = [full_attention] * len(self.blocks)
+        # Nobody reads the context half of the last block.
+        x = run_blocks(
+            self.blocks, x, e, rotary, attends, self.gradient_checkpointing, keep=tokens
+        )  # (B·F, 1, N, D)
+        x = self.unembed(self.norm_out(x.float(), e))  # (B·F, 1, N, C·p·p)
         x = x.squeeze(1).unflatten(0, (batch, -1))  # (B, F, N, C·p·p)
         return unpatchify(x, self.patch_size, height, width)  # (B, F, C, H, W)
 

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scd.models.config import check_config
 from scd.models.layers import (
@@ -14,13 +12,13 @@ from scd.models.layers import (
     Block,
     ConditionEmbedding,
     Float32Linear,
-    Modulations,
     OutputNorm,
     initialize,
     patchify,
-    rotary_positions,
+    run_blocks,
     unpatchify,
 )
+from scd.models.rotary import rotary_positions
 from scd.models.world_model import WorldModel
 
 
@@ -50,30 +48,26 @@ class DiT(WorldModel):
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels * patch_size**2, width)
         self.conditioning = ConditionEmbedding(width, num_conditions)
-        self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
         self.unembed = Float32Linear(width, channels * patch_size**2)
         initialize(self)
         nn.init.zeros_(self.unembed.weight)
 
     def _predict(
-        self,
-        frames: Tensor,
-        modulations: Modulations,
-        positions: Tensor,
-        attends: Sequence[Attend],
+        self, frames: Tensor, e: Tensor, positions: Tensor, attends: Sequence[Attend]
     ) -> Tensor:
-        """Predict from frames (B, F, C, H, W) at positions (F,), in the shape of the frames."""
+        """Predict from frames (B, F, C, H, W) at positions (F,), in the shape of the frames.
+
+        Args:
+            e: (B, F, D), the frames' embeddings; or (B, F, 6·L + 2, D), precomputed modulation.
+        """
         height, width = frames.shape[-2:]
         patch = self.config.patch_size
         rotary = rotary_positions(positions, height // patch, width // patch)
         x = self.embed(patchify(frames, patch).to(self.embed.weight.dtype))  # (B, F, N, D)
         if self.config.prediction == "data":  # it is divided by σ, which magnifies its rounding
             x = x.float()
-        for block, attend in zip(self.blocks, attends, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulations, rotary, attend, use_reentrant=False)
-            else:
-                x = block(x, modulations, rotary, attend)  # (B, F, N, D)
-        x = self.unembed(self.norm_out(x.float(), modulations))  # (B, F, N, C·p·p)
+        x = run_blocks(self.blocks, x, e, rotary, attends, self.gradient_checkpointing)
+        x = self.unembed(self.norm_out(x.float(), e))  # (B, F, N, C·p·p)
         return unpatchify(x, patch, height, width)  # (B, F, C, H, W)

@@ -1,17 +1,13 @@
 """The causal encoder: runs over clean frames, and writes the context of each frame to come."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from scd.models.attention import (
     block_causal_attention,
     block_causal_block_mask,
-    clean_context_attention,
-    clean_context_block_mask,
     own_frame_attention,
     uses_flex,
 )
@@ -19,16 +15,14 @@ from scd.models.layers import (
     Attend,
     Block,
     ConditionEmbedding,
-    Modulations,
     OutputNorm,
-    Rotary,
     initialize,
-    look_up,
     patchify,
     precompute_modulation,
-    project,
-    rotary_positions,
+    run_blocks,
 )
+from scd.models.rotary import Rotary, rotary_positions
+from scd.models.teacher_forcing import clean_and_noisy
 from scd.models.world_model import CLEAN_TIMESTEP, Cache, FirstLook
 
 
@@ -58,7 +52,7 @@ class CausalEncoder(nn.Module):
         self.gradient_checkpointing = False
         self.embed = nn.Linear(channels * patch_size**2, width)
         self.conditioning = ConditionEmbedding(width, num_conditions)
-        self.blocks = nn.ModuleList(Block(width, number) for number in range(layers))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
         self.norm_out = OutputNorm(width, modulate_output)
         initialize(self)
         self.start = nn.Parameter(0.02 * torch.randn(width)) if first_frame else None
@@ -67,6 +61,7 @@ class CausalEncoder(nn.Module):
         self,
         latents: Tensor,
         conditions: Tensor | None,
+        *,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
@@ -98,11 +93,12 @@ class CausalEncoder(nn.Module):
         attend: Attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
         if not history_gradient:
             attend = partial(own_frame_attention, tokens_per_frame=n)
-        modulations = Modulations(self._embed_conditions((batch, frames), conditions), project)
+        e = self._embed_conditions((batch, frames), conditions)  # (B, F, D)
         x = self._embed(latents, from_start=True)  # (B, F, N, D)
         rotary = self._rotary(latents, torch.arange(frames, device=latents.device))
-        x = self._run_blocks(x, rotary, modulations, [attend] * len(self.blocks))  # (B, F, N, D)
-        return self.norm_out(x, modulations, perturbation)  # (B, F, N, D)
+        attends = [attend] * len(self.blocks)
+        x = run_blocks(self.blocks, x, e, rotary, attends, self.gradient_checkpointing)
+        return self.norm_out(x, e, perturbation)  # (B, F, N, D)
 
     def _look(
         self,
@@ -113,33 +109,15 @@ class CausalEncoder(nn.Module):
         first_look: FirstLook,
     ) -> Tensor:
         """Encode one sequence [clean frames 0..F-1 ‖ first look at the last F' of frames 0..F]."""
-        clean, looks = latents.shape[1], first_look.noisy.shape[1]
-        first, device = clean + 1 - looks, latents.device
-        n = self._rows(latents) * self._columns(latents)
-        block_mask = None
-        if uses_flex(tokens := (clean + looks) * n, device):
-            block_mask = clean_context_block_mask(n, clean, first, tokens, device)
-        attend = partial(
-            clean_context_attention,
-            tokens_per_frame=n,
-            clean_frames=clean,
-            first=first,
-            block_mask=block_mask,
-            history_gradient=history_gradient,
-        )
-        clean_times = torch.full((len(latents), clean), CLEAN_TIMESTEP, device=device)
-        times = torch.cat([clean_times, first_look.timesteps], dim=1)  # (B, F + F')
-        if conditions is not None:
-            conditions = torch.cat([conditions[:, :-1], conditions[:, first:]], dim=1)
-        e = self.conditioning(times, conditions)  # (B, F + F', D)
-        frames = torch.cat([latents, first_look.noisy], dim=1)  # (B, F + F', C, H, W)
-        positions = torch.arange(clean + 1, device=device)
-        rotary = self._rotary(latents, torch.cat([positions[:-1], positions[first:]]))
-        x = self._embed(frames, from_start=False)  # (B, F + F', N, D)
-        attends = [attend] * len(self.blocks)
-        x = self._run_blocks(x, rotary, Modulations(e, project), attends)  # (B, F + F', N, D)
-        modulations = Modulations(e[:, clean:], project)  # of (B, F')
-        return self.norm_out(x[:, clean:], modulations, perturbation)  # (B, F', N, D)
+        clean, n = latents.shape[1], self._rows(latents) * self._columns(latents)
+        noisy, times = (x[:, None] for x in first_look)  # (B, 1, F', C, H, W) and (B, 1, F')
+        sequence = clean_and_noisy(latents, noisy, times, conditions, n, history_gradient)
+        e = self.conditioning(sequence.timesteps, sequence.conditions)  # (B, F + F', D)
+        x = self._embed(sequence.frames, from_start=False)  # (B, F + F', N, D)
+        rotary = self._rotary(latents, sequence.positions)
+        attends = [sequence.attend] * len(self.blocks)
+        x = run_blocks(self.blocks, x, e, rotary, attends, self.gradient_checkpointing)
+        return self.norm_out(x[:, clean:], e[:, clean:], perturbation)  # (B, F', N, D)
 
     def precompute_modulation(self, conditions: Tensor, timestep: float = CLEAN_TIMESTEP) -> Tensor:
         """Compute the modulation under conditions (R,) or (R, V + 1): (R, 6·L + 2, D)."""
@@ -172,13 +150,13 @@ class CausalEncoder(nn.Module):
             positions = torch.arange(past, past + x.shape[1], device=latents.device)
             rotary = self._rotary(latents, positions)
         attends = [partial(cache.attend, layer) for layer in range(len(self.blocks))]
-        x = self._run_blocks(x, rotary, Modulations(modulation, look_up), attends)
+        x = run_blocks(self.blocks, x, modulation, rotary, attends, self.gradient_checkpointing)
         cache.advance(x.shape[1] if kept is None else kept)
         return x
 
     def context(self, x: Tensor, modulation: Tensor, perturbation: Tensor | None = None) -> Tensor:
         """Norm the tokens (B, F, N, D) of `prefill` to the contexts of `forward`."""
-        return self.norm_out(x, Modulations(modulation, look_up), perturbation)
+        return self.norm_out(x, modulation, perturbation)
 
     def _embed(self, latents: Tensor, from_start: bool) -> Tensor:
         """Embed frames (B, F, C, H, W), after the learned start if there is one: (B, F, N, D)."""
@@ -193,17 +171,6 @@ class CausalEncoder(nn.Module):
         """Compute the angles of frames by their numbers (F,), the learned start among them."""
         positions = numbers if self.start is None else numbers - 1
         return rotary_positions(positions, self._rows(latents), self._columns(latents))
-
-    def _run_blocks(
-        self, x: Tensor, rotary: Rotary, modulations: Modulations, attends: Sequence[Attend]
-    ) -> Tensor:
-        """Run all blocks over tokens: (B, F, N, D) -> (B, F, N, D)."""
-        for block, attend in zip(self.blocks, attends, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulations, rotary, attend, use_reentrant=False)
-            else:
-                x = block(x, modulations, rotary, attend)  # (B, F, N, D)
-        return x
 
     def _embed_conditions(
         self,

@@ -1,12 +1,10 @@
-"""The parts that all models share: rotary positions, embedding of conditions, modulation, block.
+"""The parts that all models share: embedding of conditions, modulation, block, patches.
 
 Notation: B batch, F frames, N tokens of a frame, D width, 64-wide heads.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from functools import lru_cache
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -15,92 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scd.models.cpu import Linear
+from scd.models.rotary import Rotary
 from scd.utils.precision import without_autocast
 
 HEAD_DIM = 64
-ROTARY_DIMS = (16, 24, 24)  # of frame, row and column; together HEAD_DIM
-ROTARY_THETA = 10000.0
 TIME_CHANNELS = 256
 NORM_EPS = 1e-6
-WITHOUT_FLOAT64 = ("mps",)  # devices: Apple's GPUs
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v (B, heads, tokens, head_dim) -> (B, heads, tokens, head_dim)."""
-
-
-class Rotary(NamedTuple):
-    """Cosines and sines of the position angles, (tokens, HEAD_DIM) each.
-
-    Every angle stands there twice, its sine first with a minus.
-    """
-
-    cos: Tensor
-    sin: Tensor
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate the pairs (x_i, x_{i + 32}) of every head of x (..., heads, tokens, HEAD_DIM).
-
-        The reference pairs neighbours instead: equal up to the order of a head's channels, but
-        strided and several times slower. Its checkpoints are reordered when they are read.
-        """
-        cos, sin = self.cos.type_as(x), self.sin.type_as(x)
-        return torch.addcmul(x * cos, x.roll(HEAD_DIM // 2, dims=-1), sin)
-
-
-def rotary_positions(frames: Tensor, height: int, width: int) -> Rotary:
-    """Compute the rotary angles of (frame, row, column) for every token of the given frames.
-
-    Args:
-        frames: (F,) frame indices.
-        height, width: tokens in a column and in a row.
-    """
-    # In double precision: in single, the angles of frame 10,000 would be off by half a thousandth.
-    frequencies, _ = _tables(height, width, frames.device)
-    angles = frames.to(frequencies.device).double()[:, None] * frequencies  # (F, 8)
-    cosines, sines = angles.cos().float(), angles.sin().float()
-    return rotary_table(cosines.to(frames.device), sines.to(frames.device), height, width)
-
-
-def rotary_table(cosines: Tensor, sines: Tensor, height: int, width: int) -> Rotary:
-    """Join the frames' part of the angles, (F, 8) each, with that of every row and column."""
-    _, (place_cosines, place_sines) = _tables(height, width, cosines.device)
-
-    def table(of_frames: Tensor, of_places: Tensor, sign: int) -> Tensor:
-        shape = (len(of_frames), height * width, -1)
-        half = torch.cat([of_frames[:, None].expand(shape), of_places.expand(shape)], dim=-1)
-        return torch.cat([sign * half, half], dim=-1).flatten(0, 1)
-
-    return Rotary(table(cosines, place_cosines, 1), table(sines, place_sines, -1))
-
-
-def _tables(height: int, width: int, device: torch.device) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    # What dynamo traces knows no cache.
-    tables = _make_tables if torch.compiler.is_compiling() else _rotary_tables
-    return tables(height, width, device)
-
-
-def _make_tables(
-    height: int, width: int, device: torch.device
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Compute what all frames share, once for all steps of a rollout.
-
-    Returns:
-        The frequencies (8,) of the frame axis; cosines and sines of every row and column,
-        (height·width, 24) each.
-    """
-    exact = device if device.type not in WITHOUT_FLOAT64 else torch.device("cpu")
-
-    def frequencies(dims: int) -> Tensor:
-        return ROTARY_THETA ** -(torch.arange(0, dims, 2, device=exact).double() / dims)
-
-    frame, row, column = (frequencies(dims) for dims in ROTARY_DIMS)
-    rows = torch.arange(height, device=exact).double().repeat_interleave(width)
-    columns = torch.arange(width, device=exact).double().repeat(height)
-    angles = torch.cat([rows[:, None] * row, columns[:, None] * column], dim=-1)
-    return frame, (angles.cos().float().to(device), angles.sin().float().to(device))
-
-
-_rotary_tables = lru_cache(maxsize=16)(_make_tables)
 
 
 class ConditionEmbedding(nn.Module):
@@ -139,58 +60,6 @@ class ConditionEmbedding(nn.Module):
             else:
                 e = e + self.table(conditions)
         return e
-
-
-class ModulatedLayer(Protocol):
-    """A layer with adaLN: a `Block`, or the `OutputNorm` of a stack of them."""
-
-    def modulation(self, e: Tensor) -> Tensor:
-        """Project embeddings (..., D) to shifts, scales and gates: (..., 6, D), or (..., 2, D)."""
-        ...
-
-    def rows(self, modulation: Tensor) -> Tensor:
-        """Pick the layer's own from `precompute_modulation` (..., 6·L + 2, D) of its stack."""
-        ...
-
-
-class Modulations(NamedTuple):
-    """The modulation of every layer of a stack: shifts, scales and gates, alike for all tokens.
-
-    In training `Modulations(e, project)`, in a rollout `Modulations(precomputed, look_up)`. A layer
-    reads its own in its forward: there FSDP has gathered its weights (and finds the tensor in this
-    tuple), and gradient checkpointing keeps no more than the tensor.
-    """
-
-    tensor: Tensor  # (B, F, D) or (B, F, 6·L + 2, D)
-    read: Callable[[Tensor, ModulatedLayer], Tensor]
-
-    def vectors(self, layer: ModulatedLayer) -> tuple[Tensor, ...]:
-        """Read a layer's 6 or 2 vectors (B, F, 1, D)."""
-        return self.read(self.tensor, layer).unsqueeze(-2).unbind(-3)
-
-    def frame_by_frame(self) -> "Modulations":
-        """Take every frame as a sequence of its own: (B·F, 1) frames."""
-        return self._replace(tensor=self.tensor.flatten(0, 1).unsqueeze(1))
-
-
-def project(e: Tensor, layer: ModulatedLayer) -> Tensor:
-    """Compute a layer's modulation from embeddings (B, F, D)."""
-    return layer.modulation(e)
-
-
-def look_up(precomputed: Tensor, layer: ModulatedLayer) -> Tensor:
-    """Take a layer's modulation from that of its whole stack, (B, F, 6·L + 2, D)."""
-    return layer.rows(precomputed)
-
-
-def precompute_modulation(layers: Iterable[ModulatedLayer], e: Tensor) -> Tensor:
-    """Compute the modulation of L blocks and their output norm: (..., D) -> (..., 6·L + 2, D).
-
-    An output norm without modulation adds nothing. A rollout computes this once, for every
-    condition and every step that it can meet. Frame by frame and step by step it would read a third
-    of a network's weights for a handful of vectors.
-    """
-    return torch.cat([layer.modulation(e) for layer in layers], dim=-2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -262,15 +131,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x += g1·Attn(LN(x)·(1+s1)+b1);  x += g2·MLP(LN(x)·(1+s2)+b2).
+    """x += g1·Attn(LN(x)·(1+s1)+b1);  x += g2·MLP(LN(x)·(1+s2)+b2)."""
 
-    Args:
-        number: of the block in its stack, from 0.
-    """
-
-    def __init__(self, width: int, number: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.number = number
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.modulation_attention = Modulation(width)
         self.attention = Attention(width)
@@ -281,24 +145,19 @@ class Block(nn.Module):
         """Project embeddings (..., D) to (..., 6, D): both branches' shift, scale and gate."""
         return torch.cat([self.modulation_attention(e), self.modulation_mlp(e)], dim=-2)
 
-    def rows(self, modulation: Tensor) -> Tensor:
-        """Pick this block's (..., 6, D) from (..., 6·L + 2, D)."""
-        return modulation.narrow(-2, 6 * self.number, 6)
-
     def forward(
-        self,
-        x: Tensor,
-        modulations: Modulations,
-        rotary: Rotary,
-        attend: Attend,
-        keep: int | None = None,
+        self, x: Tensor, e: Tensor, rotary: Rotary, attend: Attend, keep: int | None = None
     ) -> Tensor:
         """Add what attention and MLP make of tokens: (B, F, N, D) -> (B, F, N, D).
 
         Args:
+            e: (B, F, D), the frames' embeddings, which are projected only here: here FSDP has
+                gathered the weights, and gradient checkpointing keeps no more than e. In a rollout
+                the projection itself, precomputed: (B, F, 6, D).
             keep: of a single frame (F = 1), only the last tokens are wanted: (B, 1, keep, D).
         """
-        vectors = modulations.vectors(self)  # 6 x (B, F, 1, D)
+        modulation = self.modulation(e) if e.ndim == 3 else e  # (B, F, 6, D)
+        vectors = modulation.unsqueeze(-2).unbind(-3)  # 6 x (B, F, 1, D)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = vectors
         frames = x.shape[1]
         h = modulate(self.norm(x), shift_attention, scale_attention)  # (B, F, N, D)
@@ -326,21 +185,57 @@ class OutputNorm(nn.Module):
             return e.unsqueeze(-2).narrow(-2, 0, 0)  # (..., 0, D)
         return self.linear(nn.functional.silu(e)).unflatten(-1, (2, -1))  # (..., 2, D)
 
-    def rows(self, modulation: Tensor) -> Tensor:
-        """Pick the output norm's (..., 2, D) from (..., 6·L + 2, D)."""
-        return modulation[..., -2:, :]
+    def forward(self, x: Tensor, e: Tensor, perturbation: Tensor | None = None) -> Tensor:
+        """Norm and modulate x; x and perturbation are (B, F, N, D).
 
-    def forward(
-        self, x: Tensor, modulations: Modulations, perturbation: Tensor | None = None
-    ) -> Tensor:
-        """Norm and modulate x; x and perturbation are (B, F, N, D)."""
+        Args:
+            e: (B, F, D), the frames' embeddings; or (B, F, 6·L + 2, D), precomputed.
+        """
         h = self.norm(x)  # (B, F, N, D)
         if perturbation is not None:
             h = h + perturbation  # (B, F, N, D)
         if self.linear is None:
             return h
-        scale, shift = modulations.vectors(self)  # (B, F, 1, D) each
+        modulation = self.modulation(e) if e.ndim == 3 else e[..., -2:, :]  # (B, F, 2, D)
+        scale, shift = modulation.unsqueeze(-2).unbind(-3)  # (B, F, 1, D) each
         return modulate(h, shift, scale)  # (B, F, N, D)
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    e: Tensor,
+    rotary: Rotary,
+    attends: Sequence[Attend],
+    recompute: bool,
+    keep: int | None = None,
+) -> Tensor:
+    """Run L blocks over tokens (B, F, N, D); see `Block.forward`.
+
+    Args:
+        e: (B, F, D), the frames' embeddings; or (B, F, 6·L + 2, D), precomputed.
+        attends: one for each block.
+        recompute: keep no activations for the backward pass (gradient checkpointing).
+        keep: the last block's.
+    """
+    for number, (block, attend) in enumerate(zip(blocks, attends, strict=True)):
+        own = e if e.ndim == 3 else e[..., 6 * number : 6 * number + 6, :]  # (B, F, (6,) D)
+        kept = keep if number == len(blocks) - 1 else None
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, x, own, rotary, attend, kept, use_reentrant=False)
+        else:
+            x = block(x, own, rotary, attend, kept)  # (B, F, N, D)
+    return x
+
+
+def precompute_modulation(layers: Iterable[Block | OutputNorm], e: Tensor) -> Tensor:
+    """Compute the modulation of L blocks and their output norm: (..., D) -> (..., 6·L + 2, D).
+
+    An output norm without modulation adds nothing. A rollout computes this once, for every
+    condition and every step that it can meet. Frame by frame and step by step it would read a third
+    of a network's weights for a handful of vectors.
+    """
+    return torch.cat([layer.modulation(e) for layer in layers], dim=-2)
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:

@@ -12,7 +12,7 @@ from scd.errors import ScdError
 from scd.models.config import check_config
 from scd.models.decoder import FrameDecoder
 from scd.models.encoder import CausalEncoder
-from scd.models.layers import HEAD_DIM, Modulations, look_up, project
+from scd.models.layers import HEAD_DIM
 from scd.models.world_model import (
     MAX_TIMESTEP,
     Cache,
@@ -84,15 +84,15 @@ class SCD(CausalWorldModel):
         )
 
     @property
-    def takes_first_look(self) -> bool:  # type: ignore[override]
+    def takes_first_look(self) -> bool:
         return self.config.encoder_frame != "shift"
 
     @property
-    def start_slots(self) -> int:  # type: ignore[override]
+    def start_slots(self) -> int:
         return int(self.encoder.start is not None)
 
     @property
-    def noisy_slots(self) -> int:  # type: ignore[override]
+    def noisy_slots(self) -> int:
         return int(self.takes_first_look)
 
     @property
@@ -105,22 +105,27 @@ class SCD(CausalWorldModel):
         noisy: Tensor,
         timesteps: Tensor,
         conditions: Tensor | None,
+        *,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
         text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities from one encoder pass, which all K draws share."""
+        self.refuse_unused(perturbation, first_look, text)
         draws, frames = noisy.shape[1:3]
         if not self.takes_first_look:
-            first_look = None
             # The encoder needs the action that leads to the next frame, the decoder its own.
             if conditions is not None:
                 conditions = conditions[:, self.first_predicted :]  # (B, F - first, ...)
         elif first_look is None:
             raise ScdError(f"encoder_frame={self.config.encoder_frame} needs a first look")
         context = self.encoder(
-            latents[:, :-1], conditions, perturbation, history_gradient, first_look
+            latents[:, :-1],
+            conditions,
+            perturbation=perturbation,
+            history_gradient=history_gradient,
+            first_look=first_look,
         )  # (B, F - first, N, D), or (B, F', N, D)
         context = context[:, -frames:]  # (B, F', N, D)
         if conditions is not None:
@@ -178,7 +183,7 @@ class SCD(CausalWorldModel):
             (B, F, C, H, W), in float32.
         """
         e = self.decoder.conditioning(timesteps, conditions)  # (B, F, D)
-        prediction = self.decoder(noisy, context, Modulations(e, project))  # (B, F, C, H, W)
+        prediction = self.decoder(noisy, context, e)  # (B, F, C, H, W)
         return self.as_velocity(prediction, noisy, timesteps)  # (B, F, C, H, W)
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
@@ -252,7 +257,7 @@ class SCD(CausalWorldModel):
         """Predict a step's velocities for the first of a batch's frames; see `FrameDenoiser`."""
         batch = len(noisy)
         modulation = modulation[:batch, step : step + 1]  # (B, 1, 6·L + 2, D)
-        prediction = self.decoder(noisy, context[:batch], Modulations(modulation, look_up))
+        prediction = self.decoder(noisy, context[:batch], modulation)
         return self.as_velocity(prediction, noisy, timesteps[step].expand(batch, 1))
 
     def compile_steps(self) -> None:

@@ -101,8 +101,6 @@ class WorldModel(ModelMixin, ConfigMixin):
     chunk_frames = 1  # frames that are denoised together, and see each other
     has_context = False  # whether a separate context can be perturbed (context guidance)
     has_text = False  # whether a text conditions the whole video
-    # Whether an encoder takes a first look at the frames to predict, with noise of its own.
-    takes_first_look = False
 
     @classmethod
     def from_pretrained(
@@ -120,6 +118,11 @@ class WorldModel(ModelMixin, ConfigMixin):
         model, found = super().from_pretrained(where, output_loading_info=True, **kwargs)
         refuse_incomplete(found, f"{where}: the model's")
         return (model, found) if output_loading_info else model
+
+    @property
+    def takes_first_look(self) -> bool:
+        """Whether an encoder takes a first look at the frames to predict, with noise of its own."""
+        return False
 
     @property
     def heads(self) -> int:
@@ -177,6 +180,7 @@ class WorldModel(ModelMixin, ConfigMixin):
         noisy: Tensor,
         timesteps: Tensor,
         conditions: Tensor | None,
+        *,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
@@ -190,20 +194,36 @@ class WorldModel(ModelMixin, ConfigMixin):
             timesteps: (B, K, F') in [0, 1000]; of a bidirectional model -1 for given frames.
             conditions: (B, F) or (B, F, V + 1), of the frames.
             perturbation: as the context, (B, F - `first_predicted`, N, D), or (B, F', N, D) with a
-                first look; added to the normed context, where there is one.
+                first look; added to the normed context of a model that `has_context`.
             history_gradient: False: no gradient through the keys and values of earlier frames, as
                 if they came from a rollout's cache.
             first_look: what a model that `takes_first_look` sees of the last F' frames, under every
-                draw; others do not use it.
-            text: (B, T, text_dim), the text encoder's output, for a model that `has_text`; others
-                do not use it.
+                draw.
+            text: (B, T, text_dim), the text encoder's output, for a model that `has_text`.
 
         Returns:
             (B, K, F', C, H, W), in float32.
 
         Raises:
-            ScdError: a first look or a text is missing.
+            ScdError: a first look or a text is missing, or one of these or a perturbation is given
+                to a model that takes none.
         """
+
+    def refuse_unused(
+        self, perturbation: Tensor | None, first_look: FirstLook | None, text: Tensor | None
+    ) -> None:
+        """Refuse what is given to `forward` and the model does not take.
+
+        Raises:
+            ScdError: says what it is.
+        """
+        for name, given, taken in (
+            ("perturbation", perturbation, self.has_context),
+            ("first look", first_look, self.takes_first_look),
+            ("text", text, self.has_text),
+        ):
+            if given is not None and not taken:
+                raise ScdError(f"{type(self).__name__} takes no {name}")
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute every block's activations in the backward pass instead of keeping them."""
@@ -337,10 +357,15 @@ class WorldModel(ModelMixin, ConfigMixin):
 class CausalWorldModel(WorldModel):
     """A world model whose frames depend on earlier ones only, so that it can be rolled out."""
 
-    # Slots of a KV cache beside those of past frames: of a learned start before frame 0, and of the
-    # frame that is being denoised or looked at.
-    start_slots = 0
-    noisy_slots = 0
+    @property
+    def start_slots(self) -> int:
+        """Slots of a KV cache for a learned start before frame 0."""
+        return 0
+
+    @property
+    def noisy_slots(self) -> int:
+        """Slots of a KV cache for the frame that is being denoised or looked at."""
+        return 0
 
     @property
     @abstractmethod

@@ -69,6 +69,7 @@ class BidirectionalWan(WanStack, WanWorldModel):
         noisy: Tensor,
         timesteps: Tensor,
         conditions: Tensor | None,
+        *,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
@@ -81,6 +82,7 @@ class BidirectionalWan(WanStack, WanWorldModel):
         Returns:
             (B, K, F', C, H, W); of given frames, without meaning.
         """
+        self.refuse_unused(perturbation, first_look, text)
         draws, first = noisy.shape[1], latents.shape[1] - noisy.shape[2]
         clean = repeat(latents, "b f c h w -> (b k) f c h w", k=draws)  # (B·K, F, C, H, W)
         noisy = rearrange(noisy, "b k f c h w -> (b k) f c h w")  # (B·K, F', C, H, W)

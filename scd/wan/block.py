@@ -7,7 +7,6 @@ the caller chooses, and keys and values of the text that can be computed beforeh
 Notation: B batch, F frames, N tokens of a frame, D width, T text tokens.
 """
 
-from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -16,7 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from scd.models.attention import full_attention
-from scd.models.layers import ROTARY_THETA, WITHOUT_FLOAT64, Attend, modulate
+from scd.models.layers import Attend, modulate
+from scd.models.rotary import token_angles
 
 KeysValues: TypeAlias = tuple[Tensor, Tensor]
 """Keys and values of a text in one layer, (B, heads, T, head_dim) each."""
@@ -80,51 +80,10 @@ def rotary_positions(frames: Tensor, height: int, width: int, head_dim: int) -> 
         frames: (F,) frame indices; a stream may start at any.
         height, width: tokens in a column and in a row.
     """
-    # What dynamo traces knows no cache.
-    tables = _make_tables if torch.compiler.is_compiling() else _rotary_tables
-    device = frames.device
-    frequencies, cos, sin = tables(height, width, head_dim, device)
-    angles = torch.outer(frames.to(frequencies.device).double(), frequencies)  # (F, dims / 2)
-    over_frames = (table.to(device) for table in _doubled(angles))
-    shape = (len(frames), height * width, -1)
-    return Rotary(
-        *(
-            torch.cat([of_frame[:, None].expand(shape), within.expand(shape)], dim=-1)
-            for of_frame, within in zip(over_frames, (cos, sin), strict=True)
-        )
-    )
-
-
-def _make_tables(
-    height: int, width: int, head_dim: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what all frames share, once for all steps of a rollout.
-
-    Returns:
-        The frequencies of the frame axis; cosines and sines of every row and column.
-    """
-    exact = device if device.type not in WITHOUT_FLOAT64 else torch.device("cpu")
     of_place = 2 * (head_dim // 6)  # channels of a row, and of a column; the frame has the rest
-
-    def frequencies(dims: int) -> Tensor:
-        exponents = torch.arange(0, dims, 2, device=exact).double() / dims
-        return 1.0 / ROTARY_THETA**exponents
-
-    rows = torch.arange(height, device=exact).double().repeat_interleave(width)
-    columns = torch.arange(width, device=exact).double().repeat(height)
-    angles = [torch.outer(places, frequencies(of_place)) for places in (rows, columns)]
-    cos, sin = _doubled(torch.cat(angles, dim=-1))  # (N, 2·of_place) each
-    return frequencies(head_dim - 2 * of_place), cos.to(device), sin.to(device)
-
-
-_rotary_tables = lru_cache(maxsize=16)(_make_tables)
-
-
-def _doubled(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Take cosines and sines of angles (..., n) for neighbouring channels, (..., 2·n) each."""
-    cos = angles.cos().float().repeat_interleave(2, dim=-1)
-    sin = angles.sin().float()
-    return cos, torch.stack([-sin, sin], dim=-1).flatten(-2)
+    dims = head_dim - 2 * of_place, of_place, of_place
+    cos, sin = token_angles(frames, height, width, dims)  # (F, N, head_dim / 2) each
+    return Rotary(cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2))
 
 
 class WanBlock(WanTransformerBlock):

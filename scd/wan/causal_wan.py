@@ -117,12 +117,14 @@ class CausalWan(WanStack, WanWorldModel, CausalWorldModel):
         noisy: Tensor,
         timesteps: Tensor,
         conditions: Tensor | None,
+        *,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
         text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
+        self.refuse_unused(perturbation, first_look, text)
         draws, chunk = noisy.shape[1], self.chunk_frames
         clean = latents[:, :-chunk]  # (B, F - chunk, C, H, W): the last is nobody's history
         count, first = clean.shape[1], latents.shape[1] - noisy.shape[2]

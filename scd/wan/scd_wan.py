@@ -145,7 +145,7 @@ class SCDWan(WanWorldModel, CausalWorldModel):
         return 0 if self.config.first_frame else 1
 
     @property
-    def takes_first_look(self) -> bool:  # type: ignore[override]
+    def takes_first_look(self) -> bool:
         """Whether the encoder is given the frame to predict, as noise of its own.
 
         Of the noise that the decoder starts from, it could tell the clean frame of a training clip:
@@ -158,11 +158,11 @@ class SCDWan(WanWorldModel, CausalWorldModel):
         return self.config.encoder_frame == "noise"
 
     @property
-    def start_slots(self) -> int:  # type: ignore[override]
+    def start_slots(self) -> int:
         return int(self.encoder.start is not None)
 
     @property
-    def noisy_slots(self) -> int:  # type: ignore[override]
+    def noisy_slots(self) -> int:
         return int(self._encodes_noise)
 
     @property
@@ -175,6 +175,7 @@ class SCDWan(WanWorldModel, CausalWorldModel):
         noisy: Tensor,
         timesteps: Tensor,
         conditions: Tensor | None,
+        *,
         perturbation: Tensor | None = None,
         history_gradient: bool = True,
         first_look: FirstLook | None = None,
@@ -186,6 +187,7 @@ class SCDWan(WanWorldModel, CausalWorldModel):
             perturbation: in units of each token's standard deviation.
             first_look: with `encoder_frame=noise`; None: the first draw.
         """
+        self.refuse_unused(perturbation, first_look, text)
         text = self.check_text(text, len(latents))
         history, (draws, frames) = latents[:, :-1], noisy.shape[1:3]
         if self._encodes_noise:

@@ -13,7 +13,7 @@ from scd.errors import ScdError
 from scd.models import SCD
 from scd.models.attention import full_attention
 from scd.models.autoencoder import Codec
-from scd.models.layers import ROTARY_DIMS, Modulations, look_up, rotary_table
+from scd.models.rotary import ROTARY_DIMS, rotary_table
 from scd.models.world_model import MAX_TIMESTEP, TextKeys, WorldModel
 
 
@@ -170,7 +170,7 @@ class DecoderStep(nn.Module):
         row = action * len(self.timesteps) + level
         modulation = self.modulation.index_select(0, row)[:, None]  # (1, 1, 6·L + 2, D)
         frames = noisy[:, None]  # (1, 1, C, H, W)
-        prediction = self.model.decoder(frames, context, Modulations(modulation, look_up))
+        prediction = self.model.decoder(frames, context, modulation)
         timestep = self.timesteps.index_select(0, level)[:, None]  # (1, 1)
         return self.model.as_velocity(prediction, frames, timestep)[:, 0]
 

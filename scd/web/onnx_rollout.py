@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.flow.sampler import frame_noise, integrate, noise_levels
-from scd.models.layers import ROTARY_DIMS, ROTARY_THETA
+from scd.models.rotary import ROTARY_DIMS, ROTARY_THETA
 from scd.options import RolloutOptions
 from scd.rollout.cache import Window
 

@@ -12,8 +12,8 @@ import torch
 
 from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
-from scd.models.layers import ROTARY_DIMS, ROTARY_THETA
 from scd.models.load import load_checkpoint_for_use, options_for_use
+from scd.models.rotary import ROTARY_DIMS, ROTARY_THETA
 from scd.play.access import Limits
 from scd.play.catalog import Catalog
 from scd.play.recording import start_thumbnail

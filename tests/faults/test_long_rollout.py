@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from scd.flow.sampler import noise_levels
-from scd.models.layers import ROTARY_DIMS, ROTARY_THETA, rotary_positions
+from scd.models.rotary import ROTARY_DIMS, ROTARY_THETA, rotary_positions
 from scd.models.scd import SCD
 from scd.options import RolloutOptions
 from scd.rollout import Rollout
