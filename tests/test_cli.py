@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from scd.cli import main, run_command
+from scd.options import EncoderFrame, WanEncoderFrame, WanFusion
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "options/scd_doom_tiny.yml")
@@ -181,6 +183,23 @@ def test_mistakes_are_reported_before_torch_is_loaded() -> None:
         )
         assert done.returncode == 1
         assert done.stderr == f"error: nowhere.yml: no such options file in {ROOT}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "words"),
+    [
+        ("split", "--encoder-frame", EncoderFrame),
+        ("wan convert", "--encoder-frame", WanEncoderFrame),
+        ("wan convert", "--fusion", WanFusion),
+    ],
+)
+def test_choices_are_those_of_the_options(
+    capsys: pytest.CaptureFixture, command: str, flag: str, words
+) -> None:
+    """The parser has words of its own: to import the options takes longer than `scd --help`."""
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    assert f"{flag} {{{','.join(get_args(words))}}}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.flow.sampler import noise_levels
+from scd.models.attention import within_frames_attention
 from scd.models.config import own_config
 from scd.models.world_model import FirstLook
 from scd.options import RolloutOptions
@@ -16,7 +17,6 @@ from scd.rollout import Rollout
 from scd.rollout.cache import KVCache, Window
 from scd.utils.precision import with_weights_in
 from scd.wan import CausalWan, SCDWan
-from scd.wan.block import within_frames
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,6 +68,13 @@ def inputs() -> tuple[Tensor, ...]:
     times = 1000 * torch.rand(B, F, generator=g, dtype=torch.float64)
     text = torch.randn(B, T, TEXT, generator=g, dtype=torch.float64)
     return latents, noisy, times, text
+
+
+def velocity(model, latents, noisy, times, text, actions=None) -> Tensor:
+    """What a model predicts whose encoder, if it takes a first look, sees the noisy frames."""
+    first = model.first_predicted
+    look = FirstLook(noisy[:, first:], times[:, first:]) if model.takes_first_look else None
+    return model.velocity(latents, noisy, times, text, actions, look)
 
 
 def singles(*tensors: Tensor) -> list[Tensor]:
@@ -146,11 +153,11 @@ def test_frames_depend_on_earlier_ones_alone(inputs, config):
     model = make(config, num_actions=0 if "chunk_frames" in config else 3).double()
     actions = torch.randint(0, 3, (B, F)) if model.config.num_actions else None
     first, chunk = model.first_predicted, model.chunk_frames
-    before = model.velocity(latents, noisy, times, text, actions)
+    before = velocity(model, latents, noisy, times, text, actions)
     assert before.shape == (B, F - first, C, H, W)
 
     def moved(*arguments) -> list[bool]:
-        change = (model.velocity(*arguments) - before).abs().amax(dim=(0, 2, 3, 4))
+        change = (velocity(model, *arguments) - before).abs().amax(dim=(0, 2, 3, 4))
         assert ((change < 1e-12) | (change > 1e-6)).all()
         return (change > 1e-6).tolist()
 
@@ -174,7 +181,7 @@ def test_frames_depend_on_earlier_ones_alone(inputs, config):
     shorter = F - chunk  # a prefix of the video is a video
     prefix = [part[:, :shorter] for part in (latents, noisy, times)]
     given = None if actions is None else actions[:, :shorter]
-    found = model.velocity(*prefix, text, given)
+    found = velocity(model, *prefix, text, given)
     assert (found - before[:, : shorter - first]).abs().max() < EXACT
 
 
@@ -215,7 +222,7 @@ def test_a_rollout_is_the_teacher_forced_network(inputs, config, guided):
             x, n = noise, history.shape[1] + chunk
             for sigma, following in pairwise(noise_levels(3, shift=5.0)):
 
-                def velocity(text, actions, history=history, x=x, n=n, sigma=sigma, seen=seen):
+                def predict(text, actions, history=history, x=x, n=n, sigma=sigma, seen=seen):
                     padded = torch.cat([history, torch.zeros_like(x)], dim=1)
                     frames = torch.cat([torch.zeros_like(history), x], dim=1)
                     looks = torch.cat([torch.zeros_like(history), seen], dim=1)
@@ -231,9 +238,9 @@ def test_a_rollout_is_the_teacher_forced_network(inputs, config, guided):
                         **more,
                     )[:, 0, -x.shape[1] :]
 
-                v = velocity(text, actions)
+                v = predict(text, actions)
                 if guided:
-                    without = velocity(negative, null)
+                    without = predict(negative, null)
                     v = without + scale * (v - without)
                 x = x + (following - sigma) * v
             history = torch.cat([history, x], dim=1)
@@ -258,7 +265,7 @@ def test_cached_and_uncached_agree_in_double_precision(inputs, config):
     denoiser = model.begin_frame(newest, ids[:, :1], ids[:, :1], cache, modulation, None, noise)
     found = denoiser(noise, 0)
     times = torch.full((B, F), 1000.0, dtype=torch.float64)
-    expected = model.velocity(latents, noisy, times, text)[:, F - chunk - first :]
+    expected = velocity(model, latents, noisy, times, text)[:, F - chunk - first :]
     assert (found - expected).abs().max() < EXACT
 
 
@@ -318,7 +325,7 @@ def test_the_middle_fusion_starts_as_wan_itself(inputs, monkeypatch):
     wan = tiny_wan()
     sizes = {"encoder_layers": 3, "decoder_first": 2, "decoder_last": 1, "first_frame": True}
     scd = SCDWan.from_wan(wan, **sizes, **NOISE, **MIDDLE)
-    found = scd.velocity(latents, noisy, times, text)
+    found = velocity(scd, latents, noisy, times, text)
     expected = wan(noisy[:, :1].transpose(1, 2), times[:, 0], text).sample.transpose(1, 2)
     assert (found[:, :1] - expected).abs().max() < 1e-5 < expected.std()
 
@@ -326,7 +333,7 @@ def test_the_middle_fusion_starts_as_wan_itself(inputs, monkeypatch):
 
     def inside_frames_at_the_end(self, x, modulation, rotary, attends, texts):
         def inside(q, k, v):
-            return within_frames(q, k, v, x.shape[1])
+            return within_frames_attention(q, k, v, x.shape[1])
 
         return run(self, x, modulation, rotary, [*attends[:3], inside], texts)
 
@@ -336,7 +343,8 @@ def test_the_middle_fusion_starts_as_wan_itself(inputs, monkeypatch):
     assert (found - expected).abs().max() < 1e-5
     assert (dense - expected)[:, 1:].abs().max() > 1e-3  # the last layer does look back in Wan
     # Other fusions and interfaces have no such start.
-    other = SCDWan.from_wan(wan, **sizes, **NOISE, **CONCAT).velocity(latents, noisy, times, text)
+    other = SCDWan.from_wan(wan, **sizes, **NOISE, **CONCAT)
+    other = velocity(other, latents, noisy, times, text)
     assert (other - expected).abs().max() > 1e-3
 
 
@@ -385,6 +393,17 @@ def test_k_draws_are_k_separate_passes(inputs, config):
         assert (together[:, one] - alone).abs().max() < EXACT
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("config", SPLITS, ids=name)
+def test_each_half_runs_once_as_a_module(inputs, config):
+    """So that hooks fire, and `train.compile`, which compiles the halves' own calls, has them."""
+    model, calls = make(config), []
+    for part in (model.encoder, model.decoder):
+        part.register_forward_hook(lambda part, *_: calls.append(part))
+    velocity(model, *singles(*inputs))
+    assert calls == [model.encoder, model.decoder]
+
+
 @pytest.mark.parametrize("config", KINDS, ids=name)
 def test_every_parameter_learns(inputs, config):
     """Zero-started ones too; and under gradient checkpointing alike."""
@@ -395,8 +414,8 @@ def test_every_parameter_learns(inputs, config):
     for checkpointing in (False, True):
         model.set_gradient_checkpointing(checkpointing)
         model.zero_grad()
-        velocity = model.velocity(latents, noisy, times, text, actions)
-        (velocity * torch.linspace(-1, 1, velocity.numel()).view_as(velocity)).sum().backward()
+        v = velocity(model, latents, noisy, times, text, actions)
+        (v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum().backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for key, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, key
@@ -409,13 +428,13 @@ def test_actions_start_without_effect(inputs, config):
     latents, noisy, times, text = inputs
     plain, acting = make(config, disturb=False), make(config, disturb=False, num_actions=3)
     actions = torch.tensor([[0, 1, 2, 3]] * B)
-    expected = plain.double().velocity(latents, noisy, times, text)
-    assert torch.equal(acting.double().velocity(latents, noisy, times, text, actions), expected)
-    assert torch.equal(acting.velocity(latents, noisy, times, text), expected)
+    expected = velocity(plain.double(), latents, noisy, times, text)
+    assert torch.equal(velocity(acting.double(), latents, noisy, times, text, actions), expected)
+    assert torch.equal(velocity(acting, latents, noisy, times, text), expected)
     with pytest.raises(ScdError, match=r"conditions must lie in 0\.\.3"):
-        acting.velocity(latents, noisy, times, text, actions + 1)
+        velocity(acting, latents, noisy, times, text, actions + 1)
     with pytest.raises(ScdError, match="actions given to a model with condition 'none'"):
-        plain.velocity(latents, noisy, times, text, actions)
+        velocity(plain, latents, noisy, times, text, actions)
 
 
 @torch.no_grad()
@@ -463,8 +482,8 @@ def test_saved_and_loaded(inputs, config, tmp_path):
     model.save_pretrained(tmp_path / "own")
     again = type(model).from_pretrained(tmp_path / "own", use_safetensors=True)
     assert own_config(again) == {**own_config(model), "patch_size": [1, 2, 2]}  # as JSON has it
-    expected = model.velocity(latents, noisy, times, text)
-    assert torch.equal(again.velocity(latents, noisy, times, text), expected)
+    expected = velocity(model, latents, noisy, times, text)
+    assert torch.equal(velocity(again, latents, noisy, times, text), expected)
     if not config:  # diffusers itself can read a causal Wan
         make({}).save_pretrained(tmp_path / "plain")
         wan = WanTransformer3DModel.from_pretrained(tmp_path / "plain")
@@ -485,10 +504,10 @@ def test_bf16_keeps_what_diffusers_keeps_in_float32(inputs, tmp_path):
         assert tensor.dtype == other.dtype and torch.equal(tensor, other), key
         exact = any(part in key for part in ("scale_shift_table", "time_embedder", "norm2"))
         assert tensor.dtype == (torch.float32 if exact else torch.bfloat16), key
-    velocity = read.velocity(latents, noisy, times, text)
+    found = read.velocity(latents, noisy, times, text)
     expected = model.velocity(latents, noisy, times, text)
-    assert velocity.dtype == torch.float32
-    error = (velocity - expected).square().mean().sqrt() / expected.std()
+    assert found.dtype == torch.float32
+    error = (found - expected).square().mean().sqrt() / expected.std()
     assert 0 < error < 0.03
     rollout = Rollout(read, RolloutOptions(2, guidance="none", precision="bf16"), 3)
     rollout.reset(latents[:, :2], text=text)
@@ -557,6 +576,8 @@ def test_refusals(inputs):
         model.velocity(latents[..., :5], noisy[..., :5], times, text)
     with pytest.raises(ScdError, match=r"timesteps \(2, 3\), expected"):
         model.velocity(latents, noisy, times[:, 1:], text)
+    with pytest.raises(ScdError, match="encoder_frame=noise needs a first look"):
+        make(NOISE | CONCAT).velocity(latents, noisy, times, text)
     rollout = Rollout(model, RolloutOptions(1, guidance="condition", guidance_scale=3.0), 5)
     with pytest.raises(ScdError, match="set_text before reset"):
         rollout.set_text(text)

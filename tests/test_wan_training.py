@@ -311,7 +311,7 @@ def test_keys_steer_a_world_that_is_trained_on_them(wan_folder, data_root, overr
         ("data.source=video", "trained on latents"),
         ("data.source=prompts", "only distill.method=dmd learns without any"),
         ("flow.prediction=data", "Wan predicts velocities"),
-        ("model.encoder_frame=joint", "noise is this already"),
+        ("model.encoder_frame=joint", "noise makes one pass already"),
         ("model.fusion=add", "token_concat or middle"),
         ("wan.decoder_first=10", "leaves none"),
         ("wan.chunk_frames=3", "only a causal_wan has chunks"),

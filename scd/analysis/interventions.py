@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from scd.models import SCD, CausalWorldModel
-from scd.models.attention import full_attention
+from scd.models.attention import within_frames_attention
 from scd.models.layers import Attend
 from scd.models.world_model import FrameDenoiser
 
@@ -199,19 +197,13 @@ def skip_layers(model: CausalWorldModel, first: int, last: int, full_steps: int)
 @contextmanager
 def frame_diagonal_attention(blocks: Sequence[nn.Module], tokens_per_frame: int) -> Iterator[None]:
     """Mask the blocks' attention to the tokens of the same frame, in training and in rollouts."""
-    attend = partial(attend_within_frames, tokens_per_frame=tokens_per_frame)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # A KV cache passes the newest frames' keys to a layer, so this holds with and without one.
+        return within_frames_attention(q, k, v, k.shape[2] // tokens_per_frame)
+
     with replace_attention(blocks, lambda number, causal: attend):
         yield
-
-
-def attend_within_frames(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
-    """Attend inside each frame; q, k, v and the result are (B, heads, F·N, head_dim).
-
-    A KV cache passes the newest frames' keys to a layer, so this holds with and without cache.
-    """
-    batch = q.shape[0]
-    q, k, v = (rearrange(x, "b h (f n) d -> (b f) h n d", n=tokens_per_frame) for x in (q, k, v))
-    return rearrange(full_attention(q, k, v), "(b f) h n d -> b h (f n) d", b=batch)
 
 
 @contextmanager

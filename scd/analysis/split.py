@@ -21,7 +21,6 @@ there after the same layers.
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -33,7 +32,7 @@ from scd.models.autoencoder import Codec
 from scd.models.dit import DiT
 from scd.models.load import LoadedModel, build_world_model, load_checkpoint_for_use
 from scd.models.weights import load_matching
-from scd.options import OPTIONS_FILE, Options, options_to_dict, options_to_yaml
+from scd.options import OPTIONS_FILE, EncoderFrame, Options, options_to_dict, options_to_yaml
 from scd.utils.files import write_atomically
 
 FRESH = ("encoder.norm_out.", "encoder.start")  # tensors without counterpart in a dense model
@@ -46,7 +45,7 @@ class Split:
     encoder_layers: int
     decoder_layers: int
     decoder_from: str = "last"
-    encoder_frame: Literal["shift", "noise", "joint"] = "shift"
+    encoder_frame: EncoderFrame = "shift"
 
     @property
     def name(self) -> str:

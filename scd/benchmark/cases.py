@@ -1,9 +1,10 @@
 """The cases of the benchmark: those of the table, and those of the plots."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
-from scd.options import Guidance
+from scd.options import Guidance, WanEncoderFrame, WanFusion
 
 SIDE, CHANNELS, ACTIONS = 8, 32, 4  # a frame's latents are 8x8 with 32 channels, as for Minecraft
 
@@ -163,14 +164,7 @@ TABLE: list[Case] = [
     DataCase("data: video, mp4, 300 frames", ".mp4"),
     DataCase("data: video, mp4, 16 of 300 frames", ".mp4", frames=16),
 ]
-WAN_MODELS = [
-    "dense",
-    *(
-        f"{frame}, {fusion}"
-        for frame in ("shift", "noise")
-        for fusion in ("token_concat", "middle")
-    ),
-]
+WAN_MODELS = ["dense", *map(", ".join, product(get_args(WanEncoderFrame), get_args(WanFusion)))]
 _STREAM: dict[str, Any] = {"height": 480, "width": 832, "past": 20, "steps": [4, 2, 1]}
 _STREAM |= {"frames": 20, "vae": {}, "starts": 3}
 # They take minutes, or a GPU.

@@ -43,24 +43,9 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
     Raises:
         ScdError: no case has such a name, none can run here, or a case failed.
     """
-    known = cases.TABLE if only is None else [*cases.TABLE, *cases.ON_REQUEST]
-    chosen = [case for case in known if only is None or only in case.name]
-    if not chosen:
-        names = "; ".join(case.name for case in known)
-        raise ScdError(f"--only {only!r}: no case contains this; there are {names}")
     gpu = torch.cuda.is_available()
     bf16 = has_bf16(torch.device("cuda" if gpu else "cpu"))
-    for why, skipped in (
-        ("this device only emulates bf16", _in_bf16 if not bf16 else None),
-        ("this machine has no GPU", _on_gpu if not gpu else None),
-    ):
-        if skipped is None:
-            continue
-        for case in filter(skipped, chosen):
-            print(f"skipped, since {why}: {case.name}")
-        chosen = [case for case in chosen if not skipped(case)]
-        if not chosen:
-            raise ScdError(f"--only {only!r}: none of these cases can run, since {why}")
+    chosen = _choose(only, gpu, bf16)
     done: list[Case] = []
     results: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -97,6 +82,27 @@ def benchmark(folder: Path, only: str | None, plots: bool) -> None:
         print(f"\n{text}\n\nfigures: {folder}/benchmark.json, benchmark.md")
     if failed:
         raise ScdError(f"failed: {'; '.join(failed)}")
+
+
+def _choose(only: str | None, gpu: bool, bf16: bool) -> list[Case]:
+    """Find the cases to run on a device that is a GPU or not, with fast bf16 or not."""
+    known = cases.TABLE if only is None else [*cases.TABLE, *cases.ON_REQUEST]
+    chosen = [case for case in known if only is None or only in case.name]
+    if not chosen:
+        names = "; ".join(case.name for case in known)
+        raise ScdError(f"--only {only!r}: no case contains this; there are {names}")
+    for why, skipped in (
+        ("this device only emulates bf16", _in_bf16 if not bf16 else None),
+        ("this machine has no GPU", _on_gpu if not gpu else None),
+    ):
+        if skipped is None:
+            continue
+        for case in filter(skipped, chosen):
+            print(f"skipped, since {why}: {case.name}")
+        chosen = [case for case in chosen if not skipped(case)]
+        if not chosen:
+            raise ScdError(f"--only {only!r}: none of these cases can run, since {why}")
+    return chosen
 
 
 def _write(folder: Path, name: str, figures: dict[str, Any], text: str) -> None:

@@ -72,6 +72,11 @@ def play(a: argparse.Namespace) -> None:
 
 
 def add_commands(commands: Commands) -> None:
+    for add in (_add_export, _add_starts, _add_play):
+        add(commands)
+
+
+def _add_export(commands: Commands) -> None:
     p = commands.add_parser(
         "export", help="write a checkpoint as a pipeline with a model card, or as a web page"
     )
@@ -112,6 +117,8 @@ def add_commands(commands: Commands) -> None:
     add_overrides(p)
     p.set_defaults(run=export)
 
+
+def _add_starts(commands: Commands) -> None:
     p = commands.add_parser("starts", help="cut start clips for `scd play`")
     p.add_argument("--out", required=True, type=from_user, help="folder, for scd play --starts")
     p.add_argument(
@@ -129,6 +136,8 @@ def add_commands(commands: Commands) -> None:
     add_options_file(p)
     p.set_defaults(run=starts)
 
+
+def _add_play(commands: Commands) -> None:
     p = commands.add_parser("play", help="serve a world to walk in, for a browser")
     p.add_argument(
         "--model",

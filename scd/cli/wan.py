@@ -93,8 +93,12 @@ def measure(a: argparse.Namespace) -> None:
 def add_commands(commands: Commands) -> None:
     wan = commands.add_parser("wan", help="pretrained text-to-video models (Wan2.1)")
     wan_commands = wan.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_convert, _add_encode_prompts, _add_generate, _add_measure):
+        add(wan_commands)
 
-    p = wan_commands.add_parser("convert", help="make a causal or separable model of a Wan")
+
+def _add_convert(commands: Commands) -> None:
+    p = commands.add_parser("convert", help="make a causal or separable model of a Wan")
     p.add_argument(
         "source",
         help="folder, or OWNER/NAME on the Hugging Face hub, in diffusers' format or in Wan's own",
@@ -133,7 +137,9 @@ def add_commands(commands: Commands) -> None:
     )
     p.set_defaults(run=convert)
 
-    p = wan_commands.add_parser("encode-prompts", help="write the embeddings of prompts, once")
+
+def _add_encode_prompts(commands: Commands) -> None:
+    p = commands.add_parser("encode-prompts", help="write the embeddings of prompts, once")
     p.add_argument("prompts", type=to_read, help="a prompt in every line; or .json: captions")
     p.add_argument("--out", type=from_user, required=True, help="folder to write to")
     p.add_argument(
@@ -143,7 +149,9 @@ def add_commands(commands: Commands) -> None:
     _add_text_encoder(p)
     p.set_defaults(run=encode_prompts)
 
-    p = wan_commands.add_parser("generate", help="make videos of prompts, picture by picture")
+
+def _add_generate(commands: Commands) -> None:
+    p = commands.add_parser("generate", help="make videos of prompts, picture by picture")
     p.add_argument(
         "model",
         type=to_read,
@@ -194,7 +202,9 @@ def add_commands(commands: Commands) -> None:
     add_overrides(p)
     p.set_defaults(run=generate)
 
-    p = wan_commands.add_parser("measure", help="sharpness, motion and drift of long videos")
+
+def _add_measure(commands: Commands) -> None:
+    p = commands.add_parser("measure", help="sharpness, motion and drift of long videos")
     p.add_argument("folder", type=to_read, help="folder of mp4 files")
     p.add_argument(
         "--windows", type=int, default=4, help="parts of each video (default: %(default)s)"

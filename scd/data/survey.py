@@ -188,14 +188,7 @@ def _read_clip(
         ScdError: naming the file and what is wrong.
     """
     root = checks.root
-    for name in required.fields:
-        if getattr(entry, name) is None:
-            what = MISSING_FIELD.get(name, f"has no {name}")
-            if (
-                name == "latent_path" and "caption" not in required.fields
-            ):  # it is refused for a Wan
-                what += "; to check videos alone: data.source=video"
-            raise ScdError(f"{where} {what}")
+    _refuse_missing(where, entry, required)
     report = ClipReport(label=entry.label)
     hash_ = hashlib.sha256()
     if entry.video_path is not None:
@@ -221,16 +214,7 @@ def _read_clip(
     if entry.actions_in is not None and (
         entry.action_path is not None or "actions_in" in required.fields
     ):
-        path = root / entry.actions_in
-        actions = read_actions(path)
-        condition = required.condition if "actions_in" in required.fields else None
-        check_actions(path, actions, report.frames, condition, required.num_conditions)
-        used = actions[: report.frames]
-        if actions.ndim == 1:
-            report.actions = Counter(used.tolist())
-        else:
-            report.held = Counter(tuple(np.flatnonzero(row).tolist()) for row in used)
-        hash_.update(actions.tobytes())
+        hash_.update(_count_actions(report, root / entry.actions_in, required).tobytes())
     if required.condition == "label" and not 0 <= int(entry.label or 0) < required.num_conditions:
         raise ScdError(
             f"{where} has label {entry.label}, but the model knows 0 to "
@@ -241,6 +225,29 @@ def _read_clip(
         hash_.update(f"caption {entry.caption}".encode())
     report.digest = hash_.hexdigest()
     return report
+
+
+def _refuse_missing(where: str, entry: ClipEntry, required: Requirements) -> None:
+    for name in required.fields:
+        if getattr(entry, name) is None:
+            what = MISSING_FIELD.get(name, f"has no {name}")
+            # For a Wan, data.source=video is refused.
+            if name == "latent_path" and "caption" not in required.fields:
+                what += "; to check videos alone: data.source=video"
+            raise ScdError(f"{where} {what}")
+
+
+def _count_actions(report: ClipReport, path: Path, required: Requirements) -> np.ndarray:
+    """Read the actions of a clip's frames, and count them in its report."""
+    actions = read_actions(path)
+    condition = required.condition if "actions_in" in required.fields else None
+    check_actions(path, actions, report.frames, condition, required.num_conditions)
+    used = actions[: report.frames]
+    if actions.ndim == 1:
+        report.actions = Counter(used.tolist())
+    else:
+        report.held = Counter(tuple(np.flatnonzero(row).tolist()) for row in used)
+    return actions
 
 
 def _latents_fit(latents: int, frames: int, frames_per_latent: int | None) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -36,6 +37,18 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
         return cpu.full_attention(q, k, v, mask)
     with sdpa_kernel(ANY_LENGTH):
         return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def within_frames_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+    """Attend to the tokens of the own frame alone.
+
+    Args:
+        q: (B, heads, F·M, head_dim), M queries of every frame.
+        k, v: (B, heads, F·N, head_dim).
+        frames: F.
+    """
+    q, k, v = (rearrange(x, "b h (f n) d -> (b f) h n d", f=frames) for x in (q, k, v))
+    return rearrange(full_attention(q, k, v), "(b f) h n d -> b h (f n) d", f=frames)
 
 
 def block_causal_attention(

@@ -13,6 +13,9 @@ from omegaconf import MISSING
 Guidance = Literal["none", "context", "condition"]
 BlockType = Literal["ResBlock", "EfficientViTBlock"]
 FvdPrecision = Literal["fp32", "bf16"]
+EncoderFrame = Literal["shift", "noise", "joint"]
+WanEncoderFrame = Literal["shift", "noise"]
+WanFusion = Literal["token_concat", "middle"]
 MAX_SIGMA_REL = 0.28  # a plain mean over all of training has 0.289
 
 
@@ -148,18 +151,19 @@ class ModelOptions:
     layers: int = not_negative(0)  # of causal and bidirectional models; 0 for the others
     # How the decoder joins context and noisy tokens: token_concat, token_concat_with_proj, concat,
     # add, or whatever else is in `scd.models.decoder.FUSIONS`, which refuses other names. Of
-    # scd_wan: token_concat or middle.
+    # scd_wan: a `WanFusion`.
     fusion: str = "token_concat"
     # What drives a frame: one action out of num_conditions, a vector of num_conditions numbers
     # (several keys at once, a mouse), or one class label per video.
     condition: Literal["none", "action", "action_vector", "label"] = "none"
     num_conditions: int = not_negative(0)  # the null condition does not count
     first_frame: bool = False  # also learn to generate frame 0, without any context
-    # Of scd: what the context of frame i is the encoder's output at. shift: the clean frame i-1,
-    # one pass a frame. noise (the paper's, for pretrained weights): frame i, of high noise in
-    # training and pure noise in a rollout; the clean frames go into the KV cache in a pass of their
-    # own. joint: the same network, whose rollouts make these two passes at once.
-    encoder_frame: Literal["shift", "noise", "joint"] = "shift"
+    # What the context of frame i is the encoder's output at. shift: the clean frame i-1, one pass a
+    # frame. noise (the paper's, for pretrained weights): frame i, of high noise in training and
+    # pure noise in a rollout; the clean frames go into the KV cache in a pass of their own. joint:
+    # the same network, whose rollouts make these two passes at once. scd_wan has no joint: its
+    # noise makes one pass.
+    encoder_frame: EncoderFrame = "shift"
     modulate_context: bool = True  # whether the norm at the encoder's output is modulated
     modulate_output: bool = True  # whether the norm at the decoder's output is modulated
 

@@ -1,8 +1,9 @@
 """Which options models of Wan's blocks can have, and which no others can; see `rules.py`."""
 
 from collections.abc import Callable
+from typing import get_args
 
-from scd.options.schema import Options, WanOptions
+from scd.options.schema import Options, WanEncoderFrame, WanFusion, WanOptions
 
 Rule = tuple[Callable[[Options], bool], str]
 """A predicate that must hold, and what to say otherwise, with options in braces."""
@@ -40,12 +41,13 @@ WAN: list[Rule] = [
         "flow.prediction={flow.prediction}: Wan predicts velocities",
     ),
     (
-        lambda o: o.model.encoder_frame != "joint",
-        "model.encoder_frame=joint: an scd_wan's noise is this already",
+        lambda o: o.model.encoder_frame in get_args(WanEncoderFrame),
+        "model.encoder_frame={model.encoder_frame}: an scd_wan's noise makes one pass already, so "
+        "write noise",
     ),
     (
-        lambda o: not o.model.is_separable or o.model.fusion in ("token_concat", "middle"),
-        "model.fusion={model.fusion}: an scd_wan has token_concat or middle",
+        lambda o: not o.model.is_separable or o.model.fusion in get_args(WanFusion),
+        "model.fusion={model.fusion}: an scd_wan has " + " or ".join(get_args(WanFusion)),
     ),
     (
         lambda o: not o.model.is_separable or o.wan.decoder_first < o.model.decoder_layers,

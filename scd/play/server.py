@@ -32,6 +32,64 @@ MAX_CONNECTIONS = 100
 log = logging.getLogger(__name__)
 
 
+class Handlers:
+    """The answers to what browsers ask for.
+
+    Args:
+        token: that every one of them requires; None: no token.
+    """
+
+    def __init__(self, catalog: Catalog, manager: SessionManager, token: str | None):
+        self._catalog = catalog
+        self._manager = manager
+        self._token = token
+        self._recordings = asyncio.Semaphore(MAX_RECORDINGS)
+
+    async def page(self, request: Request) -> Response:
+        if not self._has_token(request):
+            return PlainTextResponse(
+                "A token is missing: open the complete URL that the server printed.", 403
+            )
+        return FileResponse(STATIC / "index.html")
+
+    async def start_picture(self, request: Request) -> Response:
+        if not self._has_token(request):
+            return PlainTextResponse("wrong token", 403)
+        try:
+            start = self._catalog.start(request.path_params["name"])
+        except ScdError as error:
+            return PlainTextResponse(str(error), 404)
+        return Response(start_thumbnail(start), media_type="image/png")
+
+    async def recording(self, request: Request) -> Response:
+        session = self._manager.sessions.get(request.query_params.get("session", ""))
+        if not self._has_token(request) or session is None:
+            return PlainTextResponse("this session does not exist (any more)", 404)
+        return await record_mp4(session, request.query_params, self._recordings)
+
+    async def websocket(self, socket: WebSocket) -> None:
+        await socket.accept()
+        try:
+            if not self._has_token(socket):
+                raise CloseConnection(
+                    CloseCode.BAD_TOKEN, "open the complete URL that the server printed"
+                )
+            await self._manager.serve(socket, socket.query_params.get("session"))
+        except WebSocketDisconnect:
+            pass
+        except CloseConnection as end:
+            with suppress(RuntimeError, WebSocketDisconnect):  # it may be gone by now
+                await socket.close(end.code, end.reason)
+        except Exception:
+            log.exception("a session failed")
+            with suppress(RuntimeError, WebSocketDisconnect):
+                await socket.close(CloseCode.FAULT, "an error on the server ended this session")
+
+    def _has_token(self, connection: HTTPConnection) -> bool:
+        given, token = connection.query_params.get("token", ""), self._token
+        return token is None or secrets.compare_digest(given.encode(), token.encode())
+
+
 def make_app(
     catalog: Catalog,
     *,
@@ -53,7 +111,6 @@ def make_app(
     manager = SessionManager(
         lambda: Session.open(catalog, worker, limits), max_sessions, limits.alive_seconds
     )
-    recordings = asyncio.Semaphore(MAX_RECORDINGS)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -61,56 +118,13 @@ def make_app(
         await manager.close()
         worker.shutdown(wait=False, cancel_futures=True)
 
-    def has_token(connection: HTTPConnection) -> bool:
-        given = connection.query_params.get("token", "")
-        return token is None or secrets.compare_digest(given.encode(), token.encode())
-
-    async def page(request: Request) -> Response:
-        if not has_token(request):
-            return PlainTextResponse(
-                "A token is missing: open the complete URL that the server printed.", 403
-            )
-        return FileResponse(STATIC / "index.html")
-
-    async def start_picture(request: Request) -> Response:
-        if not has_token(request):
-            return PlainTextResponse("wrong token", 403)
-        try:
-            start = catalog.start(request.path_params["name"])
-        except ScdError as error:
-            return PlainTextResponse(str(error), 404)
-        return Response(start_thumbnail(start), media_type="image/png")
-
-    async def recording(request: Request) -> Response:
-        session = manager.sessions.get(request.query_params.get("session", ""))
-        if not has_token(request) or session is None:
-            return PlainTextResponse("this session does not exist (any more)", 404)
-        return await record_mp4(session, request.query_params, recordings)
-
-    async def websocket(socket: WebSocket) -> None:
-        await socket.accept()
-        try:
-            if not has_token(socket):
-                raise CloseConnection(
-                    CloseCode.BAD_TOKEN, "open the complete URL that the server printed"
-                )
-            await manager.serve(socket, socket.query_params.get("session"))
-        except WebSocketDisconnect:
-            pass
-        except CloseConnection as end:
-            with suppress(RuntimeError, WebSocketDisconnect):  # it may be gone by now
-                await socket.close(end.code, end.reason)
-        except Exception:
-            log.exception("a session failed")
-            with suppress(RuntimeError, WebSocketDisconnect):
-                await socket.close(CloseCode.FAULT, "an error on the server ended this session")
-
+    handlers = Handlers(catalog, manager, token)
     return Starlette(
         routes=[
-            Route("/", page),
-            Route("/starts/{name}.png", start_picture),
-            Route("/recording.mp4", recording),
-            WebSocketRoute("/ws", websocket),
+            Route("/", handlers.page),
+            Route("/starts/{name}.png", handlers.start_picture),
+            Route("/recording.mp4", handlers.recording),
+            WebSocketRoute("/ws", handlers.websocket),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
         middleware=[Middleware(OriginCheck, local=local, origins=origins)],

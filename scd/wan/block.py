@@ -145,9 +145,3 @@ class WanBlock(WanTransformerBlock):
     def _by_head(self, x: Tensor) -> Tensor:
         """Split channels into heads: (B, ..., T, D) -> (B, heads, ..., T, head_dim)."""
         return x.unflatten(-1, (self.attn1.heads, -1)).movedim(-2, 1)
-
-
-def within_frames(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
-    """Attend to the tokens of the own frame alone, all (B, heads, frames·tokens, head_dim)."""
-    q, k, v = (rearrange(x, "b h (f n) d -> (b f) h n d", f=frames) for x in (q, k, v))
-    return rearrange(full_attention(q, k, v), "(b f) h n d -> b h (f n) d", f=frames)

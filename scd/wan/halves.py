@@ -13,15 +13,20 @@ from scd.models.attention import (
     clean_context_block_mask,
     own_frame_attention,
     uses_flex,
+    within_frames_attention,
 )
 from scd.models.layers import Attend
 from scd.models.world_model import Cache, FirstLook
-from scd.wan.block import KeysValues, within_frames
+from scd.options import WanFusion
+from scd.wan.block import KeysValues
 from scd.wan.stack import CLEAN_TIMESTEP, WanSizes, WanStack
 
 
 class WanEncoder(WanStack):
     """The first blocks of Wan, run once per frame over clean frames.
+
+    With a first look at a frame, clean frames are encoded under their own conditions, and its
+    context is the output at the noisy frame itself.
 
     Args:
         start: a learned frame stands before frame 0, at position -1, and gives its context.
@@ -39,18 +44,24 @@ class WanEncoder(WanStack):
         conditions: Tensor | None,
         text: Tensor,
         history_gradient: bool = True,
+        first_look: FirstLook | None = None,
     ) -> Tensor:
         """Encode the contexts of the frames after the given ones.
 
         Args:
             latents: (B, F, C, H, W), clean.
-            conditions: (B, F), entry j for frame j+1; (B, 1 + F) where the learned start is first.
+            conditions: (B, F), entry j for frame j+1. Where the learned start comes first, or with
+                a first look: (B, 1 + F), of frames 0..F.
             text: (B, T, text_dim).
             history_gradient: see `WorldModel.forward`.
+            first_look: at the last F' of the frames 0..F; only their contexts are then encoded.
 
         Returns:
-            (B, F, N, D), or (B, 1 + F, N, D) where the learned start is first.
+            (B, F, N, D), or (B, 1 + F, N, D) where the learned start comes first; with a first look
+            (B, F', N, D).
         """
+        if first_look is not None:
+            return self._look(latents, conditions, text, history_gradient, first_look)
         x = self._with_start(latents, 0)  # (B, F, N, D)
         frames, n = x.shape[1:3]
         block_mask = None
@@ -65,51 +76,42 @@ class WanEncoder(WanStack):
         texts = [self.embed_text(text)] * len(self.blocks)
         return self.run(x, modulation, rotary, [attend] * len(self.blocks), texts)  # (B, F, N, D)
 
-    def look(
+    def _look(
         self,
-        history: Tensor,
-        look: FirstLook,
+        latents: Tensor,
         conditions: Tensor | None,
         text: Tensor,
-        history_gradient: bool = True,
+        history_gradient: bool,
+        first_look: FirstLook,
     ) -> Tensor:
-        """Encode the contexts of frames from noisy ones, each with the clean frames before it.
-
-        Args:
-            history: (B, F - 1, C, H, W), clean: all but the last frame.
-            conditions: (B, F), of the frames themselves.
-            text: (B, T, text_dim).
-            history_gradient: see `WorldModel.forward`.
-
-        Returns:
-            (B, F', N, D), from one pass over [clean ‖ noisy].
-        """
-        count = history.shape[1]
-        first = count + 1 - look.noisy.shape[1]
-        frames = torch.cat([history, look.noisy.to(history)], dim=1)  # (B, F - 1 + F', C, H, W)
-        clean_times = torch.full_like(look.timesteps[:, :1], CLEAN_TIMESTEP).expand(-1, count)
-        times = torch.cat([clean_times, look.timesteps], dim=1)  # (B, F - 1 + F')
+        """Encode one sequence [clean frames 0..F-1 ‖ first look at the last F' of frames 0..F]."""
+        clean, noisy_times = latents.shape[1], first_look.timesteps
+        first = clean + 1 - noisy_times.shape[1]
+        noisy = first_look.noisy.to(latents)
+        frames = torch.cat([latents, noisy], dim=1)  # (B, F + F', C, H, W)
+        clean_times = torch.full_like(noisy_times[:, :1], CLEAN_TIMESTEP).expand(-1, clean)
+        times = torch.cat([clean_times, noisy_times], dim=1)  # (B, F + F')
         if conditions is not None:
             conditions = torch.cat([conditions[:, :-1], conditions[:, first:]], dim=1)
-        positions = torch.arange(count + 1, device=frames.device)
+        positions = torch.arange(clean + 1, device=frames.device)
         rotary = self.rotary(torch.cat([positions[:-1], positions[first:]]), frames)
-        x = self.embed(frames)  # (B, F - 1 + F', N, D)
+        x = self.embed(frames)  # (B, F + F', N, D)
         n, tokens = x.shape[2], x.shape[1] * x.shape[2]
         block_mask = None
         if uses_flex(tokens, x.device):
-            block_mask = clean_context_block_mask(n, count, first, tokens, x.device)
+            block_mask = clean_context_block_mask(n, clean, first, tokens, x.device)
         attend = partial(
             clean_context_attention,
             tokens_per_frame=n,
-            clean_frames=count,
+            clean_frames=clean,
             first=first,
             block_mask=block_mask,
             history_gradient=history_gradient,
         )
         texts = [self.embed_text(text)] * len(self.blocks)
-        modulation = self.modulation(times, conditions)  # (B, F - 1 + F', 7, D)
+        modulation = self.modulation(times, conditions)  # (B, F + F', 7, D)
         x = self.run(x, modulation, rotary, [attend] * len(self.blocks), texts)
-        return x[:, count:]  # (B, F', N, D)
+        return x[:, clean:]  # (B, F', N, D)
 
     def prefill(
         self, latents: Tensor, modulation: Tensor, cache: Cache, kept: int | None = None
@@ -157,7 +159,7 @@ class WanDecoder(WanStack):
             but that the last blocks see one frame.
     """
 
-    def __init__(self, sizes: WanSizes, first: int, last: int, num_actions: int, fusion: str):
+    def __init__(self, sizes: WanSizes, first: int, last: int, num_actions: int, fusion: WanFusion):
         super().__init__(sizes, first + last, num_actions, predicts=True)
         self.first = first
         self.fuse = nn.Linear(sizes.width, sizes.width) if fusion == "middle" else None
@@ -191,7 +193,8 @@ class WanDecoder(WanStack):
         context, n = context.type_as(x), x.shape[2]
         # Only the row and the column matter inside a frame.
         rotary = self.rotary(torch.zeros(1, device=noisy.device), noisy)
-        attends = [partial(within_frames, frames=noisy.shape[1])] * len(self.blocks)
+        attend = partial(within_frames_attention, frames=noisy.shape[1])
+        attends = [attend] * len(self.blocks)
         if self.fuse is None:
             x = torch.cat([context, x], dim=2)  # (B, F, 2·N, D)
             x = self.run(x, modulation, rotary.twice(), attends, texts, keep=n)  # (B, F, N, D)

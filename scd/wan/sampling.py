@@ -180,37 +180,19 @@ def generate_benchmark(
         ScdError: a prompt that cannot be a name, other numbers of lines, or a folder of videos that
             were made otherwise.
     """
-    names = read_lines(prompts)
-    given = names if extended is None else read_lines(extended)
-    if len(given) != len(names):
-        raise ScdError(f"{extended}: {len(given)} lines for the {len(names)} of {prompts}")
-    for name in names:
-        longest = f"{name}-{videos}.part.mp4"
-        if "/" in name or "\0" in name or len(longest.encode()) > MAX_NAME_BYTES:
-            raise ScdError(
-                f"{prompts}: {name[:80]!r} cannot be a file's name: put longer prompts into a file "
-                f"for --extended"
-            )
+    names, given = _read_benchmark(prompts, extended, videos)
+    negative = texts.negative(request.negative_prompt)
     common = {
         "model": [sha256(path) for path in weight_files(model)],
         "autoencoder": [sha256(path) for path in sorted(_vae_folder(model).glob("*.safetensors"))],
         "text_encoder": texts.made_by,
         "rollout": dict(pipeline.config.rollout),
-        "negative_prompt": texts.negative(request.negative_prompt),
+        "negative_prompt": negative,
         "extended": None if extended is None else sha256(extended),
         **{key: getattr(request, key) for key in ("frames", "height", "width", "fps", "seed")},
     }
-    texts.check([*given, texts.negative(request.negative_prompt)])
-    about = out.with_name(f"{out.name}.json")
-    if not about.exists() and any(out.glob("*.mp4")):
-        raise ScdError(
-            f"{about}: is missing, so how the videos of {out} were made is unknown: choose another "
-            f"folder"
-        )
-    before = read_json(about) if about.exists() else {}
-    if not isinstance(before, dict) or before != {key: common.get(key) for key in before}:
-        raise ScdError(f"{about}: the videos of {out} were made otherwise: choose another folder")
-    write_json(about, common)
+    texts.check([*given, negative])
+    _write_common(out, common)
     others = 0
     wanted = dict(zip(names, given, strict=True)).items()
     for (name, text), number in product(wanted, range(videos)):
@@ -222,6 +204,38 @@ def generate_benchmark(
                 generate_video(pipeline, texts, text, one, path)
     if others:
         print(f"{out}: left to other processes: {others}, which they were making")
+
+
+def _read_benchmark(
+    prompts: Path, extended: Path | None, videos: int
+) -> tuple[list[str], list[str]]:
+    """Read the names of a benchmark's videos, and in the same lines what the model is given."""
+    names = read_lines(prompts)
+    given = names if extended is None else read_lines(extended)
+    if len(given) != len(names):
+        raise ScdError(f"{extended}: {len(given)} lines for the {len(names)} of {prompts}")
+    for name in names:
+        longest = f"{name}-{videos}.part.mp4"
+        if "/" in name or "\0" in name or len(longest.encode()) > MAX_NAME_BYTES:
+            raise ScdError(
+                f"{prompts}: {name[:80]!r} cannot be a file's name: put longer prompts into a file "
+                f"for --extended"
+            )
+    return names, given
+
+
+def _write_common(out: Path, common: dict[str, Any]) -> None:
+    """Write what all videos of a folder have in common; refuse a folder of others."""
+    about = out.with_name(f"{out.name}.json")
+    if not about.exists() and any(out.glob("*.mp4")):
+        raise ScdError(
+            f"{about}: is missing, so how the videos of {out} were made is unknown: choose another "
+            f"folder"
+        )
+    before = read_json(about) if about.exists() else {}
+    if not isinstance(before, dict) or before != {key: common.get(key) for key in before}:
+        raise ScdError(f"{about}: the videos of {out} were made otherwise: choose another folder")
+    write_json(about, common)
 
 
 def _vae_folder(model: Path) -> Path:

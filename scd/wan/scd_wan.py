@@ -6,8 +6,6 @@ encoder's clean frames are at timestep 0, the current one (`noise`) at that of t
 is given, in a rollout pure noise; frame 0 follows a learned start (`shift`) or its noise (`noise`).
 """
 
-from typing import Literal, get_args
-
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401 (diffusers looks for ModelMixin)
 from diffusers.configuration_utils import register_to_config
@@ -25,13 +23,12 @@ from scd.models.world_model import (
     TextKeys,
     repeat_steps,
 )
+from scd.options import WanEncoderFrame, WanFusion
+from scd.options.rules import wrong_choice
 from scd.wan.block import at_least_float32
 from scd.wan.halves import WanDecoder, WanEncoder
 from scd.wan.network import WanWorldModel, config_of, filled
 from scd.wan.stack import CLEAN_TIMESTEP, WanSizes, text_in
-
-EncoderFrame = Literal["shift", "noise"]
-Fusion = Literal["token_concat", "middle"]
 
 
 class SCDWan(WanWorldModel, CausalWorldModel):
@@ -70,18 +67,18 @@ class SCDWan(WanWorldModel, CausalWorldModel):
         encoder_layers: int = 25,
         decoder_first: int = 5,
         decoder_last: int = 5,
-        encoder_frame: EncoderFrame = "shift",
-        fusion: Fusion = "token_concat",
+        encoder_frame: WanEncoderFrame = "shift",
+        fusion: WanFusion = "token_concat",
         first_frame: bool = False,
         num_actions: int = 0,
     ):
         super().__init__()
-        for name, value, known in (
-            ("encoder_frame", encoder_frame, get_args(EncoderFrame)),
-            ("fusion", fusion, get_args(Fusion)),
+        for name, kind, value in (
+            ("encoder_frame", WanEncoderFrame, encoder_frame),
+            ("fusion", WanFusion, fusion),
         ):
-            if value not in known:
-                raise ScdError(f"{name} is {value!r}, not one of {', '.join(known)}")
+            if message := wrong_choice(name, kind, value):
+                raise ScdError(message)
         if min(encoder_layers, decoder_last) < 1 or decoder_first < 0:
             raise ScdError(
                 f"an encoder of {encoder_layers} and a decoder of {decoder_first} + {decoder_last} "
@@ -99,8 +96,8 @@ class SCDWan(WanWorldModel, CausalWorldModel):
         encoder_layers: int | None = None,
         decoder_first: int = 5,
         decoder_last: int = 5,
-        encoder_frame: EncoderFrame = "shift",
-        fusion: Fusion = "token_concat",
+        encoder_frame: WanEncoderFrame = "shift",
+        fusion: WanFusion = "token_concat",
         first_frame: bool = False,
         num_actions: int = 0,
     ) -> "SCDWan":
@@ -151,10 +148,6 @@ class SCDWan(WanWorldModel, CausalWorldModel):
         Of the noise that the decoder starts from, it could tell the clean frame of a training clip:
         two noisy versions under one noise are two equations for two unknowns.
         """
-        return self._encodes_noise
-
-    @property
-    def _encodes_noise(self) -> bool:
         return self.config.encoder_frame == "noise"
 
     @property
@@ -163,7 +156,7 @@ class SCDWan(WanWorldModel, CausalWorldModel):
 
     @property
     def noisy_slots(self) -> int:
-        return int(self._encodes_noise)
+        return int(self.takes_first_look)
 
     @property
     def cached_layers(self) -> int:
@@ -185,21 +178,19 @@ class SCDWan(WanWorldModel, CausalWorldModel):
 
         Args: as `WorldModel.forward`, and
             perturbation: in units of each token's standard deviation.
-            first_look: with `encoder_frame=noise`; None: the first draw.
         """
         self.refuse_unused(perturbation, first_look, text)
         text = self.check_text(text, len(latents))
-        history, (draws, frames) = latents[:, :-1], noisy.shape[1:3]
-        if self._encodes_noise:
-            look = first_look or FirstLook(noisy[:, 0], timesteps[:, 0])
-            context = self.encoder.look(
-                history, look, conditions, text, history_gradient
-            )  # (B, F', N, D)
-        else:
-            following = None if conditions is None else conditions[:, self.first_predicted :]
-            context = self.encoder(
-                history, following, text, history_gradient
-            )  # (B, F - first, N, D)
+        draws, frames = noisy.shape[1:3]
+        if not self.takes_first_look:
+            # The encoder needs the action that leads to the next frame, the decoder its own.
+            if conditions is not None:
+                conditions = conditions[:, self.first_predicted :]  # (B, F - first)
+        elif first_look is None:
+            raise ScdError(f"encoder_frame={self.config.encoder_frame} needs a first look")
+        context = self.encoder(
+            latents[:, :-1], conditions, text, history_gradient, first_look
+        )  # (B, F - first, N, D), or (B, F', N, D)
         context = perturbed(context[:, -frames:], perturbation)  # (B, F', N, D)
         # Draws are more frames: in the decoder, frames do not see each other.
         context = context.repeat(1, draws, 1, 1)  # (B, K·F', N, D)
@@ -213,7 +204,7 @@ class SCDWan(WanWorldModel, CausalWorldModel):
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
         """Modulate the encoder for clean frames and for noise, the decoder for every step."""
-        levels = [CLEAN_TIMESTEP, MAX_TIMESTEP][: 1 + self._encodes_noise]
+        levels = [CLEAN_TIMESTEP, MAX_TIMESTEP][: 1 + self.takes_first_look]
         clean = torch.tensor(levels, device=conditions.device).expand(len(conditions), -1)
         times = timesteps.expand(len(conditions), -1)  # (R, T)
         return PrecomputedModulation(
@@ -237,7 +228,7 @@ class SCDWan(WanWorldModel, CausalWorldModel):
         modulation: PrecomputedModulation,
     ) -> None:
         """Encode clean frames into the cache: each under the condition of the next (`shift`)."""
-        ids = condition_ids if self._encodes_noise else next_condition_ids
+        ids = condition_ids if self.takes_first_look else next_condition_ids
         self.encoder.prefill(latents, modulation.clean[ids, 0], cache)
 
     def begin_frame(
@@ -251,7 +242,7 @@ class SCDWan(WanWorldModel, CausalWorldModel):
         noise: Tensor | None = None,
     ) -> FrameDenoiser:
         """Encode the newest frame, and the next as noise; only the decoder runs at its steps."""
-        if self._encodes_noise:
+        if self.takes_first_look:
             assert noise is not None
             clean = modulation.clean[condition_ids, 0]  # (B, 0 or 1, 7, D)
             vectors = torch.cat([clean, modulation.clean[next_condition_ids, 1]], dim=1)
