@@ -74,7 +74,7 @@ def velocity(model, latents, noisy, times, text, actions=None) -> Tensor:
     """What a model predicts whose encoder, if it takes a first look, sees the noisy frames."""
     first = model.first_predicted
     look = FirstLook(noisy[:, first:], times[:, first:]) if model.takes_first_look else None
-    return model.velocity(latents, noisy, times, text, actions, look)
+    return model.velocity(latents, noisy, times, actions, first_look=look, text=text)
 
 
 def singles(*tensors: Tensor) -> list[Tensor]:
@@ -99,10 +99,10 @@ def test_one_frame_is_diffusers_own_output(inputs, config):
     latents, noisy, times, text = singles(*inputs)
     wan = tiny_wan(**config)
     model = CausalWan.from_wan(wan)
-    found = model.velocity(latents[:, :1], noisy[:, :1], times[:, :1], text)
+    found = model.velocity(latents[:, :1], noisy[:, :1], times[:, :1], text=text)
     expected = wan(noisy[:, :1].transpose(1, 2), times[:, 0], text).sample.transpose(1, 2)
     assert (found - expected).abs().max() < 1e-5 < expected.std()
-    chunk = CausalWan.from_wan(wan, chunk_frames=F).velocity(latents, noisy, times, text)
+    chunk = CausalWan.from_wan(wan, chunk_frames=F).velocity(latents, noisy, times, text=text)
     tokens = times.repeat_interleave(model.tokens_per_frame(H, W), dim=1)
     expected = wan(noisy.transpose(1, 2), tokens, text).sample.transpose(1, 2)
     assert (chunk - expected).abs().max() < 1e-5 < expected.std()
@@ -141,7 +141,7 @@ def test_an_scd_by_diffusers_own_blocks(inputs, fusion):
     shift, scale = (wan.scale_shift_table + e[:, None]).chunk(2, dim=1)
     x = wan.proj_out(wan.norm_out(x[:, -n:]) * (1 + scale) + shift)
     x = x.reshape(B, H // 2, W // 2, 2, 2, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
-    found = scd.velocity(latents[:, :2], noisy[:, :2], times[:, :2], text)
+    found = scd.velocity(latents[:, :2], noisy[:, :2], times[:, :2], text=text)
     assert (found[:, 0] - x).abs().max() < 1e-5 < x.std()
 
 
@@ -337,9 +337,9 @@ def test_the_middle_fusion_starts_as_wan_itself(inputs, monkeypatch):
 
         return run(self, x, modulation, rotary, [*attends[:3], inside], texts)
 
-    dense = causal.velocity(latents, noisy, times, text)
+    dense = causal.velocity(latents, noisy, times, text=text)
     monkeypatch.setattr(CausalWan, "run", inside_frames_at_the_end)
-    expected = causal.velocity(latents, noisy, times, text)
+    expected = causal.velocity(latents, noisy, times, text=text)
     assert (found - expected).abs().max() < 1e-5
     assert (dense - expected)[:, 1:].abs().max() > 1e-3  # the last layer does look back in Wan
     # Other fusions and interfaces have no such start.
@@ -487,7 +487,7 @@ def test_saved_and_loaded(inputs, config, tmp_path):
     if not config:  # diffusers itself can read a causal Wan
         make({}).save_pretrained(tmp_path / "plain")
         wan = WanTransformer3DModel.from_pretrained(tmp_path / "plain")
-        frame = make({}).velocity(latents[:, :1], noisy[:, :1], times[:, :1], text)
+        frame = make({}).velocity(latents[:, :1], noisy[:, :1], times[:, :1], text=text)
         expected = wan(noisy[:, :1].transpose(1, 2), times[:, 0], text).sample.transpose(1, 2)
         assert (frame - expected).abs().max() < 1e-5
 
@@ -504,8 +504,8 @@ def test_bf16_keeps_what_diffusers_keeps_in_float32(inputs, tmp_path):
         assert tensor.dtype == other.dtype and torch.equal(tensor, other), key
         exact = any(part in key for part in ("scale_shift_table", "time_embedder", "norm2"))
         assert tensor.dtype == (torch.float32 if exact else torch.bfloat16), key
-    found = read.velocity(latents, noisy, times, text)
-    expected = model.velocity(latents, noisy, times, text)
+    found = read.velocity(latents, noisy, times, text=text)
+    expected = model.velocity(latents, noisy, times, text=text)
     assert found.dtype == torch.float32
     error = (found - expected).square().mean().sqrt() / expected.std()
     assert 0 < error < 0.03
@@ -562,22 +562,22 @@ def test_refusals(inputs):
         make({}, num_actions=2).to_wan()
     model = make({"chunk_frames": 3})
     with pytest.raises(ScdError, match="4 frames: expected at least 1, in chunks of 3"):
-        model.velocity(latents, noisy, times, text)
+        model.velocity(latents, noisy, times, text=text)
     with pytest.raises(ScdError, match="context of 4 frames: this model needs chunks of 3"):
         Rollout(model, RolloutOptions(1, guidance="none"), 9).reset(latents, text=text)
     with pytest.raises(ScdError, match="window of 4 frames"):
         Rollout(model, RolloutOptions(1, guidance="none", window=4))
     model = make(SHIFT | CONCAT)
     with pytest.raises(ScdError, match="1 frames: expected at least 2"):
-        model.velocity(latents[:, :1], noisy[:, :1], times[:, :1], text)
+        model.velocity(latents[:, :1], noisy[:, :1], times[:, :1], text=text)
     with pytest.raises(ScdError, match=r"the text is \(2, 5, 16\), expected \(2, T, 32\)"):
-        model.velocity(latents, noisy, times, text[..., :16])
+        model.velocity(latents, noisy, times, text=text[..., :16])
     with pytest.raises(ScdError, match="frames of 4x5, which patches of 2x2 do not divide"):
-        model.velocity(latents[..., :5], noisy[..., :5], times, text)
+        model.velocity(latents[..., :5], noisy[..., :5], times, text=text)
     with pytest.raises(ScdError, match=r"timesteps \(2, 3\), expected"):
-        model.velocity(latents, noisy, times[:, 1:], text)
+        model.velocity(latents, noisy, times[:, 1:], text=text)
     with pytest.raises(ScdError, match="encoder_frame=noise needs a first look"):
-        make(NOISE | CONCAT).velocity(latents, noisy, times, text)
+        make(NOISE | CONCAT).velocity(latents, noisy, times, text=text)
     rollout = Rollout(model, RolloutOptions(1, guidance="condition", guidance_scale=3.0), 5)
     with pytest.raises(ScdError, match="set_text before reset"):
         rollout.set_text(text)

@@ -73,7 +73,7 @@ def test_random_weights_keep_activations():
         torch.randn(1, 2, 16, 4, 8),
         torch.randn(1, 2, 16, 4, 8),
         torch.full((1, 2), 500.0),
-        torch.randn(1, 8, 32),
+        text=torch.randn(1, 8, 32),
     )
     assert 0.1 < out.std() < 10
 

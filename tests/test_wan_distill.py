@@ -133,28 +133,28 @@ def test_the_bidirectional_model_is_diffusers_own(inputs):
     model, level = BidirectionalWan.from_wan(wan), torch.tensor([300.0, 800.0])
     times = level[:, None].repeat(1, F)
     expected = wan(noisy.transpose(1, 2), level, text).sample.transpose(1, 2)
-    found = model.velocity(latents, noisy, times, text)
+    found = model.velocity(latents, noisy, times, text=text)
     assert (found - expected).abs().max() < 1e-5 < expected.std()
     clip = torch.cat([latents[:, :2], noisy[:, 2:]], dim=1)
     times[:, :2] = 0
     tokens = times.repeat_interleave(model.tokens_per_frame(H, W), dim=1)
     expected = wan(clip.transpose(1, 2), tokens, text).sample.transpose(1, 2)[:, 2:]
     times[:, :2] = -1
-    given = model.velocity(latents, noisy, times, text)[:, 2:]
+    given = model.velocity(latents, noisy, times, text=text)[:, 2:]
     fewer = model(latents, noisy[:, None, 2:], times[:, None, 2:], None, text=text)[:, 0]
     assert (given - expected).abs().max() < 1e-5 and (fewer - expected).abs().max() < 1e-5
     times[:, :3] = -1  # more given than noisy frames
-    given = model.velocity(latents, noisy, times, text)[:, 2:]
+    given = model.velocity(latents, noisy, times, text=text)[:, 2:]
     fewer = model(latents, noisy[:, None, 3:], times[:, None, 3:], None, text=text)[:, 0]
     assert (given[:, 1:] - fewer).abs().max() < 1e-5
     times[:, 2] = level
-    given = model.velocity(latents, noisy, times, text)[:, 2:]
+    given = model.velocity(latents, noisy, times, text=text)[:, 2:]
     acting = BidirectionalWan.from_wan(wan, num_actions=3)
     actions = torch.tensor([[0, 1, 2, 0]] * B)
-    assert torch.equal(acting.velocity(latents, noisy, times, text, actions)[:, 2:], given)
+    assert torch.equal(acting.velocity(latents, noisy, times, actions, text=text)[:, 2:], given)
     with torch.no_grad():
         disturbed(acting.action_embedding)
-    moved = acting.velocity(latents, noisy, times, text, actions)[:, 2:]
+    moved = acting.velocity(latents, noisy, times, actions, text=text)[:, 2:]
     assert (moved - given).abs().max() > 1e-3
 
 

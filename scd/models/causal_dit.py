@@ -51,7 +51,7 @@ class CausalDiT(DiT, CausalWorldModel):
     ) -> Tensor:
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
         self.refuse_unused(perturbation, first_look, text)
-        clean = latents[:, :-1]  # (B, F - 1, C, H, W): the last frame is nobody's history
+        clean = latents[:, :-1]  # (B, F - 1, C, H, W): no frame follows the last
         n = self.tokens_per_frame(*latents.shape[-2:])
         sequence = clean_and_noisy(clean, noisy, timesteps, conditions, n, history_gradient)
         e = self.conditioning(sequence.timesteps, sequence.conditions)  # (B, F - 1 + K·F', D)

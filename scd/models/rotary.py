@@ -17,7 +17,7 @@ WITHOUT_FLOAT64 = ("mps",)  # devices: Apple's GPUs
 class Rotary(NamedTuple):
     """Cosines and sines of the position angles, (tokens, d) each.
 
-    Every angle stands there twice, its sine first with a minus.
+    Each angle appears twice; its first sine is negated.
     """
 
     cos: Tensor
@@ -73,7 +73,7 @@ class _Tables(NamedTuple):
 
 
 def _tables(height: int, width: int, dims: tuple[int, int, int], device: torch.device) -> _Tables:
-    # What dynamo traces knows no cache.
+    # Dynamo ignores `lru_cache`.
     tables = _make_tables if torch.compiler.is_compiling() else _cached_tables
     return tables(height, width, dims, device)
 

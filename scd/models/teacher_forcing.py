@@ -15,7 +15,7 @@ from scd.models.world_model import CLEAN_TIMESTEP
 class CleanAndNoisy(NamedTuple):
     """One sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K], of S = F - 1 + K·F' frames.
 
-    Clean are all frames of a clip but the last, which is nobody's history; noisy the last F'.
+    Clean are all frames of a clip but the last, which no frame follows; noisy the last F'.
     """
 
     frames: Tensor  # (B, S, C, H, W)

@@ -246,7 +246,9 @@ class WorldModel(ModelMixin, ConfigMixin):
         timesteps: Tensor,
         actions: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
         first_look: FirstLook | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Predict velocities under teacher forcing, of every frame F' to predict (mostly F - 1).
 
@@ -256,20 +258,21 @@ class WorldModel(ModelMixin, ConfigMixin):
             timesteps: (B, F) in [0, 1000], the noise levels of `noisy`.
             actions: (B, F) or (B, F, V) as recorded (action i leads to frame i).
             labels: (B,).
-            first_look: at the frames F'; see `forward`.
+            first_look, text: at the frames F', and of each clip; see `forward`.
 
         Returns:
             (B, F', C, H, W).
 
         Raises:
-            ScdError: shapes that do not fit together, or conditions that the model does not have.
+            ScdError: shapes that do not fit together, something that the model does not have, or a
+                first look or a text that is missing.
         """
         self.check_clip(latents, noisy, timesteps)
         first = self.first_predicted
         conditions = self.frame_conditions(latents.shape[:2], actions, labels)
         self.check_conditions(conditions)
         drawn = noisy[:, None, first:], timesteps[:, None, first:]
-        return self(latents, *drawn, conditions, first_look=first_look)[:, 0]
+        return self(latents, *drawn, conditions, first_look=first_look, text=text)[:, 0]
 
     def check_clip(self, latents: Tensor, noisy: Tensor, timesteps: Tensor) -> None:
         """Refuse the frames of `velocity` if they do not fit together, or not the model."""

@@ -52,7 +52,7 @@ def gated_sum(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
 class Rotary(NamedTuple):
     """Cosines and sines of the position angles of every token, (F, N, head_dim) each.
 
-    Every angle stands there twice, side by side, its first sine with a minus.
+    Each angle appears twice, side by side; its first sine is negated.
     """
 
     cos: Tensor

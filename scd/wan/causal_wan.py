@@ -126,7 +126,7 @@ class CausalWan(WanStack, WanWorldModel, CausalWorldModel):
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
         self.refuse_unused(perturbation, first_look, text)
         draws, chunk = noisy.shape[1], self.chunk_frames
-        clean = latents[:, :-chunk]  # (B, F - chunk, C, H, W): the last is nobody's history
+        clean = latents[:, :-chunk]  # (B, F - chunk, C, H, W): no frame follows the last
         count, first = clean.shape[1], latents.shape[1] - noisy.shape[2]
         if first % chunk:
             raise ScdError(f"{noisy.shape[2]} noisy frames are no whole chunks of {chunk}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scd.errors import ScdError
 from scd.models.config import count_patches, own_config
-from scd.models.world_model import FirstLook, WorldModel
+from scd.models.world_model import WorldModel
 from scd.wan.stack import WanSizes
 
 IMAGE_FACTS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")  # of image-to-video models
@@ -61,40 +61,6 @@ class WanWorldModel(WorldModel):
         return count_patches(height, width, rows, columns)
 
     # A Wan is nothing without a text, so it comes first.
-    def velocity(  # type: ignore[override]
-        self,
-        latents: Tensor,
-        noisy: Tensor,
-        timesteps: Tensor,
-        text: Tensor,
-        actions: Tensor | None = None,
-        first_look: FirstLook | None = None,
-    ) -> Tensor:
-        """Predict velocities under teacher forcing, of every frame F' that can be predicted.
-
-        Args:
-            latents: (B, F, C, H, W), the clean frames, normalized as Wan's latents are.
-            noisy: (B, F, C, H, W).
-            timesteps: (B, F) in [0, 1000], the noise levels of `noisy`.
-            text: (B, T, text_dim), the text encoder's output.
-            actions: (B, F) integers (action i leads to frame i).
-            first_look: at the frames F'; see `forward`.
-
-        Returns:
-            (B, F', C, H, W), from frame `first_predicted` on.
-
-        Raises:
-            ScdError: shapes that do not fit together, actions that the model does not have, or a
-                first look that is missing.
-        """
-        self.check_clip(latents, noisy, timesteps)
-        self.check_text(text, len(latents))
-        first = self.first_predicted
-        conditions = self.frame_conditions(latents.shape[:2], actions, None)
-        self.check_conditions(conditions)
-        noisy, timesteps = noisy[:, None, first:], timesteps[:, None, first:]
-        return self(latents, noisy, timesteps, conditions, first_look=first_look, text=text)[:, 0]
-
     def check_text(self, text: Tensor | None, batch: int) -> Tensor:
         if text is None:
             raise ScdError(f"{type(self).__name__} needs a text")
