@@ -52,7 +52,12 @@ def within_frames_attention(q: Tensor, k: Tensor, v: Tensor, frames: int) -> Ten
 
 
 def block_causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int, block_mask: BlockMask | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens_per_frame: int,
+    block_mask: BlockMask | None = None,
+    history_gradient: bool = True,
 ) -> Tensor:
     """Attend to all tokens of the own and of earlier frames (arXiv 2602.10095, section 4).
 
@@ -61,8 +66,11 @@ def block_causal_attention(
         k, v: (B, heads, P·N + F·N, head_dim), of P past frames and those F frames.
         tokens_per_frame: N.
         block_mask: `block_causal_block_mask` for these sizes; a compiled model must pass it in.
+        history_gradient: False: no gradient to the keys and values of earlier frames (P = 0).
     """
     n, queries, keys = tokens_per_frame, q.shape[2], k.shape[2]
+    if not history_gradient:
+        return _detached_history_attention(q, k, v, n)
     if q.device.type != "cuda":
         return cpu.block_causal_attention(q, k, v, n)
     if queries <= n:
@@ -74,12 +82,9 @@ def block_causal_attention(
     return full_attention(q, k, v, mask)
 
 
-def own_frame_attention(q: Tensor, k: Tensor, v: Tensor, tokens_per_frame: int) -> Tensor:
-    """Attend as `block_causal_attention`, without gradient to the keys and values of past frames.
-
-    Frame by frame: no kernel has a mask for gradients.
-    """
-    n, out = tokens_per_frame, []
+def _detached_history_attention(q: Tensor, k: Tensor, v: Tensor, n: int) -> Tensor:
+    """Attend block-causally, frame by frame: no kernel has a mask for gradients."""
+    out = []
     for start in range(0, q.shape[2], n):
         keys, values = (
             torch.cat([x[:, :, :start].detach(), x[:, :, start : start + n]], dim=2) for x in (k, v)

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 from scd.models.attention import (
     block_causal_attention,
     block_causal_block_mask,
-    own_frame_attention,
     uses_flex,
 )
 from scd.models.layers import (
-    Attend,
     Block,
     ConditionEmbedding,
     OutputNorm,
@@ -90,9 +88,12 @@ class CausalEncoder(nn.Module):
         block_mask = None
         if uses_flex(frames * n, latents.device):
             block_mask = block_causal_block_mask(n, frames * n, frames * n, latents.device)
-        attend: Attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
-        if not history_gradient:
-            attend = partial(own_frame_attention, tokens_per_frame=n)
+        attend = partial(
+            block_causal_attention,
+            tokens_per_frame=n,
+            block_mask=block_mask,
+            history_gradient=history_gradient,
+        )
         e = self._embed_conditions((batch, frames), conditions)  # (B, F, D)
         x = self._embed(latents, from_start=True)  # (B, F, N, D)
         rotary = self._rotary(latents, torch.arange(frames, device=latents.device))

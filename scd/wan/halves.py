@@ -11,11 +11,9 @@ from scd.models.attention import (
     block_causal_block_mask,
     clean_context_attention,
     clean_context_block_mask,
-    own_frame_attention,
     uses_flex,
     within_frames_attention,
 )
-from scd.models.layers import Attend
 from scd.models.world_model import Cache, FirstLook
 from scd.options import WanFusion
 from scd.wan.block import KeysValues
@@ -67,9 +65,12 @@ class WanEncoder(WanStack):
         block_mask = None
         if uses_flex(frames * n, x.device):
             block_mask = block_causal_block_mask(n, frames * n, frames * n, x.device)
-        attend: Attend = partial(block_causal_attention, tokens_per_frame=n, block_mask=block_mask)
-        if not history_gradient:
-            attend = partial(own_frame_attention, tokens_per_frame=n)
+        attend = partial(
+            block_causal_attention,
+            tokens_per_frame=n,
+            block_mask=block_mask,
+            history_gradient=history_gradient,
+        )
         times = torch.full(x.shape[:2], CLEAN_TIMESTEP, device=x.device)
         modulation = self.modulation(times, conditions)  # (B, F, 7, D)
         rotary = self.rotary(self._positions(frames, 0, x), latents)
