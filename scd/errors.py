@@ -1,6 +1,7 @@
 """Exceptions: a mistake that a user can fix, and a run that was stopped in order."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -27,6 +28,12 @@ class Stopped(Exception):
     """A run that got a stop signal has saved its state and exits; started again, it resumes."""
 
     EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Suggest the nearest of the known names, to be put behind an error; "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def reason(error: BaseException) -> str:

@@ -1,10 +1,9 @@
 """Commands that make data ready: record, fetch, list, validate, encode."""
 
 import argparse
-import difflib
 
 from scd.cli.arguments import Commands, add_options_file, add_overrides
-from scd.errors import ScdError
+from scd.errors import ScdError, did_you_mean
 from scd.utils.paths import from_user
 
 
@@ -21,8 +20,7 @@ def fetch_data(a: argparse.Namespace) -> None:
     known = [*DATA_SETS, *AUTOENCODERS]
     for name in a.names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, known)
             raise ScdError(f"nothing is called {name!r}{hint}; there are {', '.join(known)}")
     for name in a.names:
         if name in DATA_SETS:

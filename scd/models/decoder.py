@@ -1,13 +1,12 @@
 """The frame decoder: once per denoising step, inside one frame, under the encoder's context."""
 
-import difflib
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scd.errors import ScdError
+from scd.errors import ScdError, did_you_mean
 from scd.models.attention import full_attention
 from scd.models.layers import (
     NORM_EPS,
@@ -123,8 +122,7 @@ class FrameDecoder(nn.Module):
     ):
         super().__init__()
         if fusion not in FUSIONS:
-            near = difflib.get_close_matches(fusion, FUSIONS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(fusion, FUSIONS)
             raise ScdError(f"model.fusion is {fusion!r}, not one of {', '.join(FUSIONS)}{hint}")
         self.patch_size = patch_size
         self.fusion = FUSIONS[fusion]

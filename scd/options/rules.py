@@ -1,12 +1,11 @@
 """Which option values can work, alone and together; all others are refused before a run starts."""
 
-import difflib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from scd.errors import ScdError
+from scd.errors import ScdError, did_you_mean
 from scd.options.distill_rules import DISTILLATION
 from scd.options.schema import AutoencoderOptions, Options, RolloutOptions, items
 from scd.options.wan_rules import NO_WAN, WAN, Rule
@@ -378,9 +377,7 @@ def wrong_choice(key: str, kind: Any, value: Any) -> str | None:
     wrong = [one for one in items(value) if known and one not in known]
     if not wrong:
         return None
-    near = difflib.get_close_matches(str(wrong[0]), known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    has = "has" if isinstance(value, list) else "is"
+    has, hint = "has" if isinstance(value, list) else "is", did_you_mean(str(wrong[0]), known)
     return f"{key} {has} {wrong[0]!r}, not one of {', '.join(known)}{hint}"
 
 
