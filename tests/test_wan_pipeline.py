@@ -439,6 +439,8 @@ def test_vbench(folder, embeds, tmp_path, capfd):
     extended.write_text("a long story of a cat\na dog\na long story of a cat\n")
     arguments = ["--vbench", str(prompts), "--out", str(out), "--frames", "5"]
     arguments += ["--extended", str(extended), "--seed", "10", "rollout.guidance=none"]
+    # A command that fails before its first video binds the folder to nothing.
+    assert main(command(folder / "scd", embeds, *arguments, "--height", "17")) == 1
     assert main(command(folder / "scd", embeds, *arguments)) == 0
     names = {f"{prompt}-{i}.mp4" for prompt in ("a cat", "a dog") for i in range(5)}
     assert {path.name for path in out.iterdir()} == names
@@ -509,7 +511,8 @@ def test_mistakes_of_commands_are_one_line(folder, embeds, tmp_path, capfd, monk
         (model, ["--out", "x.mp4", "--prompt", "a bird"], "has no prompt 'a bird'"),
         (model, [*good, "--then", "x", "a dog"], "--then x: give the number of a picture"),
         (model, [*good, "--then", "81", "a dog"], "--then 81: the video ends before"),
-        (model, [*good, "--fps", "0"], "--fps must be a number above 0"),
+        (model, [*good, "--fps", "0"], "--fps must lie between 0.1 and 1000, not 0.0"),
+        (model, [*good, "--out", __file__ + "/x/y.mp4"], "test_wan_pipeline.py is a file, not a"),
         (model, [*good, "--videos", "0"], "--videos must be at least 1"),
         (model, ["--out", "other", "--prompt", "a cat"], "other: a folder: give the name"),
         (model, ["--out", "one.txt", "--vbench", "one.txt"], "one.txt: a file: with --vbench"),

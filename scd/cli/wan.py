@@ -1,7 +1,6 @@
 """Commands for pretrained text-to-video models: wan convert, encode-prompts, generate, measure."""
 
 import argparse
-import math
 from functools import partial
 
 from scd.cli.arguments import Commands, add_overrides
@@ -53,8 +52,10 @@ def generate(a: argparse.Namespace) -> None:
             raise ScdError(f"--then {picture}: the video ends before, after {a.frames} pictures")
     if a.videos is not None and a.videos < 1:
         raise ScdError(f"--videos must be at least 1, not {a.videos}")
-    if not 0 < a.fps < math.inf:
-        raise ScdError(f"--fps must be a number above 0, not {a.fps}")
+    if not 0.1 <= a.fps <= 1000:
+        raise ScdError(f"--fps must lie between 0.1 and 1000, not {a.fps}")
+    if (file := next((folder for folder in a.out.parents if folder.is_file()), None)) is not None:
+        raise ScdError(f"{a.out}: {file} is a file, not a folder")
     if a.vbench is None and a.out.is_dir():
         raise ScdError(f"{a.out}: a folder: give the name of an mp4 file")
     if a.vbench is not None and a.out.is_file():

@@ -227,14 +227,17 @@ def _read_benchmark(
 def _write_common(out: Path, common: dict[str, Any]) -> None:
     """Write what all videos of a folder have in common; refuse a folder of others."""
     about = out.with_name(f"{out.name}.json")
-    if not about.exists() and any(out.glob("*.mp4")):
-        raise ScdError(
-            f"{about}: is missing, so how the videos of {out} were made is unknown: choose another "
-            f"folder"
-        )
-    before = read_json(about) if about.exists() else {}
-    if not isinstance(before, dict) or before != {key: common.get(key) for key in before}:
-        raise ScdError(f"{about}: the videos of {out} were made otherwise: choose another folder")
+    if any(out.glob("*.mp4")):  # otherwise a command failed before its first video
+        if not about.exists():
+            raise ScdError(
+                f"{about}: is missing, so how the videos of {out} were made is unknown: choose "
+                f"another folder"
+            )
+        before = read_json(about)
+        if not isinstance(before, dict) or before != {key: common.get(key) for key in before}:
+            raise ScdError(
+                f"{about}: the videos of {out} were made otherwise: choose another folder"
+            )
     write_json(about, common)
 
 
