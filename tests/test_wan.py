@@ -353,7 +353,7 @@ def test_the_middle_fusion_starts_as_wan_itself(inputs, monkeypatch):
 def test_context_guidance_perturbs_in_units_of_the_context(inputs, config):
     """One step of a rollout against `forward` with and without the perturbation."""
     latents, noisy, _, text = singles(*inputs)
-    model, actions = make(config, num_actions=3), torch.tensor([[0, 1, 2]] * B)
+    model, actions = make(config, num_actions=3), torch.tensor([[0, 1, 2], [2, 0, 1]])
     settings = RolloutOptions(1, guidance_scale=1.5, guidance_noise=0.1)
     rollout = Rollout(model, settings, 3)
     generator = torch.Generator().manual_seed(4)
@@ -512,6 +512,14 @@ def test_bf16_keeps_what_diffusers_keeps_in_float32(inputs, tmp_path):
     rollout = Rollout(read, RolloutOptions(2, guidance="none", precision="bf16"), 3)
     rollout.reset(latents[:, :2], text=text)
     assert rollout.cache.keys.dtype == torch.bfloat16 and rollout.step().isfinite().all()
+
+
+@torch.no_grad()
+def test_noise_levels_are_embedded_in_float32_under_autocast(inputs):
+    model, times = make({}), inputs[2].float()
+    expected = model.modulation(times, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.modulation(times, None), expected)
 
 
 @torch.no_grad()

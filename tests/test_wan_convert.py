@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scd.cli import main
+from scd.data import hub
 from scd.errors import ScdError
 from scd.models.weights import SHOWN_DIFFERENCES
 from scd.options import RolloutOptions
@@ -192,6 +194,13 @@ def test_no_pickle_is_executed(tmp_path):
     assert not trace.exists()
 
 
+def test_a_tensor_larger_than_its_file_is_refused(tmp_path):
+    swollen = torch.zeros(1).expand(10**12)
+    torch.save({"generator": {"head.head.weight": swollen}}, tmp_path / "x.pt")
+    with pytest.raises(ScdError, match="expected a state dict of tensors"):
+        read_any_names(tmp_path / "x.pt")
+
+
 def test_what_does_not_fit_is_listed(folder, wan, tmp_path):
     tensors, path = wan.state_dict(), tmp_path / "x.safetensors"
 
@@ -260,7 +269,13 @@ def test_folders_that_are_no_text_to_video_wan(folder, own_folder, tmp_path):
     save_file(load_file(shard), shard.with_name("diffusion_pytorch_model.fp16.safetensors"))
     with pytest.raises(ScdError, match="is in another weight file"):
         read_transformer(doubled)
-    (doubled / "vae/diffusion_pytorch_model.safetensors").unlink()
+    vae = doubled / "vae/diffusion_pytorch_model.safetensors"
+    broken = load_file(vae)
+    broken["decoder.conv_in.bias"][0] = torch.nan
+    save_file(broken, vae)
+    with pytest.raises(ScdError, match=r"vae: decoder\.conv_in\.bias is not finite"):
+        read_autoencoder(doubled)
+    vae.unlink()
     with pytest.raises(ScdError, match=r"vae/diffusion_pytorch_model\*\.safetensors: no such file"):
         read_autoencoder(doubled)
     (own := copied(own_folder, tmp_path / "own") / "Wan2.1_VAE.pth").unlink()
@@ -336,3 +351,21 @@ def test_from_the_hub(format, request, server: Hub, wan, tmp_path, capsys):  # n
     server.files["someone/Else"] = {"README.md": b"text"}
     with pytest.raises(ScdError, match="holds no Wan"):
         convert("someone/Else", tmp_path / "x", CausalWan.from_wan, endpoint=server.url)
+    server.files["someone/Two"] = files | {"transformer_2/config.json": b"{}"}
+    with pytest.raises(ScdError, match="someone/Two: has two transformers"):
+        convert("someone/Two", tmp_path / "x", CausalWan.from_wan, endpoint=server.url)
+
+
+def test_a_download_needs_room_for_what_is_made_of_it(
+    folder,
+    server: Hub,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+    server.files["someone/Wan"] = files
+    free = SimpleNamespace(free=hub.RESERVE_BYTES + 2 * sum(map(len, files.values())))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    with pytest.raises(ScdError, match=r"someone/Wan: needs .* but only .* are free"):
+        convert("someone/Wan", tmp_path / "x", CausalWan.from_wan, endpoint=server.url)
+    assert not any("resolve" in path for _, path, _ in server.requests)

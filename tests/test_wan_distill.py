@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from scd.distill.self_rollout import Generated, replay, roll_out
 from scd.distill.teacher import GuidedTeacher
+from scd.errors import ScdError
 from scd.flow.objective import FlowObjective, dropped_text
 from scd.models.world_model import FirstLook
 from scd.options import FlowOptions, RolloutOptions
@@ -105,14 +106,16 @@ def test_without_history_gradient_a_frame_teaches_only_its_own_passes(inputs, co
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", FROM_TEXT, ids=name)
+@pytest.mark.parametrize("config", [*FROM_TEXT, {"chunk_frames": 2}], ids=name)
 def test_the_last_frames_alone(inputs, config):
     """F' noisy frames after F - F' given ones are the last of F noisy frames."""
     latents, noisy, times, text = inputs
-    model, actions = make(config, num_actions=3).double(), torch.tensor([[0, 1, 2, 0]] * B)
+    chunk = config.get("chunk_frames", 1)
+    model = make(config, num_actions=3 if chunk == 1 else 0).double()
+    actions = torch.tensor([[0, 1, 2, 0]] * B) if chunk == 1 else None
     look = FirstLook(noisy.flip(0), times.flip(1)) if model.takes_first_look else None
     whole = model(latents, noisy[:, None], times[:, None], actions, first_look=look, text=text)
-    for count in (1, 2, 3):
+    for count in range(chunk, F, chunk):
         last = slice(F - count, None)
         found = model(
             latents,
@@ -123,6 +126,13 @@ def test_the_last_frames_alone(inputs, config):
             text=text,
         )
         assert (found - whole[:, :, last]).abs().max() < EXACT
+
+
+def test_the_last_frames_are_whole_chunks(inputs):
+    latents, noisy, times, text = inputs
+    model = make({"chunk_frames": 2}).double()
+    with pytest.raises(ScdError, match="3 noisy frames are no whole chunks of 2"):
+        model(latents, noisy[:, None, 1:], times[:, None, 1:], None, text=text)
 
 
 @torch.no_grad()

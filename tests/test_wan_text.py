@@ -2,16 +2,18 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from scd.cli import main
-from scd.data.prompts import PromptFolder
+from scd.data.prompts import EMBEDDINGS, PromptFolder, write_embedding, write_prompt_list
 from scd.errors import ScdError
 from scd.wan import encode_prompts as encoding
 from scd.wan.text import clean_prompt, encode_prompts, load_text_encoder
+from tests.test_locks import holder_of
 from tests.test_wan import TEXT
 
 pytest.importorskip("transformers", reason="needs the extra: pip install -e .[wan]")
@@ -146,6 +148,48 @@ def test_a_file_is_encoded_once(source, tmp_path, monkeypatch, capsys):
         folder.check([""])
 
 
+def test_a_listed_prompt_without_its_file_is_refused(tmp_path):
+    folder = write_prompt_list(tmp_path, "tests", 8, "", {"a cat": "a cat"})
+    with pytest.raises(ScdError, match="no embedding of 1 prompts, such as 'a cat'"):
+        folder.check(["a cat"])
+    with pytest.raises(ScdError, match="not encoded yet"):
+        folder.embedding("a cat")
+
+
+def test_a_list_names_files_of_its_own_folder_alone(tmp_path):
+    """Whoever made it."""
+    out, foreign = tmp_path / "prompts", tmp_path / "foreign.safetensors"
+    (out / EMBEDDINGS).mkdir(parents=True)
+    write_embedding(foreign, torch.ones(2, TEXT))
+    for file in (str(foreign), "../../foreign.safetensors"):
+        about = {"text_encoder": "tests", "length": 8, "negative_prompt": ""}
+        (out / "prompts.json").write_text(json.dumps({**about, "files": {"a cat": file}}))
+        with pytest.raises(ScdError, match=r"embeddings/foreign\.safetensors: not encoded yet"):
+            PromptFolder(out).embedding("a cat")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [torch.full((2, TEXT), torch.nan), torch.ones(9, TEXT), torch.ones(0, TEXT), torch.ones(TEXT)],
+    ids=["not finite", "too long", "empty", "no rows"],
+)
+def test_a_file_of_other_than_finite_tokens_is_refused(rows, tmp_path):
+    folder = write_prompt_list(tmp_path, "tests", 8, "", {"a cat": "a cat"})
+    write_embedding(tmp_path / EMBEDDINGS / folder.files["a cat"], rows)
+    with pytest.raises(ScdError, match="are no 1 to 8 finite tokens"):
+        folder.embedding("a cat")
+
+
+def test_one_process_at_a_time_writes_to_a_folder(source, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a cat")
+    out = tmp_path / "out"
+    command = ["wan", "encode-prompts", str(tmp_path / "p.txt"), "--out", str(out)]
+    with holder_of(out / ".lock"):
+        assert main([*command, "--text-encoder", str(source)]) == 1
+    assert "out: another process writes to it" in capsys.readouterr().err
+    assert not (out / "prompts.json").exists()
+
+
 def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("p.txt").write_text("a cat")
@@ -202,16 +246,27 @@ def test_without_the_extra(monkeypatch, tmp_path, capsys):
 
 
 def test_an_encoder_must_fit_its_weights(source, tmp_path):
-    """Transformers would leave what is missing random."""
+    """Transformers would leave what is missing random, and what is too much out."""
     from safetensors.torch import load_file, save_file
 
-    for part in ("tokenizer", "text_encoder"):
-        (tmp_path / part).mkdir()
-        for path in (source / part).iterdir():
-            (tmp_path / part / path.name).write_bytes(path.read_bytes())
-    weights = tmp_path / "text_encoder/model.safetensors"
+    folder = shutil.copytree(source, tmp_path / "text")
+    weights = folder / "text_encoder/model.safetensors"
     tensors = load_file(weights)
+    save_file({**tensors, "encoder.more": torch.zeros(1)}, weights, {"format": "pt"})
+    with pytest.raises(ScdError, match=r"\(1 unexpected keys, such as encoder\.more"):
+        load_text_encoder(str(folder), torch.device("cpu"))
     tensors.pop("encoder.final_layer_norm.weight")
     save_file(tensors, weights, {"format": "pt"})
     with pytest.raises(ScdError, match=r"no UMT5 encoder \(1 missing keys, such as encoder\.final"):
-        load_text_encoder(str(tmp_path), torch.device("cpu"))
+        load_text_encoder(str(folder), torch.device("cpu"))
+
+
+def test_a_pickled_encoder_is_not_read(source, tmp_path):
+    from safetensors.torch import load_file
+
+    folder = shutil.copytree(source, tmp_path / "text")
+    weights = folder / "text_encoder/model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(ScdError, match=r"no readable text encoder .*model\.safetensors"):
+        load_text_encoder(str(folder), torch.device("cpu"))

@@ -26,7 +26,7 @@ from scd.training.step_cost import estimate_by_depth, estimate_step, frame_flops
 from scd.training.wan_dry_run import count_parameters
 from scd.wan import BidirectionalWan, CausalWan, SCDWan
 from scd.wan.captioned import CaptionedLatents
-from scd.wan.from_options import build_wan, start_wan, teacher_wan
+from scd.wan.from_options import build_wan, options_in, start_wan, teacher_wan
 from scd.wan.sampling import load_pipeline
 from scd.wan.training_run import TRAINING_FILE
 from scd.wan.video_codec import WanCodec
@@ -355,6 +355,26 @@ def test_what_does_not_fit_is_refused(wan_folder, data_root, overrides, tmp_path
     (data_root / "train.json").write_text(json.dumps(entries))
     assert "entry 1 has no caption" in refusal("scd_wan", prompts[0])
     (data_root / "train.json").write_text(json.dumps(entries[:1]))
+
+
+def test_weights_in_half_precision_are_trained_in_float32(wan_folder, overrides, tmp_path):
+    tensors, path = read_all_weights(wan_folder / "scd"), tmp_path / "half.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
+    given = [*overrides, *SCD, f"init_from={path}"]
+    model = start_wan(load_options(ROOT / "options/scd_wan.yml", given), 16, 8)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tensors[name].bfloat16().float()), name
+        assert tensor.dtype == torch.float32, name
+
+
+def test_what_a_checkpoint_is_cannot_be_overridden(overrides, tmp_path):
+    options = load_options(ROOT / "options/scd_wan.yml", [*overrides, *SCD])
+    path = tmp_path / "ema.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"options": json.dumps(options_to_dict(options))})
+    assert options_in(path, ["rollout.steps=7"]).rollout.steps == 7
+    for override in ("model.fusion=middle", "wan.decoder_first=0"):
+        with pytest.raises(ScdError, match=r"options of model and wan are the checkpoint's"):
+            options_in(path, [override])
 
 
 def test_teachers_are_of_the_kind_that_a_method_needs(wan_folder, data_root, overrides, tmp_path):
