@@ -93,7 +93,7 @@ def small_catalog(root: Path, autoencoder: str) -> Catalog:
 
 
 class StillWorld:
-    """A world that shows the start's last frame at once, and notes when it is asked to step.
+    """A world that shows the start's last frame at once, and notes its steps and its end.
 
     Args:
         late: number of a frame that takes longer, and its seconds.
@@ -102,6 +102,7 @@ class StillWorld:
     def __init__(self, late: tuple[int, float] = (0, 0.0)):
         self.late = late
         self.stepped: list[float] = []
+        self.closed = False
 
     def reset(self, start: Start, settings: Settings) -> list[View]:
         views = [View(picture) for picture in start.frames]
@@ -120,7 +121,7 @@ class StillWorld:
         return self._view
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 class Player:

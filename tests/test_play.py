@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,7 @@ def test_worlds_are_told_when_their_past_has_lost_its_beginning(game, monkeypatc
         play(game, actions)
         game.rewind(game.history.newest.number)
     assert game.history.oldest == 3 and complete == [True, False]
+    assert game.step(1).number == 9
 
 
 def test_each_model_begins_with_its_own_steps(tmp_path, tiny_autoencoder_path):
@@ -176,6 +178,7 @@ def test_each_model_begins_with_its_own_steps(tmp_path, tiny_autoencoder_path):
     }
     catalog = Catalog(models, [some_start()])
     assert [model.about["steps"] for model in models.values()] == [1, 3]
+    assert load_pretrained(folder, ["rollout.steps=20"]).steps == worlds.MAX_STEPS
     with closing(Game(catalog)) as game:
         made = {}
         for steps in (None, 1, 3):
@@ -193,6 +196,8 @@ def test_each_model_begins_with_its_own_guidance(tmp_path, tiny_autoencoder_path
     guided = ["rollout.guidance=context", "rollout.guidance_scale=2.5"]
     models = {"model": load_pretrained(folder, guided), "baseline": load_pretrained(folder)}
     assert [model.about["guidance_scale"] for model in models.values()] == [2.5, 1.0]
+    most = load_pretrained(folder, [guided[0], "rollout.guidance_scale=9.0"])
+    assert most.guidance_scale == worlds.MAX_GUIDANCE
     with closing(Game(Catalog(models, [some_start()]))) as game:
         made = {}
         for scale in (None, 1.0, 2.5):
@@ -205,21 +210,34 @@ def test_each_model_begins_with_its_own_guidance(tmp_path, tiny_autoencoder_path
     assert torch.equal(made[2.5][0], made[2.5][1])
 
 
-def test_refused_starts_change_nothing(game):
+def test_refused_starts_change_nothing(game, monkeypatch):
     game.reset("there", ["baseline"], 1)
     line = game.history.timeline
-    for start, names, match in (
-        ("nowhere", ["model"], "no start 'nowhere'; there are here, there"),
-        ("here", ["model", "moon"], "no world 'moon'"),
-        ("here", ["real"], "no world 'real' .not in this test"),
+    closed = []
+    monkeypatch.setattr(ModelWorld, "close", lambda self: closed.append(self.pretrained))
+    for start, names, seed, match in (
+        ("nowhere", ["model"], 0, "no start 'nowhere'; there are here, there"),
+        ("here", ["model", "moon"], 0, "no world 'moon'"),
+        ("here", ["real"], 0, "no world 'real' .not in this test"),
+        ("here", ["model"], 2**31, "seed is 2147483648, but must be between 0 and 2147483647"),
     ):
         with pytest.raises(ScdError, match=match):
-            game.reset(start, names, 0)
+            game.reset(start, names, seed)
     assert game.history.timeline is line and game.names == ["baseline"]
+    assert closed == [game.catalog.first]  # made before there was no moon
     game.reset("here", ["baseline", "model", "model"], 0)
     assert game.names == ["model", "baseline"]  # as the wire numbers them
     with pytest.raises(ScdError, match=r"action 4 is not in 0\.\.3"):
         game.step(4)
+
+
+def test_a_world_that_fails_to_close_can_be_left(game, monkeypatch):
+    def fail(self: ModelWorld) -> None:
+        raise RuntimeError("it has died")
+
+    monkeypatch.setattr(ModelWorld, "close", fail)
+    game.reset("there", ["baseline"], 0)
+    assert game.start.name == "there" and game.names == ["baseline"]
 
 
 def test_the_real_world_is_the_recorded_episode(tmp_path):
@@ -333,8 +351,10 @@ def test_branches_can_be_returned_to():
     assert len(past.branches) == 2  # what was left is a branch already
     past.return_to(past.branches[1].number)
     assert past.timeline == left and past.branches[1].kept
-    for wrong in (-1, 20):
-        with pytest.raises(ScdError, match="frames 0 to 19"):
+    past.append(*some_line(1, 20))
+    assert past.branches[1].frames == left  # playing on leaves it as it was kept
+    for wrong in (-1, 21):
+        with pytest.raises(ScdError, match="frames 0 to 20"):
             past.rewind(wrong)
     with pytest.raises(ScdError, match="branch 99 does not exist"):
         past.return_to(99)
@@ -346,6 +366,15 @@ def test_a_rewind_of_a_rewind_leaves_one_moment():
         past.rewind(back)
     (branch,) = past.branches
     assert branch.frames[-1].number == 199
+
+
+def test_where_a_branch_ends_can_be_kept():
+    past = History(some_line(10))
+    past.rewind(5)
+    past.return_to(past.branches[0].number)
+    past.rewind(5)
+    past.keep()
+    assert past.branches[-1].kept and past.branches[-1].frames[-1] is past.newest
 
 
 def test_kept_moments_stay_longest():
@@ -360,6 +389,10 @@ def test_kept_moments_stay_longest():
         past.keep()
     assert [branch.kept for branch in past.branches] == [True] * 8
     assert past.branches[-1].frames[-1] is past.newest
+    past.rewind(5)
+    past.append(*some_line(1, 6))
+    past.rewind(5)
+    assert [branch.kept for branch in past.branches] == [True] * 7 + [False]
 
 
 def test_history_is_bounded(monkeypatch):
@@ -489,6 +522,7 @@ def test_starts_of_ones_own_clips(tmp_path, tiny_autoencoder_path, capsys):
         (["--clips", "1,x"], "--clips 1,x: give how many"),
         (["--clips", "0"], "--clips 0: give how many"),
         (["--clips", "1,1"], "different clip numbers"),
+        (["--clips", "2,-1", "--names", "a,b"], "different clip numbers"),
         (["--clips", "2", "--names", "a"], "give 2 different names, one for each clip"),
         (["--clips", "2", "--names", "a,../b"], "'../b' must consist of letters"),
         (["--frames", "0"], "--frames 0"),
@@ -513,6 +547,11 @@ def test_doom_beside_models_of_doom_alone(tmp_path, tiny_autoencoder_path):
     catalog = load_catalog(other, None, ROOT / "assets/starts")
     assert catalog.worlds == ["model"] and list(catalog.missing) == ["baseline"]
     assert load_catalog(folder, None, ROOT / "assets/starts").worlds == ["model", "real"]
+    mixed = shutil.copytree(ROOT / "assets/starts", tmp_path / "mixed") / "starts.json"
+    listed = json.loads(mixed.read_text())
+    del listed[-1]["seed"]
+    mixed.write_text(json.dumps(listed))
+    assert load_catalog(folder, None, mixed.parent).worlds == ["model"]
 
 
 def test_the_shipped_starts_are_those_of_the_command(tmp_path):
@@ -579,6 +618,15 @@ def test_what_an_offer_lacks(tmp_path, tiny_autoencoder_path):
         load_catalog(folder, tmp_path / "none", ROOT / "assets/starts")
 
 
+def test_changed_options_hold_for_both_models(tmp_path, tiny_autoencoder_path):
+    folder = pretrained_folder(tmp_path / "model", tiny_autoencoder_path)
+    catalog = load_catalog(folder, folder, ROOT / "assets/starts", ["rollout.steps=3"])
+    assert {name: model.steps for name, model in catalog.models.items()} == {
+        "model": 3,
+        "baseline": 3,
+    }
+
+
 def test_without_vizdoom(tmp_path, tiny_autoencoder_path, monkeypatch):
     folder = pretrained_folder(tmp_path / "model", tiny_autoencoder_path)
     monkeypatch.setattr("scd.play.catalog.importlib.util.find_spec", lambda name: None)
@@ -640,6 +688,7 @@ def test_messages_that_are_none(text):
 def test_pictures_on_the_wire(game):
     game.reset("here", ["model", "baseline"], 0)
     frame = game.step(2)
+    frame = replace(frame, views=(frame.views[0], replace(frame.views[1], over=True)))
     flags = GIVEN | AGAIN
     sent = pack_picture(frame, [0, 2], serial=7, seq=9, flags=flags, made_ms=1.5)
     got = read(sent)
@@ -647,6 +696,7 @@ def test_pictures_on_the_wire(game):
         2, 2, 3, 6, 7, 9,
     ]  # fmt: skip
     assert got["made_ms"] == 1.5 and [view["world"] for view in got["views"]] == [0, 2]
+    assert [view["over"] for view in got["views"]] == [0, 1]
     for view, of_frame in zip(got["views"], frame.views, strict=True):
         assert np.array_equal(view["rgb"], of_frame.picture)
         assert view["times"] == pytest.approx(of_frame.times)
@@ -654,8 +704,6 @@ def test_pictures_on_the_wire(game):
 
 def test_a_model_world_is_its_rollout(catalog):
     """Against the engine itself, on the same noise."""
-    from dataclasses import replace
-
     from scd.rollout import Rollout
     from scd.utils.seeding import generator
 

@@ -4,33 +4,38 @@ import asyncio
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
-from starlette.websockets import WebSocketState
+import uvicorn
+from starlette.websockets import WebSocketDisconnect, WebSocketState
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scd import cli
 from scd.data.video import VideoFile
 from scd.errors import ScdError
+from scd.play import access, recording
 from scd.play import latency as measuring
-from scd.play import recording
-from scd.play.access import Limits, origin_of
+from scd.play.access import Limits, RateLimiter, origin_of
 from scd.play.catalog import Catalog
 from scd.play.history import Frame
 from scd.play.latency import measure_latency, running_server
 from scd.play.messages import CloseCode, CloseConnection
 from scd.play.server import Address, listen, serve
 from scd.play.session import Session
-from scd.play.starts import Start
+from scd.play.session_manager import SessionManager
+from scd.play.starts import Action, Start
+from scd.play.worlds import Times, View
 from tests.play import Player, StillWorld, playing, small_catalog, some_start
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -218,6 +223,9 @@ def test_commands(catalog):
             await player.send("settings", steps=3, seed=9, fps=30)
             state = await player.receive("state")
             assert state["settings"] == {"steps": 3, "guidance_scale": None, "seed": 9}
+            await player.send("start", start="here", worlds=["model"])  # with the same seed
+            state = await player.receive("state")
+            assert (state["start"], state["settings"]["seed"]) == ("here", 9)
             for wrong in (
                 {"kind": "rewind", "frame": 99},
                 {"kind": "return", "branch": 99},
@@ -359,6 +367,28 @@ def test_too_many_messages(catalog):
     run(test, catalog)
 
 
+def test_too_many_commands_that_wait(catalog, monkeypatch):
+    """While frame 6 is made, which takes half a second."""
+    monkeypatch.setattr(Catalog, "make_world", lambda *_: StillWorld(late=(6, 0.5)))
+
+    async def test(host: str) -> None:
+        async with playing(host) as player:
+            await player.send("step")
+            for _ in range(FAST.queued_commands + 2):
+                await player.send("keep")
+            assert await closed(player) == (4429, "too many commands at once")
+
+    run(test, catalog)
+
+
+def test_a_burst_after_silence_is_no_longer_than_any(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(access, "time", SimpleNamespace(monotonic=lambda: now))
+    limiter = RateLimiter(10.0)
+    now = 60.0
+    assert [limiter.allow() for _ in range(15)] == [True] * 10 + [False] * 5
+
+
 def test_idle_players_are_sent_away(catalog):
     async def test(host: str) -> None:
         async with playing(host) as player:
@@ -404,6 +434,18 @@ def test_a_fault_ends_its_session_only(catalog, caplog):
 
 
 # Places, leaving and coming back
+
+
+def test_a_session_that_fails_to_open_takes_no_place(catalog, monkeypatch):
+    async def test(host: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Catalog, "make_world", None)
+            async with connect(f"ws://{host}/ws") as socket:
+                assert (await closed(Player(socket)))[0] == 4500
+        async with playing(host) as player:
+            assert player.first["frame"] == 5
+
+    run(test, catalog, max_sessions=1)
 
 
 def test_more_players_than_places(catalog):
@@ -452,6 +494,49 @@ def test_a_full_queue(catalog, monkeypatch):
     run(test, catalog, max_sessions=1)
 
 
+def test_who_comes_just_when_a_place_is_free_waits_behind_the_others(catalog):
+    class Visitor:
+        application_state = WebSocketState.CONNECTED
+
+        def __init__(self) -> None:
+            self.leaving = asyncio.Event()
+            self.told: list[str] = []
+
+        async def receive(self) -> dict[str, str]:
+            await self.leaving.wait()
+            return {"type": "websocket.disconnect"}
+
+        async def send_json(self, value: dict[str, str]) -> None:
+            self.told.append(value["type"])
+
+        async def send_bytes(self, value: bytes) -> None:
+            pass
+
+    async def until(done: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not done():
+                await asyncio.sleep(0.01)
+
+    async def test() -> None:
+        with ThreadPoolExecutor(1) as worker:
+            manager = SessionManager(lambda: Session.open(catalog, worker, FAST), 1, 60.0)
+            first, second, third = (Visitor() for _ in range(3))
+            served = [asyncio.create_task(manager.serve(v, None)) for v in (first, second)]
+            await until(lambda: "hello" in first.told and "busy" in second.told)
+            first.leaving.set()
+            with pytest.raises(WebSocketDisconnect):
+                await served[0]
+            served.append(asyncio.create_task(manager.serve(third, None)))
+            await until(lambda: "hello" in second.told + third.told)
+            assert "hello" in second.told and "hello" not in third.told
+            for visitor in (second, third):
+                visitor.leaving.set()
+            await asyncio.gather(*served, return_exceptions=True)
+            await manager.close()
+
+    asyncio.run(test())
+
+
 def test_pictures_that_cannot_be_sent(catalog):
     """A connection that takes nothing more, though the player says that pictures are seen."""
 
@@ -498,6 +583,25 @@ def test_a_player_comes_back(catalog, how):
     run(test, catalog, max_sessions=1, limits=Limits(away_seconds=1.0))
 
 
+def test_coming_back_is_playing(catalog, monkeypatch):
+    later = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + later)
+    monkeypatch.setattr("scd.play.session.time", clock)
+
+    async def test(host: str) -> None:
+        nonlocal later
+        async with playing(host) as player:
+            await player.send("step")
+            await player.picture()
+        later = 2 * FAST.idle_seconds
+        async with playing(host, f"?session={player.hello['session']}") as back:
+            assert back.hello["resumed"]
+            await back.send("step")
+            assert (await back.picture())["frame"] == 7
+
+    run(test, catalog)
+
+
 def test_who_leaves_without_a_message_keeps_no_place(catalog):
     async def greeted(socket: ClientConnection) -> None:
         while json.loads(await socket.recv())["type"] != "hello":  # else it waits for the place
@@ -521,23 +625,28 @@ def test_another_page_takes_over(catalog):
             async with playing(host, f"?session={first.hello['session']}") as second:
                 assert (await closed(first))[0] == 4409
                 assert second.first["frame"] == 6
+                await asyncio.sleep(0.2)  # the player of the first page is not away
                 await second.send("step")
                 assert (await second.picture())["frame"] == 7
 
-    run(test, catalog)
+    run(test, catalog, limits=replace(FAST, away_seconds=0.1))
 
 
-def test_the_server_stops_with_players(catalog):
+def test_the_server_stops_with_players(catalog, monkeypatch):
+    world = StillWorld()
+    monkeypatch.setattr(Catalog, "make_world", lambda *_: world)
+
     async def all_of_it() -> None:
         async with running_server(catalog, limits=FAST) as host:
             socket = await connect(f"ws://{host}/ws")
-            await Player(socket).receive("hello")
+            await Player(socket).send("step")  # so that there is something to come back to
+            await Player(socket).picture()
         code, _ = await closed(Player(socket))
         assert code == 1012
 
     begun = time.monotonic()
     asyncio.run(all_of_it())
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 6 and world.closed
 
 
 # Access
@@ -569,6 +678,7 @@ def test_pages_and_headers(catalog):
             for origin in ("http://evil.example", "http://["):
                 answer = await browser.get("/", headers={"Origin": origin})
                 assert answer.status_code == 403, origin
+                assert answer.headers["x-content-type-options"] == "nosniff"
 
     run(test, catalog)
 
@@ -623,6 +733,7 @@ def test_behind_a_proxy(catalog):
         ("play.example.org", None),
         ("*", None),
         ("https://", None),
+        ("https://player@play.example.org", None),
     ],
 )
 def test_origins(given, origin):
@@ -647,10 +758,47 @@ def test_a_token(catalog):
             assert (await browser.get("/?token=secret", headers=named)).status_code == 200
             foreign = {"Origin": "http://evil.example"}
             assert (await browser.get("/?token=secret", headers=foreign)).status_code == 403
-        async with playing(host, "?token=secret") as player:
-            assert player.first["frame"] == 5
+            async with playing(host, "?token=secret") as player:
+                assert player.first["frame"] == 5
+                video = f"/recording.mp4?session={player.hello['session']}"
+                assert (await browser.get(video)).status_code == 404
+                assert (await browser.get(f"{video}&token=wrong")).status_code == 404
+                assert (await browser.get(f"{video}&token=secret")).status_code == 200
 
     run(test, catalog, token="secret", local=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "query"),
+    [
+        ({}, ""),
+        ({"token": "chosen"}, r"\?token=chosen"),
+        ({"origins": frozenset(["https://play.example"])}, r"\?token=[\w-]{22}"),
+    ],
+)
+def test_only_this_machine_alone_needs_no_token(catalog, monkeypatch, capsys, given, query):
+    """Unless one is chosen; every printed address can be opened."""
+    served = []
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        served.append(server.config.app)
+        sockets[0].close()
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+    address = Address(port=0, **given)
+    serve(catalog, address, 1)
+    urls = re.findall(r"https?://\S+", capsys.readouterr().out)
+    assert len(urls) == 1 + len(address.origins)
+
+    async def statuses(url: str) -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(served[0])) as browser:
+            headers = {"Origin": url.partition("/?")[0].rstrip("/")}
+            asked = (url, url.partition("?")[0])
+            return [(await browser.get(u, headers=headers)).status_code for u in asked]
+
+    for url in urls:
+        assert re.fullmatch(rf"https?://[\w.:]+/{query}", url)
+        assert asyncio.run(statuses(url)) == [200, 403 if query else 200]
 
 
 @pytest.mark.parametrize(
@@ -778,7 +926,7 @@ def test_a_recording_has_the_name_of_its_start(catalog, name, attached):
 
 
 def test_a_recording_is_as_fast_as_it_was_played():
-    times = [None, None, 10.0, 10.25, 10.5, 60.0, 60.25]  # given frames, and a pause
+    times = [None, None, 10.0, 10.25, 10.5, 60.0, 60.25, 61.0]  # given ones, a pause, a late one
     frames = [Frame(number, 0, (), made) for number, made in enumerate(times)]
     assert recording.played_fps(frames) == 4
     assert recording.played_fps(frames[:3]) is None
@@ -789,6 +937,51 @@ def test_a_recording_of_a_slow_model_is_as_slow(gap):
     times = [gap * number + 100 * (number > 5) for number in range(10)]  # with one pause
     frames = [Frame(number, 0, (), made) for number, made in enumerate(times)]
     assert recording.played_fps(frames) == pytest.approx(1 / gap)
+
+
+def test_too_many_recordings_at_once(catalog, monkeypatch):
+    finish = threading.Event()
+
+    def slow(*_: object, **__: object) -> None:
+        finish.wait(10)
+        raise ScdError("finished")
+
+    monkeypatch.setattr(recording, "write_video", slow)
+
+    async def test(host: str) -> None:
+        async with (
+            playing(host) as player,
+            httpx.AsyncClient(base_url=f"http://{host}", timeout=20) as browser,
+        ):
+            video = f"/recording.mp4?session={player.hello['session']}"
+            asked = [
+                asyncio.create_task(browser.get(video)) for _ in range(recording.MAX_RECORDINGS + 1)
+            ]
+            first, _ = await asyncio.wait(asked, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+            finish.set()
+            answers = await asyncio.gather(*asked)
+            assert [task.result().status_code for task in first] == [503]
+            assert sorted(answer.status_code for answer in answers)[:-1] == [500, 500]
+
+    run(test, catalog)
+
+
+def test_a_recording_is_no_faster_than_one_may_play(catalog, monkeypatch):
+    """Single steps can be made faster than that."""
+    monkeypatch.setattr(Catalog, "make_world", lambda *_: StillWorld())
+    rates = []
+    monkeypatch.setattr(recording, "_mp4", lambda frames, fps: rates.append(fps) or b"")
+
+    async def test(host: str) -> None:
+        async with playing(host) as player, httpx.AsyncClient() as browser:
+            for _ in range(3):
+                await player.send("step")
+                await player.picture()
+            session = {"session": player.hello["session"]}
+            await browser.get(f"http://{host}/recording.mp4", params=session)
+
+    run(test, catalog, limits=Limits(min_fps=0.1, max_fps=0.5, fps=0.5))
+    assert rates == [0.5]
 
 
 def test_measuring(catalog, monkeypatch, capsys):
@@ -813,6 +1006,40 @@ def test_measuring_a_fast_world(catalog, monkeypatch):
     monkeypatch.setattr(Catalog, "make_world", lambda *_: StillWorld())
     (result,) = measure_latency(Catalog({"model": catalog.first}, catalog.starts), 1000)["results"]
     assert result["pictures_per_second"] > 0
+
+
+def test_measuring_a_world_of_known_times(catalog, monkeypatch):
+    """On a clock that only its frames move, the slow first ones more, and waits before a key."""
+    now = 0.0
+    sessions = []
+
+    class KnownWorld(StillWorld):
+        def step(self, action: Action, number: int) -> View:
+            nonlocal now
+            now += 1000.0 if number < 6 + measuring.WARM_UP else 0.01
+            return replace(super().step(action, number), times=Times(1.0, 2.0, 3.0))
+
+    def wait() -> float:
+        nonlocal now
+        now += 100.0
+        return 0.0
+
+    async def noted(*given) -> Session:
+        sessions.append(await opened(*given))
+        return sessions[-1]
+
+    opened = Session.open
+    chance = SimpleNamespace(randrange=lambda count: 0, random=wait)
+    monkeypatch.setattr(Session, "open", noted)
+    monkeypatch.setattr(Catalog, "make_world", lambda *_: KnownWorld())
+    monkeypatch.setattr(measuring, "PRESSES", 2)
+    monkeypatch.setattr(measuring, "random", SimpleNamespace(Random=lambda seed: chance))
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now))
+    (result,) = measure_latency(Catalog({"model": catalog.first}, catalog.starts), 10)["results"]
+    assert result["parts_ms"] == {"encoder": [1.0], "denoising": [2.0], "decoding": [3.0]}
+    assert result["pictures_per_second"] > 50  # 100, but for those made and not yet sent
+    assert max(result["key_to_picture_ms"]) < 1000
+    assert sessions[0].fps == measuring.UNLIMITED.fps  # at the end: while keys are timed
 
 
 def test_measuring_a_world_of_large_pictures(catalog, monkeypatch):
