@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
@@ -19,6 +19,7 @@ from scd.models.autoencoder import (
     PixelCodec,
     autoencoder_hash,
     build_autoencoder,
+    encode_alike,
     encoder_hash,
     load_codec,
 )
@@ -185,6 +186,29 @@ def test_a_decoder_that_is_trained_on_keeps_the_latents(kl_path, tmp_path):
         encoder_hash(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("scaling_factor", 0.25), ("shift_factor", 0.5), ("latents_std", [1.0, 1.0, 2.0, 1.0])],
+)
+def test_latents_of_another_scale_are_others(kl_path, tmp_path, key, value):
+    """And those of another decoder alone are the same."""
+    codec = load_codec(kl_path)
+    with torch.no_grad():
+        codec.autoencoder.post_quant_conv.bias += 1
+    assert encode_alike(codec, load_codec(kl_path))
+    codec.autoencoder.register_to_config(**{key: value})
+    codec.autoencoder.save_pretrained(tmp_path)
+    assert not encode_alike(load_codec(kl_path), load_codec(str(tmp_path)))
+
+
+def test_a_hash_tells_types_and_shapes_of_equal_bytes_apart(tmp_path):
+    hashes = set()
+    for tensor in (torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32)):
+        save_file({"encoder.weight": tensor}, tmp_path / "diffusion_pytorch_model.safetensors")
+        hashes.add(encoder_hash(str(tmp_path)))
+    assert len(hashes) == 3
+
+
 def test_a_pipeline_keeps_a_variational_autoencoder(kl_path, tmp_path):
     vae = load_codec(kl_path).autoencoder
     SCDPipeline(transformer=make_model(channels=4), vae=vae).save_pretrained(tmp_path)
@@ -201,6 +225,21 @@ def test_other_kinds_of_autoencoders_are_refused(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
     with pytest.raises(ScdError, match=r"_class_name is .*, not one of AutoencoderDC, Auto"):
         load_codec(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_a_codec_computes_in_its_precision_whatever_is_around(kl_path, precision, dtype):
+    codec = LatentCodec(load_codec(kl_path).autoencoder, precision)
+    seen = []
+    for part in (codec.autoencoder.encoder, codec.autoencoder.decoder):
+        part.conv_out.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    for around in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            pixels = codec.decode(codec.encode(torch.rand(1, 1, 3, 16, 16)))
+        assert pixels.dtype == torch.float32
+    assert set(seen) == {dtype} and len(seen) == 4
 
 
 def codecs(kl_path: str, tiny_autoencoder_path: str) -> list[Codec]:
@@ -222,6 +261,18 @@ def test_the_decoders_norm_is_an_option():
         built = build_autoencoder(AutoencoderOptions(latent_channels=8, decoder_norm=norm, **sides))
         found = [m for m in built.modules() if isinstance(m, nn.BatchNorm2d)]
         assert len(found) == count
+
+
+def test_the_decoders_norm_is_that_of_its_own_res_blocks():
+    kinds = ["ResBlock", "EfficientViTBlock"]
+    stages = {"channels": [32] * 2, "layers": [1] * 2}
+    sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in stages.items()}
+    sides |= {"encoder_block_types": kinds[::-1], "decoder_block_types": kinds}
+    built = build_autoencoder(
+        AutoencoderOptions(latent_channels=8, decoder_norm="batch_norm", **sides)
+    )
+    found = [name for name, m in built.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert found and all(name.startswith("decoder.up_blocks.0.") for name in found)
 
 
 # The discriminator's parts

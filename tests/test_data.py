@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import decord
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -261,6 +262,29 @@ def test_videos_come_back(tmp_path: Path, height: int, width: int) -> None:
     error = np.abs(back.astype(int) - frames[[5, 0, 3]])
     assert error.mean() < 2  # of 255; frames are 5 apart
     refused(path, lambda: video.frames(np.array([0, 6])))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "kind"),
+    [
+        (64, 64, "yuv444p"),
+        (301, 400, "yuv444p"),
+        (100, 400, "yuv420p"),
+        (400, 100, "yuv420p"),
+    ],
+)
+def test_only_small_or_odd_videos_have_full_chroma(
+    tmp_path: Path, height: int, width: int, kind: str
+) -> None:
+    write_video(tmp_path / "v.mp4", np.zeros((2, height, width, 3), np.uint8), 8)
+    assert next(imageio_ffmpeg.read_frames(tmp_path / "v.mp4"))["pix_fmt"].startswith(kind)
+
+
+def test_enlarged_pixels_are_squares(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 8, 16, 3), dtype=np.uint8)
+    write_video(tmp_path / "v.mp4", frames, 8, crf=0, enlarge=4)
+    back = VideoFile(tmp_path / "v.mp4").frames(np.arange(2))
+    assert np.array_equal(back, frames.repeat(4, axis=1).repeat(4, axis=2))
 
 
 def test_widths_that_the_decoder_cannot_read_are_reported(tmp_path: Path) -> None:

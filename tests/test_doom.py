@@ -155,6 +155,19 @@ def test_a_stopped_recording_goes_on(doom_root: Path, tmp_path: Path, monkeypatc
     assert (tmp_path / name).read_bytes() == (doom_root / name).read_bytes()
 
 
+def test_a_half_written_episode_is_not_recorded(tmp_path: Path, monkeypatch) -> None:
+    """Both its files would have to be there."""
+
+    def full(path: Path, **arrays: np.ndarray) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record.np, "savez_compressed", full)
+    with pytest.raises(ScdError, match="No space left"):
+        record_dataset(tmp_path, train_episodes=1, val_episodes=1, frames=4, size=64)
+    assert not list((tmp_path / "train").glob("*"))
+
+
 def test_no_seed_is_in_both_splits() -> None:
     starts = sorted(SPLIT_SEEDS.values())
     ends = [*starts[1:], ATTEMPT_SEED]  # further attempts add multiples of it
@@ -193,6 +206,21 @@ def test_a_recorded_episode_is_entered_again(doom_root: Path) -> None:
     of_compression = np.abs(played - recorded).mean()
     assert of_compression < 6
     assert np.abs(others - recorded).mean() > 3 * of_compression
+
+
+def test_an_episode_of_a_later_attempt_is_entered_again(
+    doom_root: Path, tmp_path: Path, simulator: DoomSimulator
+) -> None:
+    root = shutil.copytree(doom_root, tmp_path / "doom")
+    frames, poses = [simulator.reset(SPLIT_SEEDS["val"] + 2 * ATTEMPT_SEED)], [simulator.pose]
+    for _ in range(5):
+        frames.append(simulator.step(TURN_LEFT))
+        poses.append(simulator.pose)
+    places = [(pose.x, pose.y, pose.heading) for pose in poses]
+    np.savez(root / "val/00000.npz", actions=[NONE] + [TURN_LEFT] * 5, poses=places)
+    with closing(Replay(root)) as replay:
+        played = replay.play_on(root / "val/00000.mp4", 3, [TURN_LEFT] * 2)
+    assert np.array_equal(played, frames[4:])
 
 
 def test_only_a_recording_can_be_entered(doom_root: Path, tmp_path: Path) -> None:
@@ -254,6 +282,17 @@ def test_one_key_is_a_set_of_one(simulator: DoomSimulator) -> None:
     assert np.array_equal(simulator.step((1, 1, 0)), still)  # left and right
 
 
+def test_frames_are_the_averaged_middle_of_the_screen(
+    simulator: DoomSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulator, "frame_size", 60)
+    frame = simulator.reset(3)
+    screen = simulator._game.get_state().screen_buffer
+    assert screen.shape == (240, 320, 3)
+    averages = screen[:, 40:-40].reshape(60, 4, 60, 4, 3).mean((1, 3))
+    assert np.abs(frame - averages).max() <= 1  # rounded along each side
+
+
 @pytest.mark.parametrize("turn", [TURN_LEFT, TURN_RIGHT])
 def test_turning_back_shows_the_same_frame(simulator: DoomSimulator, turn: int) -> None:
     first, pose = simulator.reset(3), simulator.pose
@@ -280,8 +319,12 @@ def test_a_refused_recording_leaves_no_trace(tmp_path: Path, monkeypatch) -> Non
     assert read_json(root / "recording.json")["frame_size"] == 64
 
 
-def test_episodes_of_unknown_settings_are_left_alone(doom_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unrecorded", ["train", "val"])
+def test_episodes_of_unknown_settings_are_left_alone(
+    doom_root: Path, tmp_path: Path, unrecorded: str
+) -> None:
     root = shutil.copytree(doom_root, tmp_path / "doom")
+    shutil.rmtree(root / unrecorded)
     (root / "recording.json").unlink()
     with pytest.raises(ScdError, match="holds episodes of unknown settings"):
         record_dataset(root, 1, 1, 4, 32)

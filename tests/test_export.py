@@ -2,18 +2,31 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from scd.cli import main
 from scd.models.autoencoder import load_codec
 from scd.models.load import build_world_model, load_checkpoint_for_use
 from scd.models.weights import read_weights
-from scd.options import load_options, options_to_dict
+from scd.models.world_model import WorldModel
+from scd.options import Options, load_options, options_to_dict
 from scd.pipeline import SCDPipeline
 from scd.utils.files import sha256
+
+
+def save_model(options: Options, checkpoint: Path) -> WorldModel:
+    torch.manual_seed(0)
+    model = build_world_model(options, load_codec(options.autoencoder.path))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    checkpoint.parent.mkdir(parents=True)
+    metadata = {"options": json.dumps(options_to_dict(options)), "step": "20"}
+    save_file(model.state_dict(), checkpoint, metadata)
+    return model
 
 
 @pytest.fixture
@@ -25,15 +38,9 @@ def experiment(tmp_path, doom_root, tiny_autoencoder_path):
         [f"data.root={doom_root}", f"autoencoder.path={tmp_path}/models/autoencoder",
          "model.heads=1", "model.encoder_layers=1", "model.decoder_layers=1", "train.steps=30"],
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = build_world_model(options, load_codec(options.autoencoder.path))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path / "experiments" / "scd_doom_tiny"
     checkpoint = folder / "checkpoints" / "step-00000020" / "ema.safetensors"
-    checkpoint.parent.mkdir(parents=True)
-    metadata = {"options": json.dumps(options_to_dict(options)), "step": "20"}
-    save_file(model.state_dict(), checkpoint, metadata)
+    model = save_model(options, checkpoint)
     entries = [(10, 3600.0), (20, 1800.0), (30, 9999.0)]
     log = [json.dumps({"step": step, "loss": 1.0, "seconds": s / 10}) for step, s in entries]
     (folder / "log.jsonl").write_text("\n".join(log) + '\n{"step": 40, "lo')  # cut off by a kill
@@ -107,12 +114,14 @@ def test_the_card_of_a_second_export_says_where_the_first_comes_from(experiment,
     first, second, changed = (tmp_path / name for name in ("first", "second", "changed"))
     assert main(["export", str(checkpoint), "--out", str(first)]) == 0
     card = (first / "README.md").read_text().replace("1.5 hours", "1.5 hours on a moon")
+    card = card.replace("64x64 pixels", "64x64 pixels of a crater")
     (first / "README.md").write_text(card)
     assert main(["export", str(first), "--out", str(second)]) == 0
     assert main(["export", str(first), "--out", str(changed), "rollout.steps=2"]) == 0
     for folder in (second, changed):
         found = (folder / "README.md").read_text()
-        assert "1.5 hours on a moon" in found and f"SHA-256 {sha256(checkpoint)}" in found
+        assert "1.5 hours on a moon" in found and "64x64 pixels of a crater" in found
+        assert f"SHA-256 {sha256(checkpoint)}" in found
         assert f"# {folder.name}\n" in found
     assert "table of one" in (second / "README.md").read_text()
     found = (changed / "README.md").read_text()
@@ -150,6 +159,34 @@ def test_a_second_export_keeps_the_evaluations_of_the_first(experiment, tmp_path
     assert not (out / "vae" / "old.json").exists()
     card = (out / "README.md").read_text()
     assert "5 videos of val.json, 16 new frames after 8" in card and "table of the folder" in card
+
+
+def test_a_model_of_pixels_leaves_nothing_of_an_earlier_autoencoder(experiment, tmp_path):
+    _, checkpoint = experiment
+    out = tmp_path / "mine"
+    assert main(["export", str(checkpoint), "--out", str(out)]) == 0
+    options = load_checkpoint_for_use(checkpoint).options
+    options.autoencoder.path, options.data.source = None, "video"
+    of_pixels = tmp_path / "pixels" / "checkpoints" / "step-00000020" / "ema.safetensors"
+    save_model(options, of_pixels)
+    assert main(["export", str(of_pixels), "--out", str(out)]) == 0
+    assert not (out / "vae").exists()
+    assert "none: the model works on pixels" in (out / "README.md").read_text()
+
+
+def test_the_hash_of_a_model_in_several_files_is_of_them_all(experiment, tmp_path):
+    model, checkpoint = experiment
+    out = tmp_path / "mine"
+    assert main(["export", str(checkpoint), "--out", str(out)]) == 0
+    shutil.rmtree(out / "transformer")
+    model.save_pretrained(out / "transformer", max_shard_size="200KB")
+    files = sorted((out / "transformer").glob("*.safetensors"))
+    assert len(files) > 1
+    hashes = [load_checkpoint_for_use(out).source["sha256"] for _ in range(2)]
+    for file in (files[0], files[-1]):
+        save_file({name: 2 * t for name, t in load_file(file).items()}, file, {"format": "pt"})
+        hashes.append(load_checkpoint_for_use(out).source["sha256"])
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
 
 
 def test_an_export_that_fails_leaves_the_earlier_one_whole(experiment, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socket import SO_LINGER, SOL_SOCKET
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self):
-        hub, path = self.server, self.path.partition("?")[0]
+        hub, path = self.server, unquote(self.path.partition("?")[0])
         hub.requests.append((self.command, path, self.headers.get("Range")))
         if hub.refuse is not None:
             self.head(hub.refuse[0], {"X-Error-Code": hub.refuse[1], "Content-Length": "0"})
@@ -331,6 +332,43 @@ def test_few_shards_lie_on_the_disk_at_once(tiny, tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("*.mp4"))) == len(content)
 
 
+def test_names_are_no_patterns(tiny, tmp_path):
+    shards = tiny.files["someone/Tiny"]
+    shards["shard-[01].tar"] = shards.pop("shard-000.tar")
+    fetch_data_set(TINY, tmp_path, tiny.url)
+    assert tree(tmp_path) == UNPACKED
+
+
+class Answer(Exception):
+    def __init__(self, status: int):
+        self.response = SimpleNamespace(status_code=status)
+
+
+@pytest.mark.parametrize(
+    ("error", "times"),
+    [
+        (Answer(404), 1),
+        (Answer(500), 3),
+        (Answer(503), 3),
+        (OSError(28, "No space left on device"), 1),
+        (ConnectionError("reset"), 3),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(tmp_path, monkeypatch, error, times):
+    tried = []
+
+    def failing(*_, **__):
+        tried.append(error)
+        raise error
+
+    monkeypatch.setattr(hub, "RETRY_AFTER", (0, 0))
+    monkeypatch.setattr(hub, "snapshot_download", failing)
+    repository = hub.Repository("someone/Tiny", "dataset", tmp_path, "http://127.0.0.1")
+    with pytest.raises(ScdError):
+        repository.download([hub.HubFile("a.tar", 1, "0", None)], COMMIT)
+    assert len(tried) == times
+
+
 def test_files_that_do_not_arrive_are_reported(tiny, tmp_path, monkeypatch):
     """As when `snapshot_download` gets no list of files: it returns the folder as it is."""
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: None)
@@ -351,6 +389,7 @@ def special(name: str, kind: bytes, link: str = "", size: int = 0) -> tarfile.Ta
         (special("a/../../escaped", tarfile.REGTYPE), "leads outside"),
         (special("/tmp/scd-escaped", tarfile.REGTYPE), "relative"),
         (special("..\\escaped", tarfile.REGTYPE), "relative"),
+        (special("C:escaped", tarfile.REGTYPE), "relative"),
         (special("link", tarfile.SYMTYPE, "../.."), "a link"),
         (special("link", tarfile.LNKTYPE, "../secret"), "a link"),
         (special("null", tarfile.CHRTYPE), "device"),
@@ -574,6 +613,20 @@ def test_state_dicts_that_do_not_fit_are_refused_with_the_differences(tmp_path, 
         with pytest.raises(ScdError, match=told):
             convert_published(tmp_path / "saved.pth", TINY_AUTOENCODER, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_a_conversion_that_fails_leaves_no_folder(tmp_path, published, monkeypatch):
+    """Half a folder would count as there already."""
+
+    def full(self, folder):
+        self.save_config(folder)
+        raise OSError(28, "No space left on device")
+
+    saved(published, tmp_path)
+    monkeypatch.setattr("diffusers.AutoencoderDC.save_pretrained", full)
+    with pytest.raises(ScdError, match=r"out: cannot be written \(No space left"):
+        convert_published(tmp_path / "saved.pth", TINY_AUTOENCODER, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved.pth"]
 
 
 class Malicious:

@@ -12,7 +12,7 @@ import pytest
 from scd.cli import main
 from scd.data.clips import read_actions
 from scd.data.lists import ClipEntry, read_list, write_list
-from scd.data.make_lists import latte_split, mcvd_split
+from scd.data.make_lists import ListRequest, latte_split, make_lists, mcvd_split
 from scd.data.video import write_video
 from scd.data.video_checks import KEPT
 from scd.errors import ScdError
@@ -140,6 +140,7 @@ def test_broken_videos_are_named_and_left_out(root: Path, capsys: pytest.Capture
     whole = (root / "walks/1.mp4").read_bytes()
     (root / "walks/1.mp4").write_bytes(whole[: len(whole) // 2])
     np.savez(root / "walks/2.npz", actions=np.zeros(5, np.int64))
+    np.savez(root / "walks/3.npz", actions=np.zeros(7, np.int64))  # more than frames: no harm
     (root / "runs/torn.npz").write_bytes(b"PK")
     assert main(["make-lists", str(root), "--val-fraction", "0.25"]) == 0
     told = capsys.readouterr()
@@ -148,6 +149,16 @@ def test_broken_videos_are_named_and_left_out(root: Path, capsys: pytest.Capture
     assert "left out as broken: 3" in told.out
     listed = {e.video_path for n in ("train", "val") for e in read_list(root / f"{n}.json")}
     assert len(listed) == 10 and not listed & {"walks/1.mp4", "walks/2.mp4", "runs/torn.npz"}
+
+
+def test_a_stopped_run_keeps_its_checks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scd.data.make_lists.read_actions", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make_lists(ListRequest(root))
+    assert "walks/0.mp4" in read_json(root / KEPT)["videos"]
 
 
 @pytest.mark.parametrize(

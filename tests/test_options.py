@@ -394,6 +394,8 @@ def test_the_counterparts_of_the_refusals_load(file: Path) -> None:
         ],
     ]:
         load_options(file, overrides)
+    whole_clip = ["data.frames=8", "distill.context_frames=2", "rollout.window=7"]
+    load_training_options(ROOT / "options/scd_doom_distilled.yml", whole_clip)
     upright = ["data.frame_size=832", "data.frame_width=480"]
     load_options(ROOT / "options/scd_wan.yml", upright)
     with pytest.raises(ScdError, match="leaves too little"):

@@ -141,6 +141,22 @@ def test_actions_of_any_kind(pipeline):
 
 
 @pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_pixels_are_decoded_in_the_precision_of_the_rollout(pipeline, precision, dtype):
+    video, given = arguments()
+    seen = []
+    hook = pipeline.vae.decoder.conv_out.register_forward_hook(
+        lambda module, args, out: seen.append(out.dtype)
+    )
+    try:
+        pipeline(video, **given, precision=precision)
+    finally:
+        hook.remove()
+    assert set(seen) == {dtype}
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda v: v * 2 - 1, r"values from -\S+ to \S+: floats must lie in \[0, 1\]"),
@@ -161,6 +177,7 @@ def test_videos_that_are_refused(pipeline, change, message):
     [
         ([[0, 1], [1, 1, 0]], "not numbers of shape"),
         (torch.rand(2, 5), "float32, not integers"),
+        (torch.ones(2, 5, dtype=torch.bool), "bool, not integers"),
         ([["left"] * 5] * 2, "not numbers"),
         (torch.full((2, 5), 9), r"conditions must lie in 0\.\.3"),
     ],

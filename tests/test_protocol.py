@@ -318,17 +318,26 @@ def test_comparisons_are_chosen(whole, options, model, data, no_weights, tmp_pat
     assert found.rows == whole[1].rows
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scaling_factor", 9.0),
+        ("shift_factor", 0.5),
+        ("latents_mean", [0.5] * 8),
+        ("latents_std", [2.0] * 8),
+    ],
+)
 def test_another_scaling_of_the_latents_is_another_evaluation(
-    options, data, tiny_autoencoder_path, tmp_path
+    options, data, tiny_autoencoder_path, tmp_path, key, value
 ):
     """It is in the config, not in the weights; folders from before it was kept go on."""
     vae = shutil.copytree(tiny_autoencoder_path, tmp_path / "vae")
     options.autoencoder.path = str(vae)
     before = identity("hash", options, data)
     config = json.loads((vae / "config.json").read_text())
-    (vae / "config.json").write_text(json.dumps({**config, "scaling_factor": 9.0}))
+    (vae / "config.json").write_text(json.dumps({**config, key: value}))
     after = identity("hash", options, data)
-    assert before != after and after["scaling"]["scaling_factor"] == 9
+    assert before != after and after["scaling"][key] == value
     parts = {MODEL: []}, {}, UNSAVED
     SampleFolder.describe(tmp_path / "new", before, *parts)
     with pytest.raises(ScdError, match="samples of another evaluation; move them away"):

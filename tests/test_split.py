@@ -12,9 +12,13 @@ from scd.analysis.split import Split, split_model, split_options
 from scd.cli import main
 from scd.errors import ScdError
 from scd.models.autoencoder import PixelCodec
-from scd.models.load import build_world_model, load_checkpoint_for_use
+from scd.models.load import (
+    build_world_model,
+    load_checkpoint_for_use,
+    refuse_other_prediction,
+)
 from scd.models.world_model import FirstLook
-from scd.options import Options, load_options
+from scd.options import Options, load_options, options_to_dict
 
 ROOT = Path(__file__).parent.parent
 LAYERS = 4
@@ -133,6 +137,15 @@ def test_a_full_disk_is_reported_in_one_line(options, tmp_path, monkeypatch, cap
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert "model.safetensors: cannot be written (No space left" in error
+
+
+@pytest.mark.parametrize(("key", "value"), [("prediction", "velocity"), ("sigma_min", 0.1)])
+def test_weights_that_predict_something_else_are_no_beginning(options, dense, tmp_path, key, value):
+    path = tmp_path / "model.safetensors"
+    save_file(dense.state_dict(), path, {"options": json.dumps(options_to_dict(options()))})
+    refuse_other_prediction(path, options())
+    with pytest.raises(ScdError, match=rf"its flow\.{key} is .*, but {value} in the options"):
+        refuse_other_prediction(path, options(f"flow.{key}={value}"))
 
 
 def train(options: Options) -> int:

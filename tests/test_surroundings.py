@@ -1,5 +1,6 @@
 """What a shell, a container or another program leaves around a run changes nothing, or is told."""
 
+import multiprocessing
 import os
 import pty
 import shutil
@@ -152,6 +153,17 @@ def test_small_shared_memory_is_one_line_with_both_remedies():
     ):
         next(batches)
     assert "\n" not in str(caught.value)
+
+
+def test_data_workers_end_with_the_training_though_its_batches_are_kept():
+    options = SimpleNamespace(batch_size=2, gradient_accumulation=1, steps=2, workers=1)
+    alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    clips = [torch.zeros(1)] * 4
+    with training_batches(0, clips, options, alone) as batches:  # type: ignore[arg-type]
+        first = next(batches)
+        assert len(multiprocessing.active_children()) == 1
+    assert not multiprocessing.active_children()
+    assert first.shape == (2, 1) and batches is not None
 
 
 # No home, no name
@@ -354,6 +366,17 @@ def test_a_tilde_is_the_home_wherever_a_path_is_given(tmp_path, monkeypatch):
     assert options.data.root == str(tmp_path / "clips")
     assert options.data.val_list == str(tmp_path / "val.json")
     assert options.autoencoder.path == str(tmp_path / "vae")
+    for file, section, key in (
+        ("scd_doom_distilled.yml", None, "init_from"),
+        ("scd_doom_distilled.yml", "distill", "teacher"),
+        ("scd_doom_distilled.yml", "distill", "weak_teacher"),
+        ("scd_doom_distilled.yml", "data", "train_list"),
+        ("dcae_doom_decoder.yml", "autoencoder", "world_model"),
+    ):
+        name = f"{section}.{key}" if section else key
+        options = load_options(ROOT / "options" / file, [f"{name}=~/x"])
+        found = getattr(getattr(options, section) if section else options, key)
+        assert found == str(tmp_path / "x"), name
     for command in (
         ["record", "--root=~/x"],
         ["fetch-data", "minecraft", "--root=~/x"],
