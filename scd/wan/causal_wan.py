@@ -5,12 +5,11 @@ from functools import partial
 import torch
 from diffusers import ModelMixin, WanTransformer3DModel  # noqa: F401 (diffusers looks for ModelMixin)
 from diffusers.configuration_utils import register_to_config
-from einops import rearrange, repeat
 from torch import Tensor
 
 from scd.errors import ScdError
-from scd.models.attention import clean_context_attention, clean_context_block_mask, uses_flex
 from scd.models.config import own_config
+from scd.models.teacher_forcing import clean_and_noisy
 from scd.models.world_model import (
     Cache,
     CausalWorldModel,
@@ -125,41 +124,21 @@ class CausalWan(WanStack, WanWorldModel, CausalWorldModel):
     ) -> Tensor:
         """Predict velocities from one sequence [clean ‖ noisy draw 1 ‖ … ‖ noisy draw K]."""
         self.refuse_unused(perturbation, first_look, text)
-        draws, chunk = noisy.shape[1], self.chunk_frames
+        chunk, n = self.chunk_frames, self.tokens_per_frame(*latents.shape[-2:])
         clean = latents[:, :-chunk]  # (B, F - chunk, C, H, W): no frame follows the last
-        count, first = clean.shape[1], latents.shape[1] - noisy.shape[2]
-        if first % chunk:
+        if (latents.shape[1] - noisy.shape[2]) % chunk:
             raise ScdError(f"{noisy.shape[2]} noisy frames are no whole chunks of {chunk}")
-        frames = torch.cat([clean, rearrange(noisy, "b k f c h w -> b (k f) c h w")], dim=1)
-        times = rearrange(timesteps, "b k f -> b (k f)")  # (B, K·F')
-        clean_times = torch.full_like(times[:, :1], CLEAN_TIMESTEP).expand(-1, count)
-        times = torch.cat([clean_times, times], dim=1)  # (B, F - chunk + K·F')
-        if conditions is not None:
-            noisy_conditions = repeat(conditions[:, first:], "b f -> b (k f)", k=draws)
-            conditions = torch.cat([conditions[:, :-chunk], noisy_conditions], dim=1)
-        positions = torch.arange(count + chunk, device=latents.device)
-        positions = torch.cat([positions[:count], *[positions[first:]] * draws])
-        n = self.tokens_per_frame(*latents.shape[-2:]) * chunk
-        block_mask = None
-        if uses_flex(tokens := frames.shape[1] * n // chunk, latents.device):
-            mask = n, count // chunk, first // chunk, tokens, latents.device
-            block_mask = clean_context_block_mask(*mask)
-        attend = partial(
-            clean_context_attention,
-            tokens_per_frame=n,
-            clean_frames=count // chunk,
-            first=first // chunk,
-            block_mask=block_mask,
-            history_gradient=history_gradient,
+        sequence = clean_and_noisy(
+            clean, noisy, timesteps, conditions, n, history_gradient, chunk, CLEAN_TIMESTEP
         )
-        layers = len(self.blocks)
-        modulation = self.modulation(times, conditions)  # (B, F - chunk + K·F', 7, D)
+        frames, count, layers = sequence.frames, clean.shape[1], len(self.blocks)
+        modulation = self.modulation(sequence.timesteps, sequence.conditions)  # (B, S, 7, D)
         texts = [self.embed_text(self.check_text(text, len(latents)))] * layers  # (B, T, D) each
-        rotary = self.rotary(positions, frames)
-        x = self.run(self.embed(frames), modulation, rotary, [attend] * layers, texts)
+        rotary = self.rotary(sequence.positions, frames)
+        x = self.run(self.embed(frames), modulation, rotary, [sequence.attend] * layers, texts)
         x, modulation, frames = x[:, count:], modulation[:, count:], frames[:, count:]
         velocity = self.read_out(x, modulation, frames)  # (B, K·F', C, H, W)
-        return rearrange(velocity, "b (k f) c h w -> b k f c h w", k=draws)
+        return velocity.unflatten(1, noisy.shape[1:3])
 
     def precompute_modulation(self, conditions: Tensor, timesteps: Tensor) -> PrecomputedModulation:
         """Modulate clean frames and every denoising step under all conditions."""

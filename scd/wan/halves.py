@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from scd.models.attention import (
     block_causal_attention,
     block_causal_block_mask,
-    clean_context_attention,
-    clean_context_block_mask,
     uses_flex,
     within_frames_attention,
 )
+from scd.models.config import count_patches
+from scd.models.teacher_forcing import clean_and_noisy
 from scd.models.world_model import Cache, FirstLook
 from scd.options import WanFusion
 from scd.wan.block import KeysValues
@@ -86,32 +86,19 @@ class WanEncoder(WanStack):
         first_look: FirstLook,
     ) -> Tensor:
         """Encode one sequence [clean frames 0..F-1 ‖ first look at the last F' of frames 0..F]."""
-        clean, noisy_times = latents.shape[1], first_look.timesteps
-        first = clean + 1 - noisy_times.shape[1]
-        noisy = first_look.noisy.to(latents)
-        frames = torch.cat([latents, noisy], dim=1)  # (B, F + F', C, H, W)
-        clean_times = torch.full_like(noisy_times[:, :1], CLEAN_TIMESTEP).expand(-1, clean)
-        times = torch.cat([clean_times, noisy_times], dim=1)  # (B, F + F')
-        if conditions is not None:
-            conditions = torch.cat([conditions[:, :-1], conditions[:, first:]], dim=1)
-        positions = torch.arange(clean + 1, device=frames.device)
-        rotary = self.rotary(torch.cat([positions[:-1], positions[first:]]), frames)
-        x = self.embed(frames)  # (B, F + F', N, D)
-        n, tokens = x.shape[2], x.shape[1] * x.shape[2]
-        block_mask = None
-        if uses_flex(tokens, x.device):
-            block_mask = clean_context_block_mask(n, clean, first, tokens, x.device)
-        attend = partial(
-            clean_context_attention,
-            tokens_per_frame=n,
-            clean_frames=clean,
-            first=first,
-            block_mask=block_mask,
-            history_gradient=history_gradient,
+        clean, layers = latents.shape[1], len(self.blocks)
+        noisy = first_look.noisy[:, None].to(latents)  # (B, 1, F', C, H, W)
+        times = first_look.timesteps[:, None]  # (B, 1, F')
+        (height, width), (_, rows, columns) = latents.shape[-2:], self.sizes.patch_size
+        n = count_patches(height, width, rows, columns)
+        sequence = clean_and_noisy(
+            latents, noisy, times, conditions, n, history_gradient, clean_timestep=CLEAN_TIMESTEP
         )
-        texts = [self.embed_text(text)] * len(self.blocks)
-        modulation = self.modulation(times, conditions)  # (B, F + F', 7, D)
-        x = self.run(x, modulation, rotary, [attend] * len(self.blocks), texts)
+        x = self.embed(sequence.frames)  # (B, F + F', N, D)
+        modulation = self.modulation(sequence.timesteps, sequence.conditions)  # (B, F + F', 7, D)
+        rotary = self.rotary(sequence.positions, sequence.frames)
+        texts = [self.embed_text(text)] * layers
+        x = self.run(x, modulation, rotary, [sequence.attend] * layers, texts)
         return x[:, clean:]  # (B, F', N, D)
 
     def prefill(
