@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scd.analysis import attention_mass as masses
-from scd.analysis import measurements
+from scd.analysis import measurements, probed_model
 from scd.analysis.attention_mass import attention_mass, frame_mass
 from scd.analysis.context_ablation import (
     ABLATIONS,
@@ -451,7 +451,7 @@ def trained(doom_root, tmp_path):
 
 
 @pytest.mark.parametrize("muon", [None, 0.01])
-def test_fine_tuning_learns_and_leaves_the_model_alone(trained, muon):
+def test_fine_tuning_learns_and_leaves_the_model_alone(trained, muon, monkeypatch):
     overrides = [
         "optim.lr=1e-2",
         "train.gradient_accumulation=2",
@@ -467,12 +467,18 @@ def test_fine_tuning_learns_and_leaves_the_model_alone(trained, muon):
             objective = FlowObjective(model, loaded.options.flow, 0)
             return float(objective(with_scaled_latents(batch, loaded.codec))["loss"])
 
-    losses = [
-        loss()
-        for step in fine_tuning(model, loaded.codec, loaded.options, clips, 12, 1.0)
-        if step in (0, 12)
-    ]
+    made, make_optimizer = [], probed_model.make_optimizer
+    monkeypatch.setattr(
+        probed_model, "make_optimizer", lambda *a: made.append(make_optimizer(*a)) or made[0]
+    )
+    losses, rates = [], []
+    for step in fine_tuning(model, loaded.codec, loaded.options, clips, 12, 1.0):
+        if step in (0, 12):
+            losses.append(loss())
+        if step in (1, 5, 12):
+            rates.append(made[0].param_groups[0]["lr"])
     assert losses[1] < 0.9 * losses[0]
+    assert rates[:2] == pytest.approx([0.1 * rates[2], 0.5 * rates[2]])
     assert not model.training
     name = "decoder.blocks.0.mlp.up.weight"
     moved = model.state_dict()[name] - before[name]

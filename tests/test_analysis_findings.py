@@ -2,6 +2,7 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from scd.analysis.ablations import (
 )
 from scd.analysis.attention_mass import AttentionMass, describe_attention
 from scd.analysis.context_ablation import describe_history
+from scd.analysis.figures import attention_on_past
 from scd.analysis.similarity import (
     StepSimilarity,
     between_steps,
@@ -84,6 +86,16 @@ def mass_of(by_layer, past=4):
     on_past = torch.tensor(by_layer)[None, :, None, None].expand(2, -1, 3, 1)
     older = on_past * 0.9 / (past - 1)
     return AttentionMass([torch.cat([*[older] * (past - 1), 0.1 * on_past, 1 - on_past], -1)])
+
+
+def test_attention_is_plotted_by_distance():
+    """The last frame's tokens are those of the new frame itself."""
+    mass = torch.tensor([0.1, 0.2, 0.7]).expand(1, 1, 1, 3)
+    figure = attention_on_past(mass, mass, ["1"], steps=False, n=1)
+    line = figure.axes[2].lines[0]
+    plt.close(figure)
+    found = dict(zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True))
+    assert found == pytest.approx({2: 0.1, 1: 0.2, 0: 0.7})
 
 
 def test_sentences_about_attention():

@@ -1,15 +1,17 @@
 """The benchmark's arithmetic and output; the cases here are too small for meaningful timings."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scd.benchmark import cases, runner
+from scd.benchmark import cases, machine, rollouts, runner
 from scd.benchmark.cases import ACTIONS, CHANNELS, SIDE, DataCase, LongRolloutCase, RolloutCase
 from scd.benchmark.data_loading import (
     SETTING,
@@ -54,6 +56,33 @@ def test_the_floor_is_operations_or_bytes():
     assert frame_floor(replace(case, dtype="float32")).bytes == 2 * floor.bytes
 
 
+def test_the_first_run_is_a_warmup(monkeypatch):
+    now, taken = [0.0], iter([9.0, 1.0, 2.0])
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def run():
+        now[0] += next(taken)
+
+    assert machine.seconds(run, 2, torch.device("cpu")) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("times", [[2.0, 1.0], [1.0, 2.0]])
+def test_the_better_of_plain_and_packed_products_counts(times, monkeypatch):
+    measured = iter([*times, 1.0])
+    monkeypatch.setattr(machine, "seconds", lambda *_: [next(measured)])
+    found = machine.measure_machine(torch.float32, torch.device("cpu"))
+    product = 2 * 2048**3
+    assert (found.plain_flops, found.best_flops) == (product / times[0], product / 1.0)
+
+
+def test_a_long_rollout_is_timed_by_the_frame(monkeypatch):
+    ticks = itertools.count()  # a second for each tenth of the frames
+    monkeypatch.setattr(rollouts, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    case = LongRolloutCase("tiny", frames=20, window=2)
+    result = rollouts.run_long_rollout(case, torch.device("cpu"))
+    assert result["frame_seconds"] == [0.5] * 10
+
+
 @pytest.mark.parametrize("bf16", [True, False])
 def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
     monkeypatch.setattr(runner, "has_bf16", lambda device: bf16)
@@ -62,7 +91,7 @@ def test_table_json_and_plots(tmp_path, monkeypatch, capsys, bf16):
     starts = {"prefill_seconds": 1.5, "first_frame_seconds": 2.0}
     stream = starts | {"frame_seconds": [1.0, 1.1, 3.0]} | figures
     results = {
-        "RolloutCase": stream | {"decode_seconds": [0.1, 0.15, 0.2]},
+        "RolloutCase": stream | {"decode_seconds": [0.1, 0.15, 0.9]},
         "TrainCase": {"step_seconds": [1.0, 2.0, 3.0]} | figures,
         "LongRolloutCase": {"frame_seconds": [0.02] * 10, "bytes_after_each_tenth": [10**6] * 10},
         "DataCase": {

@@ -103,8 +103,26 @@ def test_overrides_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(3, "n")]
     seen.clear()
     monkeypatch.setattr("scd.evaluation.compare.compare_checkpoints", lambda *a: seen.append(a))
-    assert main(["compare", "a.pth", "--out", "c", "eval.videos=1"]) == 0
-    assert seen == [([Path("a.pth")], Path("c"), ["eval.videos=1"])]
+    Path("lr=1.pth").touch()  # a file that is there is no override
+    assert main(["compare", "a.pth", "lr=1.pth", "--out", "c", "eval.videos=1"]) == 0
+    assert seen == [([Path("a.pth"), Path("lr=1.pth")], Path("c"), ["eval.videos=1"])]
+
+
+def test_play_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from scd.play.server import Address
+
+    seen: list[tuple] = []
+    monkeypatch.setattr("scd.play.catalog.load_catalog", lambda *a: seen.append(a) or "catalog")
+    monkeypatch.setattr("scd.play.server.serve", lambda *a: seen.append(a))
+    server = ["--host", "::", "--port", "1", "--token", "secret", "--sessions", "3"]
+    server += ["--allow-origin", "https://play.example.org"]
+    worlds = ["--model", "m", "--baseline", "b", "--starts", "s", "rollout.steps=3"]
+    assert main(["play", *server, *worlds]) == 0
+    address = Address("::", 1, "secret", frozenset({"https://play.example.org"}))
+    assert seen == [
+        (Path("m"), Path("b"), Path("s"), ["rollout.steps=3"]),
+        ("catalog", address, 3),
+    ]
 
 
 @pytest.mark.parametrize(

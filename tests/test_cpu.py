@@ -77,6 +77,12 @@ def test_a_busy_program_is_seen():
     assert startup.BUSY_CORES < busy <= cores
 
 
+def test_only_cores_that_this_process_may_use_count(monkeypatch):
+    monkeypatch.setattr("psutil.cpu_percent", lambda *_, **__: [100.0, 50.0, 0.0, 100.0])
+    monkeypatch.setattr(startup, "usable_cores", lambda: [1, 2])
+    assert startup.busy_cores() == (0.5, 2)
+
+
 def test_a_system_that_does_not_tell_is_no_error(fresh, capsys):
     def unknown() -> tuple[float, int]:
         raise FileNotFoundError("/proc/stat")

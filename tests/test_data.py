@@ -80,6 +80,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
+def test_a_file_may_have_the_longest_of_names(tmp_path: Path) -> None:
+    """As long as systems allow, although what goes beside it has a longer ending."""
+    path = tmp_path / f"{'x' * 251}.txt"
+    write_atomically(path, lambda aside: aside.write_text("new"))
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_an_old_folder_comes_back_where_the_new_one_cannot_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,11 @@ def test_train_sh_takes_each_configuration(name, nodes, project, monkeypatch):
     assert sizes == ([str(nodes), "8"] if name == "hsdp" else [None, None])
 
 
+def test_inference_sh_passes_arguments_on_whole(project):
+    printed = run(project, "scripts/inference.sh", "ema.safetensors", "a.b=c d", NUM_GPUS="0")
+    assert printed[-3:] == ["evaluate", "ema.safetensors", "a.b=c d"]
+
+
 @pytest.mark.parametrize(
     ("state", "restarts", "again"),
     [
@@ -136,9 +141,12 @@ def test_what_cannot_be_launched_is_one_line(gpus, config, message, project):
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("fails", ["uv", "nothing"])
+@pytest.mark.parametrize("fails", ["uv", "pip", "nothing"])
 def test_an_environment_without_pip_gets_one(tmp_path, fails):
-    """As `uv venv` makes it; uv installs, or pip where uv cannot. What is installed is left out."""
+    """As `uv venv` makes it; uv installs, or pip where uv cannot. What is installed is left out.
+
+    Where pip fails too, so does the script, and the environment does not pass for a whole one.
+    """
     for name in ("scripts", "pyproject.toml", "constraints.txt"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
@@ -149,11 +157,13 @@ def test_an_environment_without_pip_gets_one(tmp_path, fails):
         f'#!/bin/sh\necho "$2 $3" >>{log}\n[ "$2" = {fails} ] && exit 1\n'
         f'[ "$2 $3" = "pip --version" ] && exit 1\ncase "$2" in {hashes} esac\n',
     )
-    subprocess.run(
-        ["bash", "scripts/setup_env.sh"], cwd=tmp_path, check=True, capture_output=True,
+    done = subprocess.run(
+        ["bash", "scripts/setup_env.sh"], cwd=tmp_path, check=False, capture_output=True,
         env={**os.environ, "SCD_VENV": "1"},
     )  # fmt: skip
     packagers = ("pip", "ensurepip", "uv")
     asked = [line for line in log.read_text().splitlines() if line.startswith(packagers)]
-    by_pip = ["pip install"] if fails == "uv" else []
-    assert asked == ["pip --version", "ensurepip --upgrade", "pip install", "uv pip", *by_pip]
+    tried = {"uv": ["uv pip", "pip install"], "pip": ["pip install"], "nothing": ["uv pip"]}
+    assert asked == ["pip --version", "ensurepip --upgrade", "pip install", *tried[fails]]
+    assert (done.returncode != 0) == (fails == "pip")
+    assert (tmp_path / ".venv/.scd-installed").exists() == (fails != "pip")

@@ -10,15 +10,16 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scd.training.optimizer import Muon, orthogonalize
 from scd.utils import precision
-from scd.utils.precision import resolve_precision
+from scd.utils.precision import precision_for, resolve_precision
 
-CPU = torch.device("cpu")
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
 ROOT = Path(__file__).parent.parent
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -58,6 +59,14 @@ def test_auto_is_what_the_device_has(emulating: None, capsys: pytest.CaptureFixt
 def test_fast_bf16_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
     assert resolve_precision("auto", CPU) == "bf16"
+
+
+def test_weights_in_bf16_are_widened_by_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: True)
+    narrow, wide = (SimpleNamespace(dtype=dtype, device=CPU) for dtype in (BF16, torch.float32))
+    assert precision_for(narrow, "fp32") == "bf16"  # the default
+    assert precision_for(narrow, "tf32") == "fp32"  # which is what a processor has of it
+    assert precision_for(wide, "fp32") == "fp32" and precision_for(wide, "bf16") == "bf16"
 
 
 def test_the_processor_is_asked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:

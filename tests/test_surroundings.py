@@ -23,7 +23,7 @@ from scd.options import load_options
 from scd.training.launch import make_accelerator, run_experiment
 from scd.training.run_log import read_log
 from scd.utils import processes, startup
-from scd.utils.signals import stop_request
+from scd.utils.signals import STOP_SIGNALS, stop_request
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "options/scd_doom_tiny.yml"
@@ -275,6 +275,15 @@ def test_a_run_outlives_its_terminal_until_it_has_saved(tmp_path):
     assert saved.read_text() == "SIGHUP"
 
 
+def test_signals_mean_afterwards_what_they_meant_before():
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with stop_request() as request:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.raise_signal(number)
+    assert request.signal == signal.SIGUSR1  # the first
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
 def test_nohup_keeps_its_meaning():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -326,6 +335,10 @@ def test_own_files_are_found_from_any_folder(tmp_path, monkeypatch):
         assert load_options(project_file(source.options)).task == "autoencoder"
     path = "assets/pretrained/dcae_doom"
     assert load_codec(path).channels > 0 and len(encoder_hash(path)) == 64
+    mine = tmp_path / "options/scd_doom_tiny.yml"  # goes before the project's
+    mine.parent.mkdir()
+    mine.write_text(TINY.read_text().replace("name: scd_doom_tiny", "name: mine"))
+    assert load_options("options/scd_doom_tiny.yml").name == "mine"
 
 
 def test_an_installed_package_brings_its_options(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scd.benchmark import cases, runner
+from scd.benchmark import cases, runner, wan
 from scd.benchmark.cases import ON_REQUEST, WAN_MODELS, WanCase, WanStreamCase
 from scd.benchmark.wan import (
     empty_model,
@@ -87,7 +87,15 @@ def test_wans_by_the_command(tmp_path, monkeypatch, capsys):
         lambda case, folder: runner.run_case(type(case).__name__, asdict(case), str(folder)),
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    timed, frame_seconds = [], wan.frame_seconds
+    monkeypatch.setattr(
+        wan,
+        "frame_seconds",
+        lambda rollout, *a: timed.append(rollout) or frame_seconds(rollout, *a),
+    )
     runner.benchmark(tmp_path, "wan", plots=False)
+    turn = len(WAN_MODELS) * len(TINY.steps)
+    assert len(set(map(id, timed[-turn:]))) == turn and timed[-turn:] == timed[-2 * turn : -turn]
     printed = capsys.readouterr().out
     assert "skipped, since this machine has no GPU: wan stream, tiny" in printed
     table = (tmp_path / "benchmark.md").read_text()
@@ -116,8 +124,20 @@ def test_the_table_divides_dense_by_separable():
     assert table.lines[0][-2:] == ["1.00", "1.00"]
 
 
-def test_streams_of_pictures():
+def test_streams_of_pictures(monkeypatch):
+    stream, taken = wan.SCDWanPipeline.stream, []
+
+    def count(*arguments, **given):
+        taken.append(0)
+        for pictures in stream(*arguments, **given):
+            taken[-1] += 1
+            yield pictures
+
+    monkeypatch.setattr(wan.SCDWanPipeline, "stream", count)
     result = run_wan_stream(STREAM, CPU)
+    # Streams of a first picture, one as warmup; then one whose window is full when it is timed.
+    full = STREAM.past + 1
+    assert taken == ([1] * (STREAM.starts + 1) + [full + STREAM.frames + 1]) * len(STREAM.steps)
     assert result["pictures"] == 4 and len(result["decode_seconds"]) == STREAM.frames
     for steps, row in zip(STREAM.steps, result["rows"], strict=True):
         assert (

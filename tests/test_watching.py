@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
 from scd.data.lists import read_list, write_list
@@ -413,6 +413,17 @@ def test_a_restarted_run_continues_in_the_same_wandb_run(options, offline):
     evaluation.start()
     assert evaluation.run.id != kept
     evaluation.finish()
+
+
+def test_wandb_writes_where_its_user_wants(options, offline, monkeypatch, tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    monkeypatch.setenv("WANDB_DIR", str(there))
+    PartialState()  # accelerate's logging asks for it
+    tracker = tracking.WandB(options("train.trackers=[wandb]"), "evaluation")
+    tracker.start()
+    tracker.finish()
+    assert list(there.glob("wandb/offline-run-*")) and not options().output.exists()
 
 
 def test_a_damaged_wandb_id_is_reported(options, offline):

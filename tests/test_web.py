@@ -17,18 +17,21 @@ pytest.importorskip("onnxruntime", reason="the extra scd[web] is not installed")
 
 from scd.cli import main
 from scd.errors import ScdError
+from scd.evaluation.metric_weights import MetricUnavailable
+from scd.flow.sampler import integrate
 from scd.models import SCD, CausalDiT
 from scd.models.autoencoder import PixelCodec
 from scd.options import RolloutOptions
-from scd.play.worlds import Pretrained, frame_seed, load_pretrained
+from scd.play.catalog import Catalog
+from scd.play.worlds import MAX_STEPS, Pretrained, frame_seed, load_pretrained
 from scd.rollout import Rollout
-from scd.web import site
+from scd.web import losses, site
 from scd.web.graphs import check_model, make_graphs
-from scd.web.onnx_export import to_int8, to_onnx, write_onnx
+from scd.web.onnx_export import OPSET, to_int8, to_onnx, write_onnx
 from scd.web.onnx_rollout import OnnxRollout, all_levels
 from scd.web.runtime import copy_runtime
 from scd.web.site import FILES
-from tests.play import pretrained_folder
+from tests.play import pretrained_folder, some_start
 
 SHIPPED = Path(__file__).parent.parent / "assets/pretrained/scd_doom"
 FRAMES = 100
@@ -45,11 +48,16 @@ def write_graphs(pretrained: Pretrained, folder: Path, levels: list[float], wind
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, tiny_autoencoder_path) -> tuple[Pretrained, Path, list[float]]:
-    root = tmp_path_factory.mktemp("web")
-    pretrained = load_pretrained(pretrained_folder(root / "tiny", tiny_autoencoder_path))
+def folder(tmp_path_factory, tiny_autoencoder_path) -> Path:
+    return pretrained_folder(tmp_path_factory.mktemp("pretrained") / "tiny", tiny_autoencoder_path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, folder) -> tuple[Pretrained, Path, list[float]]:
+    pretrained = load_pretrained(folder)
     levels = all_levels(pretrained.options.rollout, range(1, 5))
-    return pretrained, write_graphs(pretrained, root, levels, 4), levels
+    graphs = write_graphs(pretrained, tmp_path_factory.mktemp("web"), levels, 4)
+    return pretrained, graphs, levels
 
 
 def largest_difference(
@@ -78,7 +86,9 @@ def largest_difference(
     largest = 0.0
     for action in actions[3:]:
         expected = engine.step(torch.tensor([action]))[0].numpy()
-        largest = max(largest, float(np.abs(ours.step(action) - expected).max()))
+        found = ours.step(action)
+        assert np.isfinite(found).all()
+        largest = max(largest, float(np.abs(found - expected).max()))
         if same_history:
             ours._newest = expected[None]
     return largest
@@ -126,6 +136,25 @@ def test_int8_is_within_half_a_step_of_each_output() -> None:
     assert np.abs(values).max(axis=0)[0] == pytest.approx(127 * scale[0, 0])
 
 
+def test_int8_keeps_small_outputs_beside_large_ones(tmp_path) -> None:
+    import onnx
+    from onnxruntime import InferenceSession
+
+    weight = np.random.default_rng(0).normal(size=(16, 24)) * np.logspace(-3, 3, 24)
+    given, made = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [16, size])
+        for name, size in (("x", 16), ("y", 24))
+    )
+    stored = onnx.numpy_helper.from_array(weight.astype(np.float32), "weight")
+    product = onnx.helper.make_node("MatMul", ["x", "weight"], ["y"])
+    graph = onnx.helper.make_graph([product], "graph", [given], [made], [stored])
+    opset = [onnx.helper.make_opsetid("", OPSET)]
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=opset)
+    write_onnx(model, tmp_path / "graph.onnx", "int8")
+    (y,) = InferenceSession(tmp_path / "graph.onnx").run(None, {"x": np.eye(16, dtype=np.float32)})
+    assert (np.abs(y - weight) < 0.005 * np.abs(weight).max(axis=0)).all()
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "problem"),
     [
@@ -143,6 +172,60 @@ def test_other_models_are_refused_by_name(kind: str, changes: dict[str, Any], pr
     model = (SCD if kind == "scd" else CausalDiT)(**(sizes | layers | changes))
     with pytest.raises(ScdError, match=problem):
         check_model(model, PixelCodec(), 64, 4)
+
+
+def test_guidance_by_condition_is_refused(folder) -> None:
+    with pytest.raises(ScdError, match=r"set rollout\.guidance=context"):
+        site.load_for_web(folder, ["rollout.guidance=condition", "rollout.guidance_scale=2.0"])
+
+
+def test_weights_are_measured_against_the_engine(tiny, folder, tmp_path, monkeypatch) -> None:
+    """From the same noise, so that only the weights make a difference."""
+    _, graphs, _ = tiny
+
+    def unavailable(*_: Any) -> None:
+        raise MetricUnavailable("no weights")
+
+    monkeypatch.setattr(losses, "FORMATS", ["fp32"])
+    monkeypatch.setattr(losses, "STEPS", range(1, 5))  # the levels of `tiny`
+    monkeypatch.setattr(losses, "onnx_graphs", lambda _: None)
+    monkeypatch.setattr(
+        losses, "write_graphs", lambda _, to, __: shutil.copytree(graphs, to, dirs_exist_ok=True)
+    )
+    monkeypatch.setattr(losses, "load_starts", lambda *_: [some_start()])
+    monkeypatch.setattr(losses, "lpips_distance", unavailable)
+    table = losses.measure_formats(folder, tmp_path, 8, [])
+    quality = {row[0]: float(row[2]) for row in table.lines}
+    assert quality["fp32"] > quality["another seed"] + 20  # dB
+
+
+def test_losses_are_measured_in_steps_that_the_page_has(folder) -> None:
+    pretrained = site.load_for_web(folder, ["rollout.steps=20"])
+    assert losses._settings(pretrained).steps == MAX_STEPS
+
+
+def test_a_world_too_large_to_fetch_is_refused(folder, tmp_path, monkeypatch) -> None:
+    """Its start clips count too."""
+    monkeypatch.setattr(site, "MAX_DOWNLOAD", 64 * 64 * 3)  # the picture of one is as large
+    monkeypatch.setattr(site, "copy_runtime", lambda *_: None)
+    monkeypatch.setattr(site, "onnx_graphs", lambda _: {})
+    monkeypatch.setattr(site, "load_starts", lambda *_: [some_start()])
+    with pytest.raises(ScdError, match="give --weights int8"):
+        site.export_site(folder, tmp_path / "site", tmp_path, "fp32")
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_site_with_another_file_is_another_version(folder, tmp_path) -> None:
+    catalog, versions = Catalog({"model": load_pretrained(folder)}, [some_start()]), []
+    for number, text in enumerate(("old", "new", "old")):
+        root = tmp_path / str(number)
+        root.mkdir()
+        (root / "play.js").write_text(text)
+        shutil.copy(FILES / "sw.js", root)
+        site._write_manifest(root, catalog, "fp32")
+        versions.append(json.loads((root / "manifest.json").read_text())["version"])
+        assert f'VERSION = "{versions[-1]}"' in (root / "sw.js").read_text()
+    assert versions[0] == versions[2] != versions[1]
 
 
 def test_another_runtime_is_refused(tmp_path) -> None:
@@ -219,18 +302,68 @@ def test_times_of_recordings(fps) -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-def test_noise_is_that_of_torch() -> None:
+@pytest.mark.parametrize("seed", [5, 1])  # without and with the seed's highest bit
+def test_noise_is_that_of_torch(seed) -> None:
     """Several draws in a row, one of them of a number that 16 does not divide."""
     script = f"""
     import {{ frameGenerator }} from "{(FILES / "world" / "noise.js").as_uri()}";
-    const generator = await frameGenerator(5, 24);
+    const generator = await frameGenerator({seed}, 24);
     console.log(JSON.stringify([512, 100, 4096].map((n) => Array.from(generator.normal(n)))));
     """
     drawn = run_node(script)
-    generator = torch.Generator().manual_seed(frame_seed(5, 24))
+    generator = torch.Generator().manual_seed(frame_seed(seed, 24))
     for ours in drawn:
         expected = torch.randn(len(ours), generator=generator)
         assert (torch.tensor(ours) - expected).abs().max() < 2e-6
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("solver", ["euler", "multistep", "consistency"])
+def test_solvers_are_those_of_python(solver) -> None:
+    levels = [1.0, 0.8, 0.3, 0.0]
+    drawn = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    script = f"""
+    import {{ integrate }} from "{(FILES / "world" / "sampler.js").as_uri()}";
+    const [noise, ...fresh] = {drawn.tolist()}.map((row) => Float32Array.from(row));
+    const velocity = async (x, step) => x.map((value) => value * value / 4 - step);
+    const found = await integrate(velocity, noise, {levels}, "{solver}", fresh);
+    console.log(JSON.stringify(Array.from(found)));
+    """
+    noise, *fresh = drawn
+    expected = integrate(lambda x, step: x.square() / 4 - step, noise, levels, solver, fresh)
+    assert (torch.tensor(run_node(script)) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_a_tap_is_remembered_for_a_second_or_a_frame() -> None:
+    script = f"""
+    import {{ HeldAction }} from "{(FILES / "world" / "held_action.js").as_uri()}";
+    const held = new HeldAction(0);
+    held.update({{ action: 1, seq: 1 }}, 0);
+    held.update({{ seq: 2 }}, 0.1);
+    const found = [held.action(0.9, 10), held.action(1.1, 10)];
+    found.push(held.action(1.9, 0.5), held.action(2.1, 0.5));
+    held.clearTaps();
+    found.push(held.action(0.2, 10));
+    console.log(JSON.stringify(found));
+    """
+    assert run_node(script) == [1, 0, 1, 0, 0]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_a_kept_branch_stays_as_it_is() -> None:
+    """Even where one plays on from its end."""
+    script = f"""
+    import {{ History }} from "{(FILES / "world" / "history.js").as_uri()}";
+    const history = new History([{{ number: 0 }}, {{ number: 1 }}]);
+    history.keep();
+    history.append({{ number: 2 }});
+    history.returnTo(1);
+    history.append({{ number: 2 }});
+    const lines = [history.timeline, ...history.branches.map(({{ frames }}) => frames)];
+    console.log(JSON.stringify(lines.map((frames) => frames.map(({{ number }}) => number))));
+    """
+    assert run_node(script) == [[0, 1, 2], [0, 1], [0, 1, 2]]
 
 
 def run_node(script: str) -> Any:
@@ -256,6 +389,7 @@ const graphs = {
   free: (...tensors) => tensors.forEach((one) => alive.delete(one)),
   async encode({ latents, action, slot, held, keys, values }) {
     used(keys, values);
+    if (held > about.rollout.window) throw new Error("more held than there are slots");
     encoded += 1;
     const text = `${keys.text} ${latents},${action},${slot},${held}`;
     const context = tensor(text);
@@ -279,11 +413,12 @@ const about = {
 """
 
 
-# A session of a world that shows one picture. `frame(n)` resolves when it is asked for the frame n,
-# to the time in seconds; the frame `late` takes half a second.
+# A session of a world that shows one picture; what it sends is in `sent`. `frame(n)` resolves when
+# it is asked for the frame n, to the time in seconds; the frame `late` takes half a second.
 FAKE_SESSION = """
 globalThis.crypto ??= { randomUUID: () => "id" };
 const rgb = new Uint8Array(3);
+const sent = [];
 let late = 0;
 const asked = {}, waiting = {};
 const frame = (n) => asked[n] ?? new Promise((done) => (waiting[n] = done));
@@ -304,7 +439,7 @@ const about = {
   },
 };
 const session = new Session(
-  { world, about, loadStart: async () => ({ latents: [[0]], rgb }), send() {} },
+  { world, about, loadStart: async () => ({ latents: [[0]], rgb }), send: (m) => sent.push(m) },
 );
 await session.open((error) => { throw error; });
 session.connect(null);
@@ -333,6 +468,80 @@ def test_the_clock_of_frames() -> None:
     assert times[0] < 2  # a fifth of a second, on an idle machine
     after = np.diff(times[2:])  # frame 23 takes two and a half frames' time
     assert after[0] >= 0.49 and after[1:].min() > 0.05
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_a_page_that_connects_again_counts_from_the_beginning() -> None:
+    script = f"""
+    import {{ Session }} from "{(FILES / "world" / "session.js").as_uri()}";
+    {FAKE_SESSION}
+    session.connect(session.id);
+    const pictures = sent.filter((message) => message instanceof ArrayBuffer);
+    console.log(JSON.stringify(pictures.map((one) => new DataView(one).getUint32(12, true))));
+    process.exit();
+    """
+    assert run_node(script) == [1, 1]  # the picture's serial number
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_settings_stay_until_others_are_given() -> None:
+    """A start without a seed keeps it, and so do settings that are refused."""
+    script = f"""
+    import {{ Session }} from "{(FILES / "world" / "session.js").as_uri()}";
+    {FAKE_SESSION}
+    const messages = () => sent.filter((one) => typeof one === "string").map(JSON.parse);
+    session.handle({{ type: "settings", seed: 5 }});
+    session.handle({{ type: "start", start: "here" }});
+    session.handle({{ type: "settings", seed: 10 }});
+    session.handle({{ type: "settings", seed: -1 }});
+    const states = () => messages().filter(({{ type }}) => type === "state");
+    while (states().length < 5) await new Promise((done) => setTimeout(done, 1));
+    const refused = messages().filter(({{ type }}) => type === "refused").map(({{ why }}) => why);
+    console.log(JSON.stringify([states().map(({{ settings }}) => settings.seed), refused]));
+    process.exit();
+    """
+    seeds, refused = run_node(script)
+    assert seeds == [0, 5, 5, 5, 5]
+    assert refused == [f"seed is {seed}, but must be between 0 and 9" for seed in (10, -1)]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_a_frame_of_some_temperature_is_guided_between_two_levels() -> None:
+    """With a velocity of 1, and of 0 where the context is perturbed."""
+    script = f"""
+    import {{ World }} from "{(FILES / "world" / "world.js").as_uri()}";
+    {FAKE_WORLD}
+    Object.assign(about, {{ levels: [1, 0.8, 0.4], steps: {{ 3: [1, 0.8, 0.4, 0] }} }});
+    about.shapes.context = [16];
+    Object.assign(about.rollout, {{ temperature: 0.5, guidance_interval: [0.5, 0.9] }});
+    graphs.encode = async () => (
+      {{ context: 1, perturbed: 0, keys: tensor(""), values: tensor(""), dispose() {{}} }}
+    );
+    graphs.decode = async (x, context) => x.map(() => context);
+    const world = new World(graphs, about);
+    world.settings = {{ seed: 1, guidance_scale: 3, steps: 3 }};
+    await world.restore([{{ number: 23, action: 0, view: {{}} }}], async () => {{}});
+    console.log(JSON.stringify(Array.from((await world.step(0, 24)).latents)));
+    """
+    noise = torch.randn(16, generator=torch.Generator().manual_seed(frame_seed(1, 24)))
+    expected = 0.5 * noise - (0.2 + 3 * 0.4 + 0.4)
+    assert (torch.tensor(run_node(script)) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_only_frames_that_shape_the_window_are_encoded_again() -> None:
+    """Every layer sees the four frames before one."""
+    script = f"""
+    import {{ World }} from "{(FILES / "world" / "world.js").as_uri()}";
+    {FAKE_WORLD}
+    about.layers = 2;
+    const line = Array.from({{ length: 24 }}, (_, number) => (
+      {{ number, action: 0, view: {{ latents: [number] }} }}
+    ));
+    await new World(graphs, about).restore(line, async () => {{}});
+    console.log(encoded);
+    """
+    assert run_node(script) == 2 * 4
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
