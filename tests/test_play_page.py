@@ -160,6 +160,10 @@ def test_held_keys_walk(page):
     page.release("d")
     page.wait(lambda: set(page.actions(2)) == {NONE}, "standing")
     assert not page.all("#pad .lit")
+    page.hold("w")  # and let go of in another window
+    page.wait(lambda: set(page.actions(2)) == {FORWARD}, "walking")
+    page.js("dispatchEvent(new Event('blur'))")
+    page.wait(lambda: set(page.actions(2)) == {NONE}, "standing")
 
 
 def test_figures(page):

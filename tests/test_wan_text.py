@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from scd.cli import main
-from scd.data.prompts import EMBEDDINGS, PromptFolder, write_embedding, write_prompt_list
+from scd.data.prompts import (
+    EMBEDDINGS,
+    PromptFolder,
+    read_lines,
+    write_embedding,
+    write_prompt_list,
+)
 from scd.errors import ScdError
 from scd.wan import encode_prompts as encoding
 from scd.wan.text import clean_prompt, encode_prompts, load_text_encoder
@@ -188,6 +194,13 @@ def test_one_process_at_a_time_writes_to_a_folder(source, tmp_path, capsys):
         assert main([*command, "--text-encoder", str(source)]) == 1
     assert "out: another process writes to it" in capsys.readouterr().err
     assert not (out / "prompts.json").exists()
+
+
+def test_a_line_ends_where_other_tools_end_it(tmp_path):
+    """VBench's extended prompts belong to the lines of another file."""
+    text = "a cat\u2028walks\r\n\n a\x0cdog\x0c"
+    (tmp_path / "p.txt").write_bytes(text.encode())
+    assert read_lines(tmp_path / "p.txt") == ["a cat\u2028walks", "a\x0cdog"]
 
 
 def test_mistakes_are_one_line(source, tmp_path, capfd, monkeypatch):

@@ -141,7 +141,7 @@ def read_lines(path: Path) -> list[str]:
         ScdError: it is missing, no UTF-8, or empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise ScdError(f"{path}: {why_missing(path)}") from error
     except OSError as error:
