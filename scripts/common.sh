@@ -24,7 +24,7 @@ fetch_weights() {
 
 # Print how many GPUs are visible, or NUM_GPUS.
 count_gpus() {
-    if [[ "${NUM_GPUS:-}" =~ ^[0-9]+$ ]]; then
+    if [[ "${NUM_GPUS:-}" =~ ^(0|[1-9][0-9]*)$ ]]; then
         echo "$NUM_GPUS"
     elif [ -n "${NUM_GPUS:-}" ]; then
         echo "error: NUM_GPUS=$NUM_GPUS is not a number of GPUs" >&2

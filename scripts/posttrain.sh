@@ -13,7 +13,8 @@ scd=("$(find_python)" -m scd.cli)
 
 base=assets/pretrained/scd_doom
 stages=(causal_dit_doom bidirectional_dit_doom scd_doom_consistency scd_doom_distilled scd_doom_continued)
-if [ "$(count_gpus)" -gt 0 ]; then
+gpus=$(count_gpus)
+if [ "$gpus" -gt 0 ]; then
     base=experiments/scd_doom/exported
     large="train.batch_size=64 train.workers=4"
     small="train.batch_size=16 train.mixed_precision=fp32 train.compile=false"

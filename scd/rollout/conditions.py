@@ -13,8 +13,8 @@ class RolloutConditions:
     and frames keep their ids. Vectors cannot be enumerated: frames keep the vectors, and their
     modulation is computed with each frame, by a few small matrix products.
 
-    Values are checked where they are on the CPU. Reading them from a GPU would wait for it, in a
-    training rollout once a frame, and there the data set has checked them.
+    The values of actions are checked where they are on the CPU. Reading them from a GPU would wait
+    for it, in a training rollout once a frame, and there the data set has checked them.
 
     Args:
         labels: (B,), of the whole rollout.
@@ -35,7 +35,7 @@ class RolloutConditions:
     ):
         if labels is not None:
             model.frame_conditions((batch, 1), None, labels)
-            _check_on_cpu(model, labels)
+            model.check_conditions(labels)
             labels = labels.long().to(model.device)
         self._model = model
         self._batch = batch
@@ -63,14 +63,15 @@ class RolloutConditions:
             (B, F) ids, or (B, F, V + 1) vectors.
 
         Raises:
-            ScdError: actions that the model does not have, or of another shape.
+            ScdError: actions of another shape, or, on the CPU, that the model does not have.
         """
         model, shape = self._model, (self._batch, frames)
         conditions = model.frame_conditions(shape, actions, self._labels)
         if conditions is None:
             conditions = torch.zeros(shape, dtype=torch.long, device=model.device)
         if actions is not None:
-            _check_on_cpu(model, conditions)
+            if conditions.device.type == "cpu":
+                model.check_conditions(conditions)
             conditions = conditions.to(model.device)
         return conditions if self._modulation is None else self._ids[conditions]
 
@@ -100,8 +101,3 @@ class RolloutConditions:
         shape, next_shape = conditions.shape[:2], next_conditions.shape[:2]
         ids, next_ids = torch.arange(len(rows), device=rows.device).tensor_split([shape.numel()])
         return ids.view(shape), next_ids.view(next_shape), modulation
-
-
-def _check_on_cpu(model: CausalWorldModel, conditions: Tensor) -> None:
-    if conditions.device.type == "cpu":
-        model.check_conditions(conditions)

@@ -120,7 +120,8 @@ class Rollout:
 
         Args:
             context: (B, K, C, H, W); K may be 0 for a model that predicts first frames.
-            actions: (B, K) or (B, K, V), the action that led to each of them.
+            actions: (B, K) or (B, K, V), the action that led to each of them. Here and in `step`
+                values are checked on the CPU only: reading them from a GPU would wait for it.
             labels: (B,).
             generator: one for the batch, or one a sample: then a sample's frames do not depend
                 on the batch it is in.

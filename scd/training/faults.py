@@ -36,7 +36,7 @@ def is_bad_step(loss: Tensor, norms: Sequence[Tensor], limit: float | None) -> T
 def any_process(accelerator: Accelerator, *flags: Tensor | bool) -> list[bool]:
     """Reduce each flag to whether any process has set it; collective.
 
-    It is the only point of a training step that waits for the device.
+    It is the only point of a training step that always waits for the device.
     """
     device = accelerator.device
     counts = torch.stack([torch.as_tensor(flag, device=device).float() for flag in flags])

@@ -60,7 +60,6 @@ class WanWorldModel(WorldModel):
         _, rows, columns = self.config.patch_size
         return count_patches(height, width, rows, columns)
 
-    # A Wan is nothing without a text, so it comes first.
     def check_text(self, text: Tensor | None, batch: int) -> Tensor:
         if text is None:
             raise ScdError(f"{type(self).__name__} needs a text")
