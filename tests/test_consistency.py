@@ -275,7 +275,7 @@ def test_a_wasted_step_is_told(options, capfd, fresh_accelerate: None) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("distill.teacher=null", "every method has a teacher"),
+        ("distill.teacher=null", "set both, or neither"),
         ("init_from=null", "needs init_from"),
         ("rollout.solver=euler", "is sampled with rollout.solver=consistency"),
         ("distill.method=none", "set both, or neither"),

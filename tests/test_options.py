@@ -240,7 +240,7 @@ def test_every_missing_value_is_named(file: Path) -> None:
         (["name=a/b"], "name must be a possible name of a folder"),
         (["name=.."], "name must be a possible name of a folder"),
         (['name="a\\nb"'], "name must be a possible name of a folder"),
-        (["optim.schedule=wsd"], "optim.decay_steps=0 with optim.schedule=wsd: wsd needs it"),
+        (["optim.schedule=wsd"], "optim.decay_steps=0 with optim.schedule=wsd: only wsd has"),
         (["optim.decay_steps=2"], "optim.decay_steps=2 with optim.schedule=constant"),
         (
             ["optim.schedule=wsd", "optim.decay_steps=8", "optim.warmup_steps=3"],

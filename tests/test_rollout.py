@@ -530,7 +530,7 @@ def test_a_sliding_window_equals_the_frames_it_shows(kept, first_frame):
         shown |= index[None] < kept + start
     mask = (shown & (index[None] <= index[:, None])).repeat_interleave(6, 0).repeat_interleave(6, 1)
 
-    def masked(q, k, v, tokens_per_frame, block_mask=None):
+    def masked(q, k, v, **_):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
 
     with pytest.MonkeyPatch.context() as patch:
