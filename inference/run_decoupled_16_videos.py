@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from scd.cli import run_command
+from scd.errors import ScdError
 from scd.utils.paths import from_user, to_read
 
 
@@ -19,7 +20,10 @@ def main() -> int:
     parser.add_argument("--num-videos", type=int, default=16)
     parser.add_argument("--output", type=from_user, help="(default: experiments/<name>/videos)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    a = parser.parse_intermixed_args()
+    try:
+        a = parser.parse_intermixed_args()
+    except ScdError as error:
+        parser.error(str(error))
 
     def sample() -> None:
         from scd.evaluation.pictures import sample_videos  # torch, once the process is ready

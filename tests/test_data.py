@@ -33,7 +33,13 @@ from scd.options import Options, load_options
 from scd.training import encode
 from scd.training.encode import encode_dataset
 from scd.utils import files
-from scd.utils.files import read_json, write_atomically, write_folder_atomically, write_json
+from scd.utils.files import (
+    read_json,
+    remove_unfinished,
+    write_atomically,
+    write_folder_atomically,
+    write_json,
+)
 
 ROOT = Path(__file__).parent.parent
 REAL_CLIPS = ROOT.parent / "shared/real_clips"
@@ -102,6 +108,19 @@ def test_an_old_folder_comes_back_where_the_new_one_cannot_come(
     with pytest.raises(ScdError, match="folder: cannot be written"):
         write_folder_atomically(folder, lambda aside: (aside / "new").write_text(""))
     assert sorted(tmp_path.rglob("*")) == [folder, folder / "old"]
+
+
+def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
+    link, disk = tmp_path / "here/folder", tmp_path / "disk/folder"
+    link.parent.mkdir()
+    link.symlink_to(disk)
+    for name in ("first", "second"):  # at first the link leads nowhere
+        write_folder_atomically(link, lambda aside, name=name: (aside / name).write_text(""))
+        assert link.is_symlink() and [path.name for path in disk.iterdir()] == [name]
+    stale = link.with_name(".folder.17.old")
+    stale.symlink_to(disk)
+    remove_unfinished(link.parent)
+    assert not stale.is_symlink() and list(link.parent.iterdir()) == [link] and any(disk.iterdir())
 
 
 def test_an_old_folder_makes_room_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,11 +216,13 @@ def test_the_card_of_an_exported_folder_has_its_own_evaluation(experiment, tmp_p
     assert "table of the folder" in (second / "README.md").read_text()
 
 
-def test_weights_that_are_not_finite_are_refused(experiment, tmp_path, capsys):
+@pytest.mark.parametrize("value", [float("nan"), 1e300])
+def test_weights_that_are_not_finite_are_refused(experiment, tmp_path, capsys, value):
     _, checkpoint = experiment
     tensors, metadata = read_weights(checkpoint)
     name = next(iter(tensors))
-    tensors[name].view(-1)[0] = float("nan")
+    tensors[name] = tensors[name].double()
+    tensors[name].view(-1)[0] = value
     save_file(tensors, checkpoint, metadata)
     assert main(["export", str(checkpoint), "--out", str(tmp_path / "model")]) == 1
     assert f"{name} is not finite" in capsys.readouterr().err

@@ -521,6 +521,7 @@ def test_starts_of_ones_own_clips(tmp_path, tiny_autoencoder_path, capsys):
         (["--clips", "4"], "val.json has clips 0 to 2, but no clip 3"),
         (["--clips", "1,x"], "--clips 1,x: give how many"),
         (["--clips", "0"], "--clips 0: give how many"),
+        (["--clips", "10000000000"], "--clips 10000000000: no data set has so many"),
         (["--clips", "1,1"], "different clip numbers"),
         (["--clips", "2,-1", "--names", "a,b"], "different clip numbers"),
         (["--clips", "2", "--names", "a"], "give 2 different names, one for each clip"),

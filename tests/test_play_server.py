@@ -773,6 +773,7 @@ def test_a_token(catalog):
     [
         ({}, ""),
         ({"token": "chosen"}, r"\?token=chosen"),
+        ({"token": "a+b&c#%25"}, r"\?token=a%2Bb%26c%23%2525"),
         ({"origins": frozenset(["https://play.example"])}, r"\?token=[\w-]{22}"),
     ],
 )

@@ -157,8 +157,9 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(walk, tmp_path):
     out = tmp_path / "ema.safetensors"
     for arguments, told in (
         ((output, 0.05, None, tmp_path / "ema.pt"), "ends in .safetensors"),
-        ((output, 0.0, None, out), "--sigma-rel 0.0: must be above 0"),
-        ((output, 0.29, None, out), "at most 0.28"),
+        ((output, 0.0, None, out), "--sigma-rel 0.0: must lie between 0.0001 and 0.28"),
+        ((output, 1e-300, None, out), "--sigma-rel 1e-300: must lie between"),
+        ((output, 0.29, None, out), "between 0.0001 and 0.28"),
         ((output, 0.05, 30, out), "--step 30: no snapshot of this step; there are 20, 40, 60"),
         ((output, 0.01, None, out), "20 snapshots of sigma_rel 0.05, 0.1 up to step 400 meet it"),
         ((tmp_path, 0.05, None, out), "no snapshots in snapshots/"),

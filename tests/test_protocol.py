@@ -1098,6 +1098,11 @@ def test_the_script_that_samples_videos(checkpoint, tmp_path, monkeypatch, capsy
     assert "the prediction of video 0, 1 is not finite" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr("sys.argv", ["script", *arguments, str(tmp_path / "videos")])
+    for wrong, message in (("~nobodyx/videos", "no home folder"), ("", "an empty path")):
+        monkeypatch.setattr("sys.argv", ["script", *arguments, wrong])
+        with pytest.raises(SystemExit):
+            script["main"]()
+        assert message in capsys.readouterr().err.splitlines()[-1]
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("sys.argv", ["script", *arguments, str(tmp_path / "file/videos")])
     assert script["main"]() == 1

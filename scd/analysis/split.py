@@ -21,6 +21,7 @@ there after the same layers.
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from safetensors.torch import save_file
@@ -152,7 +153,7 @@ def split_checkpoint(
     write_atomically(weights, lambda aside: save_file(tensors, aside, metadata))
     text = options_to_yaml(replace(options, init_from=str(weights)))
     write_atomically(out / OPTIONS_FILE, lambda aside: aside.write_text(text, encoding="utf-8"))
-    print(f"weights: {weights}\ntrain:   ./scripts/train.sh {out / 'options.yml'}")
+    print(f"weights: {weights}\ntrain:   ./scripts/train.sh {quote(str(out / OPTIONS_FILE))}")
 
 
 def dense_model(loaded: LoadedModel, path: Path) -> DiT:

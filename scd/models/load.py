@@ -208,7 +208,7 @@ def _built(options: Options, codec: Codec, tensors: dict[str, Tensor], path: Pat
     if layers > len(tensors):
         raise ScdError(f"{path}: {layers} layers in its options, but {len(tensors)} tensors")
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():  # in float64 it may be, and too large for float32
             raise ScdError(f"{path}: {name} is not finite")
     return build_to_fit(lambda: build_world_model(options, codec), tensors, str(path))
 

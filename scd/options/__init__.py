@@ -13,6 +13,7 @@ from scd.options.reader import (
 from scd.options.rules import check_rollout
 from scd.options.schema import (
     MAX_SIGMA_REL,
+    MIN_SIGMA_REL,
     AutoencoderOptions,
     BlockType,
     DataOptions,
@@ -36,6 +37,7 @@ from scd.options.schema import (
 
 __all__ = [
     "MAX_SIGMA_REL",
+    "MIN_SIGMA_REL",
     "OPTIONS_FILE",
     "AutoencoderOptions",
     "BlockType",

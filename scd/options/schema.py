@@ -16,6 +16,7 @@ FvdPrecision = Literal["fp32", "bf16"]
 EncoderFrame = Literal["shift", "noise", "joint"]
 WanEncoderFrame = Literal["shift", "noise"]
 WanFusion = Literal["token_concat", "middle"]
+MIN_SIGMA_REL = 1e-4
 MAX_SIGMA_REL = 0.28  # a plain mean over all of training has 0.289
 
 
@@ -312,9 +313,10 @@ class OptimOptions:
     ema_sigma_rel: list[float] = checked(
         [0.05, 0.1],
         lambda widths: (
-            0 < len(widths) == len(set(widths)) and all(0 < w <= MAX_SIGMA_REL for w in widths)
+            0 < len(widths) == len(set(widths))
+            and all(MIN_SIGMA_REL <= w <= MAX_SIGMA_REL for w in widths)
         ),
-        f"be one or more different numbers above 0, at most {MAX_SIGMA_REL}",
+        f"be one or more different numbers in {MIN_SIGMA_REL:g}..{MAX_SIGMA_REL}",
     )
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -179,7 +180,7 @@ def serve(catalog: Catalog, address: Address, max_sessions: int) -> None:
         origins=address.origins,
     )
     shown = [address.url(listening.getsockname()[1]), *(f"{o}/" for o in sorted(address.origins))]
-    urls = " and ".join(url + (f"?token={token}" if token else "") for url in shown)
+    urls = " and ".join(url + (f"?token={quote(token, safe='')}" if token else "") for url in shown)
     print(f"serving {catalog.first.folder} at {urls} (Ctrl-C ends)", flush=True)
     uvicorn.Server(server_config(app)).run(sockets=[listening])
 
@@ -207,7 +208,7 @@ def listen(address: Address) -> sockets.socket:
         family = sockets.AF_INET6 if ":" in address.host else sockets.AF_INET
         where = (address.host, address.port)
         return sockets.create_server(where, family=family, dualstack_ipv6=both)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise ScdError(
             f"cannot serve at {address.host}:{address.port} ({why}): choose another --port "

@@ -20,6 +20,7 @@ from scd.utils.files import read_json, write_folder_atomically, write_json
 
 STARTS_FILE = "starts.json"
 MAX_FRAMES = 1000
+MOST_CLIPS = 10**6  # a larger number is a slip
 Action = int | tuple[float, ...]
 """The number of an action; or the components of an action vector."""
 
@@ -123,6 +124,8 @@ def named_clips(clips: str, names: str | None = None) -> dict[str, int]:
         numbers = [int(part) for part in clips.split(",")]
     except ValueError:
         numbers = []
+    if any(number > MOST_CLIPS for number in numbers):
+        raise ScdError(f"--clips {clips}: no data set has so many clips")
     if len(numbers) == 1:
         numbers = list(range(numbers[0]))
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from scd.errors import ScdError
 from scd.models.weights import read_weights
-from scd.options import MAX_SIGMA_REL, Options, options_to_dict
+from scd.options import MAX_SIGMA_REL, MIN_SIGMA_REL, Options, options_to_dict
 from scd.utils.files import write_atomically
 from scd.utils.processes import error_barrier, processes
 from scd.utils.sharding import gather_on_cpu, shard_like
@@ -213,8 +213,9 @@ def write_average(output: Path, sigma_rel: float, step: int | None, out: Path) -
     """
     if out.suffix != ".safetensors":
         raise ScdError(f"--out {out}: the name of a weights file ends in .safetensors")
-    if not 0 < sigma_rel <= MAX_SIGMA_REL:
-        raise ScdError(f"--sigma-rel {sigma_rel}: must be above 0 and at most {MAX_SIGMA_REL}")
+    if not MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL:
+        limits = f"{MIN_SIGMA_REL:g} and {MAX_SIGMA_REL}"
+        raise ScdError(f"--sigma-rel {sigma_rel}: must lie between {limits}")
     snapshots = _snapshots(output)
     if not snapshots:
         raise ScdError(f"{output}: no snapshots in {SNAPSHOTS}/; train.snapshot_every writes them")

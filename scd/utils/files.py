@@ -78,12 +78,14 @@ def _aside_name(path: Path) -> str:
 def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder beside `path`, flush it, then rename it to `path`.
 
-    A folder that was there is replaced. A kill at the worst moment leaves no folder at `path`, but
-    never half of one.
+    A folder that was there is replaced; through a link, the folder that it leads to. A kill at the
+    worst moment leaves no folder at `path`, but never half of one.
 
     Raises:
         ScdError: the disk is full, the parent is read-only, or the like.
     """
+    if path.is_symlink():
+        path = path.resolve()
     aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     try:
         for left in (aside, old):  # by a dead process with the same ID
@@ -117,7 +119,7 @@ def remove_unfinished(folder: Path) -> None:
     """
     for path in folder.iterdir() if folder.is_dir() else ():
         if re.fullmatch(r"\..+\.\d+\.\w+", path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def set_usual_mode(path: Path) -> None:

@@ -16,8 +16,10 @@ def from_user(text: str | Path) -> Path:
     `.` and `..` become whole paths: what is written goes beside its target first, under its name.
 
     Raises:
-        ScdError: that user has no known home.
+        ScdError: that user has no known home, or the text is empty.
     """
+    if text == "":
+        raise ScdError("an empty path, perhaps of an unset variable: write . for this folder")
     try:
         path = Path(text).expanduser()
         return path.resolve() if path.name in ("", "..") else path
