@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(p for p in (ROOT / "options").glob("*.yml") if "_wan" not in p.stem)
 # Like others but for sizes, data or numbers of steps.
 ALIKE = ("_large", "_tiny", "_realestate10k", "_ucf101", "_continued", "_weak", "_adversarial")
+ALIKE += ("_dmlab", "_long")
 SMALL = {
     "world_model": ["model.heads=1", "data.frames=3", "eval.context_frames=3"],
     "autoencoder": ["autoencoder.lpips_weight=0", "data.frames=1"],
@@ -153,7 +154,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
         ("consistency", [], 0),
         slow("consistency", ["distill.guidance_scale=2"], 0),
         slow("distilled", [], 0),
-        ("distilled", [], 2),
+        slow("distilled", [], 2),
         slow("distilled", ["distill.context_frames=5"], 0),
         ("distilled", ["distill.guidance_scale=2", *VECTORS], 0),
         slow("distilled", ["distill.self_rollout=false"], 0),

@@ -224,7 +224,7 @@ def test_a_dry_run_has_one_folder_for_all_processes(overrides, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [slow("plain"), "sharded"])
-@pytest.mark.parametrize("method", ["consistency", "distilled", slow("long")])
+@pytest.mark.parametrize("method", [slow("consistency"), "distilled", slow("long")])
 def test_distillation_on_two_processes_equals_one(method, kind, overrides, tmp_path):
     """With teacher, target or critic beside the student; all processes leave at the same step.
 

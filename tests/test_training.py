@@ -251,7 +251,7 @@ def test_accumulation_equals_a_larger_batch(options):
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["scd", "causal_dit"])
+@pytest.mark.parametrize("kind", ["scd", pytest.param("causal_dit", marks=pytest.mark.slow)])
 def test_attention_is_compiled_and_trains_as_without(options, monkeypatch, kind):
     """Compiling a list of blocks, whose forward nothing calls, would do nothing; losses to 1e-6."""
     compiled = []
