@@ -6,9 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -22,8 +20,9 @@ from scd.training.launch import run_experiment
 from scd.training.run_log import read_log
 from scd.training.watchdog import DONE, SILENT_BEATS, _Watchdog
 from scd.training.world_model_task import MATRICES
+from tests.faults.runs import run_processes, start_processes
 from tests.test_dmd import weakened
-from tests.train_on_processes import launch
+from tests.train_on_processes import main
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = ROOT / "options/scd_doom_tiny.yml"
@@ -69,19 +68,7 @@ def on_two(kind: str, overrides: list[str], options: Path = OPTIONS) -> None:
 
 
 def on_several(count: int, kind: str, overrides: list[str], options: Path = OPTIONS) -> None:
-    with TemporaryDirectory() as folder:
-        started = launch(Path(folder), count, [kind, str(options), *overrides])
-        running = {process.sentinel: process for process in started}
-        while running and not any(process.exitcode for process in started):
-            ended = wait(running, timeout=300)
-            if not ended:
-                break
-            for sentinel in ended:
-                running.pop(sentinel).join()
-        for process in running.values():  # they would wait for the one that failed
-            process.kill()
-        said = [path.read_text()[-3000:] for path in sorted(Path(folder).iterdir())]
-        assert [process.exitcode for process in started] == [0] * count, "\n".join(said)
+    run_processes(count, main, [kind, str(options), *overrides])
 
 
 def under_torchrun(overrides: list[str]) -> None:
@@ -324,7 +311,7 @@ def test_a_lost_process_ends_the_run_and_is_named(overrides, tmp_path):
     """One that neither answers nor dies; the other waits for it in a collective operation."""
     overrides = [*overrides, "name=lost", "train.batch_size=1"]
     # Without a launcher, which would wait half a minute for the one that stands still.
-    first, second = launch(tmp_path, 2, ["lost", str(OPTIONS), *overrides])
+    first, second = start_processes(tmp_path, 2, main, ["lost", str(OPTIONS), *overrides])
     first.join(200)
     for process in (first, second):
         process.kill()

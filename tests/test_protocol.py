@@ -5,8 +5,6 @@ import math
 import os
 import runpy
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +77,8 @@ from scd.models.autoencoder import PixelCodec, load_codec
 from scd.models.load import LoadedModel, build_world_model
 from scd.options import RolloutOptions, load_options, options_from_json, options_to_dict
 from scd.utils import precision as arithmetic
+from scd.utils.processes import error_barrier, processes
+from tests.faults.runs import run_processes
 
 ROOT = Path(__file__).parent.parent
 SWAPPED = "turn left and turn right swapped, one trajectory"  # of a model with two
@@ -1021,36 +1021,23 @@ def test_sweep_texts():
             sweep_combinations(wrong)
 
 
-TWO_PROCESSES = """
-import sys
-from pathlib import Path
-from scd.utils import precision as arithmetic
-from scd.cli import main
-from scd.errors import ScdError
-from scd.utils.processes import processes
-from scd.utils.processes import error_barrier
-
-status = main(sys.argv[2:])
-try:
-    with error_barrier():
-        if processes().process_index == 1:
-            raise ScdError("no space left")
-except ScdError as error:
-    told = Path(sys.argv[1]) / f"told-{processes().process_index}"
-    told.write_text(f"{status} of {processes().num_processes}: {error}")
-"""
+def evaluate_and_fail(folder: str, *arguments: str) -> None:
+    """As one of several processes; then process 1 fails, of which the others shall hear."""
+    os.environ["SCD_CACHE"] = f"{folder}/empty"  # no weights here either
+    status = main(["evaluate", *arguments])
+    try:
+        with error_barrier():
+            if processes().process_index == 1:
+                raise ScdError("no space left")
+    except ScdError as error:
+        told = Path(folder) / f"told-{processes().process_index}"
+        told.write_text(f"{status} of {processes().num_processes}: {error}")
 
 
 def test_two_processes_give_the_numbers_of_one(options, checkpoint, no_weights, tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(script), str(tmp_path), "evaluate", str(checkpoint)]
-    command += [f"output_root={tmp_path / 'two'}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| model ") == 2  # once each of two tables
+    arguments = [str(tmp_path), str(checkpoint), f"output_root={tmp_path / 'two'}"]
+    printed = run_processes(2, evaluate_and_fail, arguments)
+    assert "".join(printed).count("| model ") == 2  # once each of two tables
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""`scd export --web` in headless Chromium, from static files: the shipped model, by WASM.
+"""`scd export --web` in headless Chromium, from static files, by WASM.
 
 What the page itself does is tested in test_play_page.py; here, what takes the server's place.
 """
@@ -41,11 +41,12 @@ from tests.page import (
     steer_by_gamepad,
     touching,
 )
+from tests.play import pretrained_folder
 from tests.web import Quiet, choose, pictures_by_onnx, pixels, serving, to_the_beginning
 
 ROOT = Path(__file__).parent.parent
-MODEL, STARTS = ROOT / "assets/pretrained/scd_doom", ROOT / "assets/starts"
-OVERRIDES = ["rollout.temperature=0.7"]
+SHIPPED, STARTS = ROOT / "assets/pretrained/scd_doom", ROOT / "assets/starts"
+OVERRIDES = ["rollout.temperature=0.7", "rollout.steps=4"]
 PICTURES = 10
 # Of 255, the largest difference of a pixel between the browser and onnxruntime in Python.
 LEVELS = 2
@@ -56,15 +57,27 @@ pytestmark = NEEDS_CHROMIUM
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("site")
+def runtime(tmp_path_factory) -> Path:
     try:
-        runtime = fetch_runtime(root)
+        return fetch_runtime(tmp_path_factory.mktemp("runtime"))
     except ScdError as error:
         pytest.skip(f"{PACKAGE} {VERSION} is not there: {error}")
-    out = ["--out", str(root / "site"), "--starts", str(STARTS)]
-    assert main(["export", str(MODEL), "--web", *out, "--runtime", str(runtime), *OVERRIDES]) == 0
-    return root / "site"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_autoencoder_path) -> Path:
+    return pretrained_folder(tmp_path_factory.mktemp("pretrained") / "tiny", tiny_autoencoder_path)
+
+
+@pytest.fixture(scope="module")
+def site(model, runtime, tmp_path_factory) -> Path:
+    return export(model, tmp_path_factory.mktemp("site") / "site", runtime)
+
+
+def export(model: Path, site: Path, runtime: Path) -> Path:
+    out = ["--out", str(site), "--starts", str(STARTS), "--runtime", str(runtime)]
+    assert main(["export", str(model), "--web", *out, *OVERRIDES]) == 0
+    return site
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +117,20 @@ def page(driver, address) -> Iterator[Page]:
     assert not [line for line in messages if "Security Policy" in line or "Uncaught" in line]
 
 
-def test_ten_pictures_are_those_of_python(page, site):
-    """The same seed and keys as on the server."""
+def test_ten_pictures_are_those_of_python(page, site, model):
+    compare_ten_pictures(page, site, model)
+
+
+@pytest.mark.slow
+def test_ten_pictures_of_the_shipped_model(driver, runtime, tmp_path):
+    site, page = export(SHIPPED, tmp_path / "site", runtime), Page(driver)
+    with serving(site) as address:
+        page.open(address)
+        compare_ten_pictures(page, site, SHIPPED)
+
+
+def compare_ten_pictures(page: Page, site: Path, model: Path) -> None:
+    """With the same seed and keys as on the server."""
     start = load_starts(STARTS, 64, 4)[0]
     page.js("document.querySelector('#seed').select()")
     page.press("5", Keys.ENTER, Keys.ESCAPE)
@@ -124,7 +149,7 @@ def test_ten_pictures_are_those_of_python(page, site):
     page.release(Keys.ARROW_RIGHT)
     actions = [0] + [FORWARD] * (PICTURES // 2 - 1) + [RIGHT] * (PICTURES - PICTURES // 2)
 
-    pretrained, settings = load_pretrained(MODEL, OVERRIDES), Settings(4, 1.0, seed=5)
+    pretrained, settings = load_pretrained(model, OVERRIDES), Settings(4, 1.0, seed=5)
     world = ModelWorld(pretrained)
     world.reset(start, settings)
     by_torch = [world.step(a, BEGIN + 1 + i).picture for i, a in enumerate(actions)]
@@ -185,7 +210,7 @@ def test_rewind_branches_and_record(page, downloads):
     page.wait(lambda: page.picture() == there, "the picture of the kept branch")
 
 
-def test_guidance_slider(page, site):
+def test_guidance_slider(page, site, model):
     """With guidance, and with fewer steps, the picture is that of Python as well."""
     page.step()
     plain = pixels(page)
@@ -196,7 +221,7 @@ def test_guidance_slider(page, site):
     page.step()
     found = pixels(page)
     start, settings = load_starts(STARTS, 64, 4)[0], Settings(2, 2.0, seed=0)
-    (expected,) = pictures_by_onnx(site, load_pretrained(MODEL, OVERRIDES), start, settings, [0])
+    (expected,) = pictures_by_onnx(site, load_pretrained(model, OVERRIDES), start, settings, [0])
     assert abs(found.astype(int) - expected).max() <= LEVELS
     assert abs(found.astype(int) - plain).mean() > MEAN_LEVELS
 

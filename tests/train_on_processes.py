@@ -2,8 +2,7 @@
 
 torchrun --nproc_per_node=2 tests/train_on_processes.py KIND OPTIONS [key=value ...]
 
-Launched by `launch`, the processes are forks of one that has imported everything, and save the
-seconds which that takes. KIND is plain, sharded, sharded-wan, hybrid, lost or dry (a dry run).
+KIND is plain, sharded, sharded-wan, hybrid, lost or dry (a dry run).
 Accelerate shards on accelerators only. `sharded…` and `hybrid` stand for it on the CPU: they take
 the settings of `scripts/accelerate/fsdp2.yaml`, `fsdp2_wan.yaml` and `hsdp.yaml` as `accelerate
 launch` hands them over; `hybrid` as on nodes of two. In `lost`, the second process stands still
@@ -13,7 +12,6 @@ after the first step, as one does whose machine is gone, and seconds are enough 
 import os
 import signal
 import sys
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -28,24 +26,8 @@ from scd.training import watchdog
 from scd.training.dry_run import dry_run
 from scd.training.launch import build_task, make_accelerator, sharding_plugin
 from scd.training.trainer import Trainer
-from tests.faults.runs import fork_server, free_port, settle
 
 CONFIGS = Path(__file__).parent.parent / "scripts/accelerate"
-
-
-def launch(folder: Path, count: int, arguments: list[str]) -> list[BaseProcess]:
-    """Start the processes; what each prints goes to `output-RANK.txt` in `folder`."""
-    context, port = fork_server(), free_port()
-    places = [(rank, count, port) for rank in range(count)]
-    started = [context.Process(target=forked, args=(folder, p, arguments)) for p in places]
-    for process in started:
-        process.start()
-    return started
-
-
-def forked(folder: Path, place: tuple[int, int, int], arguments: list[str]) -> None:
-    settle(folder, place)
-    main(*arguments)
 
 
 def main(kind: str, path: str, *overrides: str) -> None:

@@ -11,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -138,6 +140,51 @@ def _train(
     # Resolved already, which takes a while.
     options_module.load_training_options = lambda *_: options
     sys.exit(cli.main(["train", "--opt", "resolved"]))
+
+
+def start_processes(
+    folder: Path, count: int, function: Callable[..., object], arguments: Sequence[str]
+) -> list[BaseProcess]:
+    """Start a function in several processes; what each prints goes to `output-RANK.txt`."""
+    port = free_port()
+    started = []
+    for rank in range(count):
+        place = (rank, count, port)
+        target = (folder, place, function, arguments)
+        started.append(fork_server().Process(target=_settled, args=target))
+        started[-1].start()
+    return started
+
+
+def run_processes(
+    count: int, function: Callable[..., object], arguments: Sequence[str]
+) -> list[str]:
+    """Run a function in several processes, none of which may fail; return what each printed."""
+    with TemporaryDirectory() as folder:
+        started = start_processes(Path(folder), count, function, arguments)
+        running = {process.sentinel: process for process in started}
+        while running and not any(process.exitcode for process in started):
+            ended = wait(running, timeout=300)
+            if not ended:
+                break
+            for sentinel in ended:
+                running.pop(sentinel).join()
+        for process in running.values():  # they would wait for the one that failed
+            process.kill()
+        printed = [path.read_text() for path in sorted(Path(folder).iterdir())]
+    codes = [process.exitcode for process in started]
+    assert codes == [0] * count, "\n".join(text[-3000:] for text in printed)
+    return printed
+
+
+def _settled(
+    folder: Path,
+    place: tuple[int, int, int],
+    function: Callable[..., object],
+    arguments: Sequence[str],
+) -> None:
+    settle(folder, place)
+    function(*arguments)
 
 
 def settle(folder: Path, place: tuple[int, int, int]) -> None:
