@@ -4,10 +4,15 @@ import os
 import platform
 import subprocess
 import sys
+from typing import NoReturn
 
 import pytest
+import torch
 
+from scd.options import Options
+from scd.training import launch
 from scd.utils import startup
+from tests.faults.runs import run_processes
 
 CODE = """
 import resource, torch
@@ -92,28 +97,24 @@ def test_a_system_that_does_not_tell_is_no_error(fresh, capsys):
     assert "OMP_WAIT_POLICY" not in os.environ and capsys.readouterr().err == ""
 
 
-FLUSHES = """
-import sys, torch
-from scd.options import Options
-from scd.training import launch
+def print_products() -> None:
+    """Print a subnormal product, and the same one as an experiment begins."""
 
-def product():
-    return float(torch.tensor(1e-30) * torch.tensor(1e-10))
+    def product() -> float:
+        return float(torch.tensor(1e-30) * torch.tensor(1e-10))
 
-def make_accelerator(options):
-    print(before, product())
-    sys.exit()
+    def make_accelerator(options: Options) -> NoReturn:
+        print(before, product())
+        sys.exit()
 
-before = product()
-launch.make_accelerator = make_accelerator
-launch.run_experiment(Options())
-"""
+    before = product()
+    launch.make_accelerator = make_accelerator
+    launch.run_experiment(Options())
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="no choice elsewhere")
 def test_subnormal_numbers_are_zero_before_anything_is_computed():
     """Threads that started earlier would stay slow."""
-    done = subprocess.run([sys.executable, "-c", FLUSHES], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, after = map(float, done.stdout.split())
+    (printed,) = run_processes(1, print_products, [])
+    before, after = map(float, printed.split())
     assert before > 0 and after == 0

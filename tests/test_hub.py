@@ -25,16 +25,17 @@ from scd.cli import main
 from scd.data import hub
 from scd.data.hub import unpack
 from scd.data.lists import ClipEntry, read_list
-from scd.data.published import PARALLEL, DataSetSource, fetch_data_set
+from scd.data.published import (
+    AUTOENCODERS,
+    PARALLEL,
+    AutoencoderSource,
+    DataSetSource,
+    fetch_data_set,
+)
 from scd.errors import ScdError
 from scd.models import load_reference_checkpoint
 from scd.models.autoencoder import build_autoencoder, load_codec
-from scd.models.published_autoencoder import (
-    AUTOENCODERS,
-    AutoencoderSource,
-    convert_published,
-    fetch_autoencoder,
-)
+from scd.models.published_autoencoder import convert_published, fetch_autoencoder
 from scd.options import AutoencoderOptions, load_options
 from tests.test_locks import holder_of
 

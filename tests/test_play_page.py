@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -30,11 +29,13 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from scd.cli import main
 from scd.data.lists import ClipEntry, write_list
 from scd.data.video import VideoFile
 from scd.options import load_options
 from scd.play.server import STATIC, Address, listen
 from scd.play.starts import make_starts
+from tests.faults.runs import start_processes
 from tests.play import own_data, pretrained_folder
 
 pytest.importorskip("selenium", reason="selenium is not installed")
@@ -58,6 +59,7 @@ from tests.page import (
 
 ROOT = Path(__file__).parent.parent
 pytestmark = NEEDS_CHROMIUM
+ADDRESS = r"http://127\.0\.0\.1:(\d+)/"
 # Every socket of the page, so that a test can cut it.
 SPY = """
 window.sockets = [];
@@ -67,45 +69,49 @@ window.WebSocket = class extends WebSocket {
 """
 
 
-class Server:
-    """`scd play` as a process of its own; started again, it has the same address."""
+def play(*arguments: str) -> None:
+    """What a server runs. It was imported before this module, by its fork server."""
+    sys.exit(main(["play", *arguments]))
 
-    def __init__(self, model: Path, *more: str):
-        self._command = [sys.executable, "-m", "scd.cli", "play", "--sessions", "1"]
-        self._command += ["--model", str(model), *more]
+
+class Server:
+    """`scd play` as a process of its own; started again, it has the same address.
+
+    What it prints lies in `folder`.
+    """
+
+    def __init__(self, folder: Path, model: Path, *more: str):
+        self._folder = folder
+        self._arguments = ["--sessions", "1", "--model", str(model), *more]
         self._port = 0
         self.start()
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            [*self._command, "--port", str(self._port)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        arguments = [*self._arguments, "--port", str(self._port)]
+        (self._process,) = start_processes(self._folder, 1, play, arguments)
 
     @cached_property
     def url(self) -> str:
         """The address that the server prints once it is ready."""
-        line = self._process.stdout.readline()
-        url = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
-        assert url, f"the server printed {line!r}"
+        output = self._folder / "output-0.txt"
+        while not (output.exists() and (url := re.search(ADDRESS, output.read_text()))):
+            assert self._process.is_alive(), output.read_text()
+            time.sleep(0.05)
         self._port = int(url[1])
         return url[0]
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """It hangs: its connections stay open, and nothing comes."""
-        self._process.send_signal(signal.SIGSTOP)
+        os.kill(self._process.pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            self._process.send_signal(signal.SIGCONT)
+            os.kill(self._process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.join()
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,8 @@ def server(tmp_path_factory, tiny_autoencoder_path) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("pretrained")
     kinds = ("scd", "causal_dit")
     model, dense = (pretrained_folder(root / kind, tiny_autoencoder_path, kind) for kind in kinds)
-    server = Server(model, "--baseline", str(dense))
+    starts = ["--starts", str(ROOT / "assets/starts")]  # wherever the fork server began
+    server = Server(root, model, "--baseline", str(dense), *starts)
     yield server
     server.kill()
 
@@ -464,7 +471,7 @@ def own_server(tmp_path, tiny_autoencoder_path) -> Iterator[Server]:
     own_data(tmp_path, clips=2, frames=BEGIN + 1, actions=len(names))
     options = load_options(folder / "options.yml", [f"data.root={tmp_path}"])
     make_starts(options, tmp_path / "starts", {"one": 0, "two": 1}, frames=BEGIN + 1)
-    server = Server(folder, "--starts", str(tmp_path / "starts"))
+    server = Server(tmp_path, folder, "--starts", str(tmp_path / "starts"))
     yield server
     server.kill()
 
@@ -510,7 +517,7 @@ def keys_server(tmp_path, tiny_autoencoder_path) -> Iterator[Server]:
     write_list(tmp_path / "val.json", [ClipEntry("clip.npz")])
     options = load_options(folder / "options.yml", [f"data.root={tmp_path}"])
     make_starts(options, tmp_path / "starts", {"one": 0}, frames=BEGIN + 1)
-    server = Server(folder, "--starts", str(tmp_path / "starts"))
+    server = Server(tmp_path, folder, "--starts", str(tmp_path / "starts"))
     yield server
     server.kill()
 

@@ -325,8 +325,8 @@ def test_several_processes_outlive_their_terminal_under_nohup_too(nohup, tmp_pat
 
 
 def test_own_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    from scd.data.published import AUTOENCODERS
     from scd.models.autoencoder import encoder_hash, load_codec
-    from scd.models.published_autoencoder import AUTOENCODERS
     from scd.utils.paths import project_file
 
     monkeypatch.chdir(tmp_path)

@@ -14,8 +14,7 @@ def record(a: argparse.Namespace) -> None:
 
 
 def fetch_data(a: argparse.Namespace) -> None:
-    from scd.data.published import DATA_SETS, fetch_data_set
-    from scd.models.published_autoencoder import AUTOENCODERS, fetch_autoencoder
+    from scd.data.published import AUTOENCODERS, DATA_SETS, fetch_data_set
 
     known = [*DATA_SETS, *AUTOENCODERS]
     for name in a.names:
@@ -26,6 +25,8 @@ def fetch_data(a: argparse.Namespace) -> None:
         if name in DATA_SETS:
             fetch_data_set(DATA_SETS[name], a.root)
         else:
+            from scd.models.published_autoencoder import fetch_autoencoder  # takes seconds
+
             fetch_autoencoder(AUTOENCODERS[name], a.root / "pretrained" / name)
 
 

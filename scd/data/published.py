@@ -1,4 +1,4 @@
-"""Published data sets, fetched from the Hugging Face hub, unpacked, and listed for training.
+"""What is published, and its data sets: fetched from the hub, unpacked, and listed for training.
 
 Shards are downloaded a few at a time, checked against the hub's SHA-256, unpacked and deleted, so
 the disk holds the data set and a few shards at most. Each finished shard is noted: the next run
@@ -51,6 +51,15 @@ class DataSetSource:
     lists: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class AutoencoderSource:
+    """A DC-AE state dict on the hub, and the options file with its architecture."""
+
+    repo: str
+    file: str
+    options: str
+
+
 DATA_SETS: dict[str, DataSetSource] = {}
 for _name, _repo in [("minecraft", "Minecraft"), ("dmlab", "DMLab")]:
     _train, _val = f"{_name}_train.json", f"{_name}_val.json"
@@ -70,6 +79,18 @@ DATA_SETS["ucf101"] = DataSetSource(
 DATA_SETS["bair"] = DataSetSource(
     "guyuchao/BAIR", "bair", "bair", {"bair_train.json": "train.json", "bair_val.json": "val.json"}
 )
+
+# `scd.models.published_autoencoder` fetches them.
+AUTOENCODERS = {
+    "dcae_minecraft": AutoencoderSource(
+        "guyuchao/FAR_Models",
+        "dcae/DCAE_Minecraft_Res128-a5677f66.pth",
+        "options/dcae_minecraft.yml",
+    ),
+    "dcae_ucf101": AutoencoderSource(
+        "guyuchao/FAR_Models", "dcae/DCAE_UCF101_Res64-9da18dcf.pth", "options/dcae_ucf101.yml"
+    ),
+}
 
 
 def fetch_data_set(source: DataSetSource, root: Path, endpoint: str | None = None) -> None:

@@ -2,39 +2,18 @@
 
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from scd.data.hub import Repository, check_space, exclusive_use, size_text
+from scd.data.published import AutoencoderSource
 from scd.errors import ScdError
 from scd.models.autoencoder import PUBLISHED_SCALING, build_autoencoder
 from scd.models.weights import load_matching, read_state_dict
 from scd.options import AutoencoderOptions, load_options
 from scd.utils.files import sha256
 from scd.utils.paths import project_file
-
-
-@dataclass(frozen=True)
-class AutoencoderSource:
-    """A DC-AE state dict on the hub, and the options file with its architecture."""
-
-    repo: str
-    file: str
-    options: str
-
-
-AUTOENCODERS = {
-    "dcae_minecraft": AutoencoderSource(
-        "guyuchao/FAR_Models",
-        "dcae/DCAE_Minecraft_Res128-a5677f66.pth",
-        "options/dcae_minecraft.yml",
-    ),
-    "dcae_ucf101": AutoencoderSource(
-        "guyuchao/FAR_Models", "dcae/DCAE_UCF101_Res64-9da18dcf.pth", "options/dcae_ucf101.yml"
-    ),
-}
 
 
 def fetch_autoencoder(source: AutoencoderSource, folder: Path, endpoint: str | None = None) -> None:
