@@ -92,6 +92,8 @@ def test_overrides_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "scd.training.launch.run_experiment", lambda o: seen.append((o.seed, o.name))
     )
+    for name in ("ema.pth", "a.pth", "lr=1.pth"):
+        Path(name).touch()
     assert main(["evaluate", "ema.pth", "a=1", "--opt", "x.yml", "b=-2", "c=3"]) == 0
     assert main(["evaluate", "--opt", "x.yml", "ema.pth", "a=1", "b=-2", "c=3"]) == 0
     assert seen == [(Path("ema.pth"), "x.yml", ["a=1", "b=-2", "c=3"], None, False)] * 2
@@ -103,7 +105,7 @@ def test_overrides_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(3, "n")]
     seen.clear()
     monkeypatch.setattr("scd.evaluation.compare.compare_checkpoints", lambda *a: seen.append(a))
-    Path("lr=1.pth").touch()  # a file that is there is no override
+    # A file that is there is no override.
     assert main(["compare", "a.pth", "lr=1.pth", "--out", "c", "eval.videos=1"]) == 0
     assert seen == [([Path("a.pth"), Path("lr=1.pth")], Path("c"), ["eval.videos=1"])]
 
@@ -192,15 +194,23 @@ def test_an_interrupt_is_reported(
 
 def test_mistakes_are_reported_before_torch_is_loaded() -> None:
     code = "import sys; sys.modules['torch'] = None; from scd.cli import main; sys.exit(main())"
-    for command in ("train", "encode"):
+    options = f"nowhere.yml: no such options file in {ROOT}"
+    model = f"nowhere: no such weights file in {ROOT}"
+    for arguments, message in (
+        (["train", "--opt", "nowhere.yml"], options),
+        (["encode", "--opt", "nowhere.yml"], options),
+        (["evaluate", "nowhere"], model),
+        (["compare", "nowhere", "rollout.steps=1"], model),
+        (["probe", "nowhere"], model),
+        (["export", "nowhere", "--out", "x"], model),
+        (["split", "nowhere", "--encoder-layers=1", "--decoder-layers=1", "--out=x"], model),
+        (["fetch-data", "nowhere"], "nothing is called 'nowhere'"),
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", code, command, "--opt", "nowhere.yml"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 1
-        assert done.stderr == f"error: nowhere.yml: no such options file in {ROOT}\n"
+        assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

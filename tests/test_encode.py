@@ -6,6 +6,7 @@ import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from scd.data.video import VideoFile, write_video
 from scd.errors import ScdError
 from scd.models.autoencoder import load_codec
 from scd.options import Options, load_options
+from scd.training import encode
 from scd.training.encode import check_training_latents, encode_dataset, encoding_name
 from tests.faults.runs import free_port
 
@@ -105,6 +107,42 @@ def test_two_processes_share_the_work_and_tell_of_failures(
         alone = read_latents(root / str(entry.latent_path))
         torch.testing.assert_close(alone, latents, atol=1e-4, rtol=1e-4)
     assert read_list(root / "train.json") == entries
+
+
+@pytest.mark.parametrize("ahead", [encode.AHEAD_BYTES, 0], ids=["whole videos", "first frames"])
+def test_reading_ahead_changes_nothing(ahead, root: Path, options: Options, monkeypatch) -> None:
+    monkeypatch.setattr(encode, "CHUNK_FRAMES", 16)  # of videos with 40
+    found = []
+    for options.train.workers in (0, 1, 4):
+        monkeypatch.setattr(encode, "AHEAD_BYTES", ahead)
+        shutil.rmtree(root / "latents", ignore_errors=True)
+        encode_dataset(options)
+        found.append([read_latents(p) for p in sorted((root / "latents").rglob("*.safetensors"))])
+        assert len(found[-1]) == 3
+    for plain, one_thread, four_threads in zip(*found, strict=True):
+        assert torch.equal(one_thread, plain) and torch.equal(four_threads, plain)
+
+
+def test_the_next_video_is_read_while_one_is_encoded(options: Options, monkeypatch) -> None:
+    read, encoded = [Event() for _ in range(3)], []
+    plain_frames, plain_encode = encode._frames, encode._encode_video
+
+    def frames(video, framing):
+        found = plain_frames(video, framing)
+        read[int(video.path.stem)].set()
+        return found
+
+    def encode_video(*arguments):
+        following = read[len(encoded) + 1 :][:1]
+        assert all(event.wait(60) for event in following)
+        encoded.append(plain_encode(*arguments))
+        return encoded[-1]
+
+    monkeypatch.setattr(encode, "_frames", frames)
+    monkeypatch.setattr(encode, "_encode_video", encode_video)
+    options.train.workers = 1
+    encode_dataset(options)
+    assert len(encoded) == 3
 
 
 def test_an_error_loses_no_checks(root: Path, options: Options, monkeypatch) -> None:

@@ -1,9 +1,11 @@
 """Arguments that several commands take."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from scd.utils.paths import to_read
+from scd.errors import ScdError
+from scd.utils.paths import to_read, why_missing
 
 Commands = Any
 """What `ArgumentParser.add_subparsers` returns; argparse does not name its type."""
@@ -22,6 +24,13 @@ def add_checkpoint(p: argparse.ArgumentParser, help: str = ANY_CHECKPOINT) -> No
     p.add_argument("checkpoint", type=to_read, help=help)
     p.add_argument("--opt", help="options file to use instead of the options in the checkpoint")
     add_overrides(p)
+
+
+def check_there(*checkpoints: Path) -> None:
+    """Refuse checkpoints that are not there, before anything is imported that takes seconds."""
+    for path in checkpoints:
+        if not path.exists():
+            raise ScdError(f"{path}: {why_missing(path, 'weights file')}")
 
 
 def add_overrides(p: argparse.ArgumentParser) -> None:

@@ -2,12 +2,13 @@
 
 import argparse
 
-from scd.cli.arguments import Commands, add_checkpoint
+from scd.cli.arguments import Commands, add_checkpoint, check_there
 from scd.errors import ScdError
 from scd.utils.paths import from_user, to_read
 
 
 def evaluate(a: argparse.Namespace) -> None:
+    check_there(a.checkpoint)
     from scd.evaluation.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(a.checkpoint, a.opt, a.overrides, a.sweep, a.track)
@@ -20,12 +21,13 @@ def measure(a: argparse.Namespace) -> None:
 
 
 def compare(a: argparse.Namespace) -> None:
-    from scd.evaluation.compare import compare_checkpoints
-
     overrides = [text for text in a.checkpoints if "=" in text and not from_user(text).exists()]
     paths = [to_read(text) for text in a.checkpoints if text not in overrides]
     if not paths:
         raise ScdError(f"compare: {overrides[0]!r} changes options, but no checkpoint is given")
+    check_there(*paths)
+    from scd.evaluation.compare import compare_checkpoints
+
     compare_checkpoints(paths, a.out, overrides)
 
 
@@ -36,6 +38,7 @@ def benchmark(a: argparse.Namespace) -> None:
 
 
 def probe(a: argparse.Namespace) -> None:
+    check_there(a.checkpoint)
     from scd.analysis.probe import probe_checkpoint
 
     probe_checkpoint(a.checkpoint, a.opt, a.overrides, a.clips, a.steps, a.fine_tune)

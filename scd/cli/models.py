@@ -3,17 +3,20 @@
 import argparse
 from concurrent.futures import ThreadPoolExecutor
 
-from scd.cli.arguments import ANY_CHECKPOINT, Commands, add_options_file, add_overrides
+from scd.cli.arguments import (
+    ANY_CHECKPOINT,
+    Commands,
+    add_options_file,
+    add_overrides,
+    check_there,
+)
+from scd.errors import ScdError
 from scd.utils.paths import from_user, to_read
 
 STARTS = "assets/starts"
 
 
 def export(a: argparse.Namespace) -> None:
-    import torch
-
-    from scd.errors import ScdError
-
     for_web = {
         "--starts": a.starts != to_read(STARTS),
         "--weights": a.weights != "fp16",
@@ -37,6 +40,9 @@ def export(a: argparse.Namespace) -> None:
 
         export_site(a.checkpoint, a.out, a.starts, a.weights, a.runtime, a.overrides)
         return
+    check_there(a.checkpoint)
+    import torch
+
     from scd.export import export_checkpoint
 
     export_checkpoint(a.checkpoint, a.out, getattr(torch, a.dtype), a.overrides)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from scd.cli.arguments import Commands, add_checkpoint, add_options_file
+from scd.cli.arguments import Commands, add_checkpoint, add_options_file, check_there
 from scd.utils.paths import from_user, to_read
 
 
@@ -21,6 +21,7 @@ def train(a: argparse.Namespace) -> None:
 
 
 def split(a: argparse.Namespace) -> None:
+    check_there(a.checkpoint)
     from scd.analysis.split import Split, split_checkpoint
 
     wanted = Split(a.encoder_layers, a.decoder_layers, a.decoder_from, a.encoder_frame)

@@ -6,9 +6,14 @@ have been checked.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -36,13 +41,24 @@ from scd.utils.precision import autocast, resolve_precision
 from scd.utils.processes import error_barrier, processes, split_between_processes
 from scd.wan.video_codec import WanCodec
 
+AHEAD_BYTES = 2**28  # of a longer video, only the first frames are read ahead
+
+
+class _Read(NamedTuple):
+    """A video that was read, and is to be encoded."""
+
+    latents: int  # that it has
+    identity: str  # of its file, before it was read
+    frames: Iterable[Tensor] | None  # (n, 3, H, W) each; None: it is encoded already
+
 
 def encode_dataset(options: Options) -> None:
     """Write the unscaled latents of every training video, skipping those that are already there.
 
     Latents go to `<root>/latents/<encoder>/…`, named by a hash of its weights, so that those of
     different encoders never mix; the training list's `latent_path` points to them. Where videos are
-    scaled and cropped (`data.resize_shorter`), the latents are of the center crop.
+    scaled and cropped (`data.resize_shorter`), the latents are of the center crop. While one video
+    is encoded, `train.workers` threads check, read and scale the next ones.
 
     Raises:
         ScdError: the experiment has no autoencoder, or a video is missing, broken or of a wrong
@@ -67,16 +83,24 @@ def encode_dataset(options: Options) -> None:
     targets = {video: _latent_name(folder, video) for video in _videos(list_path, entries)}
 
     checks = VideoChecks(root)
-    lengths: dict[str, int] = {}  # frames of each video
+    lengths: dict[str, int] = {}  # latents of each video
     failed: Exception | None = None
+
+    def read(name: str) -> _Read:
+        identity, video = identity_of(root / name), checks.open(name)
+        count = latent_frames(codec, len(video))
+        header = LatentHeader(made_by, (count, *shape))
+        done = _is_encoded(root / targets[name], root / name, header)
+        return _Read(count, identity, None if done else _frames(video, framing))
+
     try:
-        for name in _progress(split_between_processes(list(targets))):
-            video, target = checks.open(name), root / targets[name]
-            count = latent_frames(codec, len(video))
-            if not _is_encoded(target, root / name, LatentHeader(made_by, (count, *shape))):
-                latents = _encode_video(video, codec, framing, precision)
-                write_latents(target, latents, made_by, identity_of(root / name))
-            lengths[name] = count
+        names = split_between_processes(list(targets))
+        with closing(_ahead(read, names, options.train.workers)) as videos:
+            for name, video in zip(_progress(names), videos, strict=True):
+                if video.frames is not None:
+                    latents = _encode_video(video.frames, codec, precision)
+                    write_latents(root / targets[name], latents, made_by, video.identity)
+                lengths[name] = video.latents
     except Exception as error:
         failed = error
     finally:  # no video is checked twice, not even after an error or, of one process, Ctrl-C
@@ -153,21 +177,52 @@ def _is_encoded(target: Path, video: Path, wanted: LatentHeader) -> bool:
     return of_another_video(header, target, video) is None
 
 
+def _ahead(
+    read: Callable[[str], _Read], names: Sequence[str], threads: int
+) -> Generator[_Read, None, None]:
+    """Read videos in order; while one of them is used, threads read the next ones."""
+    if not threads:
+        yield from map(read, names)
+        return
+    waiting: deque[Future[_Read]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for name in names:
+                waiting.append(pool.submit(read, name))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _frames(video: Video, framing: Framing) -> Iterable[Tensor]:
+    """Read the frames of an experiment, at most `CHUNK_FRAMES` at once: (n, 3, H, W) uint8.
+
+    They are read now, but of a long video all but the first ones when they are used.
+    """
+    chunks = (framing(as_images(part), video.path) for part in video.chunks(CHUNK_FRAMES))
+    first = next(chunks)
+    if first[0].nbytes * len(video) > AHEAD_BYTES:
+        return chain([first], chunks)
+    return [first, *chunks]
+
+
 @torch.no_grad()
 def _encode_video(
-    video: Video, codec: LatentCodec | WanCodec, framing: Framing, precision: str
+    frames: Iterable[Tensor], codec: LatentCodec | WanCodec, precision: str
 ) -> Tensor:
-    """Encode a whole video into unscaled latents (n, C, h, w), float32 on the CPU."""
+    """Encode the parts of a video into unscaled latents (n, C, h, w), float32 on the CPU."""
     device = codec.autoencoder.device
     if isinstance(codec, WanCodec):  # which goes through a video by itself
-        pictures = [framing(as_images(part), video.path) for part in video.chunks(CHUNK_FRAMES)]
         codec.precision = precision
-        return codec.encode_unscaled(torch.cat(pictures)[None].to(device).float() / 255)[0].cpu()
+        video = torch.cat(list(frames))[None].to(device)
+        return codec.encode_unscaled(video.float() / 255)[0].cpu()
     chunks = []
-    for images in video.chunks(CHUNK_FRAMES):
-        frames = framing(as_images(images), video.path).to(device)
+    for part in frames:
         with autocast(device, precision):
-            chunks.append(codec.encode_images(frames.float() / 255).float().cpu())
+            chunks.append(codec.encode_images(part.to(device).float() / 255).float().cpu())
     return torch.cat(chunks)
 
 
