@@ -59,7 +59,7 @@ from tests.page import (
 
 ROOT = Path(__file__).parent.parent
 pytestmark = NEEDS_CHROMIUM
-ADDRESS = r"http://127\.0\.0\.1:(\d+)/"
+ADDRESS = r"http://127\.0\.0\.1:(\d+)/\S*"  # with a token, if there is one
 # Every socket of the page, so that a test can cut it.
 SPY = """
 window.sockets = [];
@@ -120,7 +120,7 @@ def server(tmp_path_factory, tiny_autoencoder_path) -> Iterator[Server]:
     kinds = ("scd", "causal_dit")
     model, dense = (pretrained_folder(root / kind, tiny_autoencoder_path, kind) for kind in kinds)
     starts = ["--starts", str(ROOT / "assets/starts")]  # wherever the fork server began
-    server = Server(root, model, "--baseline", str(dense), *starts)
+    server = Server(root, model, "--baseline", str(dense), *starts, "--token", "a+b &c")
     yield server
     server.kill()
 
@@ -364,6 +364,27 @@ def test_hidden_page_pauses(page):
     page.wait(lambda: page.paused, "the pause")
     page.js(hide, False)
     page.wait(lambda: not page.paused, "play again")
+    page.press(" ")
+    page.wait(lambda: page.paused, "the player's pause")
+    page.js(hide, True)
+    page.js(hide, False)
+    page.step()  # whatever was asked for before has happened by then
+    assert page.paused
+
+
+def test_a_key_that_repeats_acts_once(page):
+    repeated = "{key: arguments[0], repeat: true, bubbles: true}"
+    for key in (" ", ".", "r"):
+        page.js(f"document.body.dispatchEvent(new KeyboardEvent('keydown', {repeated}))", key)
+    page.step()
+    assert page.paused and page.frame == BEGIN + 1
+    assert page.find("#record").get_attribute("aria-pressed") == "false"
+
+
+def test_starts_have_pictures(page):
+    """Which the server gives to those with a token alone."""
+    widths = "return [...document.querySelectorAll('#starts img')].map((i) => i.naturalWidth)"
+    page.wait(lambda: set(page.js(widths)) == {64}, "pictures of 64 pixels")
 
 
 def test_phone(page):
@@ -422,8 +443,8 @@ def test_cut_connection_goes_on(page):
 def test_another_page_and_busy(page, server):
     """Somebody else takes the session over, gives it back, and then has the only place."""
     session = page.js("return sessionStorage.getItem('scd session')")
-    address = server.url.replace("http", "ws") + "ws"
-    with connect(f"{address}?session={session}") as other:
+    address = server.url.replace("http", "ws").replace("/?", "/ws?") + f"&session={session}"
+    with connect(address) as other:
         page.wait_for_text("#notice-title", "another page")
         page.find("#notice-button").click()
         page.wait(lambda: not page.find("#notice").is_displayed(), "the session")
@@ -433,7 +454,7 @@ def test_another_page_and_busy(page, server):
     page.step()
     page.js("sessionStorage.clear()")
     page.driver.get("about:blank")
-    with connect(f"{address}?session={session}") as other:
+    with connect(address) as other:
         assert json.loads(other.recv(SECONDS))["resumed"]
         page.driver.get(server.url)
         page.wait_for_text("#notice-title", "The only place is taken")
