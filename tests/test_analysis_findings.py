@@ -14,7 +14,7 @@ from scd.analysis.ablations import (
 )
 from scd.analysis.attention_mass import AttentionMass, describe_attention
 from scd.analysis.context_ablation import describe_history
-from scd.analysis.figures import attention_on_past
+from scd.analysis.figures import attention_on_past, similarity_to_last
 from scd.analysis.similarity import (
     StepSimilarity,
     between_steps,
@@ -96,6 +96,16 @@ def test_attention_is_plotted_by_distance():
     plt.close(figure)
     found = dict(zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True))
     assert found == pytest.approx({2: 0.1, 1: 0.2, 0: 0.7})
+
+
+def test_each_layer_has_a_band_of_its_own_error():
+    similarity = torch.tensor([0.5, 0.8])[:, None, None].expand(2, 3, 3)
+    error = torch.tensor([[0.1] * 3, [0.02] * 3])
+    figure = similarity_to_last(similarity, error, similarity, torch.zeros(2), ["1", "2"], n=4)
+    bands = [band.get_paths()[0].vertices[:, 1] for band in figure.axes[0].collections]
+    plt.close(figure)
+    found = [(float(band.min()), float(band.max())) for band in bands]
+    assert found == [pytest.approx((0.4, 0.6)), pytest.approx((0.78, 0.82))]
 
 
 def test_sentences_about_attention():

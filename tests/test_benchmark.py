@@ -56,6 +56,15 @@ def test_the_floor_is_operations_or_bytes():
     assert frame_floor(replace(case, dtype="float32")).bytes == 2 * floor.bytes
 
 
+def test_the_floor_reads_weights_once_a_step_and_the_cache_once_a_layer():
+    width, keys = 128, SIDE**2 * 5
+    layer, cache = 12 * width**2 * 4, 2 * keys * width * 4  # bytes
+    scd = RolloutCase("x", heads=2, encoder_layers=3, decoder_layers=2, context=5, steps=4)
+    assert frame_floor(scd).bytes == 3 * (layer + cache) + 4 * 2 * layer
+    dense = replace(scd, encoder_layers=0, guidance="none")
+    assert frame_floor(dense).bytes == (4 + 1) * 2 * (layer + cache)
+
+
 def test_the_first_run_is_a_warmup(monkeypatch):
     now, taken = [0.0], iter([9.0, 1.0, 2.0])
     monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: now[0]))

@@ -16,6 +16,7 @@ from scd.analysis.gradient_paths import (
     path_gradients,
 )
 from scd.analysis.gradient_report import (
+    _bars,
     _norm_ratio,
     _of_cosines,
     _of_ratios,
@@ -343,3 +344,8 @@ def test_table_and_figure():
     arguments = (estimates(of_levels), estimates(of_groups), between, estimates(of_levels))
     assert len(gradient_figure(result, *arguments).axes) == 4
     assert len(gradient_figure(known(both=0), *arguments).axes) == 2
+
+
+def test_bars_reach_from_the_mean_to_the_ends_of_the_interval():
+    bars = _bars(Estimate(torch.tensor([2.0]), torch.tensor([1.5]), torch.tensor([3.0])))
+    assert bars.tolist() == [[0.5], [1.0]]

@@ -55,6 +55,21 @@ def test_train_sh_needs_an_options_file_first(arguments, project):
     ]
 
 
+@pytest.mark.parametrize("processes", [{"NUM_GPUS": "2"}, {"NUM_GPUS": "0", "NUM_PROCS": "2"}])
+def test_processes_meet_at_the_port_that_was_asked_for(processes, project):
+    for port, given in ((29500, {}), (29611, {"PORT": "29611"})):
+        printed = run(project, "scripts/train.sh", "options/x.yml", **processes, **given)
+        assert str(port) in " ".join(printed).partition("--module")[0].split()
+
+
+def test_train_sh_leaves_what_was_chosen_for_the_allocator(project):
+    program(project / ".venv/bin/python", '#!/bin/sh\necho "$PYTORCH_ALLOC_CONF"\n')
+    one = ["scripts/train.sh", "options/x.yml"]
+    assert run(project, *one, NUM_GPUS="1")[-1] == "expandable_segments:True"
+    chosen = {"NUM_GPUS": "1", "PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}
+    assert run(project, *one, **chosen)[-1] == "backend:cudaMallocAsync"
+
+
 @pytest.mark.parametrize("nodes", [1, 4])
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_wan", "hsdp"])
 def test_train_sh_takes_each_configuration(name, nodes, project, monkeypatch):

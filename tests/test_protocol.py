@@ -1074,7 +1074,10 @@ def test_the_table_goes_to_the_trackers(options, checkpoint, no_weights, tmp_pat
 
 def test_the_script_that_samples_videos(checkpoint, tmp_path, monkeypatch, capsys):
     script = runpy.run_path(str(ROOT / "inference/run_decoupled_16_videos.py"))
-    arguments = ["--checkpoint", str(checkpoint), "--num-videos", "2", "--output"]
+    arguments = ["--checkpoint", str(checkpoint), "--num-videos", "2"]
+    monkeypatch.setattr("sys.argv", ["script", *arguments, "--opt", "nowhere.yml"])
+    assert script["main"]() == 1 and "nowhere.yml: no such options" in capsys.readouterr().err
+    arguments += ["--output"]
     monkeypatch.setattr("sys.argv", ["script", *arguments, str(tmp_path / "videos")])
     assert script["main"]() == 0
     found = sorted(path.name for path in (tmp_path / "videos").iterdir())
