@@ -109,12 +109,12 @@ def test_two_processes_share_the_work_and_tell_of_failures(
     assert read_list(root / "train.json") == entries
 
 
-@pytest.mark.parametrize("ahead", [encode.AHEAD_BYTES, 0], ids=["whole videos", "first frames"])
-def test_reading_ahead_changes_nothing(ahead, root: Path, options: Options, monkeypatch) -> None:
+@pytest.mark.parametrize("most", [encode.PREFETCH_BYTES, 0], ids=["whole videos", "first frames"])
+def test_prefetching_changes_nothing(most, root: Path, options: Options, monkeypatch) -> None:
     monkeypatch.setattr(encode, "CHUNK_FRAMES", 16)  # of videos with 40
     found = []
     for options.train.workers in (0, 1, 4):
-        monkeypatch.setattr(encode, "AHEAD_BYTES", ahead)
+        monkeypatch.setattr(encode, "PREFETCH_BYTES", most)
         shutil.rmtree(root / "latents", ignore_errors=True)
         encode_dataset(options)
         found.append([read_latents(p) for p in sorted((root / "latents").rglob("*.safetensors"))])

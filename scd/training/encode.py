@@ -41,7 +41,7 @@ from scd.utils.precision import autocast, resolve_precision
 from scd.utils.processes import error_barrier, processes, split_between_processes
 from scd.wan.video_codec import WanCodec
 
-AHEAD_BYTES = 2**28  # of a longer video, only the first frames are read ahead
+PREFETCH_BYTES = 2**28  # of a longer video, only the first frames are read ahead
 
 
 class _Read(NamedTuple):
@@ -95,7 +95,7 @@ def encode_dataset(options: Options) -> None:
 
     try:
         names = split_between_processes(list(targets))
-        with closing(_ahead(read, names, options.train.workers)) as videos:
+        with closing(_prefetch(read, names, options.train.workers)) as videos:
             for name, video in zip(_progress(names), videos, strict=True):
                 if video.frames is not None:
                     latents = _encode_video(video.frames, codec, precision)
@@ -177,7 +177,7 @@ def _is_encoded(target: Path, video: Path, wanted: LatentHeader) -> bool:
     return of_another_video(header, target, video) is None
 
 
-def _ahead(
+def _prefetch(
     read: Callable[[str], _Read], names: Sequence[str], threads: int
 ) -> Generator[_Read, None, None]:
     """Read videos in order; while one of them is used, threads read the next ones."""
@@ -204,7 +204,7 @@ def _frames(video: Video, framing: Framing) -> Iterable[Tensor]:
     """
     chunks = (framing(as_images(part), video.path) for part in video.chunks(CHUNK_FRAMES))
     first = next(chunks)
-    if first[0].nbytes * len(video) > AHEAD_BYTES:
+    if first[0].nbytes * len(video) > PREFETCH_BYTES:
         return chain([first], chunks)
     return [first, *chunks]
 
